@@ -1,0 +1,56 @@
+# make setup | train | test | lint | lock. Each may be run again at any time; nothing is done twice.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+CONFIG ?= deploy/configs/addition.yaml
+ARGS ?=
+# Newest output is flushed line by line, also when it goes into a file.
+export PYTHONUNBUFFERED := 1
+
+.PHONY: help setup model train test test-fast lint format lock clean
+
+help:
+	@echo "make setup      virtual environment, locked packages, the quickstart's model"
+	@echo "make train      set up, then train the quickstart (CONFIG=..., ARGS='key=value ...')"
+	@echo "make test       set up, then run all tests (about 10 minutes)"
+	@echo "make test-fast  the tests that need no engine (about a minute)"
+	@echo "make lint       ruff and mypy"
+	@echo "make lock       resolve requirements/cpu.in again"
+
+setup: $(STAMP) model
+
+$(STAMP): requirements/cpu.lock pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; set PYTHON=... to a Python 3.11" >&2; exit 1; }
+	@command -v g++ >/dev/null || { echo "error: g++ not found; DeepSpeed and vLLM compile small pieces with it" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements/cpu.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $(STAMP)
+
+model: $(STAMP)
+	@$(BIN)/python deploy/models/smollm2.py
+
+train: setup
+	$(BIN)/cohort train $(CONFIG) $(ARGS)
+
+test: setup
+	$(BIN)/pytest $(ARGS)
+
+test-fast: $(STAMP)
+	$(BIN)/pytest -m "not system" $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lock:
+	$(PYTHON) requirements/lock.py
+
+clean:
+	rm -rf $(VENV) runs
