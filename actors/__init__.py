@@ -1,0 +1,1 @@
+"""Where completions are born: rollout actors around vLLM engines."""

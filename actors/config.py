@@ -1,0 +1,42 @@
+"""The `actors` section of the config."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class ActorsConfig(BaseModel):
+    """Rollout actors: how many, how they sample, what they may use."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    count: int = Field(1, ge=1, description="Rollout actors; each runs one vLLM engine.")
+    max_staleness: int = Field(
+        0,
+        ge=0,
+        description="Steps a completion may lag behind the learner. 0 is synchronous training.",
+    )
+    max_tokens: int = Field(256, ge=1, description="Longest completion, in tokens.")
+    temperature: float = Field(1.0, gt=0, description="Sampling temperature; also the learner's.")
+    max_concurrent: int = Field(256, ge=1, description="Completions an engine works on at once.")
+    kv_cache_gib: float = Field(
+        1.0, gt=0, description="Key-value cache of one CPU engine, GiB. GPUs use gpu_memory."
+    )
+    gpu_memory: float = Field(
+        0.85, gt=0, le=1, description="Share of a GPU's memory that an engine may take."
+    )
+    tensor_parallel: int = Field(1, ge=1, description="GPUs of one engine.")
+    compile: bool = Field(
+        False, description="torch.compile in the engine: faster steps, a much longer start."
+    )
+    start_timeout_s: float = Field(300, gt=0, description="Longest wait for an engine to start.")
+    group_timeout_s: float = Field(
+        600, gt=0, description="Longest wait for one group; then it is generated elsewhere."
+    )
+    sync_timeout_s: float = Field(120, gt=0, description="Longest wait for a weight update.")
+    probe_tolerance: float | None = Field(
+        None,
+        gt=0,
+        description="Largest mean |log-prob difference| between engine and learner on the probe "
+        "sequence after a weight update. Empty: 0.15 in bfloat16, 0.002 in float32.",
+    )

