@@ -1,0 +1,1 @@
+"""How completions are judged: reward functions, reward actors, tasks."""

@@ -1,0 +1,78 @@
+"""Rewards that compare the final answer of a completion with the known one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from decimal import Decimal
+from typing import Any
+
+from rewards.base import completion_texts
+
+# ASCII digits only: "12", "-5", "+5", "1,234", "12.0", ".5".
+NUMBER = re.compile(r"[-+]?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)", re.ASCII)
+# Longer texts do not state one number; the bound also keeps a megabyte of text cheap.
+MAX_CHARACTERS = 1000
+OPENING = "\"'(*_`[{"
+CLOSING = "\"')*_`]}.,;:!?"
+OPERATORS = frozenset("+-*/^%×÷−–—=<>≠≈±&|~")
+
+
+def final_number(text: str) -> Decimal | None:
+    """The one number that a text commits to, or None.
+
+    1. A text of more than 1000 characters has none.
+    2. With one "=" only what follows it counts ("3 + 4 = 7"); with several there is no answer.
+    3. What counts must have exactly one word with a digit in it, of any script (words end at
+       whitespace and ":"), and that word must be a number in ASCII digits once quotes, brackets,
+       emphasis and closing punctuation are taken off: "12", "12.", "**-5**", "1,234", "12.0"; not
+       "12%", "$12", "12a", "3-4", "1/2", "²".
+    4. A word made only of operators there ("- 5", "5 or > 6") leaves no answer: what it does to the
+       number is not known.
+    """
+    if len(text) > MAX_CHARACTERS or text.count("=") > 1:
+        return None
+    words = text.rpartition("=")[2].replace(":", " ").split()
+    if any(OPERATORS.issuperset(word) for word in words):
+        return None
+    candidates = [word for word in words if any(character.isnumeric() for character in word)]
+    if len(candidates) != 1:
+        return None
+    return parse_number(candidates[0].lstrip(OPENING).rstrip(CLOSING))
+
+
+def parse_number(text: str) -> Decimal | None:
+    """The value of a text that is a number and nothing else, or None."""
+    return Decimal(text.replace(",", "")) if NUMBER.fullmatch(text) else None
+
+
+def exact_number(
+    prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[Any], **_: Any
+) -> list[float | None]:
+    """1.0 where the completion's final number (see `final_number`) equals `answer`, else 0.0.
+
+    answer: an int, a float or the text of a number; None where the row has no answer, and the
+    function does not apply. A completion that repeats the question scores 0.
+
+    Raises ValueError for an answer that is not a number: the data are wrong, not the completion.
+    """
+    scores: list[float | None] = []
+    for prompt, text, target in zip(prompts, completion_texts(completions), answer, strict=True):
+        if target is None:
+            scores.append(None)
+            continue
+        # float is compared by its shortest text: 0.1 is the answer "0.1", not its binary value.
+        expected = None if isinstance(target, bool) else _target(str(target))
+        if expected is None:
+            raise ValueError(f"the answer {str(target)[:80]!r} is not a number")
+        question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        echo = len(text) <= MAX_CHARACTERS and text.strip() == question.strip()
+        scores.append(float(not echo and final_number(text) == expected))
+    return scores
+
+
+def _target(text: str) -> Decimal | None:
+    plain = parse_number(text.strip())
+    if plain is None and re.fullmatch(r"-?[0-9.]+e[-+]?[0-9]+", text):  # str(1e-07)
+        return Decimal(text)
+    return plain

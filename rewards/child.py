@@ -1,0 +1,142 @@
+"""The process in which reward functions run: loads them once, judges on its main thread.
+
+It talks to its reward actor over one socket. Frames are a length (8 bytes, big-endian) and a body.
+In: the list of (name, path) as JSON, then for each call the function's index (4 bytes) and a
+pickled Group. Out: JSON only, because the parent must not unpickle what foreign code may forge.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import json
+import os
+import pickle
+import signal
+import socket
+import struct
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+TICK_S = 0.2
+PR_SET_PDEATHSIG = 1
+
+
+def send(connection: socket.socket, body: bytes, deadline: float | None = None) -> None:
+    """Write one frame. Raises TimeoutError past `deadline` (time.monotonic), OSError if broken."""
+    rest = memoryview(struct.pack(">Q", len(body)) + body)
+    while rest:
+        connection.settimeout(_left(deadline))
+        rest = rest[connection.send(rest) :]
+
+
+def receive(
+    connection: socket.socket,
+    deadline: float | None = None,
+    alive: Callable[[], bool] | None = None,
+    limit: int = 1 << 40,
+) -> bytes:
+    """Read one frame.
+
+    alive: asked now and then; needed because a process that the other side forked may hold its end
+    of the socket open after it died. Raises TimeoutError past `deadline` (time.monotonic), EOFError
+    when the other side is gone or announces more than `limit` bytes.
+    """
+    (size,) = struct.unpack(">Q", _exactly(connection, 8, deadline, alive))
+    if size > limit:
+        raise EOFError(f"a frame of {size} bytes")
+    return _exactly(connection, size, deadline, alive)
+
+
+def _exactly(
+    connection: socket.socket,
+    size: int,
+    deadline: float | None,
+    alive: Callable[[], bool] | None,
+) -> bytes:
+    data = bytearray()
+    while len(data) < size:
+        left = _left(deadline)
+        connection.settimeout(left if alive is None else min(TICK_S, left or TICK_S))
+        try:
+            chunk = connection.recv(min(size - len(data), 1 << 20))
+        except TimeoutError:
+            _left(deadline)
+            if alive is not None and not alive():
+                raise EOFError("the process ended") from None
+            continue
+        if not chunk:
+            raise EOFError("the connection closed")
+        data += chunk
+    return bytes(data)
+
+
+def _left(deadline: float | None) -> float | None:
+    """Seconds until the deadline, None without one. Raises TimeoutError when it has passed."""
+    if deadline is None:
+        return None
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError("deadline passed")
+    return left
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when its parent dies, even by SIGKILL (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    # The parent may have died before the call above.
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def main(descriptor: int, parent: int) -> None:
+    """Serve the actor whose process is `parent` on socket `descriptor` until it closes."""
+    die_with_parent(parent)
+    # SIGALRM code must work here whatever the actor's process blocks.
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    connection = socket.socket(fileno=descriptor)
+    connection.set_inheritable(False)
+    # The death signal is set: only now the imports that take time.
+    from rewards.base import RewardLoadError, error_tail, judge, load_function
+
+    with contextlib.suppress(EOFError), asyncio.Runner() as runner:
+        specs = [tuple(spec) for spec in json.loads(receive(connection))]
+        try:
+            functions = [(name, load_function(path)) for name, path in specs]
+        except RewardLoadError as error:
+            _reply(connection, {"error": str(error)})
+            return
+        _reply(connection, {"ready": True})
+        _discard_output()
+        while True:
+            frame = memoryview(receive(connection))
+            (index,) = struct.unpack(">I", frame[:4])
+            name, function = functions[index]
+            try:
+                group = pickle.loads(frame[4:])
+            except Exception as error:  # noqa: BLE001  columns may hold objects of foreign code
+                _reply(connection, {"failed": f"cannot unpickle the group: {error_tail(error)}"})
+                continue
+            verdict = judge(function, name, group, run=runner.run)
+            # An alarm that the function left behind must not hit the next group.
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            errors = [[item.completion_id, item.cause, item.message] for item in verdict.errors]
+            _reply(connection, {"values": verdict.values, "errors": errors})
+
+
+def _reply(connection: socket.socket, body: dict[str, Any]) -> None:
+    send(connection, json.dumps(body).encode())
+
+
+def _discard_output() -> None:
+    """Send what reward functions print to nowhere: it has no bound."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)

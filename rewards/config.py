@@ -1,0 +1,62 @@
+"""The `task` and `rewards` sections of the config."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class TaskConfig(BaseModel):
+    """Where prompts come from, and how many of them make one step."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(
+        "addition",
+        description="A built-in task (addition, jsonl), or module:Class, or path.py:Class.",
+    )
+    data: str | None = Field(None, description="Training rows of the jsonl task.")
+    eval_data: str | None = Field(
+        None, description="Held-out rows of the jsonl task. Empty: a split of `data`."
+    )
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="Keyword arguments of the task's class."
+    )
+    prompts_per_step: int = Field(8, ge=1, description="Prompts (groups) of one training step.")
+    group_size: int = Field(8, ge=2, description="Completions of one prompt.")
+    overlong: Literal["error", "drop"] = Field(
+        "error",
+        description="Prompts that leave no room for a completion: stop before the start, or leave "
+        "them out and say how many.",
+    )
+    solved_at: float = Field(
+        1.0, description="Total reward from which a completion counts as solved (`cohort eval`)."
+    )
+    eval_prompts: int = Field(64, ge=1, description="Held-out prompts that `cohort eval` uses.")
+
+
+class RewardFunctionConfig(BaseModel):
+    """One reward function and its weight in the total."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: str = Field(description="module:function or path.py:function.")
+    weight: float = Field(1.0, description="Factor of this function in the total reward.")
+
+
+class RewardsConfig(BaseModel):
+    """Reward actors, and the functions they run."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    workers: int = Field(1, ge=1, description="Reward actors; each judges in a child process.")
+    functions: list[RewardFunctionConfig | str] | None = Field(
+        None, description="Reward functions by dotted path. Empty: the task's own."
+    )
+    timeout_s: float = Field(
+        30, gt=0, description="Deadline for one function on one group; then its child is killed."
+    )
+    max_error_rate: float = Field(
+        0.1, ge=0, le=1, description="Share of failed scores in a step above which the run stops."
+    )

@@ -1,0 +1,414 @@
+"""Tasks: where prompts come from, which functions score them by default, and in which order."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import inspect
+import json
+import logging
+import math
+import os
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from actors.records import Messages, Prompt, derive_seed
+from rewards.base import (
+    RESERVED_COLUMNS,
+    RewardLoadError,
+    error_tail,
+    load_attribute,
+    resolve_path,
+)
+from rewards.config import RewardFunctionConfig, TaskConfig
+
+logger = logging.getLogger(__name__)
+
+
+class TaskError(ValueError):
+    """The task cannot give prompts; the message names the key, file or line to change."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a dataset. id: unique within its split, the same in every epoch and run."""
+
+    id: str
+    content: Messages | str
+    columns: dict[str, Any] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Task(Protocol):
+    """What a task must offer. Its class is called with `seed=` and the keys of task.options."""
+
+    @property
+    def rewards(self) -> tuple[RewardFunctionConfig, ...]:
+        """The functions used when rewards.functions is not set; may be empty."""
+
+    def train_size(self) -> int:
+        """Rows in an epoch."""
+
+    def train_row(self, index: int) -> Row:
+        """Row `index` of the training split, always the same."""
+
+    def eval_size(self) -> int:
+        """Rows held out for evaluation."""
+
+    def eval_row(self, index: int) -> Row:
+        """Row `index` of the held-out split, always the same."""
+
+
+# Built-in tasks -----------------------------------------------------------------------------------
+
+
+class AdditionTask:
+    """Sums of two numbers in [min_operand, max_operand], asked in a chat message.
+
+    A fifth of the unordered pairs, chosen by the seed, is held out: 3 + 4 and 4 + 3 are on the
+    same side. Options: max_operand (9), min_operand (1).
+    """
+
+    rewards = (RewardFunctionConfig(path="rewards.answer:exact_number", weight=1.0),)
+    HOLD_OUT_EVERY = 5
+
+    def __init__(self, seed: int, max_operand: int = 9, min_operand: int = 1) -> None:
+        for name, value in (("max_operand", max_operand), ("min_operand", min_operand)):
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= 999:
+                raise TaskError(f"task.options.{name} must be a whole number 0-999, got {value!r}")
+        if min_operand >= max_operand:
+            raise TaskError(
+                f"task.options.min_operand={min_operand} must be less than "
+                f"task.options.max_operand={max_operand}"
+            )
+        operands = range(min_operand, max_operand + 1)
+        pairs = [(a, b) for a in operands for b in operands if a <= b]
+        random.Random(derive_seed(seed, "addition", "split")).shuffle(pairs)
+        held_out = set(pairs[:: self.HOLD_OUT_EVERY])
+        self._train = _both_orders(pair for pair in pairs if pair not in held_out)
+        self._eval = _both_orders(held_out)
+
+    def train_size(self) -> int:
+        return len(self._train)
+
+    def train_row(self, index: int) -> Row:
+        return self._row(self._train[index])
+
+    def eval_size(self) -> int:
+        return len(self._eval)
+
+    def eval_row(self, index: int) -> Row:
+        return self._row(self._eval[index])
+
+    @staticmethod
+    def _row(pair: tuple[int, int]) -> Row:
+        a, b = pair
+        text = f"What is {a} + {b}? Reply with the number only."
+        return Row(f"{a}+{b}", [{"role": "user", "content": text}], {"answer": a + b})
+
+
+def _both_orders(pairs: Any) -> list[tuple[int, int]]:
+    return sorted({pair for a, b in pairs for pair in ((a, b), (b, a))})
+
+
+class JsonlTask:
+    """Rows of a JSON-lines file, as TRL takes them.
+
+    Every line is an object with `prompt` (a string, or a list of messages with `role` and
+    `content`) and any other columns, which the reward functions receive by name; a column that a
+    row does not have is None there. Without `eval_data`, a share of the different prompts is held
+    out by hash: the same ones whatever the seed or the order of the file, and rows with the same
+    prompt always on the same side. Options: eval_share (0.1).
+    """
+
+    rewards: tuple[RewardFunctionConfig, ...] = ()
+
+    def __init__(self, data: str, eval_data: str | None = None, eval_share: float = 0.1) -> None:
+        if not isinstance(eval_share, (int, float)) or not 0 < eval_share < 1:
+            raise TaskError(f"task.options.eval_share must be between 0 and 1, got {eval_share!r}")
+        rows = _read_rows(data, "task.data", "")
+        if eval_data is not None:
+            self._train, self._eval = rows, _read_rows(eval_data, "task.eval_data", "eval-")
+            asked = {_prompt_hash(row) for row in self._train}
+            leaked = sum(_prompt_hash(row) in asked for row in self._eval)
+            if leaked:
+                logger.warning("%d rows of task.eval_data have a prompt of task.data", leaked)
+            return
+        hashes = sorted({_prompt_hash(row) for row in rows})
+        if len(hashes) < 2:
+            raise TaskError(
+                f"{data} has one prompt only: nothing to hold out; add rows or set task.eval_data"
+            )
+        count = min(math.ceil(eval_share * len(hashes)), len(hashes) - 1)
+        held_out = set(hashes[:count])
+        self._train = [row for row in rows if _prompt_hash(row) not in held_out]
+        self._eval = [row for row in rows if _prompt_hash(row) in held_out]
+
+    def train_size(self) -> int:
+        return len(self._train)
+
+    def train_row(self, index: int) -> Row:
+        return self._train[index]
+
+    def eval_size(self) -> int:
+        return len(self._eval)
+
+    def eval_row(self, index: int) -> Row:
+        return self._eval[index]
+
+
+def _prompt_hash(row: Row) -> str:
+    text = json.dumps(row.content, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _read_rows(path: str, key: str, prefix: str) -> list[Row]:
+    """The rows of a file; their ids are `line<number>` with the prefix."""
+    file = Path(os.path.expandvars(path)).expanduser()
+    if not file.is_file():
+        raise TaskError(f"{key}: no file at {file.resolve()}")
+    rows = []
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                rows.append(_parse_row(line, f"{file}:{number}", f"{prefix}line{number}"))
+    if not rows:
+        raise TaskError(f"{key}: {file} has no rows")
+    # As a dataset table: every row has every column.
+    names = list(dict.fromkeys(name for row in rows for name in row.columns))
+    return [Row(r.id, r.content, {name: r.columns.get(name) for name in names}) for r in rows]
+
+
+def _parse_row(line: bytes, where: str, row_id: str) -> Row:
+    try:
+        value = json.loads(line.decode("utf-8-sig"))
+    except ValueError as error:  # of JSON or of UTF-8
+        raise TaskError(f"{where}: not a line of JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise TaskError(f"{where}: a row must be an object, not a {type(value).__name__}")
+    if "prompt" not in value:
+        raise TaskError(f"{where}: no 'prompt' in the row; it has {', '.join(value) or 'nothing'}")
+    for name in RESERVED_COLUMNS:
+        if name in value:
+            raise TaskError(f"{where}: rename the column '{name}': reward functions get another")
+    content = value.pop("prompt")
+    problem = _content_problem(content)
+    if problem:
+        raise TaskError(f"{where}: {problem}")
+    return Row(row_id, content, value)
+
+
+def _content_problem(content: Any) -> str | None:
+    if isinstance(content, str):
+        return None if content.strip() else "'prompt' is empty"
+    if not isinstance(content, list):
+        return f"'prompt' must be a string or a list of messages, not a {type(content).__name__}"
+    if not content:
+        return "'prompt' is an empty list"
+    for message in content:
+        if not isinstance(message, dict):
+            return f"a message must have role and content, not be a {type(message).__name__}"
+        for name in ("role", "content"):
+            if not isinstance(message.get(name), str):
+                return f"a message of 'prompt' has no text under '{name}'"
+    return None
+
+
+# Loading ------------------------------------------------------------------------------------------
+
+BUILT_IN: dict[str, type] = {"addition": AdditionTask, "jsonl": JsonlTask}
+
+
+def load_task(config: TaskConfig, seed: int) -> Task:
+    """The task that the config names: a built-in one, module:Class or path.py:Class.
+
+    A class of one's own is called as `Class(seed=seed, **task.options)`. Raises TaskError: unknown
+    name or option (with what there is), missing data file, bad row (file and line), a class that
+    raises or is not a Task, a split without rows.
+    """
+    if config.name == "jsonl":
+        if not config.data:
+            raise TaskError("task.data: required by task.name=jsonl")
+        given: dict[str, Any] = {"data": config.data, "eval_data": config.eval_data}
+    else:
+        given = {"seed": seed}
+    task = _construct(_task_class(config.name), config, given)
+    if not isinstance(task, Task):
+        wanted = ("rewards", "train_size", "train_row", "eval_size", "eval_row")
+        missing = ", ".join(name for name in wanted if not hasattr(task, name))
+        raise TaskError(f"task.name={config.name}: {type(task).__name__} has no {missing}")
+    for split, size in (("training", task.train_size()), ("held-out", task.eval_size())):
+        if size < 1:
+            raise TaskError(f"task.name={config.name}: no {split} rows")
+    return task
+
+
+def _task_class(name: str) -> type:
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    if ":" not in name:
+        near = difflib.get_close_matches(name, BUILT_IN, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise TaskError(
+            f"task.name={name}: unknown task{hint} "
+            f"(built in: {', '.join(BUILT_IN)}; your own: module:Class or path.py:Class)"
+        )
+    try:
+        found = load_attribute(resolve_path(name, Path.cwd()))
+    except RewardLoadError as error:
+        raise TaskError(f"task.name={name}: {error}") from error
+    if not inspect.isclass(found):
+        raise TaskError(f"task.name={name} is not a class")
+    return found
+
+
+def _construct(cls: type, config: TaskConfig, given: dict[str, Any]) -> Any:
+    parameters = inspect.signature(cls).parameters
+    options = [name for name in parameters if name not in given]
+    if not any(item.kind is item.VAR_KEYWORD for item in parameters.values()):
+        for name in config.options:
+            if name not in options:
+                raise TaskError(
+                    f"task.options.{name}: unknown option of task {config.name}; "
+                    f"it has {', '.join(options) or 'none'}"
+                )
+    for name in options:
+        item = parameters[name]
+        required = item.default is item.empty and item.kind not in (
+            item.VAR_KEYWORD,
+            item.VAR_POSITIONAL,
+        )
+        if required and name not in config.options:
+            raise TaskError(f"task.options.{name}: required by task {config.name}")
+    try:
+        return cls(**given, **config.options)
+    except TaskError:
+        raise
+    except Exception as error:
+        raise TaskError(
+            f"task.name={config.name}: {cls.__name__} failed:\n{error_tail(error)}"
+        ) from error
+
+
+# Order and rendering ------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, size: int) -> list[int]:
+    order = list(range(size))
+    random.Random(derive_seed(seed, "epoch", epoch)).shuffle(order)
+    return order
+
+
+def sample_rows(task: Task, seed: int, cursor: int, count: int) -> list[tuple[int, Row]]:
+    """Rows `cursor` to `cursor + count - 1` of the endless training sequence, with their epochs.
+
+    A pure function of (seed, cursor): every epoch holds every row once, in an order of its own.
+    """
+    size = task.train_size()
+    if size < 1:
+        raise TaskError(f"{type(task).__name__} has no training rows")
+    rows = []
+    for position in range(cursor, cursor + count):
+        epoch, offset = divmod(position, size)
+        rows.append((epoch, task.train_row(_order(seed, epoch, size)[offset])))
+    return rows
+
+
+class PromptRenderer:
+    """Turns rows into prompts: the chat template is rendered here, once, to token ids.
+
+    tokenizer: a transformers tokenizer. max_prompt_tokens: the longest prompt that leaves room for
+    a completion; None for no bound.
+    """
+
+    def __init__(self, tokenizer: Any, max_prompt_tokens: int | None = None) -> None:
+        self._tokenizer = tokenizer
+        self.max_prompt_tokens = max_prompt_tokens
+
+    def render(self, row: Row, epoch: int, cursor: int = 0) -> Prompt:
+        """The prompt of a row; its id is stable over resume. Never cut, even when too long.
+
+        cursor: the row's position, named in errors. Raises TaskError: messages without a chat
+        template, a template that refuses them, no tokens at all.
+        """
+        where = f"row {row.id} (epoch {epoch}, position {cursor})"
+        if isinstance(row.content, str):
+            token_ids = self._plain(row.content)
+        else:
+            token_ids = self._chat(row.content, where)
+        if not token_ids:
+            raise TaskError(f"{where}: the prompt has no tokens")
+        return Prompt(f"{epoch}-{row.id}", token_ids, row.content, row.columns, epoch)
+
+    def _plain(self, text: str) -> tuple[int, ...]:
+        # A text that already starts with the special token must not get a second one.
+        bos = self._tokenizer.bos_token
+        special = not (bos and text.startswith(bos))
+        return tuple(self._tokenizer(text, add_special_tokens=special)["input_ids"])
+
+    def _chat(self, messages: Messages, where: str) -> tuple[int, ...]:
+        if not self._tokenizer.chat_template:
+            raise TaskError(
+                f"{where}: the prompt is a list of messages, but the model's tokenizer has no chat "
+                "template; use prompts that are plain strings, or a model with a chat template"
+            )
+        try:
+            token_ids = self._tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        # Templates raise what they like: jinja errors, ValueError, TypeError.
+        except Exception as error:
+            raise TaskError(f"{where}: the chat template failed: {error}") from error
+        return tuple(token_ids)
+
+
+def split_overlong(
+    prompts: Sequence[Prompt], limit: int | None
+) -> tuple[list[Prompt], list[Prompt]]:
+    """(prompts of at most `limit` tokens, longer ones), each in the given order."""
+    if limit is None:
+        return list(prompts), []
+    fitting = [prompt for prompt in prompts if len(prompt.token_ids) <= limit]
+    overlong = [prompt for prompt in prompts if len(prompt.token_ids) > limit]
+    return fitting, overlong
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Prompts for a step, those left out as too long, and the cursor after all of them."""
+
+    prompts: tuple[Prompt, ...]
+    overlong: tuple[Prompt, ...]
+    cursor: int
+
+
+def take_prompts(task: Task, renderer: PromptRenderer, seed: int, cursor: int, count: int) -> Taken:
+    """The next `count` training prompts from `cursor` on that are not too long.
+
+    A pure function of (seed, cursor), so that a resumed run takes the same ones. Raises TaskError
+    when a whole epoch's worth of rows has no prompt that fits.
+    """
+    prompts: list[Prompt] = []
+    overlong: list[Prompt] = []
+    since_last = 0
+    while len(prompts) < count:
+        ((epoch, row),) = sample_rows(task, seed, cursor, 1)
+        prompt = renderer.render(row, epoch, cursor)
+        cursor += 1
+        fitting, too_long = split_overlong([prompt], renderer.max_prompt_tokens)
+        prompts += fitting
+        overlong += too_long
+        since_last = 0 if fitting else since_last + 1
+        if since_last >= task.train_size():
+            shortest = min(len(item.token_ids) for item in overlong)
+            raise TaskError(
+                f"all {task.train_size()} prompts are longer than {renderer.max_prompt_tokens} "
+                f"tokens (the shortest has {shortest}): raise model.max_length or lower "
+                "actors.max_tokens"
+            )
+    return Taken(tuple(prompts), tuple(overlong), cursor)

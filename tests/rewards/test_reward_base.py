@@ -1,0 +1,231 @@
+"""Loading reward functions, what they receive, and how their results become verdicts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actors.records import Completion, Group, Prompt, RewardError
+from rewards.base import RewardLoadError, combine, judge, load_function, resolve_path
+
+
+def make_group(content: Any = "Q", n: int = 3, **columns: Any) -> Group:
+    completions = tuple(
+        Completion(
+            id=f"c{i}",
+            prompt_id="p",
+            token_ids=np.array([i, i + 1], dtype=np.int64),
+            logprobs=np.zeros(2, dtype=np.float32),
+            finish_reason="stop",
+            seed=i,
+            weight_versions=(0, 0),
+            text=f"text {i}",
+        )
+        for i in range(n)
+    )
+    return Group("g", Prompt("p", (1, 2), content, columns), completions)
+
+
+# What a function receives
+
+
+def test_string_prompts_give_string_completions_and_repeated_columns() -> None:
+    seen: dict[str, Any] = {}
+
+    def reward(**arguments: Any) -> list[float]:
+        seen.update(arguments)
+        return [0.0] * 3
+
+    judge(reward, "reward", make_group("Q", answer=7, level="easy"))
+    assert seen == {
+        "prompts": ["Q", "Q", "Q"],
+        "completions": ["text 0", "text 1", "text 2"],
+        "completion_ids": [[0, 1], [1, 2], [2, 3]],
+        "answer": [7, 7, 7],
+        "level": ["easy", "easy", "easy"],
+    }
+
+
+def test_message_prompts_give_message_completions() -> None:
+    messages = [{"role": "user", "content": "Q"}]
+
+    def reward(prompts: Any, completions: Any) -> list[bool]:
+        return [
+            prompt == messages and completion == [{"role": "assistant", "content": f"text {i}"}]
+            for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
+        ]
+
+    assert judge(reward, "reward", make_group(messages)).values == (1.0, 1.0, 1.0)
+
+
+def test_only_named_arguments_are_passed() -> None:
+    def reward(completion_ids: list[list[int]], answer: list[int], scale: int = 10) -> list[int]:
+        return [scale * ids[0] + a for ids, a in zip(completion_ids, answer, strict=True)]
+
+    assert judge(reward, "reward", make_group(answer=1, unused=2)).values == (1.0, 11.0, 21.0)
+
+
+def test_missing_column_is_named() -> None:
+    def reward(completions: list[str], solution: list[str]) -> list[float]:
+        return [0.0] * len(completions + solution)
+
+    verdict = judge(reward, "reward", make_group(answer=1))
+    assert verdict.errors[0].cause == "raised"
+    assert "no column solution; their columns: answer" in verdict.errors[0].message
+
+
+# What a function returns
+
+
+@pytest.mark.parametrize(
+    ("returned", "values"),
+    [
+        ([1, 0.5, True], (1.0, 0.5, 1.0)),
+        ((None, None, None), (None, None, None)),
+        ([None, 2, None], (None, 2.0, None)),
+        (np.array([1, 2, 3]), (1.0, 2.0, 3.0)),
+        ([np.float32(0.5), np.int64(2), np.bool_(False)], (0.5, 2.0, 0.0)),
+    ],
+)
+def test_values(returned: Any, values: tuple[float | None, ...]) -> None:
+    verdict = judge(lambda: returned, "reward", make_group())
+    assert verdict.values == values
+    assert verdict.errors == ()
+    assert all(value is None or type(value) is float for value in verdict.values)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), "1.0", [1.0], 10**400, 1j, object()])
+def test_a_bad_value_fails_only_its_completion(bad: Any) -> None:
+    verdict = judge(lambda: [1.0, bad, None], "reward", make_group())
+    assert verdict.values == (1.0, None, None)
+    (error,) = verdict.errors
+    assert (error.function, error.completion_id, error.cause) == ("reward", "c1", "wrong_type")
+
+
+@pytest.mark.parametrize(
+    ("returned", "cause"),
+    [
+        ([1.0, 1.0], "wrong_length"),
+        ([], "wrong_length"),
+        ([1.0] * 4, "wrong_length"),
+        (1.0, "wrong_type"),
+        (None, "wrong_type"),
+        ("abc", "wrong_type"),
+        ({0: 1.0, 1: 1.0, 2: 1.0}, "wrong_type"),
+    ],
+)
+def test_a_bad_result_fails_every_completion(returned: Any, cause: str) -> None:
+    verdict = judge(lambda: returned, "reward", make_group())
+    assert verdict.values == (None, None, None)
+    assert [error.completion_id for error in verdict.errors] == ["c0", "c1", "c2"]
+    assert {error.cause for error in verdict.errors} == {cause}
+
+
+@pytest.mark.parametrize("error", [ValueError("no such key"), SystemExit("no such key")])
+def test_an_exception_is_an_error_with_its_traceback(error: BaseException) -> None:
+    def broken_reward() -> list[float]:
+        raise error
+
+    verdict = judge(broken_reward, "reward", make_group())
+    assert verdict.values == (None, None, None)
+    assert {item.cause for item in verdict.errors} == {"raised"}
+    assert "broken_reward" in verdict.errors[0].message
+    assert verdict.errors[0].message.endswith("no such key")
+
+
+def test_messages_are_bounded() -> None:
+    def reward() -> list[float]:
+        raise ValueError("x" * 10_000_000)
+
+    assert len(judge(reward, "reward", make_group()).errors[0].message) <= 2000
+
+
+def test_async_function() -> None:
+    async def reward(completions: list[str]) -> list[float]:
+        return [float(len(completion)) for completion in completions]
+
+    assert judge(reward, "reward", make_group()).values == (6.0, 6.0, 6.0)
+
+
+# Totals
+
+IDS = ("a", "b")
+
+
+def error(function: str, completion_id: str) -> RewardError:
+    return RewardError(function, completion_id, "raised", "")
+
+
+@pytest.mark.parametrize(
+    ("by_function", "weights", "errors", "totals"),
+    [
+        ({"f": (1.0, 0.0)}, {"f": 2.0}, [], (2.0, 0.0)),
+        ({"f": (1.0, 0.0), "g": (0.5, 1.0)}, {"f": 1.0, "g": 2.0}, [], (2.0, 2.0)),
+        # None is left out of the sum; a sample without any value has no total.
+        ({"f": (None, 1.0), "g": (0.5, None)}, {"f": 1.0, "g": 1.0}, [], (0.5, 1.0)),
+        ({"f": (None, 1.0), "g": (None, 1.0)}, {"f": 1.0, "g": -1.0}, [], (None, 0.0)),
+        # A failure takes the total away even where another function gave a value.
+        ({"f": (1.0, 1.0), "g": (None, 1.0)}, {"f": 1.0, "g": 1.0}, [error("g", "a")], (None, 2.0)),
+        # Weight 0 is only watched.
+        ({"f": (None, 1.0), "g": (0.5, 0.5)}, {"f": 1.0, "g": 0.0}, [], (None, 1.0)),
+        ({"f": (1.0, 1.0), "g": (None, 1.0)}, {"f": 1.0, "g": 0.0}, [error("g", "a")], (1.0, 1.0)),
+    ],
+)
+def test_combine(by_function: Any, weights: Any, errors: Any, totals: Any) -> None:
+    assert combine(IDS, by_function, weights, errors) == totals
+
+
+# Loading
+
+
+def test_load_from_module_and_from_file(tmp_path: Path) -> None:
+    assert load_function("rewards.answer:exact_number").__name__ == "exact_number"
+    (tmp_path / "neighbour_of_reward.py").write_text("VALUE = 3.0\n")
+    file = tmp_path / "my_reward.py"
+    file.write_text(
+        "from neighbour_of_reward import VALUE\n"
+        "def reward(completions):\n    return [VALUE] * len(completions)\n"
+    )
+    path = resolve_path("my_reward.py:reward", tmp_path)
+    assert path == f"{file}:reward"
+    assert load_function(path)(["a", "b"]) == [3.0, 3.0]
+
+
+def test_resolve_path_leaves_modules_and_absolute_files(tmp_path: Path) -> None:
+    assert resolve_path("a.b:c", tmp_path) == "a.b:c"
+    assert resolve_path("/x/y.py:c", tmp_path) == "/x/y.py:c"
+    assert resolve_path("sub/y.py:c", tmp_path) == f"{tmp_path}/sub/y.py:c"
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("rewards.answer", "must be module:name"),
+        ("rewards.answer.exact_number", "did you mean rewards.answer:exact_number?"),
+        (":f", "must be module:name"),
+        ("no_such_module_anywhere:f", "no module named 'no_such_module_anywhere'"),
+        ("rewards.no_such_part:f", "no module named 'rewards.no_such_part'"),
+        ("rewards.answer:exact_numbr", "did you mean exact_number?"),
+        ("rewards.answer:zzz", "it has"),
+        ("rewards.answer:MAX_CHARACTERS", "of type int, not a function"),
+        ("rewards.base:Verdict", "a class, not a function"),
+        ("/no/such/file.py:f", "no file /no/such/file.py"),
+    ],
+)
+def test_load_errors(path: str, words: str) -> None:
+    with pytest.raises(RewardLoadError) as raised:
+        load_function(path)
+    assert path in str(raised.value)
+    assert words in str(raised.value)
+
+
+@pytest.mark.parametrize("line", ["import no_such_module_anywhere", "1 / 0", "def broken("])
+def test_a_file_that_does_not_import(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "broken.py"
+    file.write_text(line + "\n")
+    with pytest.raises(RewardLoadError, match=r"importing .*broken.py failed") as raised:
+        load_function(f"{file}:f")
+    assert "Error" in str(raised.value).splitlines()[-1]

@@ -1,0 +1,339 @@
+"""The reward actor against reward functions that hang, die, lie and shout."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from actors.records import Completion, Failure, Group, Prompt, ScoredGroup, ScoreMeta
+from rewards.base import RewardLoadError
+from rewards.worker import RewardActor, RewardSpec, scrubbed_environment
+
+HOSTILE = Path(__file__).parent / "hostile_rewards.py"
+MakeActor = Callable[..., RewardActor]
+
+
+def make_group(*texts: str, **columns: Any) -> Group:
+    completions = tuple(
+        Completion(
+            id=f"c{i}",
+            prompt_id="p",
+            token_ids=np.arange(3),
+            logprobs=np.zeros(3, dtype=np.float32),
+            finish_reason="stop",
+            seed=i,
+            weight_versions=(0, 0),
+            text=text,
+        )
+        for i, text in enumerate(texts)
+    )
+    return Group("g", Prompt("p", (1,), "Q", columns), completions)
+
+
+@pytest.fixture
+def make_actor() -> Iterator[MakeActor]:
+    actors: list[RewardActor] = []
+
+    def make(*names: str, timeout_s: float = 20, **weights: float) -> RewardActor:
+        specs = [RewardSpec(name, f"{HOSTILE}:{name}", weights.get(name, 1.0)) for name in names]
+        actors.append(RewardActor(specs, timeout_s))
+        return actors[-1]
+
+    yield make
+    for actor in actors:
+        actor.close()
+
+
+def score(actor: RewardActor, group: Group) -> ScoredGroup:
+    meta, scored = actor.score(group)
+    assert isinstance(meta, ScoreMeta), meta
+    assert scored is not None
+    assert scored.group is group
+    assert (meta.group_id, meta.totals, meta.by_function, meta.errors) == (
+        group.id,
+        scored.totals,
+        scored.by_function,
+        scored.errors,
+    )
+    return scored
+
+
+def causes(scored: ScoredGroup) -> list[tuple[str, str, str]]:
+    return [(error.function, error.completion_id, error.cause) for error in scored.errors]
+
+
+def gone(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def wait_until_gone(pid: int, seconds: float = 5) -> bool:
+    deadline = time.monotonic() + seconds
+    while not gone(pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return gone(pid)
+
+
+# Scores
+
+
+def test_weighted_total_over_functions(make_actor: MakeActor) -> None:
+    actor = make_actor("length", "none_for_odd", none_for_odd=10.0)
+    scored = score(actor, make_group("a", "bb", "ccc"))
+    assert scored.by_function == {"length": (1.0, 2.0, 3.0), "none_for_odd": (1.0, None, 1.0)}
+    assert scored.totals == (11.0, 2.0, 13.0)
+    assert scored.errors == ()
+    assert scored.latency_s > 0
+
+
+def test_one_child_serves_all_groups(make_actor: MakeActor) -> None:
+    actor = make_actor("count_calls", "process_id")
+    child = actor.pids()[1]
+    for call in (1, 2, 3):
+        scored = score(actor, make_group("a"))
+        assert scored.by_function == {"count_calls": (call,), "process_id": (child,)}
+    assert child != os.getpid()
+
+
+def test_an_event_loop_serves_all_groups(make_actor: MakeActor) -> None:
+    actor = make_actor("async_with_a_lock")
+    for _ in range(2):
+        assert score(actor, make_group("a", "b")).totals == (2.0, 2.0)
+
+
+def test_functions_do_not_see_each_others_changes(make_actor: MakeActor) -> None:
+    group = make_group("a", "b", tags=["x"])
+    actor = make_actor("change_columns", "length")
+    for _ in range(2):
+        assert score(actor, group).by_function["change_columns"] == (1.0, 1.0)
+    assert group.prompt.columns == {"tags": ["x"]}
+
+
+def test_the_child_is_light_and_alarms_work_in_it(make_actor: MakeActor) -> None:
+    started = time.monotonic()
+    actor = make_actor("heavy_modules", "alarm_works")
+    assert time.monotonic() - started < 5
+    scored = score(actor, make_group("a"))
+    assert scored.by_function == {"heavy_modules": (0.0,), "alarm_works": (1.0,)}
+
+
+def test_secrets_stay_out_of_the_child(
+    make_actor: MakeActor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secrets = ["WANDB_API_KEY", "HF_TOKEN", "my_secret", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD"]
+    plain = ["HARMLESS", "TOKENIZERS_PARALLELISM", "KEYBOARD"]
+    for name in secrets + plain:
+        monkeypatch.setenv(name, "1")
+    actor = make_actor("variable_is_set")
+    found = [score(actor, make_group("a", variable=name)).totals[0] for name in secrets + plain]
+    assert found == [0.0] * len(secrets) + [1.0] * len(plain)
+    assert scrubbed_environment({"A_TOKEN": "1", "PATH": "2"}) == {"PATH": "2"}
+
+
+# Mistakes
+
+
+def test_mistakes_are_errors_of_their_function_and_completion(make_actor: MakeActor) -> None:
+    actor = make_actor("length", "nan_for_first")
+    scored = score(actor, make_group("a", "b"))
+    assert scored.by_function == {"length": (1.0, 1.0), "nan_for_first": (None, 1.0)}
+    assert scored.totals == (None, 2.0)
+    assert causes(scored) == [("nan_for_first", "c0", "wrong_type")]
+
+
+@pytest.mark.parametrize(
+    ("function", "cause", "words"),
+    [
+        ("too_short", "wrong_length", "1 values for 2 completions"),
+        ("raises", "raised", "no such answer"),
+    ],
+)
+def test_mistakes_do_not_cost_the_child(
+    make_actor: MakeActor, function: str, cause: str, words: str
+) -> None:
+    actor = make_actor(function, "length")
+    child = actor.pids()[1]
+    scored = score(actor, make_group("a", "b"))
+    assert causes(scored) == [(function, "c0", cause), (function, "c1", cause)]
+    assert words in scored.errors[0].message
+    assert scored.by_function["length"] == (1.0, 1.0)
+    assert scored.totals == (None, None)
+    assert actor.pids()[1] == child
+
+
+# Hangs
+
+
+@pytest.mark.parametrize("function", ["hang", "hang_in_c", "async_hang"])
+def test_a_hang_is_ended_and_the_next_group_is_scored(make_actor: MakeActor, function: str) -> None:
+    actor = make_actor("length", function, timeout_s=0.5)
+    child = actor.pids()[1]
+    assert child is not None
+    started = time.monotonic()
+    scored = score(actor, make_group("hang", "a"))
+    assert time.monotonic() - started < 4
+    assert causes(scored) == [(function, "c0", "timeout"), (function, "c1", "timeout")]
+    assert "0.5 s (rewards.timeout_s)" in scored.errors[0].message
+    assert scored.by_function["length"] == (4.0, 1.0)
+    assert gone(child)
+    assert score(actor, make_group("a", "b")).totals == (2.0, 2.0)
+    assert actor.pids()[1] != child
+
+
+def test_functions_after_a_hang_still_score_the_group(make_actor: MakeActor) -> None:
+    actor = make_actor("hang", "length", timeout_s=0.5)
+    scored = score(actor, make_group("hang", "a"))
+    assert scored.by_function == {"hang": (None, None), "length": (4.0, 1.0)}
+    assert scored.totals == (None, None)
+
+
+def test_the_processes_a_hanging_function_started_go_with_it(
+    make_actor: MakeActor, tmp_path: Path
+) -> None:
+    pid_file = tmp_path / "pid"
+    actor = make_actor("hang_with_helper", timeout_s=1)
+    scored = score(actor, make_group("a", pid_file=str(pid_file)))
+    assert causes(scored) == [("hang_with_helper", "c0", "timeout")]
+    assert wait_until_gone(int(pid_file.read_text()))
+
+
+def test_a_stopped_child_does_not_block_a_large_group(make_actor: MakeActor) -> None:
+    actor = make_actor("length", timeout_s=0.5)
+    child = actor.pids()[1]
+    assert child is not None
+    os.kill(child, signal.SIGSTOP)
+    started = time.monotonic()
+    # Larger than a socket's buffer: the actor cannot even hand it over.
+    scored = score(actor, make_group("x" * 20_000_000))
+    assert time.monotonic() - started < 4
+    assert causes(scored) == [("length", "c0", "timeout")]
+    assert score(actor, make_group("x" * 20_000_000)).totals == (20_000_000.0,)
+
+
+# Deaths
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        ("exit_hard", "exited with code 3"),
+        ("die_with_heir", "exited with code 4"),
+        ("segfault", "was killed by SIGSEGV"),
+        ("close_everything", "its process"),
+        ("forge_reply", "its process"),
+    ],
+)
+def test_a_death_is_reported_and_the_child_replaced(
+    make_actor: MakeActor, function: str, words: str
+) -> None:
+    actor = make_actor(function, timeout_s=20)
+    child = actor.pids()[1]
+    assert child is not None
+    started = time.monotonic()
+    scored = score(actor, make_group("die", "a"))
+    assert time.monotonic() - started < 5
+    assert causes(scored) == [(function, "c0", "died"), (function, "c1", "died")]
+    assert words in scored.errors[0].message
+    assert gone(child)
+    assert score(actor, make_group("a", "b")).totals == (1.0, 1.0)
+
+
+def test_a_child_killed_between_groups_costs_nothing(make_actor: MakeActor) -> None:
+    actor = make_actor("length")
+    child = actor.pids()[1]
+    assert child is not None
+    os.kill(child, signal.SIGKILL)
+    # A zombie is waitable only once its last thread has ended.
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    assert score(actor, make_group("abc")).totals == (3.0,)
+
+
+def test_an_alarm_left_behind_does_not_hit_the_next_group(make_actor: MakeActor) -> None:
+    actor = make_actor("leave_an_alarm", "process_id")
+    child = actor.pids()[1]
+    score(actor, make_group("a"))
+    time.sleep(0.3)
+    assert score(actor, make_group("a")).by_function["process_id"] == (child,)
+
+
+def test_huge_output_is_harmless(make_actor: MakeActor, capfd: pytest.CaptureFixture[str]) -> None:
+    actor = make_actor("print_much", timeout_s=10)
+    assert score(actor, make_group("a")).totals == (1.0,)
+    child = actor.pids()[1]
+    for descriptor in (1, 2):
+        # Not kept anywhere either: a file of it would fill the disk.
+        assert os.readlink(f"/proc/{child}/fd/{descriptor}") == os.devnull
+    captured = capfd.readouterr()
+    assert captured.out + captured.err == ""
+
+
+# Starting and ending
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("def other(): pass\n", "no 'reward' in"),
+        ("import no_such_module_anywhere\n", "No module named 'no_such_module_anywhere'"),
+        ("reward = 3\n", "of type int, not a function"),
+        ("import os\nos.write(2, b'last words')\nos._exit(5)\n", "exited with code 5: last words"),
+    ],
+)
+def test_a_function_that_cannot_be_loaded_says_why(tmp_path: Path, source: str, words: str) -> None:
+    file = tmp_path / "broken.py"
+    file.write_text(source)
+    with pytest.raises(RewardLoadError) as raised:
+        RewardActor([RewardSpec("reward", f"{file}:reward")], 5)
+    assert str(file) in str(raised.value)
+    assert words in str(raised.value)
+    assert not psutil.Process().children()
+
+
+def test_a_module_that_hangs_on_import_is_given_up(tmp_path: Path) -> None:
+    file = tmp_path / "slow.py"
+    file.write_text("import time\ntime.sleep(60)\ndef reward(): pass\n")
+    with pytest.raises(RewardLoadError, match=r"slow.py:reward was not ready after 1 s"):
+        RewardActor([RewardSpec("reward", f"{file}:reward")], 5, start_timeout_s=1)
+    assert not psutil.Process().children()
+
+
+def test_a_child_that_cannot_be_replaced_is_a_failure(tmp_path: Path) -> None:
+    file = tmp_path / "fading.py"
+    file.write_text(HOSTILE.read_text())
+    actor = RewardActor([RewardSpec("exit_hard", f"{file}:exit_hard")], 5)
+    file.unlink()
+    meta, scored = actor.score(make_group("die"))
+    assert isinstance(meta, Failure)
+    assert scored is None
+    assert meta.kind == "infra"
+    assert "no file" in meta.message
+    file.write_text(HOSTILE.read_text())
+    assert score(actor, make_group("a")).totals == (1.0,)
+    actor.close()
+
+
+def test_a_group_that_cannot_be_pickled_is_a_failure(make_actor: MakeActor) -> None:
+    meta, scored = make_actor("length").score(make_group("a", check=lambda: None))
+    assert isinstance(meta, Failure)
+    assert (meta.kind, scored) == ("data", None)
+
+
+def test_close_ends_the_child(make_actor: MakeActor) -> None:
+    actor = make_actor("length")
+    child = actor.pids()[1]
+    assert child is not None
+    actor.close()
+    actor.close()
+    assert gone(child)
+    assert actor.pids() == (os.getpid(), None)
+    assert str(os.getpid()) in actor.ping()

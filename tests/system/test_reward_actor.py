@@ -1,0 +1,144 @@
+"""The reward actor inside real Ray: correct scores, real deadlines, nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import ray
+
+from actors.records import Completion, Group, Prompt, ScoredGroup, ScoreMeta
+from rewards.config import RewardsConfig, TaskConfig
+from rewards.tasks import load_task
+from rewards.worker import RewardActor, RewardSpec, reward_specs
+
+pytestmark = pytest.mark.system
+
+HANG = """
+import ctypes, signal, subprocess, sys, time
+
+def hang(completions):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if completions[0][0]["content"] == "hang":
+        ctypes.PyDLL(None).sleep(60)
+    return [1.0] * len(completions)
+
+def alarm_works(completions):
+    def ring(*_):
+        raise TimeoutError
+    signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, 0.05)
+    try:
+        time.sleep(5)
+    except TimeoutError:
+        return [1.0] * len(completions)
+    return [0.0] * len(completions)
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def hang_file(tmp_path: Path) -> Path:
+    file = tmp_path / "hang_reward.py"
+    file.write_text(HANG)
+    return file
+
+
+def make_actor(specs: list[RewardSpec], timeout_s: float) -> Any:
+    return ray.remote(RewardActor).options(num_cpus=0).remote(specs, timeout_s)
+
+
+def make_group(question: str, texts: list[str], **columns: Any) -> Group:
+    completions = tuple(
+        Completion(f"c{i}", "p", np.arange(2), np.zeros(2, np.float32), "stop", i, (0, 0), text)
+        for i, text in enumerate(texts)
+    )
+    prompt = Prompt("p", (1,), [{"role": "user", "content": question}], columns)
+    return Group("g", prompt, completions)
+
+
+def score(actor: Any, group: Group) -> tuple[ScoreMeta, ScoredGroup]:
+    meta, scored = ray.get(actor.score.options(num_returns=2).remote(group), timeout=60)
+    assert isinstance(meta, ScoreMeta), meta
+    return meta, scored
+
+
+def ended(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def wait_until_ended(pid: int, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not ended(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return ended(pid)
+
+
+def test_known_right_answers_score_through_the_real_actor(hang_file: Path) -> None:
+    task = load_task(TaskConfig(), seed=0)
+    row = task.train_row(0)
+    specs = [
+        *reward_specs(task, RewardsConfig()),
+        RewardSpec("alarm_works", f"{hang_file}:alarm_works", 0.5),
+    ]
+    actor = make_actor(specs, 20)
+    answer = row.columns["answer"]
+    assert isinstance(row.content, list)
+    group = make_group(
+        row.content[0]["content"], [str(answer), str(answer + 1), "1 2 3"], answer=answer
+    )
+    meta, scored = score(actor, group)
+    assert meta.totals == scored.totals == (1.5, 0.5, 0.5)
+    assert meta.by_function["exact_number"] == (1.0, 0.0, 0.0)
+    assert "reward actor" in ray.get(actor.ping.remote(), timeout=30)
+    ray.kill(actor)
+
+
+def test_a_hang_is_ended_and_no_process_is_left(hang_file: Path) -> None:
+    actor = make_actor([RewardSpec("hang", f"{hang_file}:hang")], 0.5)
+    pid, child = ray.get(actor.pids.remote(), timeout=60)
+    for _ in range(2):
+        started = time.monotonic()
+        meta, _scored = score(actor, make_group("Q", ["hang", "a"]))
+        assert time.monotonic() - started < 10
+        assert [error.cause for error in meta.errors] == ["timeout", "timeout"]
+        meta, _scored = score(actor, make_group("Q", ["a", "b"]))
+        assert meta.totals == (1.0, 1.0)
+    assert ended(child)
+    assert len(psutil.Process(pid).children()) == 1
+    ray.kill(actor)
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_no_child_outlives_a_killed_actor(hang_file: Path, busy: bool) -> None:
+    actor = make_actor([RewardSpec("hang", f"{hang_file}:hang")], 60)
+    pid, child = ray.get(actor.pids.remote(), timeout=60)
+    assert not ended(child)
+    if busy:
+        # Held in C, deaf to SIGTERM, so that only the kernel can end it.
+        actor.score.options(num_returns=2).remote(make_group("Q", ["hang"]))
+        time.sleep(1)
+    os.kill(pid, signal.SIGKILL)
+    assert wait_until_ended(child, 5)
+
+
+def test_a_function_that_cannot_be_loaded_is_named(hang_file: Path) -> None:
+    actor = make_actor([RewardSpec("hang", f"{hang_file}:hung")], 5)
+    with pytest.raises(ray.exceptions.RayActorError, match=r"no 'hung' in .*did you mean hang\?"):
+        ray.get(actor.ping.remote(), timeout=60)
