@@ -1,0 +1,1 @@
+"""How the policy moves: the GRPO update under DeepSpeed ZeRO, weights, checkpoints."""

@@ -1,0 +1,367 @@
+"""Groups -> rows -> micro-batches -> tensors.
+
+`plan_step` runs once, in the driver, on sizes and rewards alone. It decides everything that the
+ranks must agree on: which completions are trained, with which advantage and weight, where they
+lie, and how many forward passes each rank makes. Ranks only carry it out.
+
+A row is the prompt of a group followed by several of its completions. Each completion attends to
+the prompt and to itself, and its positions continue those of the prompt, so the prompt is computed
+once for all of them and every completion sees exactly what it would see alone:
+
+    row        p0 p1 p2 | a0 a1 a2 | b0 b1
+    position    0  1  2 |  3  4  5 |  3  4
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from actors.records import GroupMeta, ScoredGroup, ScoreMeta
+from learner.config import AlgorithmConfig
+from learner.grpo import advantages, token_weights
+
+
+@dataclass(frozen=True)
+class ScoredRef:
+    """A scored group as the driver holds it: sizes, rewards, and where the tokens are.
+
+    ref: a Ray object reference to the ScoredGroup (or the ScoredGroup itself).
+    """
+
+    meta: GroupMeta
+    scores: ScoreMeta
+    ref: Any
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One completion in a row. weight: of each of its tokens in the loss of the whole step."""
+
+    completion_id: str
+    tokens: int
+    advantage: float
+    weight: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """A prompt followed by some completions of its group."""
+
+    group_id: str
+    prompt_tokens: int
+    pieces: tuple[Piece, ...]
+
+    @property
+    def completion_tokens(self) -> int:
+        return sum(piece.tokens for piece in self.pieces)
+
+    @property
+    def length(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows of one forward and backward pass; none on a rank that only keeps the others company.
+
+    chunks: in how many parts the output layer runs. The same on all ranks: under ZeRO-3 each part
+    gathers the layer's weights, a collective operation.
+    """
+
+    rows: tuple[Row, ...]
+    chunks: int
+
+    @property
+    def padded_tokens(self) -> int:
+        return len(self.rows) * max((row.length for row in self.rows), default=0)
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One optimizer step. shards[rank] has the same number of micro-batches for every rank.
+
+    trained + filtered + failed = all samples that came in. filtered: their group's rewards are all
+    equal. failed: no valid reward, no tokens, or a group with fewer than two valid rewards.
+    """
+
+    shards: tuple[tuple[MicroBatch, ...], ...]
+    trained: int
+    filtered: int
+    failed: int
+    groups_trained: int
+    groups_filtered: int
+    groups_failed: int
+    trained_tokens: int
+    row_tokens: int
+    padded_tokens: int
+
+    @property
+    def micro_batches(self) -> int:
+        return len(self.shards[0])
+
+
+@dataclass(frozen=True)
+class RowCost:
+    """Estimated work of a row of L tokens, in units of one token's matrix products: L + q * L^2.
+
+    quadratic (q): work of one token's attention to one other token, over all layers. The default
+    fits small models; a running learner derives its own from the model's shape.
+    """
+
+    quadratic: float = 1e-3
+
+    def __call__(self, length: int) -> float:
+        return length * (1.0 + self.quadratic * length)
+
+
+def plan_step(
+    groups: Sequence[tuple[GroupMeta, ScoreMeta]],
+    algorithm: AlgorithmConfig,
+    *,
+    ranks: int,
+    micro_batch_tokens: int,
+    max_tokens: int,
+    logit_chunk_tokens: int = 1024,
+    cost: RowCost | None = None,
+) -> StepPlan:
+    """Plan one optimizer step. Pure: the same input gives the same plan.
+
+    micro_batch_tokens: budget of a forward pass, rows times the longest row; a single prompt with
+    one completion that exceeds it gets a forward pass of its own. max_tokens: the longest
+    completion the run allows (the "constant" aggregation divides by it).
+
+    Raises ValueError when a group's sizes and scores do not belong together.
+    """
+    row_cost = cost if cost is not None else RowCost()
+    kept: list[tuple[GroupMeta, list[tuple[int, float]]]] = []
+    filtered = failed = groups_filtered = groups_failed = 0
+    for meta, scores in groups:
+        _check_pair(meta, scores)
+        size = len(meta.completion_ids)
+        # A completion without tokens has no action to reinforce, whatever its reward.
+        rewards = [
+            reward if tokens > 0 else None
+            for reward, tokens in zip(scores.totals, meta.completion_tokens, strict=True)
+        ]
+        values = advantages(rewards, algorithm.advantage)
+        chosen = [(i, value) for i, value in enumerate(values) if value is not None]
+        failed += size - len(chosen)
+        if not chosen:
+            groups_failed += 1
+        elif algorithm.drop_zero_variance and all(value == 0.0 for _, value in chosen):
+            filtered += len(chosen)
+            groups_filtered += 1
+        else:
+            kept.append((meta, chosen))
+
+    lengths = [meta.completion_tokens[i] for meta, chosen in kept for i, _ in chosen]
+    weights = iter(token_weights(lengths, algorithm.aggregation, max_tokens) if lengths else [])
+    rows: list[Row] = []
+    for meta, chosen in kept:
+        pieces = [
+            Piece(meta.completion_ids[i], meta.completion_tokens[i], value, next(weights))
+            for i, value in chosen
+        ]
+        rows += _rows_of_group(meta, pieces, micro_batch_tokens, row_cost)
+
+    shards = _shards(rows, ranks, micro_batch_tokens, logit_chunk_tokens, row_cost)
+    return StepPlan(
+        shards=shards,
+        trained=len(lengths),
+        filtered=filtered,
+        failed=failed,
+        groups_trained=len(kept),
+        groups_filtered=groups_filtered,
+        groups_failed=groups_failed,
+        trained_tokens=sum(lengths),
+        row_tokens=sum(row.length for row in rows),
+        padded_tokens=sum(batch.padded_tokens for shard in shards for batch in shard),
+    )
+
+
+def _check_pair(meta: GroupMeta, scores: ScoreMeta) -> None:
+    if meta.group_id != scores.group_id:
+        raise ValueError(f"group {meta.group_id} was paired with the scores of {scores.group_id}")
+    counts = (len(meta.completion_ids), len(meta.completion_tokens), len(scores.totals))
+    if len(set(counts)) != 1:
+        raise ValueError(f"group {meta.group_id}: {counts} ids, lengths and rewards differ")
+    if meta.prompt_tokens < 1:
+        raise ValueError(f"group {meta.group_id}: an empty prompt predicts nothing")
+
+
+def _rows_of_group(meta: GroupMeta, pieces: list[Piece], budget: int, cost: RowCost) -> list[Row]:
+    """Split a group into the number of rows with the least work.
+
+    Fewer rows repeat the prompt less often; longer rows pay more attention to tokens that the mask
+    then hides. Within a number of rows, the longest completions are dealt first, each to the
+    shortest row.
+    """
+    best: list[list[Piece]] = []
+    best_work = float("inf")
+    for count in range(1, len(pieces) + 1):
+        bins: list[list[Piece]] = [[] for _ in range(count)]
+        lengths = [meta.prompt_tokens] * count
+        for piece in sorted(pieces, key=lambda piece: -piece.tokens):
+            shortest = lengths.index(min(lengths))
+            bins[shortest].append(piece)
+            lengths[shortest] += piece.tokens
+        fits = all(length <= budget or len(b) == 1 for length, b in zip(lengths, bins, strict=True))
+        work = sum(cost(length) for length in lengths)
+        if fits and work < best_work:
+            best, best_work = bins, work
+    return [Row(meta.group_id, meta.prompt_tokens, tuple(pieces)) for pieces in best]
+
+
+def _shards(
+    rows: list[Row], ranks: int, budget: int, chunk_tokens: int, cost: RowCost
+) -> tuple[tuple[MicroBatch, ...], ...]:
+    """Deal the rows to the ranks by work, pack each rank's rows, level the counts."""
+    by_rank: list[list[Row]] = [[] for _ in range(ranks)]
+    work = [0.0] * ranks
+    for row in sorted(rows, key=lambda row: -row.length):
+        least = work.index(min(work))
+        by_rank[least].append(row)
+        work[least] += cost(row.length)
+
+    packed = [_pack(rank_rows, budget) for rank_rows in by_rank]
+    count = max(len(batches) for batches in packed)
+    for batches in packed:
+        batches += [()] * (count - len(batches))
+    # The output layer runs equally often on all ranks; the fullest decides how often.
+    chunks = [
+        max(
+            1,
+            *(
+                -(-sum(row.completion_tokens for row in batches[i]) // chunk_tokens)
+                for batches in packed
+            ),
+        )
+        for i in range(count)
+    ]
+    return tuple(
+        tuple(MicroBatch(batches[i], chunks[i]) for i in range(count)) for batches in packed
+    )
+
+
+def _pack(rows: list[Row], budget: int) -> list[tuple[Row, ...]]:
+    """Rows of similar length together, longest first, padding counted in the budget."""
+    batches: list[list[Row]] = []
+    for row in sorted(rows, key=lambda row: -row.length):
+        # Sorted: the first row of a batch is its longest.
+        if batches and (len(batches[-1]) + 1) * batches[-1][0].length <= budget:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return [tuple(batch) for batch in batches]
+
+
+@dataclass(frozen=True)
+class BatchTensors:
+    """One micro-batch. B rows, L tokens in the longest, T completion tokens in all rows.
+
+    input_ids_BL, position_ids_BL: int64. mask_B1LL: bool, True = query attends to key.
+    predict_T: index into the flattened B*L positions whose hidden state predicts token t;
+    target_T: that token. behaviour_T, advantage_T, weight_T: float32.
+    """
+
+    input_ids_BL: torch.Tensor
+    position_ids_BL: torch.Tensor
+    mask_B1LL: torch.Tensor
+    predict_T: torch.Tensor
+    target_T: torch.Tensor
+    behaviour_T: torch.Tensor
+    advantage_T: torch.Tensor
+    weight_T: torch.Tensor
+
+    def to(self, device: torch.device) -> BatchTensors:
+        return BatchTensors(**{name: t.to(device) for name, t in vars(self).items()})
+
+
+def build_micro_batch(rows: Sequence[Row], groups: Mapping[str, ScoredGroup]) -> BatchTensors:
+    """The tensors of some rows; without rows, one token of weight 0 that predicts itself.
+
+    Raises ValueError when a group or completion is missing or has another length than planned.
+    """
+    if not rows:
+        one = torch.zeros(1)
+        return BatchTensors(
+            input_ids_BL=torch.zeros(1, 1, dtype=torch.long),
+            position_ids_BL=torch.zeros(1, 1, dtype=torch.long),
+            mask_B1LL=torch.ones(1, 1, 1, 1, dtype=torch.bool),
+            predict_T=torch.zeros(1, dtype=torch.long),
+            target_T=torch.zeros(1, dtype=torch.long),
+            behaviour_T=one,
+            advantage_T=one,
+            weight_T=one,
+        )
+    longest = max(row.length for row in rows)
+    shape = (len(rows), longest)
+    # The value of padding is never looked at: lengths alone decide what counts.
+    input_ids_BL = torch.zeros(shape, dtype=torch.long)
+    position_ids_BL = torch.zeros(shape, dtype=torch.long)
+    # Every position attends at least to itself: a softmax over nothing would be nan.
+    mask_B1LL = torch.eye(longest, dtype=torch.bool).repeat(len(rows), 1, 1, 1)
+    predict: list[torch.Tensor] = []
+    target: list[torch.Tensor] = []
+    behaviour: list[torch.Tensor] = []
+    advantage: list[torch.Tensor] = []
+    weight: list[torch.Tensor] = []
+    for b, row in enumerate(rows):
+        if row.group_id not in groups:
+            raise ValueError(f"group {row.group_id} is planned on this rank but was not sent to it")
+        group = groups[row.group_id].group
+        by_id = {completion.id: completion for completion in group.completions}
+        prompt = row.prompt_tokens
+        if len(group.prompt.token_ids) != prompt:
+            raise ValueError(
+                f"group {row.group_id}: prompt of {len(group.prompt.token_ids)} tokens, "
+                f"{prompt} were planned"
+            )
+        input_ids_BL[b, :prompt] = torch.tensor(group.prompt.token_ids)
+        position_ids_BL[b, :prompt] = torch.arange(prompt)
+        mask_B1LL[b, 0, :prompt, :prompt] = _causal(prompt)
+        start = prompt
+        for piece in row.pieces:
+            if piece.completion_id not in by_id:
+                raise ValueError(f"completion {piece.completion_id} is not in group {row.group_id}")
+            completion = by_id[piece.completion_id]
+            n = piece.tokens
+            if len(completion.token_ids) != n:
+                raise ValueError(
+                    f"completion {completion.id}: {len(completion.token_ids)} tokens, "
+                    f"{n} were planned"
+                )
+            end = start + n
+            ids = torch.from_numpy(completion.token_ids.astype("int64"))
+            input_ids_BL[b, start:end] = ids
+            position_ids_BL[b, start:end] = torch.arange(prompt, prompt + n)
+            mask_B1LL[b, 0, start:end, :prompt] = True
+            mask_B1LL[b, 0, start:end, start:end] = _causal(n)
+            # A token is predicted by the one before it; the first of a completion by the last of
+            # the prompt, wherever in the row the completion lies.
+            before = torch.arange(start - 1, end - 1)
+            before[0] = prompt - 1
+            predict.append(b * longest + before)
+            target.append(ids)
+            behaviour.append(torch.from_numpy(completion.logprobs.astype("float32")))
+            advantage.append(torch.full((n,), piece.advantage))
+            weight.append(torch.full((n,), piece.weight))
+            start = end
+    return BatchTensors(
+        input_ids_BL=input_ids_BL,
+        position_ids_BL=position_ids_BL,
+        mask_B1LL=mask_B1LL,
+        predict_T=torch.cat(predict),
+        target_T=torch.cat(target),
+        behaviour_T=torch.cat(behaviour),
+        advantage_T=torch.cat(advantage),
+        weight_T=torch.cat(weight),
+    )
+
+
+def _causal(n: int) -> torch.Tensor:
+    return torch.ones(n, n, dtype=torch.bool).tril()

@@ -1,0 +1,168 @@
+"""Checkpoints that are either complete or ignored.
+
+    checkpoints/
+      tmp-40/            being written; removed at the next start
+      step-20/
+        hf/              the policy as a Hugging Face folder
+        deepspeed/       optimizer state, one part per rank
+        learner.json     what the learner must have in common with the run that loads it
+        state.json       the driver's own state
+        manifest.json    size of every file above
+        COMPLETE         written last
+
+The folder is on a file system that all learner ranks and the driver see.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+STATE = "state.json"
+MANIFEST = "manifest.json"
+COMPLETE = "COMPLETE"
+HF_FOLDER = "hf"
+
+
+class CheckpointError(Exception):
+    """A checkpoint cannot be written, found or used; the message says which and why."""
+
+
+class Checkpoints:
+    """The checkpoint folder of one run. One process, the driver, uses it at a time."""
+
+    def __init__(self, folder: str | Path, keep: int) -> None:
+        self.folder = Path(folder)
+        self.keep = keep
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.glob("tmp-*"):
+            shutil.rmtree(leftover)
+
+    def begin(self, step: int) -> Path:
+        """A fresh folder for the ranks to write into; `commit` makes it a checkpoint."""
+        temporary = self._temporary(step)
+        if temporary.exists():
+            shutil.rmtree(temporary)
+        temporary.mkdir()
+        return temporary
+
+    def commit(self, step: int, state: dict[str, Any]) -> Path:
+        """Add the driver's state, make everything durable, give it its name, drop old ones.
+
+        Raises CheckpointError when nothing was written for this step.
+        """
+        temporary = self._temporary(step)
+        if not temporary.is_dir() or not any(temporary.iterdir()):
+            raise CheckpointError(f"nothing was written into {temporary}")
+        _write(temporary / STATE, json.dumps(state, indent=1))
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        sizes = {path.relative_to(temporary).as_posix(): path.stat().st_size for path in files}
+        _write(temporary / MANIFEST, json.dumps(sizes, indent=1))
+        for path in files:
+            _sync(path)
+        for path in (temporary, *temporary.rglob("*")):
+            if path.is_dir():
+                _sync(path)
+
+        final = self.folder / f"step-{step}"
+        if final.exists():
+            # Only a torn one, or the same step of an earlier attempt, can be here.
+            shutil.rmtree(final)
+        os.rename(temporary, final)
+        _sync(self.folder)
+        _write(final / COMPLETE, "")
+        _sync(final)
+        self.prune()
+        return final
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint."""
+        return latest(self.folder)
+
+    def prune(self) -> None:
+        """Delete all but the newest `keep` complete checkpoints, and torn ones older than those."""
+        complete = [path for path in _by_step(self.folder) if is_complete(path)]
+        if not complete:
+            return
+        kept = complete[: self.keep]
+        for path in _by_step(self.folder):
+            if path not in kept and _step(path) < _step(complete[0]):
+                # Without its marker first: a deletion that is cut short leaves no half checkpoint.
+                (path / COMPLETE).unlink(missing_ok=True)
+                shutil.rmtree(path)
+
+    def _temporary(self, step: int) -> Path:
+        return self.folder / f"tmp-{step}"
+
+
+def latest(folder: str | Path) -> Path | None:
+    """The newest complete checkpoint in a checkpoint folder; torn ones are passed over."""
+    return next((path for path in _by_step(Path(folder)) if is_complete(path)), None)
+
+
+def is_complete(checkpoint: str | Path) -> bool:
+    """True when the marker is there and every file of the manifest has its size."""
+    checkpoint = Path(checkpoint)
+    if not (checkpoint / COMPLETE).is_file():
+        return False
+    try:
+        sizes = json.loads((checkpoint / MANIFEST).read_text())
+        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False
+
+
+def load_state(checkpoint: str | Path) -> dict[str, Any]:
+    """The driver's state as it was given to `commit`."""
+    return json.loads((Path(checkpoint) / STATE).read_text())
+
+
+def export(run_dir: str | Path, out: str | Path) -> Path:
+    """Copy the Hugging Face folder of the newest complete checkpoint of a run to `out`.
+
+    Raises CheckpointError when the run has none, or when `out` is there and not empty.
+    """
+    folder = Path(run_dir) / "checkpoints"
+    checkpoint = latest(folder)
+    if checkpoint is None:
+        raise CheckpointError(f"no complete checkpoint in {folder}")
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out} exists and is not an empty folder")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        shutil.copytree(checkpoint / HF_FOLDER, temporary)
+        # Replaces an empty folder, and nothing else.
+        os.rename(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return out
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _by_step(folder: Path) -> list[Path]:
+    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(found, key=_step, reverse=True)
+
+
+def _write(path: Path, text: str) -> None:
+    with open(path, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,289 @@
+"""All learner ranks as one object, for the driver's asyncio program."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from actors.records import WeightsInfo
+from learner.batch import RowCost, ScoredRef, StepPlan, plan_step
+from learner.checkpoint import CheckpointError
+from learner.grpo import LossStats
+from learner.worker import LearnerSpec, LearnerWorker, ModelFacts, RankResult, check_loadable
+
+# When one rank fails, the others fail in the collective operation they share with it. Their errors
+# are awaited this long, so that the first cause can be told from its consequences.
+GRACE_S = 5.0
+CONSEQUENCES = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe")
+
+
+class LearnerError(Exception):
+    """The learner cannot go on; the message names the rank, what it did, and its own error."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step. Means are over all trained tokens of all ranks.
+
+    version: optimizer steps applied so far, this one included. applied: False when the gradient
+    was not finite, or when no group was left to train on (then tokens is 0). grad_norm: before
+    clipping. k3_kl: estimate of KL(engine || learner), nats per token. logprob_abs_max: largest
+    |learner - engine| log-prob. seconds: of the slowest rank.
+    """
+
+    version: int
+    applied: bool
+    nonfinite_in_a_row: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    entropy: float
+    clip_fraction: float
+    k3_kl: float
+    logprob_abs_max: float
+    tokens: int
+    seconds: float
+    trained: int
+    filtered: int
+    failed: int
+    groups_trained: int
+    groups_filtered: int
+    groups_failed: int
+    row_tokens: int
+    padded_tokens: int
+    micro_batches: int
+
+
+def pool(
+    plan: StepPlan, results: Sequence[RankResult], version: int, nonfinite_in_a_row: int
+) -> StepResult:
+    """Pool the ranks' sums and counts. Without results, the step had nothing to train on."""
+    stats = sum((result.stats for result in results), LossStats())
+    tokens = max(stats.tokens, 1)
+    return StepResult(
+        version=version,
+        applied=bool(results) and results[0].applied,
+        nonfinite_in_a_row=nonfinite_in_a_row,
+        loss=stats.loss,
+        grad_norm=results[0].grad_norm if results else 0.0,
+        learning_rate=results[0].learning_rate if results else 0.0,
+        entropy=stats.entropy / tokens,
+        clip_fraction=stats.clipped / tokens,
+        k3_kl=stats.k3 / tokens,
+        logprob_abs_max=stats.log_ratio_abs_max,
+        tokens=stats.tokens,
+        seconds=max((result.seconds for result in results), default=0.0),
+        trained=plan.trained,
+        filtered=plan.filtered,
+        failed=plan.failed,
+        groups_trained=plan.groups_trained,
+        groups_filtered=plan.groups_filtered,
+        groups_failed=plan.groups_failed,
+        row_tokens=plan.row_tokens,
+        padded_tokens=plan.padded_tokens,
+        micro_batches=plan.micro_batches,
+    )
+
+
+class LearnerGroup:
+    """The gang of learner ranks. One call at a time; every call raises LearnerError on failure."""
+
+    def __init__(self, spec: LearnerSpec, workers: Sequence[Any], facts: ModelFacts) -> None:
+        self.spec = spec
+        self.facts = facts
+        self.version = 0
+        self.nonfinite_in_a_row = 0
+        self._workers = list(workers)
+        self._published: int | None = None
+
+    @classmethod
+    async def start(
+        cls,
+        spec: LearnerSpec,
+        actor_options: Sequence[Mapping[str, Any]],
+        timeout_s: float = 300.0,
+    ) -> LearnerGroup:
+        """Create one actor per entry of `actor_options` and join them.
+
+        spec: of any rank; rank is filled in here. actor_options: Ray options of each rank's actor.
+        timeout_s: longest wait for the actors to be placed, and again for the model to load.
+        """
+        if len(actor_options) != spec.world_size:
+            raise ValueError(
+                f"{len(actor_options)} actor options for {spec.world_size} learner ranks"
+            )
+        worker = ray.remote(LearnerWorker)
+        workers = [
+            worker.options(**options).remote(replace(spec, rank=rank))
+            for rank, options in enumerate(actor_options)
+        ]
+        try:
+            ready = [w.__ray_ready__.remote() for w in workers]
+            await _all("starting the process", ready, timeout_s)
+            [(address, port)] = await _all(
+                "opening the rendezvous", [workers[0].rendezvous.remote()], timeout_s
+            )
+            setups = [w.setup.remote(address, port) for w in workers]
+            facts = await _all("loading the model", setups, timeout_s)
+        except BaseException:
+            _kill(workers)
+            raise
+        return cls(spec, workers, facts[0])
+
+    def plan(self, groups: Sequence[ScoredRef]) -> StepPlan:
+        """How the next step would be carried out; see `plan_step`."""
+        learner = self.spec.learner
+        return plan_step(
+            [(group.meta, group.scores) for group in groups],
+            self.spec.algorithm,
+            ranks=self.spec.world_size,
+            micro_batch_tokens=learner.micro_batch_tokens,
+            max_tokens=self.spec.max_tokens,
+            logit_chunk_tokens=learner.logit_chunk_tokens,
+            cost=RowCost(self.facts.attention_work),
+        )
+
+    async def step(self, groups: Sequence[ScoredRef]) -> StepResult:
+        """One optimizer step on these groups.
+
+        A step without a group to train on, or whose gradient is not finite, changes nothing and
+        says so in its result. Raises LearnerError after `learner.max_skipped_steps` non-finite
+        steps in a row.
+        """
+        plan = self.plan(groups)
+        if plan.micro_batches == 0:
+            return pool(plan, [], self.version, self.nonfinite_in_a_row)
+        refs = {group.meta.group_id: group.ref for group in groups}
+        calls = []
+        for worker, shard in zip(self._workers, plan.shards, strict=True):
+            ids = dict.fromkeys(row.group_id for batch in shard for row in batch.rows)
+            # In a list, references arrive as references: each rank fetches its own groups.
+            calls.append(worker.step.remote(shard, [refs[group_id] for group_id in ids]))
+        results = await self._all("an optimizer step", calls)
+        if len({(result.applied, result.steps_done) for result in results}) != 1:
+            raise LearnerError(f"the learner ranks disagree on the step: {results}")
+        self.version = results[0].steps_done
+        self.nonfinite_in_a_row = 0 if results[0].applied else self.nonfinite_in_a_row + 1
+        limit = self.spec.learner.max_skipped_steps
+        if self.nonfinite_in_a_row >= limit:
+            raise LearnerError(
+                f"{self.nonfinite_in_a_row} optimizer steps in a row had a gradient that is not "
+                f"finite (learner.max_skipped_steps={limit}); the weights are those of step "
+                f"{self.version}. Lower learner.learning_rate, or look at the last rollouts"
+            )
+        return pool(plan, results, self.version, self.nonfinite_in_a_row)
+
+    async def publish(self, remote: bool = False) -> WeightsInfo:
+        """Publish the current weights; the version is the number of optimizer steps applied.
+
+        The version published before stays available; older ones are deleted. remote: also through
+        Ray's object store, for engines on other nodes.
+        """
+        keep = [] if self._published is None else [self._published]
+        calls = [w.publish.remote(self.version, keep, remote) for w in self._workers]
+        info = (await self._all("publishing the weights", calls))[0]
+        self._published = self.version
+        return info
+
+    async def logprobs(self, token_ids: Sequence[int]) -> list[float]:
+        """The learner's log-probs of tokens 1..n-1 of a sequence, at temperature 1."""
+        calls = [w.logprobs.remote(list(token_ids)) for w in self._workers]
+        return (await self._all("scoring the probe", calls))[0]
+
+    async def save(self, folder: str | Path) -> None:
+        """Write the learner's part of a checkpoint into an existing folder.
+
+        Raises LearnerError when the last step was not finite: what led to it may be in the weights.
+        """
+        if self.nonfinite_in_a_row:
+            raise LearnerError("no checkpoint is written after a step that was not finite")
+        calls = [w.save.remote(str(folder)) for w in self._workers]
+        await self._all("saving a checkpoint", calls)
+
+    async def load(self, folder: str | Path) -> int:
+        """Restore a checkpoint; returns the optimizer steps it had done.
+
+        Raises LearnerError, before anything is loaded, when the checkpoint is of another shape.
+        """
+        try:
+            check_loadable(Path(folder), self.spec)
+        except CheckpointError as error:
+            raise LearnerError(str(error)) from error
+        calls = [w.load.remote(str(folder)) for w in self._workers]
+        self.version = (await self._all("loading a checkpoint", calls))[0]
+        self.nonfinite_in_a_row = 0
+        return self.version
+
+    async def memory(self) -> list[dict[str, int]]:
+        """Peak memory of every rank, in bytes."""
+        calls = [w.memory.remote() for w in self._workers]
+        return await self._all("reading the memory use", calls)
+
+    def kill(self) -> None:
+        """End all ranks at once."""
+        _kill(self._workers)
+
+    async def _all(self, what: str, calls: Sequence[Any]) -> list[Any]:
+        return await _all(what, calls, self.spec.learner.step_timeout_s)
+
+
+async def _value(ref: Any) -> Any:
+    return await ref
+
+
+async def _all(what: str, calls: Sequence[Any], timeout_s: float) -> list[Any]:
+    """The results of one call per rank, in order; LearnerError on the first failure or timeout."""
+    tasks = [asyncio.ensure_future(_value(call)) for call in calls]
+    try:
+        _, waiting = await asyncio.wait(
+            tasks, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION
+        )
+        errors = _errors(tasks)
+        if errors and waiting:
+            await asyncio.wait(waiting, timeout=GRACE_S)
+            errors = _errors(tasks)
+        if errors:
+            rank = min(errors, key=lambda rank: _blame(errors[rank]))
+            raise LearnerError(
+                f"learner rank {rank} failed {what}: {_message(errors[rank])}"
+            ) from errors[rank]
+        if waiting:
+            late = [rank for rank, task in enumerate(tasks) if task in waiting]
+            raise LearnerError(f"learner rank(s) {late} did not finish {what} within {timeout_s} s")
+        return [task.result() for task in tasks]
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def _errors(tasks: Sequence[asyncio.Future[Any]]) -> dict[int, BaseException]:
+    errors = {}
+    for rank, task in enumerate(tasks):
+        error = task.exception() if task.done() and not task.cancelled() else None
+        if error is not None:
+            errors[rank] = error
+    return errors
+
+
+def _blame(error: BaseException) -> int:
+    """0: a cause for sure (the process died); 1: the rank's own error; 2: likely a consequence."""
+    if isinstance(error, RayActorError):
+        return 0
+    return 2 if any(word in str(error).lower() for word in CONSEQUENCES) else 1
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, RayTaskError) and error.cause is not None:
+        return f"{type(error.cause).__name__}: {error.cause}"
+    return f"{type(error).__name__}: {error}"
+
+
+def _kill(workers: Sequence[Any]) -> None:
+    for worker in workers:
+        ray.kill(worker)

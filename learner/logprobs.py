@@ -1,0 +1,184 @@
+"""Log-probabilities and entropies of chosen tokens, without ever holding all logits.
+
+Prompt positions never meet the output layer, and the output layer runs in parts: at any time the
+logits of one part exist, in the forward and in the backward pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+# Rows up to this length: on CPUs plain matrix products beat the fused kernel, whose strength is
+# that it never writes the L x L scores.
+EAGER_ROW_LENGTH = 512
+
+
+class UnsupportedModel(Exception):
+    """The architecture does something with its logits or masks that this learner does not know."""
+
+
+class PolicyModel(nn.Module):
+    """A Hugging Face causal language model as a scorer of tokens.
+
+    Always in evaluation mode, with gradients: dropout would make the learner's policy another one
+    than the engine's.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        attention: Literal["auto", "sdpa", "eager"] = "auto",
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model = model.eval()
+        self.attention = attention
+        config = model.config.get_text_config().to_dict()
+        # Gemma caps its logits, Granite divides and Cohere multiplies them; see `self_check`.
+        self.softcap: float | None = config.get("final_logit_softcapping")
+        self.logit_factor: float = (config.get("logit_scale") or 1.0) / (
+            config.get("logits_scaling") or 1.0
+        )
+        self.window: int | None = config.get("sliding_window")
+        self.layer_types = frozenset(config.get("layer_types") or ())
+        if gradient_checkpointing:
+            _enable_gradient_checkpointing(model)
+
+    def forward(
+        self,
+        input_ids_BL: torch.Tensor,
+        position_ids_BL: torch.Tensor,
+        mask_B1LL: torch.Tensor,
+        predict_T: torch.Tensor,
+        target_T: torch.Tensor,
+        temperature: float,
+        chunks: int = 1,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs of target_T, each predicted by the hidden state at predict_T, and entropies.
+
+        predict_T indexes the flattened B*L positions. Returns ([T] float32, [T] float32 without
+        gradient), in nats, of softmax(logits / temperature).
+        """
+        implementation = self._attention_for(input_ids_BL)
+        if self.model.config._attn_implementation != implementation:
+            self.model.set_attn_implementation(implementation)
+        hidden_BLH = self.model.base_model(
+            input_ids=input_ids_BL,
+            position_ids=position_ids_BL,
+            attention_mask=self._masks(mask_B1LL, position_ids_BL, implementation),
+            use_cache=False,
+        ).last_hidden_state
+        hidden_TH = hidden_BLH.flatten(0, 1).index_select(0, predict_T)
+        parts = list(
+            zip(hidden_TH.tensor_split(chunks), target_T.tensor_split(chunks), strict=True)
+        )
+        done = []
+        for i, (hidden, target) in enumerate(parts):
+            # The backward pass starts with the last part: its logits may as well stay.
+            if i < len(parts) - 1 and torch.is_grad_enabled():
+                done.append(
+                    checkpoint(self._score, hidden, target, temperature, use_reentrant=False)
+                )
+            else:
+                done.append(self._score(hidden, target, temperature))
+        return torch.cat([part[0] for part in done]), torch.cat([part[1] for part in done])
+
+    def _score(
+        self, hidden_NH: torch.Tensor, target_N: torch.Tensor, temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        logits_NV = self.model.get_output_embeddings()(hidden_NH).float()
+        if self.logit_factor != 1.0:
+            logits_NV = logits_NV * self.logit_factor
+        if self.softcap is not None:
+            logits_NV = torch.tanh(logits_NV / self.softcap) * self.softcap
+        if temperature != 1.0:
+            logits_NV = logits_NV / temperature
+        normaliser_N = logits_NV.logsumexp(-1)
+        logprobs_N = logits_NV.gather(1, target_N[:, None])[:, 0] - normaliser_N
+        with torch.no_grad():
+            probabilities_NV = (logits_NV - normaliser_N[:, None]).exp_()
+            entropy_N = normaliser_N - torch.linalg.vecdot(probabilities_NV, logits_NV)
+        return logprobs_N, entropy_N
+
+    def _attention_for(self, input_ids_BL: torch.Tensor) -> str:
+        if self.attention != "auto":
+            return self.attention
+        short = input_ids_BL.shape[1] <= EAGER_ROW_LENGTH
+        return "eager" if short and input_ids_BL.device.type == "cpu" else "sdpa"
+
+    def _masks(
+        self, mask_B1LL: torch.Tensor, position_ids_BL: torch.Tensor, implementation: str
+    ) -> torch.Tensor | dict[str, torch.Tensor]:
+        """The mask in the form the model takes: four-dimensional masks are used as they are."""
+        window = self.window
+        if window is None or int(position_ids_BL.max()) < window:
+            return self._mask(mask_B1LL, implementation)
+        # Positions count along the completion's own sequence, so their difference is the distance.
+        distance_BLL = position_ids_BL[:, :, None] - position_ids_BL[:, None, :]
+        sliding = self._mask(mask_B1LL & (distance_BLL < window)[:, None], implementation)
+        if not self.layer_types:
+            return sliding
+        masks = {
+            "full_attention": self._mask(mask_B1LL, implementation),
+            "sliding_attention": sliding,
+        }
+        return {kind: masks[kind] for kind in sorted(self.layer_types)}
+
+    def _mask(self, mask_B1LL: torch.Tensor, implementation: str) -> torch.Tensor:
+        if implementation == "sdpa":
+            return mask_B1LL
+        dtype = next(self.model.parameters()).dtype
+        bias_B1LL = torch.zeros(mask_B1LL.shape, dtype=dtype, device=mask_B1LL.device)
+        return bias_B1LL.masked_fill_(~mask_B1LL, torch.finfo(dtype).min)
+
+    @torch.no_grad()
+    def self_check(self, temperature: float) -> None:
+        """Score a shared-prompt row here and its second completion with the model's own forward.
+
+        Raises UnsupportedModel when they differ: the architecture transforms its logits in a way
+        this class does not know, or does not honour attention masks (state-space models).
+        """
+        device = next(self.model.parameters()).device
+        vocabulary = int(self.model.get_output_embeddings().weight.shape[0])
+        prompt, first, second = 4, 3, 4
+        ids = (torch.arange(1, prompt + first + second + 1, device=device) * 7919) % vocabulary
+        length = prompt + first + second
+        mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+        mask[prompt + first :, prompt : prompt + first] = False
+        position = torch.arange(length, device=device)
+        position[prompt + first :] -= first
+        predict = torch.arange(prompt + first - 1, length - 1, device=device)
+        predict[0] = prompt - 1
+        target = ids[prompt + first :]
+        ours, _ = self(ids[None], position[None], mask[None, None], predict, target, temperature)
+
+        alone = torch.cat([ids[:prompt], target])
+        logits = self.model(input_ids=alone[None], use_cache=False).logits[0, prompt - 1 : -1]
+        theirs = (logits.float() / temperature).log_softmax(-1).gather(1, target[:, None])[:, 0]
+        error = float((ours - theirs).abs().max())
+        # Log-probs of arbitrary tokens are around -10; bfloat16 keeps 8 bits of a logit.
+        limit = 1e-3 if ours.dtype == next(self.model.parameters()).dtype else 0.5
+        if not error <= limit:
+            raise UnsupportedModel(
+                f"{type(self.model).__name__}: log-probs of a shared-prompt row differ from the "
+                f"model's own by {error:.3g} (limit {limit}); this architecture scales its logits "
+                "or masks its attention in a way the learner does not support"
+            )
+
+
+def _enable_gradient_checkpointing(model: Any) -> None:
+    """Recompute decoder layers in the backward pass, with dropout still off.
+
+    transformers checkpoints only layers in training mode; the flag is set on the layers themselves
+    and not on what is inside them, where dropout is.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True

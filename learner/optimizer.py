@@ -1,0 +1,92 @@
+"""What DeepSpeed is told: its configuration, the optimizer it wraps, the learning rate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+
+from learner.config import LearnerConfig
+
+
+def lr_at(step: int, peak: float, warmup_steps: int) -> float:
+    """Learning rate of optimizer step `step`, counted from 1: linear warm-up, then constant.
+
+    The first step is above 0, step `warmup_steps` is at the peak.
+    """
+    return peak * min(1.0, step / max(1, warmup_steps))
+
+
+def deepspeed_config(
+    learner: LearnerConfig, dtype: Literal["bfloat16", "float32"]
+) -> dict[str, Any]:
+    """The DeepSpeed configuration of a run.
+
+    Master weights are float32 in every combination: the model itself in float32, a copy that
+    DeepSpeed keeps in bfloat16.
+    """
+    stage = learner.zero_stage
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        # Steps have any number of micro-batches: `step()` is the boundary.
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": learner.gradient_clip,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": None,
+        "zero_optimization": {"stage": stage, "overlap_comm": False},
+    }
+    if dtype == "bfloat16":
+        config["bf16"] = {"enabled": True}
+        # Sums of bfloat16 gradients, over micro-batches and over ranks, lose what is small.
+        config["communication_data_type"] = "fp32"
+        if stage > 0:
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
+    elif stage == 0:
+        config["gradient_clipping"] = 0.0  # ClippingAdamW does it
+    return config
+
+
+def client_optimizer(
+    parameters: Iterable[torch.nn.Parameter],
+    learner: LearnerConfig,
+    dtype: Literal["bfloat16", "float32"],
+) -> torch.optim.AdamW:
+    """The AdamW that DeepSpeed wraps, or uses as it is in float32 without ZeRO."""
+    kind = ClippingAdamW if dtype == "float32" and learner.zero_stage == 0 else torch.optim.AdamW
+    optimizer = kind(
+        parameters,
+        lr=learner.learning_rate,
+        betas=learner.adam_betas,
+        eps=learner.adam_eps,
+        weight_decay=learner.weight_decay,
+        fused=True,
+    )
+    if isinstance(optimizer, ClippingAdamW):
+        optimizer.max_norm = learner.gradient_clip
+    return optimizer
+
+
+class ClippingAdamW(torch.optim.AdamW):
+    """AdamW that clips by the global norm and leaves out a step whose norm is not finite.
+
+    In float32 without ZeRO, DeepSpeed does not look at the gradients at all. All ranks hold the
+    same, reduced gradients here, so they decide alike. DeepSpeed's engine reads `overflow` and
+    `_global_grad_norm` after each step, as it does from its own optimizers.
+    """
+
+    max_norm: float = math.inf
+    overflow: bool = False
+    _global_grad_norm: float = 0.0
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_norm)
+        self._global_grad_norm = float(norm)
+        self.overflow = not math.isfinite(self._global_grad_norm)
+        if not self.overflow:
+            super().step(closure)

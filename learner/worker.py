@@ -1,0 +1,428 @@
+"""One rank of the learner: a model under DeepSpeed ZeRO that carries out planned steps."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+from actors.process import redirect_output, start_reaper
+from actors.records import ScoredGroup, WeightsInfo
+from learner.batch import MicroBatch, build_micro_batch
+from learner.checkpoint import HF_FOLDER, CheckpointError
+from learner.config import AlgorithmConfig, LearnerConfig
+from learner.grpo import LossStats, policy_loss
+
+LEARNER_FILE = "learner.json"
+DEEPSPEED_FOLDER = "deepspeed"
+DEEPSPEED_TAG = "state"
+# What an engine or a plain transformers program needs beside the weights and config.json.
+COMPANION_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "generation_config.json",
+)
+
+
+@dataclass(frozen=True)
+class LearnerSpec:
+    """Everything a rank is built from.
+
+    model_path: a Hugging Face folder, or a hub id. temperature, max_tokens: of the rollouts.
+    threads: CPU threads of the rank. shm_dir: where rank 0 publishes weights; removed when it ends.
+    log_dir: where the rank's output goes; None leaves it with Ray's.
+    """
+
+    model_path: str
+    dtype: Literal["bfloat16", "float32"]
+    learner: LearnerConfig
+    algorithm: AlgorithmConfig
+    temperature: float
+    max_tokens: int
+    rank: int
+    world_size: int
+    device: Literal["cpu", "cuda"]
+    threads: int
+    seed: int
+    shm_dir: str
+    log_dir: str | None = None
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the driver needs to know of the model.
+
+    attention_work: work of one token's attention to one other token over all layers, relative to
+    one token's matrix products. max_positions: the longest sequence the model can place.
+    """
+
+    parameters: int
+    attention_work: float
+    max_positions: int
+
+
+@dataclass(frozen=True)
+class RankResult:
+    """What one rank saw of one step. grad_norm is global and before clipping."""
+
+    rank: int
+    stats: LossStats
+    applied: bool
+    grad_norm: float
+    learning_rate: float
+    steps_done: int
+    seconds: float
+
+
+class LearnerWorker:
+    """One rank. A plain class, to be made a Ray actor by `learner.group`.
+
+    All ranks enter every method from `setup` on together.
+    """
+
+    def __init__(self, spec: LearnerSpec) -> None:
+        # DeepSpeed reads these when it is first imported.
+        os.environ["DS_ACCELERATOR"] = spec.device
+        os.environ["RANK"] = str(spec.rank)
+        os.environ["WORLD_SIZE"] = str(spec.world_size)
+        os.environ["LOCAL_RANK"] = "0"  # Ray shows an actor only its own devices.
+        if spec.log_dir is not None:
+            redirect_output(Path(spec.log_dir) / f"learner-{spec.rank}.log")
+        if spec.rank == 0:
+            start_reaper(Path(spec.shm_dir))
+        self.spec = spec
+        self.steps_done = 0
+        self._timeout = timedelta(seconds=spec.learner.step_timeout_s)
+        self._store: Any = None
+
+    def rendezvous(self) -> tuple[str, int]:
+        """Rank 0: listen for the other ranks on a free port; returns (address, port)."""
+        import ray
+        import torch.distributed as dist
+
+        address = ray.util.get_node_ip_address() if ray.is_initialized() else "127.0.0.1"
+        # Port 0: the system picks one and it stays ours, unlike one found free and then given up.
+        self._store = dist.TCPStore(
+            "0.0.0.0", 0, self.spec.world_size, True, self._timeout, wait_for_workers=False
+        )
+        return address, self._store.port
+
+    def setup(self, address: str, port: int) -> ModelFacts:
+        """Join the other ranks at rank 0's address, load the model, build the DeepSpeed engine.
+
+        Raises UnsupportedModel when the learner cannot score this architecture correctly.
+        """
+        import torch
+        import torch.distributed as dist
+
+        spec = self.spec
+        torch.set_num_threads(spec.threads)
+        torch.manual_seed(spec.seed + spec.rank)
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = address, str(port)
+        self.device = torch.device("cpu")
+        if spec.device == "cuda":
+            self.device = torch.device("cuda", 0)
+            torch.cuda.set_device(self.device)
+        store = self._store or dist.TCPStore(address, port, spec.world_size, False, self._timeout)
+        dist.init_process_group(
+            "nccl" if spec.device == "cuda" else "gloo",
+            store=store,
+            rank=spec.rank,
+            world_size=spec.world_size,
+            timeout=self._timeout,
+        )
+        self.policy = self._load_policy()
+        parameters = sum(p.numel() for p in self.policy.parameters())
+        self.policy.self_check(spec.temperature)
+        self.engine = self._deepspeed_engine()
+        return self._facts(parameters)
+
+    def _load_policy(self) -> Any:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        from learner.logprobs import PolicyModel
+        from learner.weights import check_names
+
+        self.model_folder = _resolve(self.spec.model_path)
+        dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[self.spec.dtype]
+        self.model = AutoModelForCausalLM.from_pretrained(self.model_folder, dtype=dtype)
+        check_names(self.model)
+        learner = self.spec.learner
+        policy = PolicyModel(self.model, learner.attention, learner.gradient_checkpointing)
+        return policy.to(self.device)
+
+    def _deepspeed_engine(self) -> Any:
+        import deepspeed
+        from deepspeed.utils import logger
+
+        from learner.optimizer import client_optimizer, deepspeed_config
+
+        logger.setLevel("ERROR")
+        spec = self.spec
+        deepspeed.init_distributed(
+            "nccl" if spec.device == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
+        )
+        engine, *_ = deepspeed.initialize(
+            model=self.policy,
+            optimizer=client_optimizer(self.policy.parameters(), spec.learner, spec.dtype),
+            config=deepspeed_config(spec.learner, spec.dtype),
+            dist_init_required=False,
+        )
+        return engine
+
+    def _facts(self, parameters: int) -> ModelFacts:
+        config = self.model.config.get_text_config()
+        body = parameters - config.vocab_size * config.hidden_size
+        # Multiply-adds: one per parameter; two products of the hidden size per layer and token
+        # attended to. Softmax and mask are bound by memory and triple the time of the products.
+        attention = 3 * 2 * config.num_hidden_layers * config.hidden_size
+        return ModelFacts(parameters, attention / max(body, 1), config.max_position_embeddings)
+
+    def step(self, batches: Sequence[MicroBatch], groups: Sequence[Any]) -> RankResult:
+        """Carry out this rank's part of a planned step.
+
+        groups: the ScoredGroups of the rows in `batches`, or Ray references to them. All ranks
+        have equally many batches. The optimizer moves unless the global gradient norm is not
+        finite; then nothing changes, on any rank, and `applied` is False.
+        """
+        from learner.optimizer import lr_at
+
+        started = time.monotonic()
+        by_id = {group.group.id: group for group in self._fetch(groups)}
+        stats = LossStats()
+        for batch in batches:
+            stats += self._accumulate(batch, by_id)
+        learner = self.spec.learner
+        learning_rate = lr_at(self.steps_done + 1, learner.learning_rate, learner.warmup_steps)
+        for param_group in self.engine.optimizer.param_groups:
+            param_group["lr"] = learning_rate
+        self.engine.step()
+        applied = self.engine.was_step_applied()
+        if applied:
+            self.steps_done += 1
+        return RankResult(
+            rank=self.spec.rank,
+            stats=stats,
+            applied=applied,
+            grad_norm=float(self.engine.get_global_grad_norm()),
+            learning_rate=learning_rate,
+            steps_done=self.steps_done,
+            seconds=time.monotonic() - started,
+        )
+
+    def _fetch(self, groups: Sequence[Any]) -> list[ScoredGroup]:
+        import ray
+
+        refs = [group for group in groups if isinstance(group, ray.ObjectRef)]
+        fetched = iter(ray.get(refs, timeout=self.spec.learner.step_timeout_s) if refs else [])
+        return [next(fetched) if isinstance(g, ray.ObjectRef) else g for g in groups]
+
+    def _accumulate(self, batch: MicroBatch, by_id: dict[str, ScoredGroup]) -> LossStats:
+        """Forward and backward over one micro-batch; gradients add up in the engine."""
+        tensors = build_micro_batch(batch.rows, by_id).to(self.device)
+        logprobs_T, entropy_T = self.engine(
+            tensors.input_ids_BL,
+            tensors.position_ids_BL,
+            tensors.mask_B1LL,
+            tensors.predict_T,
+            tensors.target_T,
+            self.spec.temperature,
+            batch.chunks,
+        )
+        algorithm = self.spec.algorithm
+        loss, stats = policy_loss(
+            logprobs_T,
+            tensors.behaviour_T,
+            tensors.advantage_T,
+            tensors.weight_T,
+            algorithm.clip_low,
+            algorithm.clip_high,
+            entropy_T,
+        )
+        if not loss.isfinite():
+            # Clamps can stop a nan on its way back. It must reach the gradients: their global norm
+            # is what all ranks look at to agree on leaving the step out.
+            loss = loss * float("nan")
+        # The loss is this rank's share of a sum over ranks, DeepSpeed averages over them. This is
+        # the only scaling: the weights of the tokens hold every normaliser.
+        self.engine.backward(loss * self.spec.world_size, scale_wrt_gas=False)
+        return stats
+
+    def logprobs(self, token_ids: Sequence[int]) -> list[float]:
+        """Log-probs of tokens 1..n-1 of a sequence, float32, at temperature 1.
+
+        Raises ValueError for fewer than two tokens.
+        """
+        import torch
+
+        n = len(token_ids)
+        if n < 2:
+            raise ValueError(f"a sequence of {n} tokens has no log-probs")
+        ids = torch.tensor(token_ids, device=self.device)
+        position = torch.arange(n, device=self.device)
+        mask = torch.ones(1, 1, n, n, dtype=torch.bool, device=self.device).tril()
+        chunks = -(-(n - 1) // self.spec.learner.logit_chunk_tokens)
+        with torch.no_grad():
+            logprobs, _ = self.engine(
+                ids[None], position[None], mask, position[:-1], ids[1:], 1.0, chunks
+            )
+        return logprobs.tolist()
+
+    def publish(self, version: int, keep: Sequence[int], remote: bool) -> WeightsInfo | None:
+        """Rank 0 writes the weights into shared memory and returns where; others return None.
+
+        keep: older versions whose files stay. remote: also put the bytes into Ray's object store,
+        for engines on other nodes.
+        """
+        from learner.weights import (
+            delete_old_versions,
+            gather_named_weights,
+            version_path,
+            weight_specs,
+            write_weights,
+        )
+
+        stage = self.spec.learner.zero_stage
+        tensors = gather_named_weights(self.model, stage)
+        if self.spec.rank != 0:
+            for _ in tensors:
+                pass
+            return None
+        specs = weight_specs(self.model, stage)
+        path = version_path(self.spec.shm_dir, version)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fingerprint, nbytes = write_weights(specs, tensors, path)
+        delete_old_versions(path.parent, [version, *keep])
+        return WeightsInfo(
+            version=version,
+            names=tuple(spec.name for spec in specs),
+            fingerprint=fingerprint,
+            nbytes=nbytes,
+            path=str(path),
+            node_id=_node_id(),
+            remote=_put(path) if remote else None,
+        )
+
+    def save(self, folder: str) -> None:
+        """Write this rank's optimizer state; rank 0 also writes the Hugging Face folder."""
+        target = Path(folder)
+        saved = self.engine.save_checkpoint(
+            str(target / DEEPSPEED_FOLDER),
+            tag=DEEPSPEED_TAG,
+            client_state={"steps_done": self.steps_done},
+            save_latest=False,
+        )
+        if not saved:
+            raise CheckpointError(f"DeepSpeed did not save into {target}")
+        state = self._whole_state()
+        if self.spec.rank != 0:
+            return
+        self.model.save_pretrained(target / HF_FOLDER, state_dict=state)
+        for pattern in COMPANION_FILES:
+            for file in self.model_folder.glob(pattern):
+                if file.is_file():
+                    shutil.copy(file, target / HF_FOLDER / file.name)
+        facts = {"steps_done": self.steps_done, **_must_match(self.spec)}
+        (target / LEARNER_FILE).write_text(json.dumps(facts, indent=1))
+
+    def _whole_state(self) -> dict[str, Any]:
+        """Rank 0: a copy of all weights in main memory, tied ones sharing theirs."""
+        from learner.weights import gather_named_weights
+
+        state: dict[str, Any] = {}
+        copies: dict[int, Any] = {}
+        named = self.model.state_dict(keep_vars=True)
+        for name, tensor in gather_named_weights(self.model, self.spec.learner.zero_stage):
+            if self.spec.rank == 0:
+                identity = id(named[name])
+                if identity not in copies:
+                    copies[identity] = tensor.to("cpu", copy=True)
+                state[name] = copies[identity]
+        return state
+
+    def load(self, folder: str) -> int:
+        """Restore weights, optimizer state and step count; returns the optimizer steps done.
+
+        Raises CheckpointError, before anything is loaded, when the checkpoint was written by a
+        learner of another shape.
+        """
+        source = Path(folder)
+        check_loadable(source, self.spec)
+        path, client_state = self.engine.load_checkpoint(
+            str(source / DEEPSPEED_FOLDER), tag=DEEPSPEED_TAG, load_lr_scheduler_states=False
+        )
+        if path is None:
+            raise CheckpointError(f"DeepSpeed found nothing to load in {source}")
+        self.steps_done = int(client_state["steps_done"])
+        return self.steps_done
+
+    def memory(self) -> dict[str, int]:
+        """Peak memory of this rank's process in bytes, and of its device where it has one."""
+        import torch
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        memory = {"peak_rss_bytes": peak}
+        if self.spec.device == "cuda":
+            memory["peak_device_bytes"] = torch.cuda.max_memory_allocated(self.device)
+        return memory
+
+
+def _must_match(spec: LearnerSpec) -> dict[str, Any]:
+    """What the learner that loads a checkpoint has in common with the one that wrote it."""
+    return {
+        "learner.workers": spec.world_size,
+        "learner.zero_stage": spec.learner.zero_stage,
+        "model.dtype": spec.dtype,
+    }
+
+
+def check_loadable(checkpoint: Path, spec: LearnerSpec) -> None:
+    """Raise CheckpointError unless a learner of this spec can load the checkpoint."""
+    file = checkpoint / LEARNER_FILE
+    if not file.is_file():
+        raise CheckpointError(f"{checkpoint} holds no learner state ({LEARNER_FILE} is missing)")
+    found = json.loads(file.read_text())
+    for key, wanted in _must_match(spec).items():
+        if found[key] != wanted:
+            raise CheckpointError(
+                f"{checkpoint} was written with {key}={found[key]}, this run has {key}={wanted}: "
+                f"resume with {key}={found[key]}, or start a new run from {checkpoint / HF_FOLDER}"
+            )
+
+
+def _resolve(model_path: str) -> Path:
+    """The model's folder on this machine."""
+    path = Path(os.path.expandvars(model_path)).expanduser()
+    if path.is_dir():
+        return path
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(model_path))
+
+
+def _node_id() -> str:
+    import ray
+
+    return ray.get_runtime_context().get_node_id() if ray.is_initialized() else "local"
+
+
+def _put(path: Path) -> Any:
+    import numpy as np
+    import ray
+
+    return ray.put(np.fromfile(path, dtype=np.uint8))
