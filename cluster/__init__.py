@@ -1,0 +1,1 @@
+"""Where everything runs, and in what order: config, loop, placement, tracking, commands."""

@@ -1,0 +1,185 @@
+"""The `cohort` command."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cluster.config import SECTIONS, Config, ConfigError, all_keys, load_config
+
+EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+app = typer.Typer(
+    name="cohort",
+    help="GRPO for language models on Ray, vLLM and DeepSpeed.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigArgument = Annotated[Path, typer.Argument(help="A YAML file, e.g. from deploy/configs/.")]
+
+
+def _fail(message: str, code: int) -> typer.Exit:
+    for line in message.splitlines():
+        typer.echo(
+            f"error: {line}" if line == message.splitlines()[0] else f"       {line}", err=True
+        )
+    return typer.Exit(code)
+
+
+def _config(path: Path, overrides: list[str]) -> Config:
+    try:
+        return load_config(path, overrides)
+    except ConfigError as error:
+        raise _fail(str(error), 2) from None
+
+
+def _expecting(work: Callable[[], Any]) -> Any:
+    """Run work; turn errors that are meant for people into one message and exit code 1."""
+    from cluster.run import EXPECTED_ERRORS
+    from learner.checkpoint import CheckpointError
+    from rewards.base import RewardLoadError
+
+    try:
+        return work()
+    except ConfigError as error:
+        raise _fail(str(error), 2) from None
+    except (*EXPECTED_ERRORS, CheckpointError, RewardLoadError) as error:
+        raise _fail(str(error), 1) from None
+
+
+@app.command(context_settings=EXTRA)
+def train(context: typer.Context, config: ConfigArgument) -> None:
+    """Train. Any config key can be given after the file: `key=value` or `--key value`.
+
+    Example: cohort train deploy/configs/addition.yaml run.steps=10 actors.count=2
+    """
+    resolved = _config(config, context.args)
+
+    def work() -> int:
+        from cluster.run import run_training
+
+        return asyncio.run(run_training(resolved))
+
+    raise typer.Exit(_expecting(work))
+
+
+@app.command("eval", context_settings=EXTRA)
+def evaluate(
+    context: typer.Context,
+    target: Annotated[
+        Path,
+        typer.Argument(help="A run directory (its last checkpoint), or a config (its model.path)."),
+    ],
+    model: Annotated[
+        Path | None, typer.Option(help="A Hugging Face folder to score instead.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Also write the report as JSON here.")
+    ] = None,
+) -> None:
+    """Score a model or a checkpoint on the task's held-out prompts: greedy and pass@k."""
+
+    def work() -> Any:
+        from cluster.console import Console
+        from cluster.evaluate import checkpoint_model
+        from cluster.evaluate import evaluate as run_evaluation
+        from cluster.run import RunError
+
+        if target.is_dir():
+            if not (target / "config.yaml").is_file():
+                raise RunError(f"{target} is not a run directory: it holds no config.yaml")
+            resolved = _config(target / "config.yaml", context.args)
+            folder: Path | None = model or checkpoint_model(target)
+        else:
+            resolved = _config(target, context.args)
+            folder = model
+        with Console(1, "plain") as console:
+            return asyncio.run(run_evaluation(resolved, folder, console))
+
+    report = _expecting(work)
+    typer.echo(f"model            {report.model}")
+    typer.echo(f"held-out prompts {report.prompts}")
+    typer.echo(
+        f"greedy           solved {report.greedy_solved:.3f}  reward {report.greedy_reward:.3f}"
+    )
+    typer.echo(f"sampled x {report.samples:<6} reward {report.sampled_reward:.3f}")
+    for k, value in report.pass_at.items():
+        typer.echo(f"pass@{k:<11} {value:.3f}")
+    if report.failed_scores:
+        typer.echo(f"{report.failed_scores} scores failed and count as unsolved", err=True)
+    if output is not None:
+        output.write_text(json.dumps(asdict(report), indent=2) + "\n")
+
+
+@app.command()
+def export(
+    run_dir: Annotated[Path, typer.Argument(help="A run directory.")],
+    out: Annotated[Path, typer.Argument(help="The folder to make; must not exist or be empty.")],
+) -> None:
+    """Write the last checkpoint as a Hugging Face folder for transformers and vLLM."""
+
+    def work() -> Path:
+        from learner.checkpoint import export as export_checkpoint
+
+        return export_checkpoint(run_dir, out)
+
+    typer.echo(f"model written to {_expecting(work)}")
+
+
+@app.command(context_settings=EXTRA)
+def submit(
+    context: typer.Context,
+    config: ConfigArgument,
+    address: Annotated[
+        str,
+        typer.Option(
+            help="The job server, e.g. http://head:8265.", envvar="RAY_API_SERVER_ADDRESS"
+        ),
+    ],
+    working_dir: Annotated[
+        Path, typer.Option(help="The folder that is packed and sent; holds the config.")
+    ] = Path("."),
+    follow: Annotated[
+        bool, typer.Option(help="Stream the job's log and return its exit code.")
+    ] = True,
+) -> None:
+    """Run the same training as a Ray job on a cluster; returns the job's exit code."""
+
+    def work() -> int:
+        from cluster.submit import submit as submit_job
+
+        return submit_job(config, address, context.args, working_dir=working_dir, follow=follow)
+
+    raise typer.Exit(_expecting(work))
+
+
+@app.command()
+def keys() -> None:
+    """List every config key with its default and what it means."""
+    for dotted in all_keys():
+        section, name = dotted.split(".", 1)
+        info = Config.model_fields[section].annotation.model_fields[name]  # type: ignore[union-attr]
+        default = (
+            "(required)" if info.is_required() else info.get_default(call_default_factory=True)
+        )
+        typer.echo(f"{dotted}={default}\n    {info.description}")
+
+
+def main() -> None:
+    """Entry point of the `cohort` command."""
+    # The working folder's own modules come first, as with `python -m`.
+    sys.path.insert(0, "")
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""What a person sees while a run is going: a live view on a terminal, one line a step elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Literal, TextIO
+
+from rich.console import Console as RichConsole
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+PHASES = ("generate", "reward", "train", "sync", "wait")
+AVERAGED_STEPS = 10
+SPARKLINE_STEPS = 40
+BARS = "▁▂▃▄▅▆▇█"
+
+
+def duration(seconds: float) -> str:
+    """`45s`, `2m18s`, `3h05m`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def number(value: float | None, pattern: str) -> str:
+    """A number in this format; `-` for one that is missing."""
+    return "-" if value is None or value != value else format(value, pattern)
+
+
+def sparkline(values: list[float]) -> str:
+    """One block character a value, from the lowest (▁) to the highest (█)."""
+    if not values:
+        return ""
+    low, high = min(values), max(values)
+    if high == low:
+        return BARS[0] * len(values)
+    return "".join(BARS[int((v - low) / (high - low) * (len(BARS) - 1))] for v in values)
+
+
+def time_split(metrics: Mapping[str, Any]) -> str:
+    """`4.9 s = generate 1.9 + reward 0.1 + train 2.2 + sync 0.5 + wait 0.2`."""
+    parts = " + ".join(f"{name} {number(metrics[f'time/{name}'], '.1f')}" for name in PHASES)
+    return f"{number(metrics['time/step'], '.1f')} s = {parts}"
+
+
+def mean(values: deque[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def step_line(
+    metrics: Mapping[str, Any], total: int, average: float | None, eta_s: float | None
+) -> str:
+    """One step on one line. `metrics["step"]` counts from 0, the line from 1."""
+    width = len(str(total))
+    eta = "-" if eta_s is None else duration(eta_s)
+    return (
+        f"step {metrics['step'] + 1:>{width}}/{total}"
+        f"  reward {number(metrics['reward/mean'], '.2f')}"
+        f" (avg{AVERAGED_STEPS} {number(average, '.2f')})"
+        f"  {time_split(metrics)}"
+        f"  tokens/s {number(metrics['rollout/tokens_per_s'], '.0f')}"
+        f"  kl {number(metrics['mismatch/k3_kl'], '.4f')}"
+        f"  eta {eta}"
+    )
+
+
+class Console:
+    """Progress of a run of `total` steps. Use it as a context manager.
+
+    mode "auto" is rich on a terminal and plain otherwise (a pipe, a file, the log of a Ray job).
+    Plain output is flushed line by line, so that a log can be followed.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        mode: Literal["auto", "rich", "plain"] = "auto",
+        stream: TextIO | None = None,
+    ) -> None:
+        self._total = total
+        self._stream = stream or sys.stdout
+        self._started = time.monotonic()
+        self._rewards: deque[float] = deque(maxlen=AVERAGED_STEPS)
+        self._seconds: deque[float] = deque(maxlen=AVERAGED_STEPS)
+        self._history: deque[float] = deque(maxlen=SPARKLINE_STEPS)
+        self._last: Mapping[str, Any] | None = None
+        self._stage: tuple[str, float] | None = None
+        self._live: Live | None = None
+        if mode == "rich" or (mode == "auto" and self._stream.isatty()):
+            console = RichConsole(
+                file=self._stream, force_terminal=True if mode == "rich" else None, highlight=False
+            )
+            self._live = Live(
+                console=console, get_renderable=self._view, refresh_per_second=4, transient=False
+            )
+            self._live.start()
+
+    def __enter__(self) -> Console:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def header(self, text: str) -> None:
+        """What is about to run; may have several lines."""
+        self._print(text)
+
+    def stage(self, text: str) -> None:
+        """What start-up (or the end) is busy with; shown with the seconds it has taken so far."""
+        now = time.monotonic()
+        if self._live is None:
+            self._print(f"[{now - self._started:6.1f} s] {text}")
+            return
+        self._end_stage()
+        self._stage = (text, now)
+
+    def step(self, metrics: Mapping[str, Any]) -> None:
+        """One finished step; `metrics` has the keys of cluster.tracking.STEP_KEYS."""
+        self._end_stage()
+        reward, seconds = metrics["reward/mean"], metrics["time/step"]
+        # A step whose every group was left out has no reward; NaN is not equal to itself.
+        if reward is not None and reward == reward:
+            self._rewards.append(reward)
+            self._history.append(reward)
+        if seconds is not None:
+            self._seconds.append(seconds)
+        self._last = metrics
+        if self._live is None:
+            average = mean(self._rewards)
+            self._print(step_line(metrics, self._total, average, self._eta_s()))
+        else:
+            self._live.refresh()
+
+    def note(self, text: str) -> None:
+        """Something worth a line of its own: a warning, a restart, a checkpoint."""
+        self._print(text)
+
+    def close(self) -> None:
+        """Stop the live view; what it last showed stays on the terminal. May be called twice."""
+        self._end_stage()
+        if self._live is not None and self._live.is_started:
+            self._live.stop()
+
+    def _end_stage(self) -> None:
+        if self._stage is not None:
+            text, since = self._stage
+            self._stage = None
+            self._print(f"{text} {duration(time.monotonic() - since)}")
+
+    def _print(self, text: str) -> None:
+        if self._live is None:
+            print(text, file=self._stream, flush=True)
+        else:
+            self._live.console.print(Text(text), soft_wrap=True)
+
+    def _eta_s(self) -> float | None:
+        pace = mean(self._seconds)
+        if pace is None or self._last is None:
+            return None
+        return pace * (self._total - self._last["step"] - 1)
+
+    def _view(self) -> RenderableType:
+        lines: list[RenderableType] = []
+        if self._last is not None:
+            done, eta = self._last["step"] + 1, self._eta_s()
+            row = Table.grid(padding=(0, 2))
+            row.add_row(
+                f"step {done}/{self._total}",
+                ProgressBar(total=self._total, completed=done, width=40),
+                f"eta {'-' if eta is None else duration(eta)}",
+            )
+            lines = [
+                row,
+                Text(
+                    f"reward {number(self._last['reward/mean'], '.2f')}"
+                    f" (avg{AVERAGED_STEPS} {number(mean(self._rewards), '.2f')})"
+                    f"  {sparkline(list(self._history))}"
+                ),
+                Text(time_split(self._last)),
+                Text(
+                    f"tokens/s {number(self._last['rollout/tokens_per_s'], '.0f')}"
+                    f"  kl {number(self._last['mismatch/k3_kl'], '.4f')}"
+                    f"  truncated {number(self._last['rollout/truncated_fraction'], '.0%')}"
+                    f"  staleness {number(self._last['async/staleness_mean'], '.1f')}"
+                ),
+            ]
+        # Read once: the refresh thread renders while the main thread ends a stage.
+        stage = self._stage
+        if stage is not None:
+            text, since = stage
+            elapsed = duration(time.monotonic() - since)
+            lines.append(Spinner("dots", Text(f"{text} {elapsed}")))
+        return Group(*lines)

@@ -1,0 +1,143 @@
+"""`cohort eval`: how well a model or a checkpoint does on the task's held-out prompts."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from actors.records import Failure, SamplingSpec, ScoreMeta, derive_seed
+from actors.rollout import Request
+from cluster.config import Config
+from cluster.console import Console
+from cluster.placement import plan
+from cluster.run import RunError, connect, make_pool, make_rewards, prepare, shut_down
+from learner.checkpoint import latest
+
+
+@dataclass(frozen=True)
+class Report:
+    """Scores on held-out prompts. pass_at: k -> unbiased estimate from `samples` each."""
+
+    model: str
+    prompts: int
+    samples: int
+    greedy_reward: float
+    greedy_solved: float
+    sampled_reward: float
+    pass_at: dict[int, float]
+    failed_scores: int
+
+
+def pass_at_k(samples: int, solved: int, k: int) -> float:
+    """Chance that at least one of k samples is right, without bias: 1 - C(n-c, k) / C(n, k).
+
+    n samples, c of them solved. Chen et al. 2021 (arXiv 2107.03374), equation 1.
+    """
+    if samples - solved < k:
+        return 1.0
+    return 1.0 - math.comb(samples - solved, k) / math.comb(samples, k)
+
+
+def checkpoint_model(run_dir: Path) -> Path:
+    """The Hugging Face folder inside a run's last complete checkpoint."""
+    checkpoint = latest(run_dir / "checkpoints")
+    if checkpoint is None:
+        raise RunError(f"{run_dir} holds no complete checkpoint")
+    return checkpoint / "hf"
+
+
+async def evaluate(config: Config, model: Path | None, console: Console) -> Report:
+    """Generate and score held-out prompts: once greedily, and group_size samples each.
+
+    model: a Hugging Face folder to use in place of model.path.
+    """
+    import ray
+
+    if model is not None:
+        changed = config.model.model_copy(update={"path": str(model)})
+        config = config.model_copy(update={"model": changed})
+    prepared = prepare(config)
+    task = prepared.task
+    count = min(config.task.eval_prompts, task.eval_size())
+    if not count:
+        raise RunError(f"task {config.task.name} has no held-out prompts")
+    rows = [task.eval_row(index) for index in range(count)]
+    prompts = [prepared.renderer.render(row, 0) for row in rows]
+    samples = config.task.group_size
+    console.stage("starting Ray")
+    placement = plan(config, connect(config), prepared.parameters)
+    # No run directory here: engine logs live as long as they may be needed for an error message.
+    log_dir = Path(tempfile.mkdtemp(prefix="cohort-eval-"))
+    pool = make_pool(prepared, placement, log_dir, prepared.model_path)
+    rewards = make_rewards(prepared, placement)
+    try:
+        console.stage(f"starting {config.actors.count} engine(s)")
+        await asyncio.gather(
+            pool.start(config.cluster.start_timeout_s, serve_loaded=True),
+            rewards.check(config.cluster.start_timeout_s),
+        )
+        console.stage(f"{count} held-out prompts, greedy and {samples} samples each")
+        requests = [
+            Request(
+                f"{kind}:{prompt.id}",
+                prompt,
+                SamplingSpec(
+                    max_tokens=config.actors.max_tokens,
+                    temperature=config.actors.temperature,
+                    n=1 if kind == "greedy" else samples,
+                    seed=derive_seed(config.run.seed, "eval", prompt.id),
+                ),
+                greedy=kind == "greedy",
+            )
+            for prompt in prompts
+            for kind in ("greedy", "sampled")
+        ]
+        tasks = await pool.generate(requests)
+        scores = await asyncio.gather(*(_score(rewards, task) for task in tasks))
+    finally:
+        await shut_down(pool, rewards, None)
+        ray.shutdown()
+    shutil.rmtree(log_dir, ignore_errors=True)
+    greedy, sampled = scores[0::2], scores[1::2]
+    return _report(config, greedy, sampled, samples)
+
+
+async def _score(rewards: Any, generating: Any) -> ScoreMeta:
+    meta, group = await generating
+    if isinstance(meta, Failure):
+        raise RunError(f"{meta.what}: {meta.message}")
+    scores, _ = await rewards.score(group)
+    if isinstance(scores, Failure):
+        raise RunError(f"{scores.what}: {scores.message}")
+    return scores
+
+
+def _report(
+    config: Config, greedy: list[ScoreMeta], sampled: list[ScoreMeta], samples: int
+) -> Report:
+    bar = config.task.solved_at
+    # A score that failed counts as unsolved and is reported; None that means "does not apply" is
+    # left out of the mean reward.
+    greedy_totals = [item.totals[0] for item in greedy]
+    sampled_totals = [total for item in sampled for total in item.totals]
+    solved = [sum(t is not None and t >= bar for t in item.totals) for item in sampled]
+    ks = sorted({1, *(k for k in (2, 4, 8, 16, 32, 64) if k <= samples), samples})
+    return Report(
+        model=config.model.path,
+        prompts=len(greedy),
+        samples=samples,
+        greedy_reward=_mean([t for t in greedy_totals if t is not None]),
+        greedy_solved=_mean([float(t is not None and t >= bar) for t in greedy_totals]),
+        sampled_reward=_mean([t for t in sampled_totals if t is not None]),
+        pass_at={k: _mean([pass_at_k(samples, c, k) for c in solved]) for k in ks},
+        failed_scores=sum(len(item.errors) for item in (*greedy, *sampled)),
+    )
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else math.nan

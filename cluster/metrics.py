@@ -1,0 +1,163 @@
+"""From what happened in a step to the numbers that describe it. Pure functions."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from cluster.stream import Batch
+from learner.group import StepResult
+
+
+@dataclass
+class Counters:
+    """Samples (completions) over the whole run; nothing may get lost between them."""
+
+    admitted: int = 0
+    trained: int = 0
+    filtered: int = 0
+    failed: int = 0
+    skipped_steps: int = 0
+    group_size: int = 0
+    # Accounted for by the runs that this one continues.
+    before: int = 0
+
+    def add(self, batch: Batch, result: StepResult) -> None:
+        """Account for every sample of a step."""
+        self.trained += result.trained
+        self.filtered += result.filtered
+        lost = len(batch.failures) * self.group_size
+        self.failed += result.failed + lost
+        self.admitted += result.trained + result.filtered + result.failed + lost
+        self.skipped_steps += not result.applied and result.trained > 0
+
+    def check(self, admitted_now: int, in_flight: int) -> None:
+        """Raise AssertionError when samples were lost: admitted = accounted for + in flight.
+
+        admitted_now: samples admitted since this process started.
+        """
+        accounted = self.trained + self.filtered + self.failed - self.before
+        if admitted_now != accounted + in_flight:
+            raise AssertionError(
+                f"samples do not add up: {admitted_now} admitted, {accounted} accounted for, "
+                f"{in_flight} in flight"
+            )
+
+    def as_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+    @classmethod
+    def resumed(cls, saved: dict[str, int]) -> Counters:
+        """Counters that go on from a checkpoint's."""
+        counters = cls(**saved)
+        counters.before = counters.trained + counters.filtered + counters.failed
+        return counters
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Seconds of one step; what is none of the named parts is waiting and bookkeeping."""
+
+    step: float
+    generate: float
+    reward: float
+    train: float
+    sync: float
+
+    @property
+    def wait(self) -> float:
+        return max(0.0, self.step - self.generate - self.reward - self.train - self.sync)
+
+
+def reward_errors(batch: Batch) -> tuple[float, str]:
+    """Share of scores that failed in a step, and the first failure in words."""
+    scores = errors = 0
+    example = ""
+    for group in batch.groups:
+        scores += len(group.scores.totals) * len(group.scores.by_function)
+        errors += len(group.scores.errors)
+        if group.scores.errors and not example:
+            first = group.scores.errors[0]
+            example = f"{first.function} {first.cause}: {first.message}"
+    for failure in batch.failures:
+        if "scored" in failure.what or failure.what.startswith("score "):
+            scores, errors = scores + 1, errors + 1
+            example = example or f"{failure.what}: {failure.message}"
+    return (errors / scores if scores else 0.0), example
+
+
+def step_metrics(
+    batch: Batch,
+    result: StepResult,
+    times: StepTimes,
+    counters: Counters,
+    version: int,
+    probe_gap: float,
+) -> dict[str, Any]:
+    """One row of metrics.jsonl. Means are over completions of the whole step, never of means."""
+    rewards = [r for group in batch.groups for r in group.scores.totals if r is not None]
+    tokens = sum(sum(group.meta.completion_tokens) for group in batch.groups)
+    truncated = [flag for group in batch.groups for flag in group.meta.truncated]
+    # The step trains version `trained_version`; every optimizer step makes a new one.
+    trained_version = version - result.applied
+    staleness = [trained_version - group.meta.weight_versions[0] for group in batch.groups]
+    metrics: dict[str, Any] = {
+        "step": batch.step,
+        "reward/mean": _mean(rewards),
+        "reward/std": _std(rewards),
+        "reward/zero_variance_fraction": _mean([_same(g.scores.totals) for g in batch.groups]),
+        "rollout/completion_tokens": _mean(
+            [count for group in batch.groups for count in group.meta.completion_tokens]
+        ),
+        "rollout/tokens_per_s": tokens / batch.generation_wall_s,
+        "rollout/truncated_fraction": _mean(truncated),
+        "learner/loss": result.loss,
+        "learner/grad_norm": result.grad_norm,
+        "learner/entropy": result.entropy,
+        "learner/clip_fraction": result.clip_fraction,
+        "learner/learning_rate": result.learning_rate,
+        "learner/tokens_per_s": result.tokens / times.train,
+        "learner/skipped_steps": counters.skipped_steps,
+        "mismatch/k3_kl": result.k3_kl,
+        "mismatch/logprob_abs_max": result.logprob_abs_max,
+        "mismatch/probe_gap": probe_gap,
+        "async/staleness_mean": _mean(staleness),
+        "async/staleness_max": max(staleness),
+        "weights/version": version,
+        "time/step": times.step,
+        "time/generate": times.generate,
+        "time/reward": times.reward,
+        "time/train": times.train,
+        "time/sync": times.sync,
+        "time/wait": times.wait,
+        "samples/admitted": counters.admitted,
+        "samples/trained": counters.trained,
+        "samples/filtered": counters.filtered,
+        "samples/failed": counters.failed,
+    }
+    for name in batch.groups[0].scores.by_function:
+        values = [
+            value
+            for group in batch.groups
+            for value in group.scores.by_function[name]
+            if value is not None
+        ]
+        metrics[f"reward/{name}"] = _mean(values)
+    return metrics
+
+
+def _same(totals: tuple[float | None, ...]) -> bool:
+    valid = [total for total in totals if total is not None]
+    return len(set(valid)) <= 1
+
+
+def _mean(values: list[Any]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+def _std(values: list[float]) -> float:
+    if not values:
+        return math.nan
+    mean = _mean(values)
+    return math.sqrt(_mean([(value - mean) ** 2 for value in values]))

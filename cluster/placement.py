@@ -1,0 +1,152 @@
+"""Which resources a run needs, whether the machines have them, and what each actor may use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from cluster.config import Config
+
+GIB = 1024**3
+Device = Literal["cpu", "cuda"]
+
+# On CPU machines an engine and a learner rank share cores by taking turns, so the two reservations
+# of a core add up to one: at most one engine and one rank per core, wherever Ray puts them.
+CPU_ENGINE, CPU_RANK = 0.6, 0.4
+# What a process takes beside weights and caches, as measured on the pinned stack.
+ENGINE_OVERHEAD = int(1.6 * GIB)
+RANK_OVERHEAD = int(1.3 * GIB)
+REWARD_OVERHEAD = int(0.25 * GIB)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the machines have: cores, GPUs, bytes of memory that can be used."""
+
+    cpus: float
+    gpus: float
+    memory: int
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Ray options of each kind of actor."""
+
+    device: Device
+    rollout: dict[str, Any]
+    learner: dict[str, Any]
+    reward: dict[str, Any]
+
+
+class PlacementError(Exception):
+    """The machines cannot hold the run; the message names the keys to change."""
+
+
+def this_machine() -> Resources:
+    """Resources of the machine this process runs on."""
+    import os
+
+    import psutil
+    import torch
+
+    return Resources(
+        cpus=len(os.sched_getaffinity(0)),
+        gpus=torch.cuda.device_count(),
+        memory=psutil.virtual_memory().available,
+    )
+
+
+def connected_cluster() -> Resources:
+    """Resources of the Ray cluster this driver is connected to."""
+    import ray
+
+    found = ray.cluster_resources()
+    return Resources(
+        cpus=found.get("CPU", 0), gpus=found.get("GPU", 0), memory=int(found.get("memory", 0))
+    )
+
+
+def plan(config: Config, have: Resources, parameters: int) -> Placement:
+    """Decide each actor's resources, or say at once what is missing.
+
+    parameters: of the model. Raises PlacementError with needed and available, and the keys that
+    change it: Ray itself would wait for ever, silently.
+    """
+    device = config.cluster.device
+    if device == "auto":
+        device = "cuda" if have.gpus else "cpu"
+    count, ranks = config.actors.count, config.learner.workers
+    problems = []
+    if device == "cpu":
+        if count > have.cpus:
+            problems.append(
+                f"actors.count={count}: a CPU engine needs a core of its own, and there are "
+                f"{have.cpus:g}"
+            )
+        if ranks > have.cpus:
+            problems.append(
+                f"learner.workers={ranks}: a rank needs a core of its own, and there are "
+                f"{have.cpus:g}"
+            )
+        if config.actors.tensor_parallel > 1:
+            problems.append("actors.tensor_parallel: needs GPUs; set it to 1 on CPU machines")
+        need = memory_needed(config, parameters)
+        total = sum(need.values())
+        if not problems and total > have.memory:
+            table = ", ".join(f"{what} {size / GIB:.1f}" for what, size in need.items())
+            problems.append(
+                f"memory: needs about {total / GIB:.1f} GiB ({table}), and "
+                f"{have.memory / GIB:.1f} GiB are available; lower actors.count, "
+                "actors.kv_cache_gib or learner.workers"
+            )
+        placement = Placement(
+            device,
+            rollout={"num_cpus": CPU_ENGINE},
+            learner={"num_cpus": CPU_RANK},
+            reward={"num_cpus": 0},
+        )
+    else:
+        gpus = count * config.actors.tensor_parallel + ranks
+        if gpus > have.gpus:
+            problems.append(
+                f"GPUs: needs {gpus} (actors.count={count} x actors.tensor_parallel="
+                f"{config.actors.tensor_parallel} + learner.workers={ranks}), and there are "
+                f"{have.gpus:g}"
+            )
+        cpus = count + ranks + config.rewards.workers
+        if cpus > have.cpus:
+            problems.append(
+                f"CPUs: needs {cpus} (actors.count + learner.workers + rewards.workers), and "
+                f"there are {have.cpus:g}"
+            )
+        placement = Placement(
+            device,
+            rollout={"num_cpus": 1, "num_gpus": config.actors.tensor_parallel},
+            learner={"num_cpus": 1, "num_gpus": 1},
+            reward={"num_cpus": 1},
+        )
+    if problems:
+        raise PlacementError("not enough resources:\n" + "\n".join(problems))
+    return placement
+
+
+def memory_needed(config: Config, parameters: int) -> dict[str, int]:
+    """Estimated bytes of host memory on CPU machines, by kind of process.
+
+    An engine holds its weights twice (plain and packed) and its key-value cache; the learner holds
+    weights and gradients and, in float32, master weights and two moments, the latter three divided
+    over the ranks from ZeRO stage 1 on, gradients from 2, weights from 3.
+    """
+    width = 2 if config.model.dtype == "bfloat16" else 4
+    engine = parameters * width * 2 + int(config.actors.kv_cache_gib * GIB) + ENGINE_OVERHEAD
+    ranks, stage = config.learner.workers, config.learner.zero_stage
+    optimizer = 12 * parameters / (ranks if stage >= 1 else 1)
+    gradients = 4 * parameters / (ranks if stage >= 2 else 1)
+    weights = width * parameters / (ranks if stage >= 3 else 1)
+    rank = int(optimizer + gradients + weights) + RANK_OVERHEAD
+    return {
+        "engines": engine * config.actors.count,
+        "learner": rank * ranks,
+        "rewards": REWARD_OVERHEAD * config.rewards.workers,
+        "published weights": 2 * width * parameters,
+    }

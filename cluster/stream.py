@@ -1,0 +1,136 @@
+"""GroupStream: prompts in, scored groups out, oldest step first.
+
+It admits prompts for a step, lets actors and reward workers turn them into scored groups in the
+background, and hands them over step by step. How far ahead of the learner it may admit is the
+whole difference between synchronous and overlapped training.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from actors.pool import RolloutPool
+from actors.records import Failure, GroupMeta, Prompt, SamplingSpec, ScoreMeta, derive_seed
+from actors.rollout import Request
+from cluster.config import Config
+from learner.batch import ScoredRef
+from rewards.pool import RewardPool
+from rewards.tasks import Taken
+
+
+@dataclass(frozen=True)
+class _Produced:
+    """What became of one admitted prompt, and when its completions and its scores were there."""
+
+    outcome: ScoredRef | Failure
+    generated_at: float
+    scored_at: float
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The scored groups of one step.
+
+    cursor: where the next step's prompts begin. generate_s, reward_s: seconds the learner waited
+    for each. generation_wall_s: from admission to the last completion.
+    """
+
+    step: int
+    cursor: int
+    groups: list[ScoredRef]
+    failures: list[Failure]
+    generate_s: float
+    reward_s: float
+    generation_wall_s: float
+
+
+class GroupStream:
+    """Admits prompts, hands over scored groups.
+
+    draw: cursor -> the next step's prompts and the cursor after them; a pure function, so that a
+    resumed run draws the same prompts. cursor: where the run stands in the training sequence.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        draw: Callable[[int], Taken],
+        pool: RolloutPool,
+        rewards: RewardPool,
+        first_step: int,
+        cursor: int,
+    ) -> None:
+        self._config = config
+        self._draw = draw
+        self._pool = pool
+        self._rewards = rewards
+        self._steps: dict[int, list[asyncio.Task[_Produced]]] = {}
+        self._started: dict[int, float] = {}
+        self._cursors: dict[int, int] = {}
+        self._next = first_step
+        self.cursor = cursor
+        self.admitted = 0
+
+    async def admit(self, until_step: int) -> None:
+        """Start on the prompts of every step up to and including `until_step`."""
+        while self._next <= until_step:
+            step, self._next = self._next, self._next + 1
+            taken = self._draw(self.cursor)
+            self.cursor = taken.cursor
+            requests = [self._request(step, prompt) for prompt in taken.prompts]
+            self._cursors[step] = taken.cursor
+            self._started[step] = time.monotonic()
+            generating = await self._pool.generate(requests)
+            self._steps[step] = [asyncio.create_task(self._score(task)) for task in generating]
+            self.admitted += len(requests) * self._config.task.group_size
+
+    def _request(self, step: int, prompt: Prompt) -> Request:
+        sampling = SamplingSpec(
+            max_tokens=self._config.actors.max_tokens,
+            temperature=self._config.actors.temperature,
+            n=self._config.task.group_size,
+            seed=derive_seed(self._config.run.seed, "rollout", step, prompt.id),
+        )
+        return Request(f"{step}:{prompt.id}", prompt, sampling)
+
+    async def _score(self, generating: asyncio.Task[Any]) -> _Produced:
+        meta, group = await generating
+        generated_at = time.monotonic()
+        if isinstance(meta, Failure):
+            return _Produced(meta, generated_at, generated_at)
+        assert isinstance(meta, GroupMeta)
+        scores, scored = await self._rewards.score(group)
+        now = time.monotonic()
+        if not isinstance(scores, ScoreMeta):
+            return _Produced(scores, generated_at, now)
+        return _Produced(ScoredRef(meta, scores, scored), generated_at, now)
+
+    async def take(self, step: int) -> Batch:
+        """Wait for every group of a step. A group that failed is a Failure in the batch."""
+        waited_from = time.monotonic()
+        produced = await asyncio.gather(*self._steps.pop(step))
+        generated = max(item.generated_at for item in produced)
+        scored = max(item.scored_at for item in produced)
+        return Batch(
+            step=step,
+            cursor=self._cursors.pop(step),
+            groups=[item.outcome for item in produced if isinstance(item.outcome, ScoredRef)],
+            failures=[item.outcome for item in produced if isinstance(item.outcome, Failure)],
+            generate_s=max(0.0, generated - waited_from),
+            reward_s=max(0.0, scored - max(generated, waited_from)),
+            generation_wall_s=max(1e-6, generated - self._started.pop(step)),
+        )
+
+    @property
+    def in_flight(self) -> int:
+        """Completions admitted and not yet handed over."""
+        return sum(map(len, self._steps.values())) * self._config.task.group_size
+
+    def cancel(self) -> None:
+        """Give up what is in flight; a resumed run generates it again, from the same seeds."""
+        for task in (task for tasks in self._steps.values() for task in tasks):
+            task.cancel()
