@@ -83,7 +83,7 @@ class Engine:
         Raises whatever vLLM raises; the reason is in the child's output.
         """
         # Read by vLLM in this process and in the children it spawns.
-        os.environ["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "spawn"
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
         os.environ["VLLM_NO_USAGE_STATS"] = "1"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         options: dict[str, Any] = {}
@@ -154,14 +154,18 @@ class Engine:
     async def add(
         self, request_id: str, token_ids: tuple[int, ...], spec: SamplingSpec, greedy: bool = False
     ) -> Any:
-        """Hand one group to the scheduler; returns what `finish` waits on."""
+        """Hand one group to the scheduler; returns what `finish` waits on.
+
+        Raises ValueError when the request itself is wrong (a prompt beyond the context).
+        """
+        from vllm.exceptions import VLLMClientError
         from vllm.inputs import TokensPrompt
 
-        return await self._llm.add_request(
-            request_id,
-            TokensPrompt(prompt_token_ids=list(token_ids)),
-            self._sampling(spec, greedy),
-        )
+        prompt = TokensPrompt(prompt_token_ids=list(token_ids))
+        try:
+            return await self._llm.add_request(request_id, prompt, self._sampling(spec, greedy))
+        except VLLMClientError as error:
+            raise ValueError(f"{request_id}: {error}") from error
 
     async def finish(self, queue: Any, seed: int) -> list[RawSample]:
         """Wait until every completion of a group is done."""

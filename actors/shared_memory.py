@@ -31,6 +31,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     VocabParallelEmbedding,
 )
 from vllm.model_executor.model_loader.reload.layerwise import (
+    LOADING_LAYERS,
+    _place_kernel_tensors,
     finalize_layerwise_reload,
     get_layerwise_info,
     initialize_layerwise_reload,
@@ -62,8 +64,7 @@ class SharedMemoryEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._expected: frozenset[str] | None = None
-        self._loading = False
+        self._loaded_before: dict[str, tuple[int, ...]] = {}
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         del init_info
@@ -84,7 +85,8 @@ class SharedMemoryEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         """
         with safe_open(update_info.path, framework="pt") as file:
             names = list(file.keys())
-            self._check_names(update_info, frozenset(names))
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+            self._check(update_info, shapes)
             if update_info.fingerprint:
                 found = fingerprint(update_info.path)
                 if found != update_info.fingerprint:
@@ -96,26 +98,32 @@ class SharedMemoryEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             try:
                 self.model.load_weights(_tensors(file, names))
                 missing = _not_loaded(self.model)
-            finally:
-                # Puts old tensors back where nothing arrived: a mixture, but a defined one.
+                if missing:
+                    raise ValueError(
+                        "the update gave no weights to these layers: " + ", ".join(missing[:8])
+                    )
                 finalize_layerwise_reload(self.model, self.model_config)
-            if missing:
-                raise ValueError(
-                    "the update gave no weights to these layers: " + ", ".join(missing[:8])
-                )
+            except BaseException:
+                _abandon(self.model)
+                raise
             _repack_tied_head(self.model)
-        self._expected = frozenset(names)
+        self._loaded_before = shapes
 
-    def _check_names(self, update_info: UpdateInfo, names: frozenset[str]) -> None:
+    def _check(self, update_info: UpdateInfo, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Compare with what the sender says is there, and with the last update that worked."""
+        names = frozenset(shapes)
         for what, wanted in (
             ("published", frozenset(update_info.names)),
-            ("loaded before", self._expected),
+            ("loaded before", frozenset(self._loaded_before)),
         ):
             if wanted and names != wanted:
                 raise ValueError(
                     f"the names in {update_info.path} differ from those {what}: "
                     f"missing {sorted(wanted - names)[:5]}, unexpected {sorted(names - wanted)[:5]}"
                 )
+        for name, shape in self._loaded_before.items():
+            if shapes[name] != shape:
+                raise ValueError(f"{name} has shape {shapes[name]}, loaded before was {shape}")
 
     def finish_weight_update(self) -> None:
         """Nothing left to do: receive_weights loads and finalises in one go."""
@@ -159,6 +167,20 @@ def _not_loaded(model: torch.nn.Module) -> list[str]:
         if info.load_numel < wanted:
             missing.append(f"{name or type(layer).__name__} ({info.load_numel} of {wanted})")
     return missing
+
+
+def _abandon(model: torch.nn.Module) -> None:
+    """End a failed reload: layers that were not complete get their old tensors back.
+
+    The model is then a mixture of two versions, which must not serve, but the next full update
+    finds every layer ready to be loaded.
+    """
+    for layer in model.modules():
+        info = get_layerwise_info(layer)
+        if info.can_load():
+            _place_kernel_tensors(layer, info)
+            info.reset()
+    LOADING_LAYERS.clear()
 
 
 def _tied_pairs(

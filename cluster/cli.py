@@ -45,6 +45,7 @@ def _config(path: Path, overrides: list[str]) -> Config:
 def _expecting(work: Callable[[], Any]) -> Any:
     """Run work; turn errors that are meant for people into one message and exit code 1."""
     from cluster.run import EXPECTED_ERRORS
+    from cluster.submit import SubmitError
     from learner.checkpoint import CheckpointError
     from rewards.base import RewardLoadError
 
@@ -52,7 +53,7 @@ def _expecting(work: Callable[[], Any]) -> Any:
         return work()
     except ConfigError as error:
         raise _fail(str(error), 2) from None
-    except (*EXPECTED_ERRORS, CheckpointError, RewardLoadError) as error:
+    except (*EXPECTED_ERRORS, CheckpointError, RewardLoadError, SubmitError) as error:
         raise _fail(str(error), 1) from None
 
 
@@ -167,11 +168,10 @@ def keys() -> None:
     """List every config key with its default and what it means."""
     for dotted in all_keys():
         section, name = dotted.split(".", 1)
-        info = Config.model_fields[section].annotation.model_fields[name]  # type: ignore[union-attr]
-        default = (
-            "(required)" if info.is_required() else info.get_default(call_default_factory=True)
-        )
-        typer.echo(f"{dotted}={default}\n    {info.description}")
+        info = SECTIONS[section].model_fields[name]
+        default = info.get_default(call_default_factory=True)
+        shown = "(required)" if info.is_required() else default
+        typer.echo(f"{dotted}={shown}\n    {info.description}")
 
 
 def main() -> None:

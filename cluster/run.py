@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,13 +34,12 @@ from cluster.tracking import Tracker, write_atomically
 from learner.checkpoint import Checkpoints, latest, load_state
 from learner.group import LearnerError, LearnerGroup
 from learner.worker import LearnerSpec
-from rewards.base import load_function
 from rewards.pool import RewardPool
 from rewards.tasks import (
     PromptRenderer,
+    Taken,
     Task,
     TaskError,
-    Taken,
     load_task,
     sample_rows,
     split_overlong,
@@ -47,6 +47,7 @@ from rewards.tasks import (
 )
 from rewards.worker import RewardActor, RewardSpec, reward_specs
 
+CONNECT_TIMEOUT_S = 10
 PROBE_TOKENS = 64
 PROBE_TOLERANCE = {"bfloat16": 0.15, "float32": 0.002}
 
@@ -96,8 +97,8 @@ def prepare(config: Config) -> Prepared:
         raise RunError(f"model.path={path}: its tokenizer cannot be loaded: {error}") from error
     task = load_task(config.task, config.run.seed)
     specs = reward_specs(task, config.rewards)
-    for spec in specs:
-        load_function(spec.path)
+    # Loads every function in a child process, as the reward actors will: a wrong path ends here.
+    RewardActor(specs, config.rewards.timeout_s).close()
     longest_allowed = (config.model.max_length or context) - config.actors.max_tokens
     if config.model.max_length and config.model.max_length > context:
         raise RunError(
@@ -212,11 +213,27 @@ def first_probe(prepared: Prepared) -> list[int]:
     return ids[: min(PROBE_TOKENS, prepared.max_length - 1)]
 
 
+def ray_address(config: Config) -> str | None:
+    """The cluster to join; None for a Ray of our own."""
+    return config.cluster.address or os.environ.get("RAY_ADDRESS")
+
+
+def check_reachable(address: str) -> None:
+    """Raise RunError when nobody answers at host:port; Ray itself would try for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise RunError(f"cluster.address={address}: cannot connect to Ray: {error}") from error
+
+
 def connect(config: Config) -> Resources:
     """Join the Ray cluster, or start a Ray of our own on this machine; what it offers."""
     import ray
 
-    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    address = ray_address(config)
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     # Ray reports how it is used to its makers unless told not to.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -317,7 +334,10 @@ async def run_training(config: Config) -> int:
     Raises one of EXPECTED_ERRORS when the run cannot start or go on.
     """
     prepared = prepare(config)
-    if not (config.cluster.address or os.environ.get("RAY_ADDRESS")):
+    # What can be known to fail is said before anything is written.
+    if address := ray_address(config):
+        check_reachable(address)
+    else:
         plan(config, this_machine(), prepared.parameters)
     folder = claim_run_dir(config)
     console = Console(config.run.steps, config.tracking.console)

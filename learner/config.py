@@ -80,6 +80,8 @@ class AlgorithmConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _apply_preset(cls, given: Any) -> Any:
-        if isinstance(given, dict) and given.get("preset", "cohort") in PRESETS:
-            return {**PRESETS[given.get("preset", "cohort")], **given}
+        preset = given.get("preset", "cohort") if isinstance(given, dict) else None
+        # A preset of a wrong type or name is left for the field's own check to report.
+        if isinstance(preset, str) and preset in PRESETS:
+            return {**PRESETS[preset], **given}
         return given

@@ -38,6 +38,14 @@ class PolicyModel(nn.Module):
         self.model = model.eval()
         self.attention = attention
         config = model.config.get_text_config().to_dict()
+        if config.get("attn_logit_softcapping") is not None:
+            # The fused kernel leaves the cap of attention scores out; engines apply it.
+            if attention == "sdpa":
+                raise UnsupportedModel(
+                    f"{type(model).__name__} caps its attention scores, which "
+                    "learner.attention=sdpa leaves out: use eager or auto"
+                )
+            self.attention = "eager"
         # Gemma caps its logits, Granite divides and Cohere multiplies them; see `self_check`.
         self.softcap: float | None = config.get("final_logit_softcapping")
         self.logit_factor: float = (config.get("logit_scale") or 1.0) / (

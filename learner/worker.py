@@ -182,6 +182,9 @@ class LearnerWorker:
             config=deepspeed_config(spec.learner, spec.dtype),
             dist_init_required=False,
         )
+        if spec.world_size == 1 and spec.learner.zero_stage == 0:
+            # Nobody to reduce with; DeepSpeed would still flatten, convert and copy all gradients.
+            engine.enable_backward_allreduce = False
         return engine
 
     def _facts(self, parameters: int) -> ModelFacts:

@@ -1,0 +1,261 @@
+"""RolloutPool against actors that misbehave. The actors are stand-ins; the pool is the real one."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+import ray
+from ray.exceptions import ActorDiedError
+
+from actors.config import ActorsConfig
+from actors.pool import MAX_RESTARTS, Probe, RolloutError, RolloutPool, probe_gap
+from actors.records import Failure, GroupMeta, Prompt, SamplingSpec, WeightsInfo
+from actors.rollout import Place, Request, RolloutActor, split_cores
+
+PROBE = Probe([1, 2, 3], [-1.0, -2.0], tolerance=0.1)
+
+
+def info(version: int) -> WeightsInfo:
+    return WeightsInfo(version, ("w",), "", 1, "/nowhere", "node")
+
+
+def request(name: str, samples: int = 2) -> Request:
+    return Request(name, Prompt(name, (1, 2), "p"), SamplingSpec(4, 1.0, samples, 0))
+
+
+class Method:
+    """Looks like a Ray actor's method: `.remote()` gives something to await."""
+
+    def __init__(self, function: Any, returns: int = 1) -> None:
+        self._function = function
+        self._returns = returns
+
+    def options(self, num_returns: int) -> Method:
+        return Method(self._function, num_returns)
+
+    def remote(self, *arguments: Any) -> Any:
+        task = asyncio.ensure_future(self._function(*arguments))
+        return (task, f"ref:{arguments[0]}") if self._returns == 2 else task
+
+
+class FakeActor:
+    """A rollout actor without an engine; `plan` says what it does with which group."""
+
+    def __init__(self, name: str, plan: dict[str, Any]) -> None:
+        self.name = name
+        self.plan = plan
+        self.version = -1
+        self.batches: list[list[str]] = []
+        self.running = 0
+        self.peak = 0
+        self.probe = list(PROBE.logprobs)
+        for method in ("place", "start", "sync", "submit", "collect", "memory", "close"):
+            setattr(self, method, Method(getattr(self, "_" + method)))
+
+    async def _place(self) -> Place:
+        return Place("node", (0, 1, 2, 3), 1)
+
+    async def _start(self, cores: tuple[int, ...], _serve_loaded: bool) -> float | Failure:
+        self.cores = cores
+        return self.plan.get("start", 1.0)
+
+    async def _sync(self, weights: WeightsInfo, _probe: list[int]) -> list[float]:
+        self.version = weights.version
+        return self.probe
+
+    async def _submit(self, requests: list[Request]) -> Failure | None:
+        if self.version < 0:
+            return Failure("infra", "refused", "not synced")
+        self.batches.append([r.group_id for r in requests])
+        self.running += sum(r.sampling.n for r in requests)
+        self.peak = max(self.peak, self.running)
+        return None
+
+    async def _collect(self, group_id: str) -> Any:
+        what = self.plan.get(group_id)
+        await asyncio.sleep(0.01)
+        self.running -= 2
+        if what == "die":
+            raise ActorDiedError()
+        if what == "hang":
+            await asyncio.sleep(60)
+        if isinstance(what, Failure):
+            return what
+        versions = (self.version, self.version)
+        return GroupMeta(group_id, 2, ("a", "b"), (1, 1), (False, False), versions, self.name, 0.1)
+
+    async def _memory(self) -> int:
+        return 1
+
+    async def _close(self) -> None:
+        return None
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[FakeActor]:
+    monkeypatch.setattr(ray, "kill", lambda _: None)
+    return []
+
+
+def pool_of(made: list[FakeActor], plans: list[dict[str, Any]], **options: Any) -> RolloutPool:
+    count = options.pop("count", 2)
+
+    def make(name: str) -> FakeActor:
+        actor = FakeActor(name, plans[len(made)] if len(made) < len(plans) else {})
+        made.append(actor)
+        return actor
+
+    return RolloutPool(make, ActorsConfig(count=count, **options))
+
+
+async def started(pool: RolloutPool) -> RolloutPool:
+    await pool.start(5)
+    await pool.sync(info(0), PROBE)
+    return pool
+
+
+def test_requests_are_dealt_evenly_in_order_and_in_one_call(made: list[FakeActor]) -> None:
+    async def main() -> list[Any]:
+        pool = await started(pool_of(made, []))
+        tasks = await pool.generate([request(f"g{i}") for i in range(6)])
+        return [await task for task in tasks]
+
+    outcomes = asyncio.run(main())
+    assert [meta.group_id for meta, _ in outcomes] == [f"g{i}" for i in range(6)]
+    assert [ref for _, ref in outcomes] == [f"ref:g{i}" for i in range(6)]
+    assert made[0].batches == [["g0", "g2", "g4"]]
+    assert made[1].batches == [["g1", "g3", "g5"]]
+
+
+def test_cores_are_disjoint(made: list[FakeActor]) -> None:
+    asyncio.run(started(pool_of(made, [])))
+    assert made[0].cores == (0, 1)
+    assert made[1].cores == (2, 3)
+
+
+def test_an_engine_never_gets_more_than_it_may_work_on(made: list[FakeActor]) -> None:
+    async def main() -> int:
+        pool = await started(pool_of(made, [], count=1, max_concurrent=4))
+        tasks = await pool.generate([request(f"g{i}") for i in range(9)])
+        return len([await task for task in tasks])
+
+    assert asyncio.run(main()) == 9
+    assert made[0].peak == 4
+
+
+@pytest.mark.parametrize("how", ["die", Failure("infra", "broke", "x"), "hang"])
+def test_a_lost_group_is_generated_elsewhere_by_a_synced_actor(
+    made: list[FakeActor], how: Any
+) -> None:
+    plan = {"g0": how}
+
+    async def main() -> list[Any]:
+        pool = await started(pool_of(made, [plan], group_timeout_s=0.2))
+        await pool.sync(info(7), PROBE)
+        tasks = await pool.generate([request(f"g{i}") for i in range(4)])
+        outcomes = [await task for task in tasks]
+        assert pool.restarts == 1
+        return outcomes
+
+    outcomes = asyncio.run(main())
+    assert [meta.group_id for meta, _ in outcomes] == ["g0", "g1", "g2", "g3"]
+    # The new actor was brought to version 7 before it generated anything.
+    assert {meta.weight_versions for meta, _ in outcomes} == {(7, 7)}
+    assert len(made) == 3
+
+
+def test_one_death_noticed_by_many_groups_is_one_replacement(made: list[FakeActor]) -> None:
+    plan = {f"g{i}": "die" for i in range(0, 8, 2)}
+
+    async def main() -> int:
+        pool = await started(pool_of(made, [plan]))
+        tasks = await pool.generate([request(f"g{i}") for i in range(8)])
+        outcomes = [await task for task in tasks]
+        assert all(isinstance(meta, GroupMeta) for meta, _ in outcomes)
+        return pool.restarts
+
+    assert asyncio.run(main()) == 1
+
+
+def test_a_group_that_cannot_be_generated_anywhere_is_not_tried_again(
+    made: list[FakeActor],
+) -> None:
+    bad = Failure("data", "prompt too long", "2000 tokens")
+
+    async def main() -> Any:
+        pool = await started(pool_of(made, [{"g0": bad}]))
+        [task] = await pool.generate([request("g0")])
+        assert pool.restarts == 0
+        return await task
+
+    assert asyncio.run(main()) == (bad, None)
+
+
+def test_an_actor_that_keeps_failing_ends_the_run_with_its_last_words(
+    made: list[FakeActor],
+) -> None:
+    plans = [{f"g{i}": Failure("infra", "broke", f"boom {k}") for i in range(9)} for k in range(9)]
+
+    async def main() -> None:
+        pool = await started(pool_of(made, plans, count=1))
+        for index in range(MAX_RESTARTS):
+            [task] = await pool.generate([request(f"g{index}")])
+            await task
+
+    with pytest.raises(RolloutError, match=r"failed 4 times; the last time: boom 3"):
+        asyncio.run(main())
+
+
+def test_wrong_weights_stop_the_run(made: list[FakeActor]) -> None:
+    async def main() -> None:
+        pool = await started(pool_of(made, []))
+        made[1].probe = [-1.0, -2.5]
+        await pool.sync(info(1), PROBE)
+
+    with pytest.raises(RolloutError, match=r"rollout-1 does not serve .* 0\.2500 .* version 1"):
+        asyncio.run(main())
+
+
+def test_nan_in_the_probe_is_not_within_tolerance(made: list[FakeActor]) -> None:
+    async def main() -> None:
+        pool = await started(pool_of(made, []))
+        made[0].probe = [float("nan"), -2.0]
+        await pool.sync(info(1), PROBE)
+
+    with pytest.raises(RolloutError, match="does not serve"):
+        asyncio.run(main())
+
+
+def test_an_engine_that_cannot_start_says_why(made: list[FakeActor]) -> None:
+    plan = {"start": Failure("infra", "rollout-0 could not start its engine", "no such model")}
+    with pytest.raises(RolloutError, match="no such model"):
+        asyncio.run(started(pool_of(made, [plan])))
+
+
+def test_probe_gap_is_the_mean_absolute_difference() -> None:
+    assert probe_gap(PROBE, [-1.5, -1.0]) == pytest.approx(0.75)
+    with pytest.raises(ValueError, match="shorter"):
+        probe_gap(PROBE, [-1.0])
+
+
+@pytest.mark.parametrize(
+    ("cores", "parts", "expected"),
+    [
+        ((0, 1), 1, [(0, 1)]),
+        ((0, 1), 2, [(0,), (1,)]),
+        ((4, 5, 6, 7, 8), 2, [(4, 5), (6, 7, 8)]),
+        ((0, 1), 3, [(0,), (1,), (0,)]),
+    ],
+)
+def test_split_cores(cores: Any, parts: int, expected: Any) -> None:
+    assert split_cores(cores, parts) == expected
+
+
+def test_an_actor_refuses_to_generate_before_it_has_pulled_weights(tmp_path: Any) -> None:
+    actor = RolloutActor("r", spec=None, log_dir=str(tmp_path))  # type: ignore[arg-type]
+    answer = asyncio.run(actor.submit([request("g0")]))
+    assert isinstance(answer, Failure)
+    assert answer.kind == "infra"
+    assert "not pulled weights" in answer.message

@@ -1,0 +1,210 @@
+"""The planner: every completion once, budgets kept, equal work, nothing lost."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from actors.records import ScoredGroup
+from learner.batch import RowCost, StepPlan, build_micro_batch, plan_step
+from learner.config import AlgorithmConfig
+from tests.learner.helpers import metas, scored_group
+
+
+def plan(groups: list[ScoredGroup], **options: object) -> StepPlan:
+    arguments: dict = dict(ranks=1, micro_batch_tokens=64, max_tokens=32)
+    algorithm = options.pop("algorithm", AlgorithmConfig())
+    return plan_step([metas(g) for g in groups], algorithm, **{**arguments, **options})
+
+
+def random_groups(seed: int, count: int = 7) -> list[ScoredGroup]:
+    generator = random.Random(seed)
+    groups = []
+    for i in range(count):
+        size = generator.randint(2, 9)
+        groups.append(
+            scored_group(
+                f"{seed}-{i}",
+                [generator.choice([0.0, 0.5, 1.0, 1.0, None]) for _ in range(size)],
+                [generator.choice([0, 1, 2, 5, 17, 40, 90]) for _ in range(size)],
+                prompt_tokens=generator.choice([1, 8, 30, 70]),
+            )
+        )
+    return groups
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_plan_invariants(seed: int, ranks: int) -> None:
+    groups = random_groups(seed)
+    budget = [16, 64, 200, 5000][seed % 4]
+    found = plan(groups, ranks=ranks, micro_batch_tokens=budget, logit_chunk_tokens=8)
+    rows = [row for shard in found.shards for batch in shard for row in batch.rows]
+    ids = [piece.completion_id for row in rows for piece in row.pieces]
+    assert len(ids) == len(set(ids)) == found.trained
+    samples = sum(len(g.totals) for g in groups)
+    assert found.trained + found.filtered + found.failed == samples
+    assert found.groups_trained + found.groups_filtered + found.groups_failed == len(groups)
+
+    sizes = {c.id: len(c.token_ids) for g in groups for c in g.group.completions}
+    owner = {c.id: g for g in groups for c in g.group.completions}
+    for row in rows:
+        for piece in row.pieces:
+            assert piece.tokens == sizes[piece.completion_id] > 0
+            assert owner[piece.completion_id].group.id == row.group_id
+        assert row.length <= budget or len(row.pieces) == 1
+    weight = sum(p.weight * p.tokens for row in rows for p in row.pieces)
+    assert weight == pytest.approx(1.0 if rows else 0.0)
+
+    assert len({len(shard) for shard in found.shards}) == 1
+    for position in zip(*found.shards, strict=True):
+        assert any(batch.rows for batch in position)
+        assert len({batch.chunks for batch in position}) == 1
+        for batch in position:
+            assert batch.padded_tokens <= budget or len(batch.rows) == 1
+            assert sum(row.completion_tokens for row in batch.rows) <= 8 * batch.chunks
+
+
+def test_prompt_is_stored_once_where_that_is_less_work() -> None:
+    long_prompt = scored_group("a", [0.0, 1.0, 0.0, 1.0], [4, 4, 4, 4], prompt_tokens=50)
+    found = plan([long_prompt], micro_batch_tokens=1000)
+    assert found.row_tokens == 50 + 16
+    # Where attention is dear and the prompt is short, long completions stay apart.
+    short_prompt = scored_group("a", [0.0, 1.0, 0.0, 1.0], [40] * 4, prompt_tokens=2)
+    found = plan([short_prompt], micro_batch_tokens=1000, cost=RowCost(quadratic=0.1))
+    assert found.row_tokens == 4 * 42
+
+
+def test_advantages_belong_to_their_completions() -> None:
+    """Shuffling a group shuffles its advantages; groups never mix."""
+    rewards, lengths = [1.0, 0.0, None, 0.25, 0.0], [3, 4, 5, 6, 7]
+    other = scored_group("other", [5.0, 3.0], [2, 2])
+
+    def by_length(order: list[int]) -> dict[int, float]:
+        group = scored_group("g", [rewards[i] for i in order], [lengths[i] for i in order])
+        found = plan([other, group], ranks=2)
+        return {
+            piece.tokens: piece.advantage
+            for shard in found.shards
+            for batch in shard
+            for row in batch.rows
+            if row.group_id == "g"
+            for piece in row.pieces
+        }
+
+    base = by_length([0, 1, 2, 3, 4])
+    assert sorted(base) == [3, 4, 6, 7]
+    assert max(base, key=lambda n: base[n]) == 3
+    assert by_length([4, 2, 0, 3, 1]) == pytest.approx(base)
+
+
+def test_zero_variance_groups() -> None:
+    groups = [scored_group("a", [0.1] * 8, [4] * 8), scored_group("b", [0.0, 1.0], [3, 3])]
+    dropped = plan(groups)
+    assert (dropped.trained, dropped.filtered, dropped.trained_tokens) == (2, 8, 6)
+    kept = plan(groups, algorithm=AlgorithmConfig(drop_zero_variance=False))
+    # Kept, they have no gradient but count in the mean.
+    assert (kept.trained, kept.filtered, kept.trained_tokens) == (10, 0, 38)
+
+
+def test_nothing_to_train_on() -> None:
+    found = plan([scored_group("a", [0.0, 0.0], [3, 3]), scored_group("b", [None, 1.0], [3, 3])])
+    assert found.micro_batches == 0
+    assert (found.trained, found.filtered, found.failed) == (0, 2, 2)
+
+
+def test_scores_of_another_group_are_refused() -> None:
+    meta, _ = metas(scored_group("a", [0.0, 1.0], [3, 3]))
+    _, scores = metas(scored_group("b", [0.0, 1.0], [3, 3]))
+    with pytest.raises(ValueError, match="scores of b"):
+        plan_step([(meta, scores)], AlgorithmConfig(), ranks=1, micro_batch_tokens=64, max_tokens=8)
+
+
+def test_rank_without_rows_gets_empty_micro_batches() -> None:
+    found = plan([scored_group("a", [0.0, 1.0], [3, 3], prompt_tokens=30)], ranks=3)
+    assert [len(shard) for shard in found.shards] == [1, 1, 1]
+    assert sum(bool(shard[0].rows) for shard in found.shards) == 1
+    empty = build_micro_batch((), {})
+    assert empty.weight_T.tolist() == [0.0]
+
+
+def test_tensors_against_brute_force() -> None:
+    """Mask, positions and targets, one position at a time."""
+    groups = [
+        scored_group("a", [0.0, 1.0, 2.0], [3, 1, 4], prompt_tokens=5),
+        scored_group("b", [0.0, 1.0], [2, 2], prompt_tokens=1),
+    ]
+    found = plan(groups, micro_batch_tokens=500)
+    (batch,) = found.shards[0]
+    by_id = {g.group.id: g for g in groups}
+    tensors = build_micro_batch(batch.rows, by_id)
+    _, longest = tensors.input_ids_BL.shape
+    seen = 0
+    for b, row in enumerate(batch.rows):
+        group = by_id[row.group_id].group
+        owners: list[object] = ["prompt"] * row.prompt_tokens
+        tokens = list(group.prompt.token_ids)
+        positions = list(range(row.prompt_tokens))
+        completions = {c.id: c for c in group.completions}
+        for piece in row.pieces:
+            ids = completions[piece.completion_id].token_ids
+            owners += [piece.completion_id] * piece.tokens
+            tokens += ids.tolist()
+            positions += range(row.prompt_tokens, row.prompt_tokens + piece.tokens)
+        padding = longest - len(tokens)
+        assert tensors.input_ids_BL[b].tolist() == tokens + [0] * padding
+        assert tensors.position_ids_BL[b].tolist() == positions + [0] * padding
+        owners += [f"padding {i}" for i in range(padding)]
+        for q in range(longest):
+            for k in range(longest):
+                sees = k <= q and owners[k] in ("prompt", owners[q])
+                sees = sees if not str(owners[q]).startswith("padding") else k == q
+                assert bool(tensors.mask_B1LL[b, 0, q, k]) == sees, (b, q, k)
+        for piece in row.pieces:
+            completion = completions[piece.completion_id]
+            for t in range(piece.tokens):
+                at = owners.index(piece.completion_id) + t
+                before = at - 1 if t else row.prompt_tokens - 1
+                assert int(tensors.predict_T[seen]) == b * longest + before
+                assert int(tensors.target_T[seen]) == completion.token_ids[t]
+                assert tensors.behaviour_T[seen] == completion.logprobs[t]
+                assert tensors.advantage_T[seen] == pytest.approx(piece.advantage)
+                assert tensors.weight_T[seen] == pytest.approx(piece.weight)
+                seen += 1
+    assert seen == len(tensors.target_T) == found.trained_tokens
+
+
+def test_end_of_sequence_is_trained_and_padding_is_not() -> None:
+    """Token 2 is both the end and the padding of these models: only lengths decide."""
+    group = scored_group("a", [0.0, 1.0], [3, 6], truncated=(1,))
+    found = plan([group], micro_batch_tokens=500, cost=RowCost(quadratic=10.0))
+    (batch,) = found.shards[0]
+    tensors = build_micro_batch(batch.rows, {"a": group})
+    assert len(tensors.target_T) == 9
+    ends = [int(c.token_ids[-1]) for c in group.group.completions]
+    assert ends[0] == 2
+    assert tensors.target_T.tolist().count(2) == sum(
+        c.token_ids.tolist().count(2) for c in group.group.completions
+    )
+
+
+def test_plan_and_group_must_agree() -> None:
+    group = scored_group("a", [0.0, 1.0], [3, 3])
+    (batch,) = plan([group]).shards[0]
+    with pytest.raises(ValueError, match="was not sent"):
+        build_micro_batch(batch.rows, {})
+    with pytest.raises(ValueError, match="4 tokens, 3 were planned"):
+        build_micro_batch(batch.rows, {"a": scored_group("a", [0.0, 1.0], [3, 4])})
+
+
+def test_work_is_level_over_ranks() -> None:
+    generator = random.Random(0)
+    groups = [
+        scored_group(str(i), [0.0, 1.0, 0.0, 1.0], [generator.randint(1, 60) for _ in range(4)])
+        for i in range(16)
+    ]
+    found = plan(groups, ranks=2, micro_batch_tokens=256)
+    cost = RowCost()
+    work = [sum(cost(r.length) for b in shard for r in b.rows) for shard in found.shards]
+    assert max(work) / min(work) < 1.1

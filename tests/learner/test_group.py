@@ -1,0 +1,116 @@
+"""What the driver does with the ranks' answers, without any rank."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from learner.batch import plan_step
+from learner.config import AlgorithmConfig, LearnerConfig
+from learner.group import LearnerError, _all, pool
+from learner.grpo import LossStats
+from learner.optimizer import client_optimizer, deepspeed_config, lr_at
+from learner.worker import RankResult
+from tests.learner.helpers import metas, scored_group
+
+
+def test_learning_rate_starts_above_zero_and_stays_at_its_peak() -> None:
+    assert [lr_at(step, 8.0, 4) for step in (1, 2, 3, 4, 5, 100)] == [2, 4, 6, 8, 8, 8]
+    assert lr_at(1, 8.0, 0) == 8.0
+    assert lr_at(1, 8.0, 1) == 8.0
+
+
+def test_metrics_pool_over_unequal_ranks() -> None:
+    """Means over all tokens, not means of the ranks' means."""
+    plan = plan_step(
+        [metas(scored_group("a", [0.0, 1.0], [2, 3]))],
+        AlgorithmConfig(),
+        ranks=2,
+        micro_batch_tokens=64,
+        max_tokens=8,
+    )
+    first = LossStats(10, 0.25, 1.0, 20.0, 0.5, 0.1)
+    second = LossStats(90, 0.5, 4.0, 90.0, 1.5, 0.7)
+    results = [
+        RankResult(0, first, True, 3.0, 1e-6, 5, 1.0),
+        RankResult(1, second, True, 3.0, 1e-6, 5, 2.0),
+    ]
+    found = pool(plan, results, version=5, nonfinite_in_a_row=0)
+    assert (found.loss, found.tokens, found.seconds) == (0.75, 100, 2.0)
+    assert found.clip_fraction == pytest.approx(0.05)
+    assert found.entropy == pytest.approx(1.1)
+    assert found.k3_kl == pytest.approx(0.02)
+    assert found.logprob_abs_max == 0.7
+    assert (found.grad_norm, found.version, found.applied) == (3.0, 5, True)
+
+
+async def fail_after(seconds: float, error: Exception) -> Any:
+    await asyncio.sleep(seconds)
+    raise error
+
+
+async def return_after(seconds: float, value: Any) -> Any:
+    await asyncio.sleep(seconds)
+    return value
+
+
+def test_results_come_in_the_order_of_ranks() -> None:
+    calls = [return_after(0.02, "a"), return_after(0.0, "b")]
+    assert asyncio.run(_all("a step", calls, 5)) == ["a", "b"]
+
+
+def test_the_cause_is_told_from_its_consequences() -> None:
+    """Rank 0 loses its connection because rank 1 ran into an error of its own."""
+    calls = [
+        fail_after(0.0, RuntimeError("[gloo] Connection closed by peer")),
+        fail_after(0.05, ValueError("bad completion")),
+    ]
+    with pytest.raises(LearnerError, match=r"rank 1 failed a step: ValueError: bad completion"):
+        asyncio.run(_all("a step", calls, 5))
+
+
+def test_a_wait_ends_and_says_for_whom() -> None:
+    calls = [return_after(0.0, 1), return_after(30, 2)]
+    with pytest.raises(LearnerError, match=r"rank\(s\) \[1\] did not finish a step within 0.05 s"):
+        asyncio.run(_all("a step", calls, 0.05))
+
+
+def test_float32_optimizer_clips_and_leaves_out_what_is_not_finite() -> None:
+    weight = torch.nn.Parameter(torch.ones(4))
+    learner = LearnerConfig(gradient_clip=0.5, learning_rate=0.1, adam_eps=100.0)
+    optimizer = client_optimizer([weight], learner, "float32")
+    weight.grad = torch.full((4,), 2.0)
+    optimizer.step()
+    assert optimizer._global_grad_norm == pytest.approx(4.0)
+    assert float(weight.grad.norm()) == pytest.approx(0.5, rel=1e-4)
+    moved = weight.detach().clone()
+    assert not torch.equal(moved, torch.ones(4))
+    weight.grad = torch.tensor([1.0, float("nan"), 1.0, 1.0])
+    optimizer.step()
+    assert optimizer.overflow
+    assert torch.equal(weight.detach(), moved)
+    assert float(optimizer.state[weight]["step"]) == 1
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_deepspeed_never_scales_or_divides(stage: Any, dtype: Any) -> None:
+    config = deepspeed_config(LearnerConfig(zero_stage=stage), dtype)
+    assert config["gradient_accumulation_steps"] == 1
+    assert config["managed_gradient_accumulation"] is False
+    assert ("bf16" in config) == (dtype == "bfloat16")
+
+
+def test_importing_the_learner_stays_light() -> None:
+    code = (
+        "import sys, learner.group, learner.checkpoint, learner.weights;"
+        "heavy = {'deepspeed', 'transformers', 'vllm'} & set(sys.modules);"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,190 @@
+"""Shared-prompt rows score and train exactly like single sequences through the plain model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from actors.records import ScoredGroup
+from learner.batch import BatchTensors, RowCost, build_micro_batch, plan_step
+from learner.config import AlgorithmConfig
+from learner.grpo import policy_loss
+from learner.logprobs import PolicyModel, UnsupportedModel
+from tests.learner.helpers import (
+    metas,
+    reference_logprobs,
+    reference_loss,
+    scored_group,
+    tiny_model,
+)
+
+KINDS = ["llama-tied", "qwen2-untied", "gpt2", "gemma2", "mistral-sliding"]
+TEMPERATURE = 0.7
+
+
+def groups() -> list[ScoredGroup]:
+    return [
+        scored_group("a", [1.0, 0.0, 0.5], [3, 9, 1], prompt_tokens=6, truncated=(1,)),
+        scored_group("b", [0.0, 1.0], [12, 5], prompt_tokens=2),
+    ]
+
+
+def one_batch(scored: list[ScoredGroup]) -> tuple[list[str], BatchTensors]:
+    """All groups in one padded micro-batch, each prompt once; and the ids in tensor order."""
+    plan = plan_step(
+        [metas(g) for g in scored],
+        AlgorithmConfig(),
+        ranks=1,
+        micro_batch_tokens=10_000,
+        max_tokens=32,
+        cost=RowCost(quadratic=0.0),
+    )
+    ((batch,),) = plan.shards
+    assert len(batch.rows) == len(scored)
+    ids = [piece.completion_id for row in batch.rows for piece in row.pieces]
+    return ids, build_micro_batch(batch.rows, {g.group.id: g for g in scored})
+
+
+def score(policy: PolicyModel, tensors: BatchTensors, chunks: int) -> Any:
+    return policy(
+        tensors.input_ids_BL,
+        tensors.position_ids_BL,
+        tensors.mask_B1LL,
+        tensors.predict_T,
+        tensors.target_T,
+        TEMPERATURE,
+        chunks,
+    )
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    found = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_equal_single_sequences(kind: str, attention: Any) -> None:
+    model = tiny_model(kind)
+    if (kind, attention) == ("gemma2", "sdpa"):
+        with pytest.raises(UnsupportedModel, match="attention scores"):
+            PolicyModel(model, attention)
+        return
+    scored = groups()
+    ids, tensors = one_batch(scored)
+    logprobs, entropy = score(PolicyModel(model, attention), tensors, 1)
+    completions = {c.id: (g, c) for g in scored for c in g.group.completions}
+    model.set_attn_implementation("eager")
+    expected = torch.cat(
+        [
+            reference_logprobs(
+                model,
+                completions[i][0].group.prompt.token_ids,
+                completions[i][1].token_ids,
+                TEMPERATURE,
+            )
+            for i in ids
+        ]
+    )
+    torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=1e-5)
+    assert bool((entropy > 0).all())
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+@pytest.mark.parametrize("chunks", [1, 4, 50])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_equal_the_reference(
+    kind: str, chunks: int, gradient_checkpointing: bool
+) -> None:
+    """Every parameter's gradient, whatever the number of parts of the output layer."""
+    model = tiny_model(kind)
+    scored = groups()
+    model.set_attn_implementation("eager")
+    expected_loss = reference_loss(model, scored, temperature=TEMPERATURE)
+    expected_loss.backward()
+    expected = gradients(model)
+    _, tensors = one_batch(scored)
+    policy = PolicyModel(model, "auto", gradient_checkpointing)
+    logprobs, entropy = score(policy, tensors, chunks)
+    loss, _ = policy_loss(
+        logprobs,
+        tensors.behaviour_T,
+        tensors.advantage_T,
+        tensors.weight_T,
+        0.2,
+        0.28,
+        entropy,
+    )
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(expected_loss.item(), abs=1e-6)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_entropy_is_that_of_the_tempered_distribution() -> None:
+    model = tiny_model("llama-tied")
+    _, tensors = one_batch(groups())
+    _, entropy = score(PolicyModel(model), tensors, 2)
+    model.set_attn_implementation("sdpa")
+    hidden = model.model(
+        input_ids=tensors.input_ids_BL,
+        position_ids=tensors.position_ids_BL,
+        attention_mask=tensors.mask_B1LL,
+    ).last_hidden_state.flatten(0, 1)[tensors.predict_T]
+    logits = model.lm_head(hidden) / TEMPERATURE
+    expected = torch.distributions.Categorical(logits=logits).entropy()
+    torch.testing.assert_close(entropy, expected, atol=1e-5, rtol=1e-5)
+    assert not entropy.requires_grad
+
+
+def test_dropout_is_off_under_gradient_checkpointing() -> None:
+    _, tensors = one_batch(groups())
+    policy = PolicyModel(tiny_model("gpt2"), gradient_checkpointing=True)
+    first, _ = score(policy, tensors, 1)
+    second, _ = score(policy, tensors, 1)
+    assert torch.equal(first, second)
+
+
+def test_other_completions_and_padding_do_not_matter() -> None:
+    """The same completion alone, and in a padded batch with others whose tokens change."""
+    policy = PolicyModel(tiny_model("llama-tied"))
+    alone = scored_group("a", [1.0, 0.0, 0.5], [3, 9, 1], prompt_tokens=6)
+    ids, tensors = one_batch([alone])
+    start = sum(3 if i == "a/0" else 9 if i == "a/1" else 1 for i in ids[: ids.index("a/0")])
+    base, _ = score(policy, tensors, 1)
+    changed = tensors.input_ids_BL.clone()
+    position = 6 + sum({"a/0": 3, "a/1": 9, "a/2": 1}[i] for i in ids[: ids.index("a/1")])
+    changed[0, position : position + 9] = 5
+    other, _ = score(policy, BatchTensors(**{**vars(tensors), "input_ids_BL": changed}), 1)
+    torch.testing.assert_close(other[start : start + 3], base[start : start + 3])
+    assert not torch.equal(other, base)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_self_check_accepts_supported_models(kind: str) -> None:
+    PolicyModel(tiny_model(kind)).self_check(TEMPERATURE)
+
+
+def test_self_check_refuses_logits_it_does_not_understand() -> None:
+    policy = PolicyModel(tiny_model("gemma2"))
+    policy.softcap = None
+    with pytest.raises(UnsupportedModel, match="Gemma2ForCausalLM"):
+        policy.self_check(TEMPERATURE)
+
+
+def test_empty_micro_batch_has_zero_gradient_everywhere() -> None:
+    model = tiny_model("llama-tied")
+    tensors = build_micro_batch((), {})
+    logprobs, _ = score(PolicyModel(model), tensors, 3)
+    loss, stats = policy_loss(
+        logprobs, tensors.behaviour_T, tensors.advantage_T, tensors.weight_T, 0.2, 0.28
+    )
+    loss.backward()
+    assert stats.tokens == 0
+    # Present, because ZeRO waits for the gradient of every parameter, and zero.
+    for name, gradient in gradients(model).items():
+        assert gradient is not None, name
+        assert float(gradient.abs().max()) == 0.0

@@ -1,0 +1,133 @@
+"""The command line as a user runs it, on tiny models."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.models import tiny_llama
+
+COHORT = str(Path(sys.executable).parent / "cohort")
+CONFIG = str(Path(__file__).resolve().parents[2] / "deploy" / "configs" / "addition.yaml")
+
+# Rewards that a random model can earn: how many of its tokens are digits.
+REWARDS = '''
+import os, time
+
+def digits(prompts, completions, completion_ids, answer, **columns):
+    """Share of digits among the characters of each completion."""
+    texts = [c[0]["content"] if isinstance(c, list) else c for c in completions]
+    return [sum(ch.isdigit() for ch in text) / max(len(text), 1) for text in texts]
+
+def raises(completions, **_):
+    raise RuntimeError("the judge is out to lunch")
+
+def short(completions, **_):
+    return [1.0]
+
+def hangs(completions, **_):
+    time.sleep(3600)
+'''
+
+
+class Cohort:
+    """Runs `cohort` in a folder of its own and knows what it started."""
+
+    def __init__(self, folder: Path, model: Path) -> None:
+        self.folder = folder
+        self.model = model
+        self.mark = uuid.uuid4().hex
+        (folder / "judge.py").write_text(REWARDS)
+
+    def arguments(self, command: str, **overrides: object) -> list[str]:
+        """The quickstart's config made small; keyword a__b is config key a.b."""
+        keys = {
+            "model.path": self.model,
+            "model.dtype": "float32",
+            "run.steps": 2,
+            "task.prompts_per_step": 4,
+            "task.group_size": 4,
+            "actors.max_tokens": 12,
+            "actors.kv_cache_gib": 0.25,
+            "learner.learning_rate": 1e-3,
+            "rewards.functions": "[judge.py:digits]",
+        } | {name.replace("__", "."): value for name, value in overrides.items()}
+        return [COHORT, command, CONFIG, *(f"{key}={value}" for key, value in keys.items())]
+
+    def environment(self) -> dict[str, str]:
+        return {**os.environ, "PYTHONUNBUFFERED": "1", "COHORT_TEST": self.mark}
+
+    def run(self, *arguments: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+        """Run to the end; output is captured."""
+        return subprocess.run(
+            arguments,
+            cwd=self.folder,
+            env=self.environment(),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    def train(self, **overrides: object) -> subprocess.CompletedProcess[str]:
+        return self.run(*self.arguments("train", **overrides))
+
+    def start(self, **overrides: object) -> subprocess.Popen[str]:
+        """Start training without waiting for it."""
+        return subprocess.Popen(
+            self.arguments("train", **overrides),
+            cwd=self.folder,
+            env=self.environment(),
+            stdout=(self.folder / "out.log").open("w"),
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Cohort:
+    return Cohort(tmp_path_factory.mktemp("cohort"), tiny_model)
+
+
+def ours(mark: str) -> list[str]:
+    """Live processes that descend from a command of ours: they inherited its environment."""
+    found = []
+    for process in psutil.process_iter(["status"]):
+        try:
+            if process.environ().get("COHORT_TEST") == mark:
+                found.append(" ".join(process.cmdline())[:120])
+        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+            continue
+    return found
+
+
+def shared_files() -> set[str]:
+    return {name for name in os.listdir("/dev/shm") if name.startswith("cohort-")}
+
+
+@pytest.fixture
+def nothing_left(cohort: Cohort) -> Iterator[Callable[[], None]]:
+    """Call it at the end: no process of the runs may live, no shared memory file be new."""
+    files = shared_files()
+
+    def check(within: float = 20) -> None:
+        deadline = time.monotonic() + within
+        while (alive := ours(cohort.mark)) or shared_files() - files:
+            assert time.monotonic() < deadline, f"left: {alive} {shared_files() - files}"
+            time.sleep(0.2)
+
+    yield check

@@ -1,0 +1,297 @@
+"""Rollout actors with real vLLM engines: what they serve is what was published.
+
+One engine start costs about 20 s, so each model gets one actor that several tests share.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import ray
+import torch
+import xxhash
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from actors.engine import EngineSpec
+from actors.records import Failure, Group, GroupMeta, Prompt, SamplingSpec, WeightsInfo
+from actors.rollout import Request, RolloutActor
+from tests.models import tiny_gpt2, tiny_llama, tiny_qwen2
+
+pytestmark = pytest.mark.system
+
+# Longer than one block of the prefix cache at any block size that vLLM uses on CPUs.
+LONG = 200
+TIMEOUT = 120
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@dataclass
+class Served:
+    """A running actor, its model's folder, and the versions published so far."""
+
+    actor: Any
+    folder: Path
+    shm: Path
+    version: int = -1
+
+    def model(self) -> Any:
+        return AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
+
+    def publish(self, model: Any, **changes: Any) -> WeightsInfo:
+        """Write a model's weights as the learner would."""
+        self.version += 1
+        state = {k: v.detach().clone().contiguous() for k, v in model.state_dict().items()}
+        tied = model.config.tie_word_embeddings
+        if tied:
+            state.pop("lm_head.weight", None)
+        state = changes.pop("edit", lambda s: s)(state)
+        path = self.shm / f"v{self.version}.safetensors"
+        save_file(state, path)
+        node = ray.get_runtime_context().get_node_id()
+        info = WeightsInfo(
+            self.version,
+            tuple(state),
+            xxhash.xxh3_128(path.read_bytes()).hexdigest(),
+            1,
+            str(path),
+            node,
+        )
+        return replace(info, **changes)
+
+    def sync(self, info: WeightsInfo, probe: list[int] | None = None) -> Any:
+        return ray.get(self.actor.sync.remote(info, probe or [5, 6, 7]), timeout=TIMEOUT)
+
+    def generate(self, name: str, ids: list[int], **sampling: Any) -> tuple[GroupMeta, Group]:
+        spec = SamplingSpec(**{"max_tokens": 16, "temperature": 1.0, "n": 4, "seed": 7, **sampling})
+        request = Request(name, Prompt(name, tuple(ids), "text"), spec)
+        refused = ray.get(self.actor.submit.remote([request]), timeout=TIMEOUT)
+        assert refused is None, refused
+        meta, group = self.actor.collect.options(num_returns=2).remote(name)
+        meta = ray.get(meta, timeout=TIMEOUT)
+        assert isinstance(meta, GroupMeta), meta
+        return meta, ray.get(group)
+
+
+def start(folder: Path, tmp: Path, **options: Any) -> Any:
+    spec = EngineSpec(
+        model_path=str(folder),
+        device="cpu",
+        **{
+            "dtype": "float32",
+            "max_length": 512,
+            "max_concurrent": 64,
+            "kv_cache_gib": 0.25,
+            "gpu_memory": 0.5,
+            "tensor_parallel": 1,
+            "compile": False,
+            "seed": 0,
+            **options,
+        },
+    )
+    actor = ray.remote(RolloutActor).options(num_cpus=0.1).remote("engine-test", spec, str(tmp))
+    answer = ray.get(actor.start.remote((0,)), timeout=TIMEOUT)
+    return actor if isinstance(answer, float) else answer
+
+
+MAKERS = {
+    "llama-tied": lambda folder: tiny_llama(folder, tied=True),
+    "llama-untied": lambda folder: tiny_llama(folder, tied=False),
+    "qwen2-tied": lambda folder: tiny_qwen2(folder, tied=True),
+    "gpt2": tiny_gpt2,
+}
+
+
+@pytest.fixture(scope="module", params=MAKERS)
+def served(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    tmp = tmp_path_factory.mktemp(request.param)
+    folder = MAKERS[request.param](tmp / "model")
+    actor = start(folder, tmp / "logs")
+    assert not isinstance(actor, Failure), actor
+    yield Served(actor, folder, tmp)
+    ray.get(actor.close.remote(), timeout=30)
+    ray.kill(actor)
+
+
+def perturbed(model: Any, seed: int) -> Any:
+    """Every weight moved by 30 % of its own spread: no training step would hide in this."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            spread = weight.std() if weight.numel() > 1 and weight.std() > 0 else 0.1
+            weight.add_(torch.randn_like(weight) * 0.3 * spread)
+    return model
+
+
+def logprobs(model: Any, ids: list[int], temperature: float = 1.0) -> np.ndarray:
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0].float() / temperature
+    chosen = torch.log_softmax(logits[:-1], -1).gather(1, torch.tensor(ids[1:])[:, None])
+    return chosen[:, 0].numpy()
+
+
+def tokens(count: int, seed: int) -> list[int]:
+    return np.random.default_rng(seed).integers(10, 250, count).tolist()
+
+
+def test_nothing_is_generated_before_weights_were_pulled(served: Served) -> None:
+    if served.version >= 0:
+        pytest.skip("the shared actor has been synced already")
+    request = Request("early", Prompt("p", (5, 6), "t"), SamplingSpec(4, 1.0, 2, 0))
+    answer = ray.get(served.actor.submit.remote([request]), timeout=TIMEOUT)
+    assert isinstance(answer, Failure)
+    assert "not pulled weights" in answer.message
+
+
+def test_engine_equals_model_after_every_strong_change_of_all_weights(served: Served) -> None:
+    """Log-probs of a long prompt and of sampled tokens, with the prefix cache warm before."""
+    ids = tokens(LONG, 1)
+    model = served.model()
+    for change in range(3):
+        if change:
+            perturbed(model, change)
+        answer = served.sync(served.publish(model), ids)
+        assert not isinstance(answer, Failure), answer
+        np.testing.assert_allclose(answer, logprobs(model, ids), atol=2e-4)
+        # The same prompt each time: a stale prefix cache would answer with the old weights.
+        for temperature in (0.5, 1.5):
+            meta, group = served.generate(f"s{change}-{temperature}", ids, temperature=temperature)
+            assert meta.weight_versions == (served.version, served.version)
+            for completion in group.completions:
+                full = ids + completion.token_ids.tolist()
+                expected = logprobs(model, full, temperature)[LONG - 1 :]
+                np.testing.assert_allclose(completion.logprobs, expected, atol=5e-4)
+                assert len(completion.token_ids) == len(completion.logprobs)
+
+
+def test_same_seed_same_group_other_seed_other_group(served: Served) -> None:
+    served.sync(served.publish(served.model()))
+    ids = tokens(20, 2)
+    groups = [
+        [c.token_ids.tolist() for c in served.generate(f"d{i}", ids, seed=seed)[1].completions]
+        for i, seed in enumerate((100, 100, 500))
+    ]
+    assert groups[0] == groups[1]
+    assert groups[0] != groups[2]
+    # Samples of one group are not copies of each other either.
+    assert len({tuple(c) for c in groups[0]}) > 1
+
+
+@pytest.mark.parametrize("damage", ["withheld", "misnamed", "wrong shape", "torn"])
+def test_a_damaged_update_is_an_error_and_a_full_one_repairs_it(
+    served: Served, damage: str
+) -> None:
+    def edit(state: dict[str, Any]) -> dict[str, Any]:
+        name = next(name for name in state if "layers.1" in name or "h.1." in name)
+        tensor = state.pop(name)
+        if damage == "misnamed":
+            state[name + "x"] = tensor
+        if damage == "wrong shape":
+            state[name] = tensor.flatten()[:-1].clone()
+        if damage == "torn":
+            state[name] = tensor
+        return state
+
+    model = perturbed(served.model(), 9)
+    changes = {"fingerprint": "0" * 32} if damage == "torn" else {"fingerprint": ""}
+    # The sender's own list of names agrees with the file: the engine has to notice by itself.
+    answer = served.sync(served.publish(model, edit=edit, **changes))
+    assert isinstance(answer, Failure)
+    request = Request("broken", Prompt("p", (5, 6), "t"), SamplingSpec(4, 1.0, 2, 0))
+    refused = ray.get(served.actor.submit.remote([request]), timeout=TIMEOUT)
+    assert isinstance(refused, Failure), "an engine with a failed update must not generate"
+
+    ids = tokens(40, 3)
+    repaired = served.sync(served.publish(model), ids)
+    assert not isinstance(repaired, Failure), repaired
+    np.testing.assert_allclose(repaired, logprobs(model, ids), atol=2e-4)
+
+
+def test_older_weights_are_refused(served: Served) -> None:
+    first = served.publish(served.model())
+    second = served.publish(served.model())
+    assert not isinstance(served.sync(second), Failure)
+    answer = served.sync(first)
+    assert isinstance(answer, Failure)
+    assert "older" in answer.message
+
+
+def test_requests_in_flight_survive_updates(served: Served) -> None:
+    model = served.model()
+    served.sync(served.publish(model))
+    requests = [
+        Request(f"f{i}", Prompt(f"f{i}", tuple(tokens(20, i)), "t"), SamplingSpec(200, 1.0, 4, i))
+        for i in range(6)
+    ]
+    before = served.version
+    assert ray.get(served.actor.submit.remote(requests), timeout=TIMEOUT) is None
+    waiting = [served.actor.collect.options(num_returns=2).remote(r.group_id) for r in requests]
+    for change in range(2):
+        assert not isinstance(served.sync(served.publish(perturbed(model, change))), Failure)
+    metas = ray.get([meta for meta, _ in waiting], timeout=TIMEOUT)
+    groups = ray.get([group for _, group in waiting])
+    assert all(len(group.completions) == 4 for group in groups)
+    assert all(meta.weight_versions[0] == before for meta in metas)
+    assert all(before <= meta.weight_versions[1] <= served.version for meta in metas)
+
+
+def test_two_engines_side_by_side_never_give_copies(tmp_path: Path) -> None:
+    """Different prompts' seeds differ, whichever engine; one prompt is the same on both."""
+    folder = tiny_llama(tmp_path / "model")
+    actors = [start(folder, tmp_path / f"logs{i}") for i in range(2)]
+    first, second = (Served(actor, folder, tmp_path) for actor in actors)
+    info = first.publish(first.model())
+    assert not isinstance(first.sync(info), Failure)
+    assert not isinstance(second.sync(info), Failure)
+    ids = tokens(20, 4)
+
+    def sample(served: Served, name: str, seed: int) -> list[list[int]]:
+        return [c.token_ids.tolist() for c in served.generate(name, ids, seed=seed)[1].completions]
+
+    assert sample(first, "a", 1000) == sample(second, "a", 1000)
+    assert sample(first, "b", 1000) != sample(second, "b", 2000)
+
+    # SIGKILL of an actor: its engine's processes go with it.
+    victim = psutil.Process(ray.get(actors[0].place.remote()).pid)
+    family = victim.children(recursive=True)
+    assert len(family) >= 2, "the engine runs in processes of its own"
+    victim.kill()
+    deadline = time.monotonic() + 10
+    while any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in family):
+        assert time.monotonic() < deadline, f"left behind: {family}"
+        time.sleep(0.1)
+
+
+def test_an_engine_that_cannot_start_carries_its_own_last_words(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path / "model")
+    state = load_file(folder / "model.safetensors")
+    state["model.norm.weight"] = torch.ones(7)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    answer = start(folder, tmp_path / "logs")
+    assert isinstance(answer, Failure)
+    # Said by the worker process, two levels below the actor.
+    assert "size" in answer.message and "64" in answer.message, answer.message
+
+
+def test_overlong_prompts_fail_as_data(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path / "model")
+    actor = start(folder, tmp_path / "logs", max_length=64)
+    served = Served(actor, folder, tmp_path)
+    served.sync(served.publish(served.model()))
+    request = Request("long", Prompt("p", tuple(tokens(100, 0)), "t"), SamplingSpec(8, 1.0, 2, 0))
+    answer = ray.get(actor.submit.remote([request]), timeout=TIMEOUT)
+    assert isinstance(answer, Failure)
+    assert answer.kind == "data"

@@ -1,0 +1,387 @@
+"""The learner on real Ray actors under DeepSpeed, against a single-process reference."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from actors.records import ScoredGroup
+from learner.batch import ScoredRef
+from learner.checkpoint import Checkpoints, load_state
+from learner.config import AlgorithmConfig, LearnerConfig
+from learner.group import LearnerError, LearnerGroup
+from learner.worker import LearnerSpec
+from tests.learner.helpers import (
+    metas,
+    reference_logprobs,
+    reference_loss,
+    scored_group,
+    tiny_model,
+)
+
+pytestmark = pytest.mark.system
+
+TEMPERATURE = 0.8
+# With an epsilon this large and a learning rate to match, AdamW's first step is minus the gradient.
+GRADIENT_PROBE = dict(learning_rate=1e4, adam_eps=1e4, gradient_clip=1e6)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Callable[[Coroutine[Any, Any, Any]], Any]]:
+    loop = asyncio.new_event_loop()
+    yield loop.run_until_complete
+    loop.close()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    for kind in ("llama-tied", "qwen2-untied", "gpt2"):
+        tiny_model(kind).save_pretrained(folder / kind)
+    return {kind: folder / kind for kind in ("llama-tied", "qwen2-untied", "gpt2")}
+
+
+def spec_for(model: Path, ranks: int, shm: Path, **options: Any) -> LearnerSpec:
+    dtype = options.pop("dtype", "float32")
+    return LearnerSpec(
+        model_path=str(model),
+        dtype=dtype,
+        learner=LearnerConfig(workers=ranks, step_timeout_s=90, **options),
+        algorithm=AlgorithmConfig(),
+        temperature=TEMPERATURE,
+        max_tokens=32,
+        rank=0,
+        world_size=ranks,
+        device="cpu",
+        threads=1,
+        seed=0,
+        shm_dir=str(shm),
+    )
+
+
+async def start(spec: LearnerSpec) -> LearnerGroup:
+    return await LearnerGroup.start(spec, [{"num_cpus": 0.5}] * spec.world_size, timeout_s=120)
+
+
+def put(group: ScoredGroup) -> ScoredRef:
+    meta, scores = metas(group)
+    return ScoredRef(meta, scores, ray.put(group))
+
+
+def batch() -> list[ScoredGroup]:
+    return [
+        scored_group("a", [1.0, 0.0, 0.35, None], [3, 11, 6, 5], prompt_tokens=9, truncated=(1,)),
+        scored_group("b", [0.5, 0.5, 0.5], [4, 4, 9]),
+        scored_group("c", [0.0, 1.0, 1.0, 0.0, 2.0], [1, 2, 30, 4, 8], prompt_tokens=2),
+        scored_group("d", [None, 1.0], [3, 3]),
+    ]
+
+
+def gradients(model: Path, groups: list[ScoredGroup], **options: Any) -> tuple[float, dict, float]:
+    policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    loss = reference_loss(policy, groups, temperature=TEMPERATURE, **options)
+    loss.backward()
+    # Tied parameters appear once here; their gradient is the sum over both uses.
+    found = {name: p.grad.clone() for name, p in policy.named_parameters()}
+    norm = math.sqrt(sum(float((g.double() ** 2).sum()) for g in found.values()))
+    return float(loss), found, norm
+
+
+async def weights(group: LearnerGroup) -> dict[str, torch.Tensor]:
+    return load_file((await group.publish()).path)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "stage", "kind"),
+    [
+        (1, 0, "llama-tied"),
+        (1, 3, "gpt2"),
+        (2, 0, "gpt2"),
+        (2, 1, "llama-tied"),
+        (2, 2, "qwen2-untied"),
+        (2, 3, "llama-tied"),
+    ],
+)
+def test_step_equals_reference(
+    run: Any, models: dict[str, Path], tmp_path: Path, ranks: int, stage: int, kind: str
+) -> None:
+    """Loss, gradient norm and every gradient, whatever the split into ranks and micro-batches."""
+
+    async def check() -> None:
+        options = dict(zero_stage=stage, gradient_checkpointing=stage == 3, **GRADIENT_PROBE)
+        spec = spec_for(models[kind], ranks, tmp_path, **options)
+        group = await start(spec)
+        try:
+            start_folder = tmp_path / "start"
+            start_folder.mkdir()
+            await group.save(start_folder)
+            before = await weights(group)
+            groups = batch()
+            for budget, chunk, aggregation in (
+                (16, 3, "token"),
+                (60, 7, "sequence"),
+                (8192, 1024, "constant"),
+            ):
+                learner = spec.learner.model_copy(
+                    update={"micro_batch_tokens": budget, "logit_chunk_tokens": chunk}
+                )
+                algorithm = AlgorithmConfig(aggregation=aggregation)
+                group.spec = replace(spec, learner=learner, algorithm=algorithm)
+                loss, expected, norm = gradients(models[kind], groups, aggregation=aggregation)
+                result = await group.step([put(g) for g in groups])
+                assert result.applied
+                assert (result.trained, result.filtered, result.failed) == (8, 3, 3)
+                assert result.tokens == 65
+                assert result.loss == pytest.approx(loss, abs=2e-6)
+                assert result.grad_norm == pytest.approx(norm, rel=1e-4)
+                after = await weights(group)
+                for name, gradient in expected.items():
+                    moved = before[name] - after[name]
+                    torch.testing.assert_close(moved, gradient, atol=2e-5 * norm, rtol=2e-3)
+                await group.load(start_folder)
+            # One kept group in one row: a rank without any work still takes part.
+            alone = [g for g in groups if g.group.id != "c"]
+            group.spec = spec
+            loss, expected, norm = gradients(models[kind], alone)
+            result = await group.step([put(g) for g in alone])
+            assert result.loss == pytest.approx(loss, abs=2e-6)
+            assert result.grad_norm == pytest.approx(norm, rel=1e-4)
+        finally:
+            group.kill()
+
+    run(check())
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        (1, 0, "float32", "qwen2-untied"),
+        (1, 0, "bfloat16", "llama-tied"),
+        (2, 1, "bfloat16", "llama-tied"),
+        (2, 2, "float32", "gpt2"),
+        (2, 3, "bfloat16", "llama-tied"),
+    ],
+    ids=lambda p: f"{p[0]}rank-zero{p[1]}-{p[2]}-{p[3]}",
+)
+def learner(
+    request: Any, run: Any, models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LearnerGroup]:
+    """A learner at work; `at_start` brings it back to its first state."""
+    ranks, stage, dtype, kind = request.param
+    shm = tmp_path_factory.mktemp("shm")
+    group = run(start(spec_for(models[kind], ranks, shm, zero_stage=stage, dtype=dtype, **SMALL)))
+    folder = shm / "start"
+    folder.mkdir()
+    run(group.save(folder))
+    yield group
+    group.kill()
+
+
+SMALL = dict(learning_rate=3e-5, warmup_steps=4, gradient_clip=0.5, micro_batch_tokens=64)
+
+
+async def at_start(group: LearnerGroup) -> dict[str, torch.Tensor]:
+    await group.load(Path(group.spec.shm_dir) / "start")
+    return await weights(group)
+
+
+def bits(tensors: dict[str, torch.Tensor]) -> dict[str, bytes]:
+    return {name: t.view(torch.uint8).numpy().tobytes() for name, t in tensors.items()}
+
+
+def test_publish_holds_the_model(run: Any, learner: LearnerGroup) -> None:
+    found = run(at_start(learner))
+    dtype = getattr(torch, learner.spec.dtype)
+    model = AutoModelForCausalLM.from_pretrained(learner.spec.model_path, dtype=dtype)
+    # Tied or not, the output layer is there under its own name.
+    assert "lm_head.weight" in found
+    assert bits(found) == bits({n: t.contiguous() for n, t in model.state_dict().items()})
+    first = run(learner.publish())
+    assert first.version == 0
+    assert first.names == tuple(model.state_dict())
+
+
+def test_probe_equals_transformers(run: Any, learner: LearnerGroup) -> None:
+    run(at_start(learner))
+    dtype = getattr(torch, learner.spec.dtype)
+    model = AutoModelForCausalLM.from_pretrained(learner.spec.model_path, dtype=dtype).eval()
+    ids = np.random.default_rng(0).integers(0, 60, 40)
+    expected = reference_logprobs(model, (int(ids[0]),), ids[1:], 1.0)
+    found = torch.tensor(run(learner.logprobs([int(i) for i in ids])))
+    atol = 1e-4 if dtype == torch.float32 else 0.3
+    torch.testing.assert_close(found, expected, atol=atol, rtol=0)
+
+
+def test_versions_and_learning_rate(run: Any, learner: LearnerGroup) -> None:
+    """The version counts applied steps; the last two published files stay."""
+    run(at_start(learner))
+    groups = [put(g) for g in batch()]
+    for number in (1, 2, 3):
+        result = run(learner.step(groups))
+        assert result.version == number
+        assert result.learning_rate == pytest.approx(3e-5 * number / 4)
+        assert run(learner.publish()).version == number
+    kept = sorted(path.name for path in Path(learner.spec.shm_dir).glob("*.safetensors"))
+    assert kept == ["v2.safetensors", "v3.safetensors"]
+    assert result.k3_kl >= 0
+    assert 0 < result.entropy < math.log(67)
+
+
+def test_precision_of_a_step(run: Any, learner: LearnerGroup) -> None:
+    """bfloat16 keeps the gradient to about a percent, float32 to rounding."""
+    run(at_start(learner))
+    groups = batch()
+    dtype = getattr(torch, learner.spec.dtype)
+    model = AutoModelForCausalLM.from_pretrained(learner.spec.model_path, dtype=dtype).float()
+    loss = reference_loss(model.eval(), groups, temperature=TEMPERATURE)
+    loss.backward()
+    norm = math.sqrt(sum(float((p.grad**2).sum()) for p in model.parameters()))
+    result = run(learner.step([put(g) for g in groups]))
+    tolerance = 1e-4 if dtype == torch.float32 else 0.1
+    assert result.grad_norm == pytest.approx(norm, rel=tolerance)
+    assert result.loss == pytest.approx(loss.item(), abs=tolerance)
+
+
+def test_no_group_left_is_not_a_step(run: Any, learner: LearnerGroup) -> None:
+    before = run(at_start(learner))
+    result = run(learner.step([put(scored_group("b", [0.1] * 8, [4] * 8))]))
+    assert (result.applied, result.version, result.filtered, result.tokens) == (False, 0, 8, 0)
+    assert bits(run(weights(learner))) == bits(before)
+
+
+def test_resume_is_exact(run: Any, learner: LearnerGroup, tmp_path: Path) -> None:
+    """Two steps in a row equal one step, a checkpoint, new actors, and one more."""
+
+    async def check() -> None:
+        await at_start(learner)
+        groups = [put(g) for g in batch()]
+        checkpoints = Checkpoints(tmp_path, keep=1)
+        await learner.step(groups)
+        middle = await weights(learner)
+        await learner.save(checkpoints.begin(1))
+        saved = checkpoints.commit(1, {"step": 1})
+        second = await learner.step(groups)
+        straight = await weights(learner)
+        assert bits(straight) != bits(middle)
+
+        assert checkpoints.latest() == saved
+        assert load_state(saved) == {"step": 1}
+        model = AutoModelForCausalLM.from_pretrained(saved / "hf", dtype="auto")
+        assert bits({n: t.contiguous() for n, t in model.state_dict().items()}) == bits(middle)
+
+        shm = tmp_path / "shm"
+        other = await start(replace(learner.spec, shm_dir=str(shm)))
+        try:
+            assert await other.load(saved) == 1
+            assert bits(await weights(other)) == bits(middle)
+            again = await other.step(groups)
+            assert bits(await weights(other)) == bits(straight)
+            assert replace(again, seconds=0) == replace(second, seconds=0)
+        finally:
+            other.kill()
+
+    run(check())
+
+
+def test_other_shape_is_refused_before_loading(run: Any, learner: LearnerGroup) -> None:
+    spec = learner.spec
+    stage = (spec.learner.zero_stage + 1) % 4
+    changed = replace(spec, learner=spec.learner.model_copy(update={"zero_stage": stage}))
+    learner.spec = changed
+    try:
+        with pytest.raises(LearnerError, match=r"learner\.zero_stage"):
+            run(learner.load(Path(spec.shm_dir) / "start"))
+    finally:
+        learner.spec = spec
+
+
+def test_steps_below_bfloat16_resolution_add_up(run: Any, learner: LearnerGroup) -> None:
+    """Weights of 0.3 are 0.002 apart in bfloat16; 60 steps of 3e-5 must still move them."""
+    before = run(at_start(learner))
+    groups = [put(g) for g in batch()]
+
+    async def train() -> dict[str, torch.Tensor]:
+        for _ in range(60):
+            await learner.step(groups)
+        return await weights(learner)
+
+    after = run(train())
+    large = torch.cat([t[(t.abs() > 0.25) & (t.abs() < 0.5)].flatten() for t in before.values()])
+    changed = torch.cat(
+        [(after[n] != t)[(t.abs() > 0.25) & (t.abs() < 0.5)].flatten() for n, t in before.items()]
+    )
+    assert len(large) > 1000
+    assert float(changed.float().mean()) > 0.3
+
+
+def test_non_finite_step_is_left_out(run: Any, learner: LearnerGroup, tmp_path: Path) -> None:
+    async def check() -> None:
+        await at_start(learner)
+        good = [put(g) for g in batch()]
+        await learner.step(good)
+        before = await weights(learner)
+        broken = batch()
+        # In one completion, so that with two ranks only one of them sees it.
+        broken[0].group.completions[0].logprobs[1] = float("nan")
+        bad = [put(g) for g in broken]
+        for count in (1, 2):
+            result = await learner.step(bad)
+            assert (result.applied, result.version) == (False, 1)
+            assert result.nonfinite_in_a_row == count
+            assert not math.isfinite(result.loss)
+            assert bits(await weights(learner)) == bits(before)
+        with pytest.raises(LearnerError, match="not finite"):
+            await learner.save(tmp_path)
+        # Nothing of the broken steps is left in gradients, optimizer or schedule.
+        result = await learner.step(good)
+        after = await weights(learner)
+        await at_start(learner)
+        await learner.step(good)
+        clean = await learner.step(good)
+        assert replace(result, seconds=0) == replace(clean, seconds=0)
+        assert bits(await weights(learner)) == bits(after)
+        for _ in range(2):
+            await learner.step(bad)
+        with pytest.raises(LearnerError, match="3 optimizer steps in a row"):
+            await learner.step(bad)
+
+    run(check())
+
+
+def test_failure_names_rank_and_cause(run: Any, models: dict[str, Path], tmp_path: Path) -> None:
+    missing = spec_for(tmp_path / "nowhere", 1, tmp_path)
+    with pytest.raises(LearnerError, match=r"rank 0 failed loading the model.*nowhere"):
+        run(start(missing))
+
+    async def check() -> None:
+        group = await start(spec_for(models["llama-tied"], 2, tmp_path))
+        try:
+            groups = batch()
+            refs = [put(g) for g in groups]
+            # The driver believes in more tokens than the group has.
+            other = scored_group("c", list(groups[2].totals), [1, 2, 30, 4, 9], prompt_tokens=2)
+            refs[2] = replace(refs[2], ref=ray.put(other))
+            with pytest.raises(LearnerError, match=r"rank \d failed .* c/4: 9 tokens, 8 were"):
+                await group.step(refs)
+        finally:
+            group.kill()
+
+    run(check())
