@@ -1,0 +1,74 @@
+"""Resources are compared before anything starts; messages name keys and numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from cluster.config import Config
+from cluster.placement import GIB, PlacementError, Resources, memory_needed, plan
+
+LAPTOP = Resources(cpus=2, gpus=0, memory=20 * GIB)
+SMALL_MODEL = 135_000_000
+
+
+def config(**sections: Any) -> Config:
+    return Config.model_validate({"model": {"path": "m"}, **sections})
+
+
+def test_the_quickstart_fits_a_laptop_and_reservations_fill_at_most_its_cores() -> None:
+    wide = config(
+        actors={"count": 2}, learner={"workers": 2, "zero_stage": 2}, rewards={"workers": 8}
+    )
+    placement = plan(wide, LAPTOP, SMALL_MODEL)
+    assert placement.device == "cpu"
+    reserved = (
+        2 * placement.rollout["num_cpus"]
+        + 2 * placement.learner["num_cpus"]
+        + 8 * placement.reward["num_cpus"]
+    )
+    assert reserved <= 2
+    assert "num_gpus" not in placement.rollout
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"actors": {"count": 3}}, "actors.count=3: .* there are 2"),
+        ({"learner": {"workers": 8}}, "learner.workers=8"),
+        ({"actors": {"tensor_parallel": 2}}, "actors.tensor_parallel"),
+        ({"actors": {"kv_cache_gib": 30}}, r"about 3\d\.\d GiB \(engines .* 20\.0 GiB"),
+        ({"cluster": {"device": "cuda"}}, "GPUs: needs 2 .* there are 0"),
+    ],
+)
+def test_what_does_not_fit_is_said_with_numbers_and_keys(
+    sections: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(PlacementError, match=message):
+        plan(config(**sections), LAPTOP, SMALL_MODEL)
+
+
+def test_gpus_are_counted_for_engines_and_ranks() -> None:
+    wanted = config(actors={"count": 2, "tensor_parallel": 2}, learner={"workers": 4})
+    node = Resources(cpus=64, gpus=8, memory=500 * GIB)
+    placement = plan(wanted, node, SMALL_MODEL)
+    assert placement.device == "cuda"
+    assert placement.rollout["num_gpus"] == 2
+    assert placement.learner["num_gpus"] == 1
+    with pytest.raises(PlacementError, match="GPUs: needs 8"):
+        plan(wanted, Resources(64, 7, 500 * GIB), SMALL_MODEL)
+    with pytest.raises(PlacementError, match="CPUs: needs 7"):
+        plan(wanted, Resources(6, 8, 500 * GIB), SMALL_MODEL)
+
+
+def test_zero_stages_save_memory_in_their_order() -> None:
+    needs = [
+        memory_needed(config(learner={"workers": 4, "zero_stage": stage}), 10**9)["learner"]
+        for stage in range(4)
+    ]
+    assert needs == sorted(needs, reverse=True)
+    assert len(set(needs)) == 4
+    # The ZeRO paper's accounting plus a float32 gradient: stage 0 holds it all on every rank.
+    overhead = needs[0] - 4 * (12 + 4 + 2) * 10**9
+    assert 0 < overhead < 8 * GIB

@@ -1,0 +1,180 @@
+"""The pipeline from prompts to batches: no sample lost, doubled or joined to another's reward."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import Any
+
+import pytest
+
+from actors.records import Failure, GroupMeta, Prompt, RewardError, ScoreMeta
+from cluster.config import Config
+from cluster.metrics import Counters, StepTimes, reward_errors, step_metrics
+from cluster.stream import GroupStream
+from cluster.tracking import STEP_KEYS
+from learner.batch import ScoredRef
+from learner.group import StepResult
+from rewards.tasks import Taken
+
+G = 2
+
+
+def config(**sections: Any) -> Config:
+    task = {"prompts_per_step": 4, "group_size": G}
+    return Config.model_validate({"model": {"path": "m"}, "task": task, **sections})
+
+
+def draw(cursor: int) -> Taken:
+    prompts = tuple(Prompt(f"0-{i}", (1,), "p") for i in range(cursor, cursor + 4))
+    return Taken(prompts, (), cursor + 4)
+
+
+class Pool:
+    """Finishes groups in random order; the reference carries the group's own name."""
+
+    def __init__(self, lose: str = "") -> None:
+        self.lose = lose
+        self.seeds: dict[str, int] = {}
+        self.version = 0
+
+    async def generate(self, requests: list[Any]) -> list[asyncio.Task[Any]]:
+        return [asyncio.create_task(self._one(request)) for request in requests]
+
+    async def _one(self, request: Any) -> Any:
+        self.seeds[request.group_id] = request.sampling.seed
+        version = self.version
+        await asyncio.sleep(random.random() * 0.02)
+        name = request.group_id
+        if name == self.lose:
+            return Failure("data", f"group {name}", "cannot be generated"), None
+        ids = tuple(f"{name}/{i}" for i in range(G))
+        meta = GroupMeta(name, 1, ids, (3, 5), (False, True), (version, version), "a", 0.1)
+        return meta, f"tokens of {name}"
+
+
+class Rewards:
+    """A reward that is a function of the group's name, so that a wrong join shows."""
+
+    async def score(self, group: str) -> Any:
+        await asyncio.sleep(random.random() * 0.01)
+        name = group.removeprefix("tokens of ")
+        value = float(name.rsplit("-", 1)[1])
+        totals = (value, value + 0.5)
+        return ScoreMeta(name, totals, {"f": totals}, (), 0.01), f"scored {name}"
+
+
+def stream_of(pool: Pool, **options: Any) -> GroupStream:
+    return GroupStream(config(), draw, pool, Rewards(), **{"first_step": 0, "cursor": 0, **options})  # type: ignore[arg-type]
+
+
+def test_batches_hold_their_own_step_in_order_with_their_own_rewards() -> None:
+    async def main() -> None:
+        stream = stream_of(Pool())
+        await stream.admit(2)
+        assert stream.admitted == 24
+        assert stream.in_flight == 24
+        for step in range(3):
+            batch = await stream.take(step)
+            assert batch.cursor == 4 * (step + 1)
+            names = [group.meta.group_id for group in batch.groups]
+            assert names == [f"{step}:0-{i}" for i in range(4 * step, 4 * step + 4)]
+            for group in batch.groups:
+                name = group.meta.group_id
+                assert group.scores.group_id == name
+                assert group.ref == f"scored {name}"
+                assert group.scores.totals[0] == float(name.rsplit("-", 1)[1])
+        assert stream.in_flight == 0
+
+    asyncio.run(main())
+
+
+def test_a_resumed_stream_draws_the_same_prompts_with_the_same_seeds() -> None:
+    async def seeds(first: int) -> dict[str, int]:
+        pool = Pool()
+        stream = stream_of(pool, first_step=first, cursor=4 * first)
+        await stream.admit(3)
+        for step in range(first, 4):
+            await stream.take(step)
+        return pool.seeds
+
+    straight = asyncio.run(seeds(0))
+    resumed = asyncio.run(seeds(2))
+    assert resumed == {name: seed for name, seed in straight.items() if name[0] in "23"}
+    assert len(set(straight.values())) == 16
+
+
+def result(**changes: Any) -> StepResult:
+    return StepResult(
+        **{
+            "version": 1, "applied": True, "nonfinite_in_a_row": 0, "loss": 0.5, "grad_norm": 1.0,
+            "learning_rate": 1e-6, "entropy": 1.0, "clip_fraction": 0.0, "k3_kl": 0.0,
+            "logprob_abs_max": 0.1, "tokens": 20, "seconds": 1.0, "trained": 4, "filtered": 2,
+            "failed": 0, "groups_trained": 2, "groups_filtered": 1, "groups_failed": 0,
+            "row_tokens": 30, "padded_tokens": 40, "micro_batches": 1,
+            **changes,
+        }
+    )  # fmt: skip
+
+
+def test_a_group_that_failed_is_counted_not_dropped() -> None:
+    async def main() -> Any:
+        stream = stream_of(Pool(lose="0:0-2"))
+        await stream.admit(0)
+        return stream, await stream.take(0)
+
+    stream, batch = asyncio.run(main())
+    assert [group.meta.group_id for group in batch.groups] == ["0:0-0", "0:0-1", "0:0-3"]
+    assert len(batch.failures) == 1
+    counters = Counters(group_size=G)
+    counters.add(batch, result())
+    assert counters.failed == G
+    assert counters.admitted == stream.admitted == 8
+    counters.check(stream.admitted, stream.in_flight)
+    with pytest.raises(AssertionError, match="do not add up"):
+        counters.check(stream.admitted + 1, stream.in_flight)
+
+
+def test_counters_go_on_after_a_resume() -> None:
+    saved = Counters(admitted=64, trained=40, filtered=24, group_size=8).as_dict()
+    counters = Counters.resumed(saved)
+    counters.check(admitted_now=0, in_flight=0)
+    assert counters.trained == 40
+
+
+def test_metrics_of_a_step_are_pooled_over_completions() -> None:
+    async def main() -> Any:
+        stream = stream_of(Pool())
+        await stream.admit(0)
+        return await stream.take(0)
+
+    batch = asyncio.run(main())
+    times = StepTimes(step=10.0, generate=4.0, reward=1.0, train=3.0, sync=1.5)
+    counters = Counters(group_size=G)
+    counters.add(batch, result(trained=8, filtered=0))
+    metrics = step_metrics(batch, result(), times, counters, version=5, probe_gap=0.01)
+    assert set(STEP_KEYS) <= set(metrics)
+    # Rewards 0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5.
+    assert metrics["reward/mean"] == metrics["reward/f"] == 1.75
+    assert metrics["reward/std"] == pytest.approx(1.1456439)
+    assert metrics["reward/zero_variance_fraction"] == 0
+    assert metrics["rollout/completion_tokens"] == 4
+    assert metrics["rollout/truncated_fraction"] == 0.5
+    assert metrics["time/wait"] == pytest.approx(0.5)
+    # The step trained version 4 and made version 5; the completions are of version 0.
+    assert metrics["async/staleness_max"] == 4
+    assert metrics["samples/trained"] == 8
+
+
+def test_reward_errors_are_a_share_of_scores_with_an_example() -> None:
+    error = RewardError("f", "c/0", "raised", "boom")
+    meta = GroupMeta("g", 1, ("c/0", "c/1"), (1, 1), (False, False), (0, 0), "a", 0.1)
+    scores = ScoreMeta("g", (None, 1.0), {"f": (None, 1.0)}, (error,), 0.1)
+
+    class One:
+        groups = [ScoredRef(meta, scores, None)]
+        failures: list[Failure] = []
+
+    share, example = reward_errors(One())  # type: ignore[arg-type]
+    assert share == 0.5
+    assert example == "f raised: boom"
