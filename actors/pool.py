@@ -29,13 +29,14 @@ class RolloutError(Exception):
 
 @dataclass(frozen=True)
 class Probe:
-    """A token sequence with the learner's log-probs of tokens 1..n-1 under the published weights.
+    """A token sequence that learner and engines score under the same weights, to compare.
 
-    tolerance: largest mean absolute difference that an engine may show.
+    logprobs: what will be the learner's log-probs of tokens 1..n-1; it computes them while the
+    engines load. tolerance: largest mean absolute difference that an engine may show, in nats.
     """
 
     token_ids: list[int]
-    logprobs: list[float]
+    logprobs: asyncio.Future[list[float]]
     tolerance: float
 
 
@@ -53,10 +54,9 @@ class _Slot:
     repair: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
-def probe_gap(probe: Probe, engine_logprobs: list[float]) -> float:
-    """Mean absolute difference between engine and learner over the probe, in nats."""
-    pairs = zip(probe.logprobs, engine_logprobs, strict=True)
-    gaps = [abs(ours - theirs) for ours, theirs in pairs]
+def probe_gap(learner: list[float], engine: list[float]) -> float:
+    """Mean absolute difference between two scorings of the same tokens, in nats."""
+    gaps = [abs(ours - theirs) for ours, theirs in zip(learner, engine, strict=True)]
     return sum(gaps) / len(gaps)
 
 
@@ -143,7 +143,7 @@ class RolloutPool:
         )
         if isinstance(answer, Failure):
             raise RolloutError(f"{answer.what}: {answer.message}")
-        gap = probe_gap(probe, answer)
+        gap = probe_gap(await probe.logprobs, answer)
         if not gap <= probe.tolerance:
             raise RolloutError(
                 f"rollout-{slot.index} does not serve the weights that were published: its "

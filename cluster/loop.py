@@ -112,9 +112,8 @@ async def train(run: Run) -> None:
 async def publish(run: Run) -> float:
     """Publish the learner's weights and have every actor load and prove them; the probe's gap."""
     info = await run.learner.publish(remote=run.several_nodes)
-    logprobs = await run.learner.logprobs(run.probe_ids)
-    probe = Probe(run.probe_ids, logprobs, run.probe_tolerance)
-    return await run.pool.sync(info, probe)
+    scoring = asyncio.ensure_future(run.learner.logprobs(run.probe_ids))
+    return await run.pool.sync(info, Probe(run.probe_ids, scoring, run.probe_tolerance))
 
 
 async def save(run: Run, cursor: int) -> None:

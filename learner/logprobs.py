@@ -6,6 +6,7 @@ logits of one part exist, in the forward and in the backward pass.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -15,10 +16,97 @@ from torch.utils.checkpoint import checkpoint
 # Rows up to this length: on CPUs plain matrix products beat the fused kernel, whose strength is
 # that it never writes the L x L scores.
 EAGER_ROW_LENGTH = 512
+# Tokens whose float32 logits exist at one time.
+SCORE_BLOCK = 32
 
 
 class UnsupportedModel(Exception):
     """The architecture does something with its logits or masks that this learner does not know."""
+
+
+@dataclass(frozen=True)
+class LogitScale:
+    """What a model makes of its last layer: x -> cap * tanh(factor * x / cap), or factor * x."""
+
+    factor: float = 1.0
+    cap: float | None = None
+
+    def apply_(self, x: torch.Tensor) -> torch.Tensor:
+        """Scale in place."""
+        if self.factor != 1.0:
+            x.mul_(self.factor)
+        return x if self.cap is None else x.div_(self.cap).tanh_().mul_(self.cap)
+
+    def multiply_by_slope_(self, gradient: torch.Tensor, scaled: torch.Tensor) -> None:
+        """Turn a gradient by the scaled values into one by the unscaled, in place."""
+        if self.factor != 1.0:
+            gradient.mul_(self.factor)
+        if self.cap is not None:
+            gradient.mul_(1.0 - (scaled / self.cap) ** 2)
+
+
+class TokenScores(torch.autograd.Function):
+    """Log-probs and entropies from the output layer, a few tokens at a time.
+
+    Autograd would keep and walk several float32 copies of [N, V]. Here the model's own outputs are
+    all that is kept; what comes in between has two small buffers that are used over and over.
+    With z = scale(outputs) / temperature: d logprob / dz = onehot(target) - softmax(z).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        outputs_NV: torch.Tensor,
+        target_N: torch.Tensor,
+        scale: LogitScale,
+        temperature: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns (logprobs [N] float32, entropies [N] float32 without gradient)."""
+        logprobs_N = torch.empty(len(outputs_NV), device=outputs_NV.device)
+        normaliser_N, entropy_N = torch.empty_like(logprobs_N), torch.empty_like(logprobs_N)
+        buffers = [_buffer(outputs_NV), _buffer(outputs_NV)]
+        for part in _blocks(len(outputs_NV)):
+            z, exp = (buffer[: len(target_N[part])] for buffer in buffers)
+            scale.apply_(z.copy_(outputs_NV[part])).div_(temperature)
+            peak = z.amax(-1)
+            z.sub_(peak[:, None])
+            total = torch.exp(z, out=exp).sum(-1)
+            log_total = total.log()
+            logprobs_N[part] = z.gather(1, target_N[part, None])[:, 0] - log_total
+            normaliser_N[part] = peak + log_total
+            entropy_N[part] = log_total - exp.mul_(z).sum(-1) / total
+        ctx.save_for_backward(outputs_NV, target_N, normaliser_N)
+        ctx.scale, ctx.temperature = scale, temperature
+        ctx.mark_non_differentiable(entropy_N)
+        return logprobs_N, entropy_N
+
+    @staticmethod
+    def backward(
+        ctx: Any, gradient_N: torch.Tensor, _entropy: torch.Tensor
+    ) -> tuple[torch.Tensor, None, None, None]:
+        outputs_NV, target_N, normaliser_N = ctx.saved_tensors
+        result_NV = torch.empty_like(outputs_NV)
+        buffer = _buffer(outputs_NV)
+        for part in _blocks(len(outputs_NV)):
+            z = buffer[: len(target_N[part])]
+            ctx.scale.apply_(z.copy_(outputs_NV[part]))
+            scaled = z.clone() if ctx.scale.cap is not None else z
+            g = gradient_N[part, None]
+            # From here on z holds the gradient.
+            z.div_(ctx.temperature).sub_(normaliser_N[part, None]).exp_().mul_(-g)
+            z.scatter_add_(1, target_N[part, None], g)
+            ctx.scale.multiply_by_slope_(z, scaled)
+            result_NV[part] = z.div_(ctx.temperature)
+        return result_NV, None, None, None
+
+
+def _blocks(size: int) -> list[slice]:
+    return [slice(start, start + SCORE_BLOCK) for start in range(0, size, SCORE_BLOCK)]
+
+
+def _buffer(outputs_NV: torch.Tensor) -> torch.Tensor:
+    rows = min(SCORE_BLOCK, len(outputs_NV))
+    return torch.empty(rows, outputs_NV.shape[1], device=outputs_NV.device)
 
 
 class PolicyModel(nn.Module):
@@ -47,9 +135,9 @@ class PolicyModel(nn.Module):
                 )
             self.attention = "eager"
         # Gemma caps its logits, Granite divides and Cohere multiplies them; see `self_check`.
-        self.softcap: float | None = config.get("final_logit_softcapping")
-        self.logit_factor: float = (config.get("logit_scale") or 1.0) / (
-            config.get("logits_scaling") or 1.0
+        self.scale = LogitScale(
+            factor=(config.get("logit_scale") or 1.0) / (config.get("logits_scaling") or 1.0),
+            cap=config.get("final_logit_softcapping"),
         )
         self.window: int | None = config.get("sliding_window")
         self.layer_types = frozenset(config.get("layer_types") or ())
@@ -98,18 +186,8 @@ class PolicyModel(nn.Module):
     def _score(
         self, hidden_NH: torch.Tensor, target_N: torch.Tensor, temperature: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        logits_NV = self.model.get_output_embeddings()(hidden_NH).float()
-        if self.logit_factor != 1.0:
-            logits_NV = logits_NV * self.logit_factor
-        if self.softcap is not None:
-            logits_NV = torch.tanh(logits_NV / self.softcap) * self.softcap
-        if temperature != 1.0:
-            logits_NV = logits_NV / temperature
-        normaliser_N = logits_NV.logsumexp(-1)
-        logprobs_N = logits_NV.gather(1, target_N[:, None])[:, 0] - normaliser_N
-        with torch.no_grad():
-            probabilities_NV = (logits_NV - normaliser_N[:, None]).exp_()
-            entropy_N = normaliser_N - torch.linalg.vecdot(probabilities_NV, logits_NV)
+        logits_NV = self.model.get_output_embeddings()(hidden_NH)
+        logprobs_N, entropy_N = TokenScores.apply(logits_NV, target_N, self.scale, temperature)
         return logprobs_N, entropy_N
 
     def _attention_for(self, input_ids_BL: torch.Tensor) -> str:

@@ -14,7 +14,14 @@ from actors.pool import MAX_RESTARTS, Probe, RolloutError, RolloutPool, probe_ga
 from actors.records import Failure, GroupMeta, Prompt, SamplingSpec, WeightsInfo
 from actors.rollout import Place, Request, RolloutActor, split_cores
 
-PROBE = Probe([1, 2, 3], [-1.0, -2.0], tolerance=0.1)
+LEARNER = [-1.0, -2.0]
+
+
+def probe() -> Probe:
+    """To be made inside the event loop, as the loop does."""
+    scoring: asyncio.Future[list[float]] = asyncio.get_running_loop().create_future()
+    scoring.set_result(LEARNER)
+    return Probe([1, 2, 3], scoring, tolerance=0.1)
 
 
 def info(version: int) -> WeightsInfo:
@@ -50,7 +57,7 @@ class FakeActor:
         self.batches: list[list[str]] = []
         self.running = 0
         self.peak = 0
-        self.probe = list(PROBE.logprobs)
+        self.probe = list(LEARNER)
         for method in ("place", "start", "sync", "submit", "collect", "memory", "close"):
             setattr(self, method, Method(getattr(self, "_" + method)))
 
@@ -112,7 +119,7 @@ def pool_of(made: list[FakeActor], plans: list[dict[str, Any]], **options: Any) 
 
 async def started(pool: RolloutPool) -> RolloutPool:
     await pool.start(5)
-    await pool.sync(info(0), PROBE)
+    await pool.sync(info(0), probe())
     return pool
 
 
@@ -153,7 +160,7 @@ def test_a_lost_group_is_generated_elsewhere_by_a_synced_actor(
 
     async def main() -> list[Any]:
         pool = await started(pool_of(made, [plan], group_timeout_s=0.2))
-        await pool.sync(info(7), PROBE)
+        await pool.sync(info(7), probe())
         tasks = await pool.generate([request(f"g{i}") for i in range(4)])
         outcomes = [await task for task in tasks]
         assert pool.restarts == 1
@@ -212,7 +219,7 @@ def test_wrong_weights_stop_the_run(made: list[FakeActor]) -> None:
     async def main() -> None:
         pool = await started(pool_of(made, []))
         made[1].probe = [-1.0, -2.5]
-        await pool.sync(info(1), PROBE)
+        await pool.sync(info(1), probe())
 
     with pytest.raises(RolloutError, match=r"rollout-1 does not serve .* 0\.2500 .* version 1"):
         asyncio.run(main())
@@ -222,7 +229,7 @@ def test_nan_in_the_probe_is_not_within_tolerance(made: list[FakeActor]) -> None
     async def main() -> None:
         pool = await started(pool_of(made, []))
         made[0].probe = [float("nan"), -2.0]
-        await pool.sync(info(1), PROBE)
+        await pool.sync(info(1), probe())
 
     with pytest.raises(RolloutError, match="does not serve"):
         asyncio.run(main())
@@ -235,9 +242,9 @@ def test_an_engine_that_cannot_start_says_why(made: list[FakeActor]) -> None:
 
 
 def test_probe_gap_is_the_mean_absolute_difference() -> None:
-    assert probe_gap(PROBE, [-1.5, -1.0]) == pytest.approx(0.75)
+    assert probe_gap(LEARNER, [-1.5, -1.0]) == pytest.approx(0.75)
     with pytest.raises(ValueError, match="shorter"):
-        probe_gap(PROBE, [-1.0])
+        probe_gap(LEARNER, [-1.0])
 
 
 @pytest.mark.parametrize(

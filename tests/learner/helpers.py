@@ -12,6 +12,8 @@ from transformers import (
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -68,6 +70,8 @@ def tiny_model(kind: str, seed: int = 0) -> Any:
             **SHAPE, sliding_window=5, query_pre_attn_scalar=8, final_logit_softcapping=2.0
         )
         return Gemma2ForCausalLM(config).eval()
+    if kind == "granite":
+        return GraniteForCausalLM(GraniteConfig(**SHAPE, logits_scaling=3.0)).eval()
     if kind == "mistral-sliding":
         return MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=5)).eval()
     raise ValueError(kind)

@@ -11,7 +11,7 @@ from actors.records import ScoredGroup
 from learner.batch import BatchTensors, RowCost, build_micro_batch, plan_step
 from learner.config import AlgorithmConfig
 from learner.grpo import policy_loss
-from learner.logprobs import PolicyModel, UnsupportedModel
+from learner.logprobs import LogitScale, PolicyModel, UnsupportedModel
 from tests.learner.helpers import (
     metas,
     reference_logprobs,
@@ -20,7 +20,7 @@ from tests.learner.helpers import (
     tiny_model,
 )
 
-KINDS = ["llama-tied", "qwen2-untied", "gpt2", "gemma2", "mistral-sliding"]
+KINDS = ["llama-tied", "qwen2-untied", "gpt2", "gemma2", "granite", "mistral-sliding"]
 TEMPERATURE = 0.7
 
 
@@ -170,7 +170,7 @@ def test_self_check_accepts_supported_models(kind: str) -> None:
 
 def test_self_check_refuses_logits_it_does_not_understand() -> None:
     policy = PolicyModel(tiny_model("gemma2"))
-    policy.softcap = None
+    policy.scale = LogitScale()
     with pytest.raises(UnsupportedModel, match="Gemma2ForCausalLM"):
         policy.self_check(TEMPERATURE)
 
