@@ -11,8 +11,13 @@ import sys
 import time
 import uuid
 from pathlib import Path
+from typing import Any
 
 MARKER = "COHORT_REAP"
+WATCHER_START_S = 30
+
+# Our ends of the watchers' pipes: open for as long as this process lives.
+_open_pipes: list[Any] = []
 
 
 def redirect_output(path: Path) -> None:
@@ -50,7 +55,7 @@ def start_reaper(*folders: Path) -> None:
     marker = uuid.uuid4().hex
     environment = {key: value for key, value in os.environ.items() if key != MARKER}
     os.environ[MARKER] = marker
-    subprocess.Popen(
+    watcher = subprocess.Popen(
         [sys.executable, "-S", "-E", __file__, marker, *map(str, folders)],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
@@ -59,6 +64,10 @@ def start_reaper(*folders: Path) -> None:
         env=environment,
         cwd="/",
     )
+    # The process started here ends at once and leaves a child of its own: Ray kills an actor's
+    # children before the actor itself, and the watcher must not be one of them.
+    watcher.wait(WATCHER_START_S)
+    _open_pipes.append(watcher.stdin)
 
 
 def _marked(marker: bytes) -> list[int]:
@@ -76,6 +85,8 @@ def _marked(marker: bytes) -> list[int]:
 
 
 def _watch(marker: str, folders: list[str]) -> None:
+    if os.fork():
+        os._exit(0)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     while os.read(0, 1):
