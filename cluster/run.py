@@ -25,6 +25,7 @@ from cluster.placement import (
     PlacementError,
     Resources,
     connected_cluster,
+    cpu_environment,
     plan,
     this_machine,
 )
@@ -322,9 +323,10 @@ async def start_learner(
         shm_dir=f"/dev/shm/cohort-learner-{uuid.uuid4().hex[:12]}",
         log_dir=str(log_dir),
     )
-    # Ray would set OMP_NUM_THREADS to the share of a core that the rank reserves.
-    environment = {"env_vars": {"OMP_NUM_THREADS": str(threads)}}
-    options = [{**placement.learner, "runtime_env": environment} for _ in range(ranks)]
+    environment = cpu_environment(threads) if placement.device == "cpu" else {}
+    options = [
+        {**placement.learner, "runtime_env": {"env_vars": environment}} for _ in range(ranks)
+    ]
     return await LearnerGroup.start(spec, options, config.cluster.start_timeout_s)
 
 

@@ -182,7 +182,8 @@ class LearnerGroup:
     async def publish(self, remote: bool = False) -> WeightsInfo:
         """Publish the current weights; the version is the number of optimizer steps applied.
 
-        The version published before stays available; older ones are deleted. remote: also through
+        The version published before stays available. What is older must have no readers any more:
+        every engine has pulled the version after it, or was given up. remote: also through
         Ray's object store, for engines on other nodes.
         """
         keep = [] if self._published is None else [self._published]

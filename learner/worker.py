@@ -288,12 +288,13 @@ class LearnerWorker:
     def publish(self, version: int, keep: Sequence[int], remote: bool) -> WeightsInfo | None:
         """Rank 0 writes the weights into shared memory and returns where; others return None.
 
-        keep: older versions whose files stay. remote: also put the bytes into Ray's object store,
+        keep: older versions whose files stay; others must have no readers any more, for their
+        memory is used again. remote: also put the bytes into Ray's object store,
         for engines on other nodes.
         """
         from learner.weights import (
-            delete_old_versions,
             gather_named_weights,
+            old_versions,
             version_path,
             weight_specs,
             write_weights,
@@ -308,8 +309,10 @@ class LearnerWorker:
         specs = weight_specs(self.model, stage)
         path = version_path(self.spec.shm_dir, version)
         path.parent.mkdir(parents=True, exist_ok=True)
-        fingerprint, nbytes = write_weights(specs, tensors, path)
-        delete_old_versions(path.parent, [version, *keep])
+        spare = old_versions(path.parent, [version, *keep])
+        fingerprint, nbytes = write_weights(specs, tensors, path, spare.pop() if spare else None)
+        for file in spare:
+            file.unlink()
         return WeightsInfo(
             version=version,
             names=tuple(spec.name for spec in specs),

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from learner.weights import (
     TensorSpec,
     check_names,
-    delete_old_versions,
     gather_named_weights,
+    old_versions,
     read_header,
     version_path,
     weight_specs,
@@ -31,11 +31,11 @@ def test_file_is_the_model(kind: str, dtype: torch.dtype, tmp_path: Path) -> Non
     path = version_path(tmp_path, 3)
     fingerprint, nbytes = write_weights(specs, gather_named_weights(model, 0), path)
     found = load_file(path)
-    # Tied or not, the output layer comes under its own name too.
-    assert set(found) == set(model.state_dict())
-    assert "lm_head.weight" in found
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(found[name], tensor)
+    # A tied output layer is not sent twice.
+    tied = model.config.tie_word_embeddings
+    assert set(model.state_dict()) - set(found) == ({"lm_head.weight"} if tied else set())
+    for name, tensor in found.items():
+        assert torch.equal(tensor, model.state_dict()[name])
     assert list(read_header(path).values()) == specs
     data = path.read_bytes()
     assert nbytes == len(data)
@@ -75,12 +75,23 @@ def test_odd_shapes(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
-def test_old_versions_go_but_readers_keep_theirs(tmp_path: Path) -> None:
+def test_old_versions_are_found_and_their_memory_is_used_again(tmp_path: Path) -> None:
     spec = [TensorSpec("a", (4,), torch.float32)]
-    for version in range(4):
+    for version in range(3):
         tensor = torch.full((4,), float(version))
         write_weights(spec, [("a", tensor)], version_path(tmp_path, version))
-    with open(version_path(tmp_path, 0), "rb") as reader:
-        delete_old_versions(tmp_path, [3, 2])
-        assert sorted(p.name for p in tmp_path.iterdir()) == ["v2.safetensors", "v3.safetensors"]
-        assert reader.read()[-16:] == bytes(16)
+    assert old_versions(tmp_path, [2, 1]) == [version_path(tmp_path, 0)]
+    pages = version_path(tmp_path, 0).stat().st_ino
+    path = version_path(tmp_path, 3)
+    fresh = [("a", torch.full((4,), 3.0))]
+    digest, size = write_weights(spec, fresh, path, recycle=version_path(tmp_path, 0))
+    assert path.stat().st_ino == pages
+    assert torch.equal(load_file(path)["a"], torch.full((4,), 3.0))
+    assert (digest, size) == (xxhash.xxh3_128(path.read_bytes()).hexdigest(), path.stat().st_size)
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names == ["v1.safetensors", "v2.safetensors", "v3.safetensors"]
+    # A file of another size is cut or extended.
+    longer = [TensorSpec("a", (4000,), torch.float32)]
+    write_weights(longer, [("a", torch.ones(4000))], version_path(tmp_path, 4), recycle=path)
+    write_weights(spec, fresh, path, recycle=version_path(tmp_path, 4))
+    assert torch.equal(load_file(path)["a"], torch.full((4,), 3.0))
