@@ -230,9 +230,6 @@ class Engine:
         """Raise if the engine's processes are dead."""
         await asyncio.wait_for(self._llm.check_health(), 10)
 
-    def close(self) -> None:
-        self._llm.shutdown()
-
 
 def _raw_sample(item: Any, seed: int) -> RawSample:
     token_ids = np.asarray(item.token_ids, dtype=np.int64)

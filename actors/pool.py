@@ -293,15 +293,6 @@ class RolloutPool:
             [await _wait(s.handle.memory.remote(), 30, "an actor's memory") for s in self._slots]
         )
 
-    async def close(self) -> None:
-        """Stop every engine, then every actor."""
-        import ray
-
-        closing = [slot.handle.close.remote() for slot in self._slots]
-        await asyncio.wait([asyncio.ensure_future(_quietly(ref)) for ref in closing], timeout=15)
-        for slot in self._slots:
-            ray.kill(slot.handle)
-
     def kill(self) -> None:
         """End every actor now; their watchers end the engines."""
         import ray
@@ -312,16 +303,6 @@ class RolloutPool:
 
 class _ActorLost(Exception):
     """An actor died or did not answer in time."""
-
-
-async def _quietly(reference: Any) -> None:
-    # An actor that is already gone needs no closing.
-    from ray.exceptions import RayError
-
-    try:
-        await reference
-    except RayError:
-        return
 
 
 async def _wait(awaitable: Any, timeout_s: float, what: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,8 @@ from typing import Any
 
 MARKER = "COHORT_REAP"
 WATCHER_START_S = 30
+TRACKER_S = 5.0
+RAISED = re.compile(r"\b[A-Z]\w*(Error|Exception): \S.*")
 
 # Our ends of the watchers' pipes: open for as long as this process lives.
 _open_pipes: list[Any] = []
@@ -36,12 +39,18 @@ def redirect_output(path: Path) -> None:
 
 
 def last_lines(path: Path, count: int = 15, start: int = 0) -> str:
-    """The last lines of a log from byte `start` on, errors first: what to show when it failed."""
-    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
-        file.seek(start)
-        lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
-        return "\n".join(line[:400] for line in lines[-count:])
-    return "(no log)"
+    """What to show of a log when its process failed, from byte `start` on: the errors that were
+    raised, in their order (the first is usually the cause), then the last lines."""
+    try:
+        with path.open("rb") as file:
+            file.seek(start)
+            text = file.read().decode(errors="replace")
+    except FileNotFoundError:
+        return "(no log)"
+    lines = [line for line in text.splitlines() if line.strip()]
+    raised = dict.fromkeys(match.group() for line in lines if (match := RAISED.search(line)))
+    shown = [*list(raised)[:5], *lines[-count:]]
+    return "\n".join(line[:400] for line in shown)
 
 
 def start_reaper(*folders: Path) -> None:
@@ -84,6 +93,13 @@ def _marked(marker: bytes) -> list[int]:
     return found
 
 
+def _is_tracker(pid: int) -> bool:
+    try:
+        return b"resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def _watch(parent: int, marker: str, folders: list[str]) -> None:
     if os.fork():
         os._exit(0)
@@ -93,13 +109,14 @@ def _watch(parent: int, marker: str, folders: list[str]) -> None:
         pass
     entry = f"{MARKER}={marker}".encode()
     ended = {parent}
+    trackers_end = time.monotonic() + TRACKER_S
     # One may be starting another while it is being killed: look until none is left.
-    for _ in range(50):
-        alive = _marked(entry)
-        if not alive:
-            break
+    while alive := _marked(entry):
         ended.update(alive)
         for pid in alive:
+            # Python's resource trackers remove the shared memory of the dead, then end themselves.
+            if _is_tracker(pid) and time.monotonic() < trackers_end:
+                continue
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.1)

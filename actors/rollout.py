@@ -245,11 +245,6 @@ class RolloutActor:
         processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
         return sum(_peak_rss(process.pid) for process in processes)
 
-    async def close(self) -> None:
-        if self._engine is not None:
-            self._engine.close()
-            self._engine = None
-
 
 def _peak_rss(pid: int) -> int:
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():

@@ -100,7 +100,7 @@ async def evaluate(config: Config, model: Path | None, console: Console) -> Repo
         tasks = await pool.generate(requests)
         scores = await asyncio.gather(*(_score(rewards, task) for task in tasks))
     finally:
-        await shut_down(pool, rewards, None)
+        shut_down(pool, rewards, None)
         ray.shutdown()
     shutil.rmtree(log_dir, ignore_errors=True)
     greedy, sampled = scores[0::2], scores[1::2]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import signal
@@ -434,7 +433,7 @@ async def _train_in(prepared: Prepared, folder: Path, console: Console) -> int:
     finally:
         if tracker is not None:
             tracker.close(exit_code)
-        await shut_down(pool, rewards, learner)
+        shut_down(pool, rewards, learner)
         ray.shutdown()
 
 
@@ -492,10 +491,9 @@ async def say_goodbye(run: Run, prepared: Prepared) -> None:
         )
 
 
-async def shut_down(pool: RolloutPool, rewards: RewardPool, learner: LearnerGroup | None) -> None:
-    """End every actor, whatever state the run is in."""
-    with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(pool.close(), 20)
+def shut_down(pool: RolloutPool, rewards: RewardPool, learner: LearnerGroup | None) -> None:
+    """End every actor, whatever state the run is in; their watchers clean up after them."""
+    pool.kill()
     rewards.kill()
     if learner is not None:
         learner.kill()

@@ -58,7 +58,7 @@ class FakeActor:
         self.running = 0
         self.peak = 0
         self.probe = list(LEARNER)
-        for method in ("place", "start", "sync", "submit", "collect", "memory", "close"):
+        for method in ("place", "start", "sync", "submit", "collect", "memory"):
             setattr(self, method, Method(getattr(self, "_" + method)))
 
     async def _place(self) -> Place:
@@ -95,9 +95,6 @@ class FakeActor:
 
     async def _memory(self) -> int:
         return 1
-
-    async def _close(self) -> None:
-        return None
 
 
 @pytest.fixture

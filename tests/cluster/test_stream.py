@@ -10,8 +10,9 @@ import pytest
 
 from actors.records import Failure, GroupMeta, Prompt, RewardError, ScoreMeta
 from cluster.config import Config
+from cluster.loop import TrainingError, check_failures
 from cluster.metrics import Counters, StepTimes, reward_errors, step_metrics
-from cluster.stream import GroupStream
+from cluster.stream import Batch, GroupStream
 from cluster.tracking import STEP_KEYS
 from learner.batch import ScoredRef
 from learner.group import StepResult
@@ -178,3 +179,20 @@ def test_reward_errors_are_a_share_of_scores_with_an_example() -> None:
     share, example = reward_errors(One())  # type: ignore[arg-type]
     assert share == 0.5
     assert example == "f raised: boom"
+
+
+@pytest.mark.parametrize("cause", ["raised", "wrong_length", "wrong_type", "timeout", "died"])
+def test_too_many_failed_scores_end_the_run_with_the_first_one(cause: Any) -> None:
+    error = RewardError("f", "c/0", cause, "what happened")
+    meta = GroupMeta("g", 1, ("c/0", "c/1"), (1, 1), (False, False), (0, 0), "a", 0.1)
+    scores = ScoreMeta("g", (None, 1.0), {"f": (None, 1.0)}, (error,), 0.1)
+    batch = Batch(3, 4, [ScoredRef(meta, scores, None)], [], 1.0, 0.1, 1.0)
+    check_failures(config(rewards={"max_error_rate": 0.5}), batch)
+    with pytest.raises(TrainingError, match=f"step 3: 50% .* max_error_rate.* f {cause}: what"):
+        check_failures(config(rewards={"max_error_rate": 0.4}), batch)
+
+
+def test_a_step_without_any_group_ends_the_run_with_the_reason() -> None:
+    batch = Batch(3, 4, [], [Failure("data", "rollout-0 failed", "out of tokens")], 1.0, 0.1, 1.0)
+    with pytest.raises(TrainingError, match="none of the 1 groups .* out of tokens"):
+        check_failures(config(), batch)

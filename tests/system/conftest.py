@@ -116,7 +116,7 @@ def ours(mark: str) -> list[str]:
 
 
 def shared_files() -> set[str]:
-    return {name for name in os.listdir("/dev/shm") if name.startswith("cohort-")}
+    return {name for name in os.listdir("/dev/shm") if name.startswith(("cohort-", "psm_"))}
 
 
 @pytest.fixture

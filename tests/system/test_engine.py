@@ -86,7 +86,8 @@ class Served:
         return meta, ray.get(group)
 
 
-def start(folder: Path, tmp: Path, **options: Any) -> Any:
+def start(folder: Path, *logs: Path, **options: Any) -> list[Any]:
+    """One actor per log folder, started side by side; a Failure in place of one that failed."""
     spec = EngineSpec(
         model_path=str(folder),
         device="cpu",
@@ -102,9 +103,11 @@ def start(folder: Path, tmp: Path, **options: Any) -> Any:
             **options,
         },
     )
-    actor = ray.remote(RolloutActor).options(num_cpus=0.1).remote("engine-test", spec, str(tmp))
-    answer = ray.get(actor.start.remote((0,)), timeout=TIMEOUT)
-    return actor if isinstance(answer, float) else answer
+    remote = ray.remote(RolloutActor).options(num_cpus=0.1)
+    actors = [remote.remote("engine-test", spec, str(folder)) for folder in logs]
+    answers = ray.get([actor.start.remote((0,)) for actor in actors], timeout=TIMEOUT)
+    pairs = zip(actors, answers, strict=True)
+    return [actor if isinstance(answer, float) else answer for actor, answer in pairs]
 
 
 MAKERS = {
@@ -119,10 +122,9 @@ MAKERS = {
 def served(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     tmp = tmp_path_factory.mktemp(request.param)
     folder = MAKERS[request.param](tmp / "model")
-    actor = start(folder, tmp / "logs")
+    [actor] = start(folder, tmp / "logs")
     assert not isinstance(actor, Failure), actor
     yield Served(actor, folder, tmp)
-    ray.get(actor.close.remote(), timeout=30)
     ray.kill(actor)
 
 
@@ -251,7 +253,7 @@ def test_requests_in_flight_survive_updates(served: Served) -> None:
 def test_two_engines_side_by_side_never_give_copies(tmp_path: Path) -> None:
     """Different prompts' seeds differ, whichever engine; one prompt is the same on both."""
     folder = tiny_llama(tmp_path / "model")
-    actors = [start(folder, tmp_path / f"logs{i}") for i in range(2)]
+    actors = start(folder, tmp_path / "logs0", tmp_path / "logs1")
     first, second = (Served(actor, folder, tmp_path) for actor in actors)
     info = first.publish(first.model())
     assert not isinstance(first.sync(info), Failure)
@@ -280,18 +282,16 @@ def test_an_engine_that_cannot_start_carries_its_own_last_words(tmp_path: Path) 
     state = load_file(folder / "model.safetensors")
     state["model.norm.weight"] = torch.ones(7)
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    answer = start(folder, tmp_path / "logs")
+    [answer] = start(folder, tmp_path / "logs")
     assert isinstance(answer, Failure)
     # Said by the worker process, two levels below the actor.
     assert "size" in answer.message and "64" in answer.message, answer.message
 
 
-def test_overlong_prompts_fail_as_data(tmp_path: Path) -> None:
-    folder = tiny_llama(tmp_path / "model")
-    actor = start(folder, tmp_path / "logs", max_length=64)
-    served = Served(actor, folder, tmp_path)
+def test_overlong_prompts_fail_as_data(served: Served) -> None:
     served.sync(served.publish(served.model()))
-    request = Request("long", Prompt("p", tuple(tokens(100, 0)), "t"), SamplingSpec(8, 1.0, 2, 0))
-    answer = ray.get(actor.submit.remote([request]), timeout=TIMEOUT)
+    prompt = Prompt("p", tuple(tokens(600, 0)), "t")
+    request = Request("long", prompt, SamplingSpec(8, 1.0, 2, 0))
+    answer = ray.get(served.actor.submit.remote([request]), timeout=TIMEOUT)
     assert isinstance(answer, Failure)
     assert answer.kind == "data"

@@ -106,7 +106,9 @@ def gradients(model: Path, groups: list[ScoredGroup], **options: Any) -> tuple[f
 
 
 async def weights(group: LearnerGroup) -> dict[str, torch.Tensor]:
-    return load_file((await group.publish()).path)
+    # Copies: the file's memory is used again for a later version.
+    file = load_file((await group.publish()).path)
+    return {name: tensor.clone() for name, tensor in file.items()}
 
 
 @pytest.mark.parametrize(

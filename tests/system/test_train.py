@@ -69,13 +69,13 @@ def test_two_actors_two_ranks_two_reward_workers(
         assert row["samples/admitted"] == (
             row["samples/trained"] + row["samples/filtered"] + row["samples/failed"]
         )
-        assert row["mismatch/logprob_abs_max"] < 1e-2
         parts = ("generate", "reward", "train", "sync", "wait")
         assert math.isclose(row["time/step"], sum(row[f"time/{p}"] for p in parts), rel_tol=0.02)
     # The first step's completions are fresh; later ones were started before the last update.
     assert table[0]["async/staleness_max"] == 0
     assert 0 < max(row["async/staleness_max"] for row in table) <= 1
-    assert all(row["mismatch/k3_kl"] < 1e-4 for row in table[:1])
+    assert table[0]["mismatch/logprob_abs_max"] < 1e-3
+    assert all(row["mismatch/probe_gap"] < 2e-3 for row in table)
     samples = [sample for step in range(4) for sample in rollouts(run, step)]
     assert len({sample["completion_id"] for sample in samples}) == 64
     assert all(len(sample["token_ids"]) == sample["tokens"] for sample in samples)
@@ -201,24 +201,14 @@ def test_sigkill_of_the_driver_leaves_nothing_behind(
     nothing_left()
 
 
-@pytest.mark.parametrize(
-    ("function", "message"),
-    [
-        ("raises", "the judge is out to lunch"),
-        ("short", "wrong_length"),
-        ("hangs", "timeout"),
-    ],
-)
-def test_a_broken_reward_stops_the_run_with_one_message(
-    cohort: Cohort, nothing_left: Callable[[], None], function: str, message: str
+def test_a_hanging_reward_stops_the_run_with_one_message(
+    cohort: Cohort, nothing_left: Callable[[], None]
 ) -> None:
-    run = cohort.folder / f"broken-{function}"
-    result = cohort.train(
-        run__dir=run, rewards__functions=f"[judge.py:{function}]", rewards__timeout_s=1
-    )
+    run = cohort.folder / "broken"
+    result = cohort.train(run__dir=run, rewards__functions="[judge.py:hangs]", rewards__timeout_s=1)
     assert result.returncode == 1, shown(result)
-    assert message in result.stderr
+    assert "timeout" in result.stderr
     assert "rewards.max_error_rate" in result.stderr
-    assert "Traceback" not in result.stderr.split("error:")[0]
-    assert not (run / "checkpoints").exists() or latest(run / "checkpoints") is None
+    assert "Traceback" not in result.stderr
+    assert latest(run / "checkpoints") is None
     nothing_left()
