@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,26 @@ def start_reaper(*folders: Path) -> None:
     _open_pipes.append(watcher.stdin)
 
 
+def reap_also(files: Iterable[Path]) -> None:
+    """Tell this process's watcher of files that are to be removed with it."""
+    pipe = _open_pipes[-1]
+    for file in files:
+        pipe.write(f"{file}\n".encode())
+    pipe.flush()
+
+
+def mapped_shared_memory(pids: Iterable[int]) -> set[Path]:
+    """Files in /dev/shm that these processes made for talking to each other."""
+    found = set()
+    for pid in pids:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+                name = line.rpartition("/dev/shm/")[2]
+                if name != line and name.startswith(("psm_", "sem.")):
+                    found.add(Path("/dev/shm") / name.removesuffix(" (deleted)"))
+    return found
+
+
 def _marked(marker: bytes) -> list[int]:
     found = []
     for entry in os.listdir("/proc"):
@@ -105,8 +126,8 @@ def _watch(parent: int, marker: str, folders: list[str]) -> None:
         os._exit(0)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    while os.read(0, 1):
-        pass
+    # Until the other end closes: what else there is to remove.
+    files = [line.strip() for line in sys.stdin]
     entry = f"{MARKER}={marker}".encode()
     ended = {parent}
     trackers_end = time.monotonic() + TRACKER_S
@@ -122,10 +143,12 @@ def _watch(parent: int, marker: str, folders: list[str]) -> None:
         time.sleep(0.1)
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
+    for file in files:
+        Path(file).unlink(missing_ok=True)
     # Intel's OpenMP keeps a file there for every process, and SIGKILL gives it no time to clean up.
     for pid in ended:
-        for file in Path("/dev/shm").glob(f"__KMP_REGISTERED_LIB_{pid}_*"):
-            file.unlink(missing_ok=True)
+        for left in Path("/dev/shm").glob(f"__KMP_REGISTERED_LIB_{pid}_*"):
+            left.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from actors.engine import Engine, EngineError, EngineSpec, RawSample, stop_token_ids
-from actors.process import last_lines, redirect_output, start_reaper
+from actors.process import (
+    last_lines,
+    mapped_shared_memory,
+    reap_also,
+    redirect_output,
+    start_reaper,
+)
 from actors.records import (
     Completion,
     Failure,
@@ -103,6 +109,8 @@ class RolloutActor:
                 f"{self.name} could not start its engine",
                 f"{type(error).__name__}: {error}\nlast lines of {self._log}:\n{detail}",
             )
+        # vLLM's processes talk through shared memory that they cannot remove when they are killed.
+        reap_also(mapped_shared_memory(process.pid for process in self._processes()))
         if serve_loaded:
             self._version = 0
         return time.monotonic() - began
@@ -240,10 +248,12 @@ class RolloutActor:
 
     async def memory(self) -> int:
         """Peak resident bytes of this actor and of its engine's processes, summed."""
+        return sum(_peak_rss(process.pid) for process in self._processes())
+
+    def _processes(self) -> list[Any]:
         import psutil
 
-        processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
-        return sum(_peak_rss(process.pid) for process in processes)
+        return [psutil.Process(), *psutil.Process().children(recursive=True)]
 
 
 def _peak_rss(pid: int) -> int:

@@ -188,11 +188,11 @@ def test_too_many_failed_scores_end_the_run_with_the_first_one(cause: Any) -> No
     scores = ScoreMeta("g", (None, 1.0), {"f": (None, 1.0)}, (error,), 0.1)
     batch = Batch(3, 4, [ScoredRef(meta, scores, None)], [], 1.0, 0.1, 1.0)
     check_failures(config(rewards={"max_error_rate": 0.5}), batch)
-    with pytest.raises(TrainingError, match=f"step 3: 50% .* max_error_rate.* f {cause}: what"):
+    with pytest.raises(TrainingError, match=rf"step 3: 50% .*max_error_rate.* f {cause}: what"):
         check_failures(config(rewards={"max_error_rate": 0.4}), batch)
 
 
 def test_a_step_without_any_group_ends_the_run_with_the_reason() -> None:
     batch = Batch(3, 4, [], [Failure("data", "rollout-0 failed", "out of tokens")], 1.0, 0.1, 1.0)
-    with pytest.raises(TrainingError, match="none of the 1 groups .* out of tokens"):
+    with pytest.raises(TrainingError, match=r"none of the 1 groups .* out of tokens"):
         check_failures(config(), batch)
