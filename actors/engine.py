@@ -87,6 +87,10 @@ class Engine:
         os.environ["VLLM_NO_USAGE_STATS"] = "1"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         options: dict[str, Any] = {}
+        if spec.device == "cpu" and not spec.compile:
+            # vLLM compiles a small sampling function even in eager mode: seconds at the first
+            # tokens of every engine, for microseconds afterwards.
+            os.environ["TORCHDYNAMO_DISABLE"] = "1"
         if spec.device == "cpu":
             os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, spec.cores))
             # Ray sets this to the actor's reserved share; the engine's threads follow its cores.
