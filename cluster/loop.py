@@ -117,7 +117,13 @@ async def publish(run: Run) -> float:
 
 
 async def save(run: Run, cursor: int) -> None:
-    """Write a complete checkpoint: weights, optimizer, and where the run stands."""
+    """Write a complete checkpoint: weights, optimizer, and where the run stands.
+
+    Not after a step whose gradient was not finite: what led to it may be in the weights already.
+    """
+    if run.learner.nonfinite_in_a_row:
+        run.console.note(f"no checkpoint {run.step}: the last step was not finite")
+        return
     state: dict[str, Any] = {
         "step": run.step,
         "cursor": cursor,
