@@ -24,6 +24,7 @@ GIB = 1024**3
 # Shared-prefix blocks; multiples of 32 keep vLLM's fast CPU attention path. The CPU default of 128
 # would compute a short prompt once per completion instead of once per group.
 CPU_BLOCK_TOKENS = 32
+CPU_BATCH_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,10 @@ class Engine:
             options = {
                 "kv_cache_memory_bytes": int(spec.kv_cache_gib * GIB),
                 "block_size": CPU_BLOCK_TOKENS,
+                # A prompt cut into chunks rewinds its seeded generator, which torch's CPU
+                # generator cannot do: vLLM's engine would die. So prompts are never cut.
+                "enable_chunked_prefill": False,
+                "max_num_batched_tokens": max(spec.max_length, CPU_BATCH_TOKENS),
             }
         else:
             options = {"gpu_memory_utilization": spec.gpu_memory}

@@ -69,6 +69,7 @@ class RolloutPool:
         self._slots: list[_Slot] = []
         self._room = asyncio.Condition()
         self._published: tuple[WeightsInfo, Probe] | None = None
+        self._serve_loaded = False
         self.places: list[Place] = []
         self.restarts = 0
         self.retries = 0
@@ -79,6 +80,7 @@ class RolloutPool:
         serve_loaded: generate from the weights on disk without a first sync (evaluation).
         Raises RolloutError naming the actor and the engine's own last words.
         """
+        self._serve_loaded = serve_loaded
         self._slots = [
             _Slot(index, self._make_actor(f"rollout-{index}"))
             for index in range(self._config.count)
@@ -99,19 +101,17 @@ class RolloutPool:
             shares = split_cores(self.places[here[0]].cores, len(here))
             for index, cores in zip(here, shares, strict=True):
                 self._slots[index].cores = cores
-        return list(
-            await asyncio.gather(*(self._start_engine(slot, serve_loaded) for slot in self._slots))
-        )
+        return list(await asyncio.gather(*(self._start_engine(slot) for slot in self._slots)))
 
-    async def _start_engine(self, slot: _Slot, serve_loaded: bool = False) -> float:
+    async def _start_engine(self, slot: _Slot) -> float:
         answer = await _wait(
-            slot.handle.start.remote(slot.cores, serve_loaded),
+            slot.handle.start.remote(slot.cores, self._serve_loaded),
             self._config.start_timeout_s,
             f"rollout-{slot.index} to start its engine (actors.start_timeout_s)",
         )
         if isinstance(answer, Failure):
             raise RolloutError(f"{answer.what}: {answer.message}")
-        slot.ready = serve_loaded
+        slot.ready = self._serve_loaded
         return float(answer)
 
     async def sync(self, info: WeightsInfo, probe: Probe) -> float:
@@ -282,6 +282,8 @@ class RolloutPool:
                 f"Ray to place the new rollout-{slot.index} (actors.start_timeout_s)",
             )
             await self._start_engine(slot)
+            if self._serve_loaded:
+                return 0.0
             try:
                 return await self._sync_one(slot)
             except _ActorLost as lost:

@@ -222,6 +222,21 @@ def test_a_damaged_update_is_an_error_and_a_full_one_repairs_it(
     np.testing.assert_allclose(repaired, logprobs(model, ids), atol=2e-4)
 
 
+def test_more_prompts_than_one_batch_holds(served: Served) -> None:
+    """Seeded requests whose prompts together exceed what the engine computes in one step."""
+    served.sync(served.publish(served.model()))
+    requests = [
+        Request(
+            f"m{i}", Prompt(f"m{i}", tuple(tokens(450, i)), "t"), SamplingSpec(4, 1.0, 4, 10 * i)
+        )
+        for i in range(12)
+    ]
+    assert ray.get(served.actor.submit.remote(requests), timeout=TIMEOUT) is None
+    waiting = [served.actor.collect.options(num_returns=2).remote(r.group_id) for r in requests]
+    metas = ray.get([meta for meta, _ in waiting], timeout=TIMEOUT)
+    assert all(isinstance(meta, GroupMeta) for meta in metas), metas
+
+
 def test_older_weights_are_refused(served: Served) -> None:
     first = served.publish(served.model())
     second = served.publish(served.model())
