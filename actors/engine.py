@@ -7,7 +7,6 @@ API. vllm is imported inside functions: importing this module costs nothing.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 from collections.abc import AsyncIterator
@@ -230,14 +229,6 @@ class Engine:
             output = await queue.get()
         scored = output.prompt_logprobs[1:]
         return [entry[token].logprob for entry, token in zip(scored, token_ids[1:], strict=True)]
-
-    async def version(self) -> str:
-        """The weight version that the engine itself holds."""
-        return await self._llm.get_weight_version()
-
-    async def check(self) -> None:
-        """Raise if the engine's processes are dead."""
-        await asyncio.wait_for(self._llm.check_health(), 10)
 
 
 def _raw_sample(item: Any, seed: int) -> RawSample:

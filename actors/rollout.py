@@ -241,11 +241,6 @@ class RolloutActor:
         )
         return Failure(kind, what, f"{text}\nlast lines of {self._log}:\n{detail}")
 
-    async def ping(self) -> int:
-        """The weight version held; raises when the engine's processes are dead."""
-        await self._running().check()
-        return self._version
-
     async def memory(self) -> int:
         """Peak resident bytes of this actor and of its engine's processes, summed."""
         return sum(_peak_rss(process.pid) for process in self._processes())

@@ -208,8 +208,5 @@ def _repack_tied_head(model: torch.nn.Module) -> None:
 class WorkerExtension:
     """Named by `worker_extension_cls`, so that vLLM's worker imports this module."""
 
-    def cohort_ready(self) -> str:
-        return BACKEND
-
 
 WeightTransferEngineFactory.register_engine(BACKEND, SharedMemoryEngine)
