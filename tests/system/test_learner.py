@@ -205,6 +205,14 @@ async def at_start(group: LearnerGroup) -> dict[str, torch.Tensor]:
     return await weights(group)
 
 
+def published(model: Any) -> dict[str, torch.Tensor]:
+    """What is published of a model: all its tensors, a tied output layer only once."""
+    tensors = {name: t.contiguous() for name, t in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    return tensors
+
+
 def bits(tensors: dict[str, torch.Tensor]) -> dict[str, bytes]:
     return {name: t.view(torch.uint8).numpy().tobytes() for name, t in tensors.items()}
 
@@ -213,10 +221,8 @@ def test_publish_holds_the_model(run: Any, learner: LearnerGroup) -> None:
     found = run(at_start(learner))
     dtype = getattr(torch, learner.spec.dtype)
     model = AutoModelForCausalLM.from_pretrained(learner.spec.model_path, dtype=dtype)
-    expected = model.state_dict()
-    if model.config.tie_word_embeddings:
-        expected.pop("lm_head.weight")
-    assert bits(found) == bits({n: t.contiguous() for n, t in expected.items()})
+    expected = published(model)
+    assert bits(found) == bits(expected)
     first = run(learner.publish())
     assert first.version == 0
     assert first.names == tuple(expected)
@@ -288,7 +294,7 @@ def test_resume_is_exact(run: Any, learner: LearnerGroup, tmp_path: Path) -> Non
         assert checkpoints.latest() == saved
         assert load_state(saved) == {"step": 1}
         model = AutoModelForCausalLM.from_pretrained(saved / "hf", dtype="auto")
-        assert bits({n: t.contiguous() for n, t in model.state_dict().items()}) == bits(middle)
+        assert bits(published(model)) == bits(middle)
 
         shm = tmp_path / "shm"
         other = await start(replace(learner.spec, shm_dir=str(shm)))
