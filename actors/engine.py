@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from actors.process import KEEP_HEAP
 from actors.records import FinishReason, SamplingSpec
 
 GIB = 1024**3
@@ -93,6 +94,8 @@ class Engine:
             os.environ["TORCHDYNAMO_DISABLE"] = "1"
         if spec.device == "cpu":
             os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, spec.cores))
+            # A weight update allocates and frees a whole model.
+            os.environ["GLIBC_TUNABLES"] = KEEP_HEAP
             # Ray sets this to the actor's reserved share; the engine's threads follow its cores.
             os.environ["OMP_NUM_THREADS"] = str(len(spec.cores))
             options = {

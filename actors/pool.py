@@ -31,12 +31,12 @@ class RolloutError(Exception):
 class Probe:
     """A token sequence that learner and engines score under the same weights, to compare.
 
-    logprobs: what will be the learner's log-probs of tokens 1..n-1; it computes them while the
-    engines load. tolerance: largest mean absolute difference that an engine may show, in nats.
+    logprobs: the learner's, of tokens 1..n-1. tolerance: largest mean absolute difference that an
+    engine may show, in nats.
     """
 
     token_ids: list[int]
-    logprobs: asyncio.Future[list[float]]
+    logprobs: list[float]
     tolerance: float
 
 
@@ -61,18 +61,23 @@ def probe_gap(learner: list[float], engine: list[float]) -> float:
 
 
 class RolloutPool:
-    """The rollout actors of a run."""
+    """The rollout actors of a run. notify: tells the user, in a line, of an actor's end."""
 
-    def __init__(self, make_actor: Callable[[str], Any], config: ActorsConfig) -> None:
+    def __init__(
+        self,
+        make_actor: Callable[[str], Any],
+        config: ActorsConfig,
+        notify: Callable[[str], None],
+    ) -> None:
         self._make_actor = make_actor
         self._config = config
+        self._notify = notify
         self._slots: list[_Slot] = []
         self._room = asyncio.Condition()
         self._published: tuple[WeightsInfo, Probe] | None = None
         self._serve_loaded = False
         self.places: list[Place] = []
         self.restarts = 0
-        self.retries = 0
 
     async def start(self, place_timeout_s: float, serve_loaded: bool = False) -> list[float]:
         """Place every actor, give each its cores, start all engines; seconds each took.
@@ -143,7 +148,7 @@ class RolloutPool:
         )
         if isinstance(answer, Failure):
             raise RolloutError(f"{answer.what}: {answer.message}")
-        gap = probe_gap(await probe.logprobs, answer)
+        gap = probe_gap(probe.logprobs, answer)
         if not gap <= probe.tolerance:
             raise RolloutError(
                 f"rollout-{slot.index} does not serve the weights that were published: its "
@@ -200,7 +205,7 @@ class RolloutPool:
     ) -> Outcome:
         samples = request.sampling.n
         failure = Failure("infra", f"group {request.group_id} was not generated", "no attempt")
-        for attempt in range(MAX_ATTEMPTS):
+        for _ in range(MAX_ATTEMPTS):
             if slot is None:
                 slot = await self._free_slot(samples)
             generation = slot.generation
@@ -233,7 +238,6 @@ class RolloutPool:
                     slot.load -= samples
                     self._room.notify_all()
             slot, taken = None, None
-            self.retries += attempt < MAX_ATTEMPTS - 1
         return failure, None
 
     async def _free_slot(self, samples: int) -> _Slot:
@@ -273,6 +277,7 @@ class RolloutPool:
                 raise RolloutError(
                     f"rollout-{slot.index} failed {slot.restarts} times; the last time: {why}"
                 )
+            self._notify(f"rollout-{slot.index} is replaced: {why}")
             ray.kill(slot.handle)
             slot.handle = self._make_actor(f"rollout-{slot.index}")
             slot.generation += 1

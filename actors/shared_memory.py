@@ -12,13 +12,13 @@ Three things that vLLM does not do by itself are done here (each reproduced on v
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import mmap
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import xxhash
-from safetensors import safe_open
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -37,6 +37,8 @@ from vllm.model_executor.model_loader.reload.layerwise import (
     get_layerwise_info,
     initialize_layerwise_reload,
 )
+
+from actors.weight_file import decode_header, tensors_in
 
 BACKEND = "shared_memory"
 
@@ -79,28 +81,31 @@ class SharedMemoryEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             torch.accelerator.synchronize()
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
-        """Check the file, then load it into the model.
+        """Check what the file holds, load it into the model, check every byte meanwhile.
 
         Raises ValueError when the file is not what was published, or does not cover the model.
         """
-        with safe_open(update_info.path, framework="pt") as file:
-            names = list(file.keys())
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
-            self._check(update_info, shapes)
-            if update_info.fingerprint:
-                found = fingerprint(update_info.path)
-                if found != update_info.fingerprint:
-                    raise ValueError(
-                        f"{update_info.path} has fingerprint {found}, "
-                        f"published was {update_info.fingerprint}"
-                    )
+        with open(update_info.path, "rb") as file:
+            # A private mapping: no reader can change what others read.
+            view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        shapes = {spec.name: spec.shape for spec, _ in decode_header(view)}
+        self._check(update_info, shapes)
+        with ThreadPoolExecutor(1) as executor:
+            # On the core that the loading leaves idle. The bytes are judged before the update
+            # counts as done; until then a bad one ends like any update that failed half-way.
+            digest = executor.submit(fingerprint, view)
             initialize_layerwise_reload(self.model)
             try:
-                self.model.load_weights(_tensors(file, names))
+                self.model.load_weights(tensors_in(view))
                 missing = _not_loaded(self.model)
                 if missing:
                     raise ValueError(
                         "the update gave no weights to these layers: " + ", ".join(missing[:8])
+                    )
+                if update_info.fingerprint not in ("", digest.result()):
+                    raise ValueError(
+                        f"{update_info.path} has fingerprint {digest.result()}, "
+                        f"published was {update_info.fingerprint}"
                     )
                 finalize_layerwise_reload(self.model, self.model_config)
             except BaseException:
@@ -132,18 +137,9 @@ class SharedMemoryEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         """Nothing is held between updates."""
 
 
-def fingerprint(path: str) -> str:
+def fingerprint(data: Any) -> str:
     """xxh3-128 over a file's bytes, as hex."""
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _tensors(file: Any, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    for name in names:
-        yield name, file.get_tensor(name)
+    return xxhash.xxh3_128(data).hexdigest()
 
 
 def _not_loaded(model: torch.nn.Module) -> list[str]:

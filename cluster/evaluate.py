@@ -73,7 +73,7 @@ async def evaluate(config: Config, model: Path | None, console: Console) -> Repo
     placement = plan(config, connect(config), prepared.parameters)
     # No run directory here: engine logs live as long as they may be needed for an error message.
     log_dir = Path(tempfile.mkdtemp(prefix="cohort-eval-"))
-    pool = make_pool(prepared, placement, log_dir, prepared.model_path)
+    pool = make_pool(prepared, placement, log_dir, console)
     rewards = make_rewards(prepared, placement)
     try:
         console.stage(f"starting {config.actors.count} engine(s)")

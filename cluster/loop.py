@@ -94,7 +94,9 @@ async def train(run: Run) -> None:
             train=train_s,
             sync=sync_s,
         )
-        metrics = step_metrics(batch, result, times, run.counters, run.learner.version, gap)
+        metrics = step_metrics(
+            batch, result, times, run.counters, run.learner.version, gap, run.pool.restarts
+        )
         run.tracker.log(metrics)
         run.console.step(metrics)
         run.step, cursor = run.step + 1, batch.cursor
@@ -112,8 +114,9 @@ async def train(run: Run) -> None:
 async def publish(run: Run) -> float:
     """Publish the learner's weights and have every actor load and prove them; the probe's gap."""
     info = await run.learner.publish(remote=run.several_nodes)
-    scoring = asyncio.ensure_future(run.learner.logprobs(run.probe_ids))
-    return await run.pool.sync(info, Probe(run.probe_ids, scoring, run.probe_tolerance))
+    # Not while the engines load: on shared cores both would wait for each other.
+    logprobs = await run.learner.logprobs(run.probe_ids)
+    return await run.pool.sync(info, Probe(run.probe_ids, logprobs, run.probe_tolerance))
 
 
 async def save(run: Run, cursor: int) -> None:

@@ -94,8 +94,12 @@ def step_metrics(
     counters: Counters,
     version: int,
     probe_gap: float,
+    restarts: int,
 ) -> dict[str, Any]:
-    """One row of metrics.jsonl. Means are over completions of the whole step, never of means."""
+    """One row of metrics.jsonl. Means are over completions of the whole step, never of means.
+
+    restarts: rollout actors replaced since the run was started or resumed.
+    """
     rewards = [r for group in batch.groups for r in group.scores.totals if r is not None]
     tokens = sum(sum(group.meta.completion_tokens) for group in batch.groups)
     truncated = [flag for group in batch.groups for flag in group.meta.truncated]
@@ -135,6 +139,7 @@ def step_metrics(
         "samples/trained": counters.trained,
         "samples/filtered": counters.filtered,
         "samples/failed": counters.failed,
+        "actors/restarts": restarts,
     }
     for name in batch.groups[0].scores.by_function:
         values = [

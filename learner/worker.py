@@ -20,6 +20,7 @@ from learner.batch import MicroBatch, build_micro_batch
 from learner.checkpoint import HF_FOLDER, CheckpointError
 from learner.config import AlgorithmConfig, LearnerConfig
 from learner.grpo import LossStats, policy_loss
+from learner.weights import WeightFiles
 
 LEARNER_FILE = "learner.json"
 DEEPSPEED_FOLDER = "deepspeed"
@@ -105,6 +106,7 @@ class LearnerWorker:
             start_reaper(Path(spec.shm_dir))
         self.spec = spec
         self.steps_done = 0
+        self._files = WeightFiles(spec.shm_dir)
         self._timeout = timedelta(seconds=spec.learner.step_timeout_s)
         self._store: Any = None
 
@@ -292,13 +294,7 @@ class LearnerWorker:
         memory is used again. remote: also put the bytes into Ray's object store,
         for engines on other nodes.
         """
-        from learner.weights import (
-            gather_named_weights,
-            old_versions,
-            version_path,
-            weight_specs,
-            write_weights,
-        )
+        from learner.weights import gather_named_weights, weight_specs
 
         stage = self.spec.learner.zero_stage
         tensors = gather_named_weights(self.model, stage)
@@ -307,12 +303,8 @@ class LearnerWorker:
                 pass
             return None
         specs = weight_specs(self.model, stage)
-        path = version_path(self.spec.shm_dir, version)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        spare = old_versions(path.parent, [version, *keep])
-        fingerprint, nbytes = write_weights(specs, tensors, path, spare.pop() if spare else None)
-        for file in spare:
-            file.unlink()
+        fingerprint, nbytes = self._files.publish(version, keep, specs, tensors)
+        path = self._files.path(version)
         return WeightsInfo(
             version=version,
             names=tuple(spec.name for spec in specs),

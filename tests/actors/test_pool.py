@@ -15,13 +15,11 @@ from actors.records import Failure, GroupMeta, Prompt, SamplingSpec, WeightsInfo
 from actors.rollout import Place, Request, RolloutActor, split_cores
 
 LEARNER = [-1.0, -2.0]
+NOTICES: list[str] = []
 
 
 def probe() -> Probe:
-    """To be made inside the event loop, as the loop does."""
-    scoring: asyncio.Future[list[float]] = asyncio.get_running_loop().create_future()
-    scoring.set_result(LEARNER)
-    return Probe([1, 2, 3], scoring, tolerance=0.1)
+    return Probe([1, 2, 3], LEARNER, tolerance=0.1)
 
 
 def info(version: int) -> WeightsInfo:
@@ -111,7 +109,7 @@ def pool_of(made: list[FakeActor], plans: list[dict[str, Any]], **options: Any) 
         made.append(actor)
         return actor
 
-    return RolloutPool(make, ActorsConfig(count=count, **options))
+    return RolloutPool(make, ActorsConfig(count=count, **options), NOTICES.append)
 
 
 async def started(pool: RolloutPool) -> RolloutPool:
@@ -161,6 +159,7 @@ def test_a_lost_group_is_generated_elsewhere_by_a_synced_actor(
         tasks = await pool.generate([request(f"g{i}") for i in range(4)])
         outcomes = [await task for task in tasks]
         assert pool.restarts == 1
+        assert "is replaced: " in NOTICES[-1]
         return outcomes
 
     outcomes = asyncio.run(main())

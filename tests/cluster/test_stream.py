@@ -153,7 +153,7 @@ def test_metrics_of_a_step_are_pooled_over_completions() -> None:
     times = StepTimes(step=10.0, generate=4.0, reward=1.0, train=3.0, sync=1.5)
     counters = Counters(group_size=G)
     counters.add(batch, result(trained=8, filtered=0))
-    metrics = step_metrics(batch, result(), times, counters, version=5, probe_gap=0.01)
+    metrics = step_metrics(batch, result(), times, counters, version=5, probe_gap=0.01, restarts=0)
     assert set(STEP_KEYS) <= set(metrics)
     # Rewards 0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5.
     assert metrics["reward/mean"] == metrics["reward/f"] == 1.75

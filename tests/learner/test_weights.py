@@ -9,16 +9,8 @@ import torch
 import xxhash
 from safetensors.torch import load_file
 
-from learner.weights import (
-    TensorSpec,
-    check_names,
-    gather_named_weights,
-    old_versions,
-    read_header,
-    version_path,
-    weight_specs,
-    write_weights,
-)
+from actors.weight_file import TensorSpec, decode_header, encode_header, tensors_in
+from learner.weights import WeightFiles, check_names, gather_named_weights, weight_specs
 from tests.learner.helpers import tiny_model
 
 
@@ -28,16 +20,19 @@ def test_file_is_the_model(kind: str, dtype: torch.dtype, tmp_path: Path) -> Non
     model = tiny_model(kind).to(dtype)
     check_names(model)
     specs = weight_specs(model, zero_stage=0)
-    path = version_path(tmp_path, 3)
-    fingerprint, nbytes = write_weights(specs, gather_named_weights(model, 0), path)
+    files = WeightFiles(tmp_path)
+    path = files.path(3)
+    fingerprint, nbytes = files.publish(3, [], specs, gather_named_weights(model, 0))
     found = load_file(path)
     # A tied output layer is not sent twice.
     tied = model.config.tie_word_embeddings
     assert set(model.state_dict()) - set(found) == ({"lm_head.weight"} if tied else set())
     for name, tensor in found.items():
         assert torch.equal(tensor, model.state_dict()[name])
-    assert list(read_header(path).values()) == specs
     data = path.read_bytes()
+    assert [spec for spec, _ in decode_header(data)] == specs
+    for name, tensor in tensors_in(bytearray(data)):
+        assert torch.equal(tensor, found[name])
     assert nbytes == len(data)
     assert fingerprint == xxhash.xxh3_128(data).hexdigest()
     assert [p.name for p in tmp_path.iterdir()] == ["v3.safetensors"]
@@ -58,7 +53,7 @@ def test_wrong_tensors_leave_no_file(
 ) -> None:
     specs = [TensorSpec("a", (2,), torch.float32), TensorSpec("b", (3,), torch.float32)]
     with pytest.raises(ValueError):
-        write_weights(specs, tensors, tmp_path / "v1.safetensors")
+        WeightFiles(tmp_path).publish(1, [], specs, tensors)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -70,28 +65,52 @@ def test_odd_shapes(tmp_path: Path) -> None:
         "transposed": torch.arange(6.0).view(2, 3).t(),
     }
     specs = [TensorSpec(n, tuple(t.shape), t.dtype) for n, t in tensors.items()]
-    write_weights(specs, tensors.items(), tmp_path / "v1.safetensors")
-    found = load_file(tmp_path / "v1.safetensors")
-    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    files = WeightFiles(tmp_path)
+    files.publish(1, [], specs, tensors.items())
+    found = load_file(files.path(1))
+    mapped = dict(tensors_in(bytearray(files.path(1).read_bytes())))
+    for name, tensor in tensors.items():
+        assert torch.equal(found[name], tensor)
+        assert torch.equal(mapped[name], tensor)
 
 
-def test_old_versions_are_found_and_their_memory_is_used_again(tmp_path: Path) -> None:
+def test_memory_of_versions_without_readers_is_used_again(tmp_path: Path) -> None:
+    files = WeightFiles(tmp_path)
     spec = [TensorSpec("a", (4,), torch.float32)]
-    for version in range(3):
-        tensor = torch.full((4,), float(version))
-        write_weights(spec, [("a", tensor)], version_path(tmp_path, version))
-    assert old_versions(tmp_path, [2, 1]) == [version_path(tmp_path, 0)]
-    pages = version_path(tmp_path, 0).stat().st_ino
-    path = version_path(tmp_path, 3)
-    fresh = [("a", torch.full((4,), 3.0))]
-    digest, size = write_weights(spec, fresh, path, recycle=version_path(tmp_path, 0))
-    assert path.stat().st_ino == pages
-    assert torch.equal(load_file(path)["a"], torch.full((4,), 3.0))
-    assert (digest, size) == (xxhash.xxh3_128(path.read_bytes()).hexdigest(), path.stat().st_size)
-    names = sorted(p.name for p in tmp_path.iterdir())
-    assert names == ["v1.safetensors", "v2.safetensors", "v3.safetensors"]
-    # A file of another size is cut or extended.
+
+    def publish(version: int, keep: list[int], value: float) -> None:
+        digest, size = files.publish(version, keep, spec, [("a", torch.full((4,), value))])
+        assert torch.equal(load_file(files.path(version))["a"], torch.full((4,), value))
+        data = files.path(version).read_bytes()
+        assert (digest, size) == (xxhash.xxh3_128(data).hexdigest(), len(data))
+
+    publish(0, [], 0.0)
+    publish(1, [0], 1.0)
+    assert torch.equal(load_file(files.path(0))["a"], torch.zeros(4))
+    pages = files.path(0).stat().st_ino
+    publish(2, [1], 2.0)
+    assert files.path(2).stat().st_ino == pages
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["v1.safetensors", "v2.safetensors"]
+    assert torch.equal(load_file(files.path(1))["a"], torch.ones(4))
+    # A step that was left out: the same version once more, the one before still readable.
+    publish(2, [2], 2.0)
+    publish(3, [2], 3.0)
+    assert torch.equal(load_file(files.path(2))["a"], torch.full((4,), 2.0))
+    # Files of another size are not used again.
     longer = [TensorSpec("a", (4000,), torch.float32)]
-    write_weights(longer, [("a", torch.ones(4000))], version_path(tmp_path, 4), recycle=path)
-    write_weights(spec, fresh, path, recycle=version_path(tmp_path, 4))
-    assert torch.equal(load_file(path)["a"], torch.full((4,), 3.0))
+    files.publish(4, [3], longer, [("a", torch.ones(4000))])
+    assert torch.equal(load_file(files.path(4))["a"], torch.ones(4000))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["v3.safetensors", "v4.safetensors"]
+
+
+@pytest.mark.parametrize("damage", ["empty", "no header", "cut", "short"])
+def test_what_is_no_weight_file_is_refused(damage: str) -> None:
+    header, _, size = encode_header([TensorSpec("a", (4,), torch.float32)])
+    data = {
+        "empty": b"",
+        "no header": b"x" * 40,
+        "cut": header[:-30],
+        "short": header + b"0" * (size - len(header) - 1),
+    }[damage]
+    with pytest.raises(ValueError):
+        decode_header(data)

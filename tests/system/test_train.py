@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import signal
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -212,3 +214,38 @@ def test_a_hanging_reward_stops_the_run_with_one_message(
     assert "Traceback" not in result.stderr
     assert latest(run / "checkpoints") is None
     nothing_left()
+
+
+def test_killed_engines_are_replaced_and_the_run_goes_on(
+    cohort: Cohort, nothing_left: Callable[[], None]
+) -> None:
+    """kill -9, in the middle of training, of the only engine's worker, then of its actor."""
+    run = cohort.folder / "lost"
+    process = cohort.start(run__dir=run, run__steps=24)
+    log = cohort.folder / "out.log"
+    for step, victim in ((4, "VLLM::Worker"), (14, "ray::RolloutActor")):
+        wait_for(log, f"step {step:2}/24", process)
+        [found] = [p for p in psutil.Process(process.pid).children(recursive=True)
+                   if titled(p, victim)]  # fmt: skip
+        found.kill()
+    assert process.wait(240) == 0, log.read_text()
+    table = rows(run)
+    assert [row["step"] for row in table] == list(range(24))
+    for row in table:
+        # Nothing is lost and nothing trained twice.
+        assert row["samples/failed"] == 0
+        assert row["samples/admitted"] == 16 * (row["step"] + 1)
+        assert row["samples/trained"] + row["samples/filtered"] == row["samples/admitted"]
+        assert row["mismatch/probe_gap"] < 2e-3
+    samples = [sample for step in range(24) for sample in rollouts(run, step)]
+    assert len({sample["completion_id"] for sample in samples}) == len(samples)
+    assert log.read_text().count("rollout-0 is replaced") == 2
+    assert table[-1]["actors/restarts"] == 2
+    nothing_left()
+
+
+def titled(process: psutil.Process, title: str) -> bool:
+    """Whether the process calls itself so; vLLM and Ray set titles."""
+    with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+        return " ".join(process.cmdline()).startswith(title)
+    return False
