@@ -93,7 +93,7 @@ def evaluate(
         from cluster.console import Console
         from cluster.evaluate import checkpoint_model
         from cluster.evaluate import evaluate as run_evaluation
-        from cluster.run import RunError
+        from cluster.prepare import RunError
 
         if target.is_dir():
             if not (target / "config.yaml").is_file():

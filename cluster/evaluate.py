@@ -15,7 +15,8 @@ from actors.rollout import Request
 from cluster.config import Config
 from cluster.console import Console
 from cluster.placement import plan
-from cluster.run import RunError, connect, make_pool, make_rewards, prepare, shut_down
+from cluster.prepare import RunError, prepare
+from cluster.run import connect, make_pool, make_rewards, shut_down
 from learner.checkpoint import latest
 
 

@@ -176,21 +176,47 @@ def wait_for(path: Path, text: str, process: subprocess.Popen[str], timeout: flo
         time.sleep(0.1)
 
 
-def test_sigterm_saves_and_leaves_and_the_run_goes_on(
+def test_killed_engines_are_replaced_and_sigterm_saves(
     cohort: Cohort, nothing_left: Callable[[], None]
 ) -> None:
-    run = cohort.folder / "stopped"
+    """kill -9, in the middle of training, of the only engine's worker, then of its actor; the run
+    goes on. Then a polite signal: it saves and leaves."""
+    run = cohort.folder / "lost"
     process = cohort.start(run__dir=run, run__steps=500)
     log = cohort.folder / "out.log"
-    wait_for(log, "step   2/500", process)
+    for step, victim in ((2, "VLLM::Worker"), (10, "ray::RolloutActor")):
+        wait_for(log, f"step {step:3}/500", process)
+        [found] = [p for p in psutil.Process(process.pid).children(recursive=True)
+                   if titled(p, victim)]  # fmt: skip
+        found.kill()
+    wait_for(log, "step  16/500", process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 143, log.read_text()
-    done = len(rows(run))
+
+    assert log.read_text().count("rollout-0 is replaced") == 2
+    table = rows(run)
+    assert [row["step"] for row in table] == list(range(len(table)))
+    for row in table:
+        # Nothing is lost and nothing trained twice.
+        assert row["samples/failed"] == 0
+        assert row["samples/admitted"] == 16 * (row["step"] + 1)
+        assert row["samples/trained"] + row["samples/filtered"] == row["samples/admitted"]
+        assert row["mismatch/probe_gap"] < 2e-3
+    assert table[-1]["actors/restarts"] == 2
+    samples = [sample for row in table for sample in rollouts(run, row["step"])]
+    assert len({sample["completion_id"] for sample in samples}) == len(samples)
     checkpoint = latest(run / "checkpoints")
     assert checkpoint is not None
-    assert checkpoint.name == f"step-{done}"
+    assert checkpoint.name == f"step-{len(table)}"
     assert "run.resume=true" in log.read_text()
     nothing_left()
+
+
+def titled(process: psutil.Process, title: str) -> bool:
+    """Whether the process calls itself so; vLLM and Ray set titles."""
+    with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+        return " ".join(process.cmdline()).startswith(title)
+    return False
 
 
 def test_sigkill_of_the_driver_leaves_nothing_behind(
@@ -214,38 +240,3 @@ def test_a_hanging_reward_stops_the_run_with_one_message(
     assert "Traceback" not in result.stderr
     assert latest(run / "checkpoints") is None
     nothing_left()
-
-
-def test_killed_engines_are_replaced_and_the_run_goes_on(
-    cohort: Cohort, nothing_left: Callable[[], None]
-) -> None:
-    """kill -9, in the middle of training, of the only engine's worker, then of its actor."""
-    run = cohort.folder / "lost"
-    process = cohort.start(run__dir=run, run__steps=24)
-    log = cohort.folder / "out.log"
-    for step, victim in ((4, "VLLM::Worker"), (14, "ray::RolloutActor")):
-        wait_for(log, f"step {step:2}/24", process)
-        [found] = [p for p in psutil.Process(process.pid).children(recursive=True)
-                   if titled(p, victim)]  # fmt: skip
-        found.kill()
-    assert process.wait(240) == 0, log.read_text()
-    table = rows(run)
-    assert [row["step"] for row in table] == list(range(24))
-    for row in table:
-        # Nothing is lost and nothing trained twice.
-        assert row["samples/failed"] == 0
-        assert row["samples/admitted"] == 16 * (row["step"] + 1)
-        assert row["samples/trained"] + row["samples/filtered"] == row["samples/admitted"]
-        assert row["mismatch/probe_gap"] < 2e-3
-    samples = [sample for step in range(24) for sample in rollouts(run, step)]
-    assert len({sample["completion_id"] for sample in samples}) == len(samples)
-    assert log.read_text().count("rollout-0 is replaced") == 2
-    assert table[-1]["actors/restarts"] == 2
-    nothing_left()
-
-
-def titled(process: psutil.Process, title: str) -> bool:
-    """Whether the process calls itself so; vLLM and Ray set titles."""
-    with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
-        return " ".join(process.cmdline()).startswith(title)
-    return False

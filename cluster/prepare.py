@@ -1,0 +1,172 @@
+"""What is checked and loaded before anything starts: model folder, task, rewards, lengths, run.dir.
+
+Nothing here needs Ray, an engine or a learner; nothing is written except the run's folder.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.config import Config, expand
+from rewards.tasks import (
+    PromptRenderer,
+    Task,
+    TaskError,
+    load_task,
+    sample_rows,
+    split_overlong,
+)
+from rewards.worker import RewardActor, RewardSpec, reward_specs
+
+PROBE_TOKENS = 32
+
+
+class RunError(Exception):
+    """The run cannot start; the message says why and which key to change."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is known before anything is started."""
+
+    config: Config
+    model_path: str
+    parameters: int
+    task: Task
+    rewards: list[RewardSpec]
+    renderer: PromptRenderer
+    max_length: int
+    overlong: int
+
+
+def prepare(config: Config) -> Prepared:
+    """Load and check everything that needs no actor: model folder, task, rewards, lengths.
+
+    Raises RunError, ConfigError, TaskError or RewardLoadError; writes nothing.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    path, context, parameters = inspect_model(config)
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise RunError(f"model.path={path}: its tokenizer cannot be loaded: {error}") from error
+    task = load_task(config.task, config.run.seed)
+    specs = reward_specs(task, config.rewards)
+    # Loads every function in a child process, as the reward actors will: a wrong path ends here.
+    RewardActor(specs, config.rewards.timeout_s).close()
+    longest_allowed = (config.model.max_length or context) - config.actors.max_tokens
+    if config.model.max_length and config.model.max_length > context:
+        raise RunError(
+            f"model.max_length={config.model.max_length} exceeds the model's context of {context}"
+        )
+    if longest_allowed < 1:
+        raise RunError(
+            f"actors.max_tokens={config.actors.max_tokens} fills the model's context of {context} "
+            "and leaves no room for a prompt"
+        )
+    renderer = PromptRenderer(tokenizer, longest_allowed)
+    longest, overlong = check_lengths(config, task, renderer)
+    return Prepared(
+        config=config,
+        model_path=path,
+        parameters=parameters,
+        task=task,
+        rewards=specs,
+        renderer=renderer,
+        max_length=config.model.max_length or longest + config.actors.max_tokens,
+        overlong=overlong,
+    )
+
+
+def inspect_model(config: Config) -> tuple[str, int, int]:
+    """The model's local path or hub id, its context length in tokens, its number of parameters.
+
+    Raises RunError when there is no such model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    given = config.model.path
+    folder = expand(given)
+    local = folder.is_dir()
+    if not local and (given.startswith(("/", "~", ".", "$")) or given.count("/") != 1):
+        raise RunError(f"model.path={given}: there is no such folder")
+    if local and not (folder / "config.json").is_file():
+        raise RunError(f"model.path={given}: the folder holds no config.json")
+    path = str(folder.resolve()) if local else given
+    try:
+        model_config = AutoConfig.from_pretrained(path)
+        import torch
+
+        # On the meta device: shapes without memory.
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(model_config)
+    except (OSError, ValueError, KeyError) as error:
+        raise RunError(f"model.path={given}: cannot be loaded: {error}") from error
+    model.tie_weights()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return path, int(model_config.max_position_embeddings), parameters
+
+
+def check_lengths(config: Config, task: Task, renderer: PromptRenderer) -> tuple[int, int]:
+    """The longest prompt that will be used, in tokens, and how many are too long.
+
+    Raises TaskError when a prompt is too long and task.overlong=error, or when all are.
+    """
+    size = task.train_size()
+    prompts = [renderer.render(row, 0) for _, row in sample_rows(task, config.run.seed, 0, size)]
+    prompts += [renderer.render(task.eval_row(i), 0) for i in range(task.eval_size())]
+    fitting, overlong = split_overlong(prompts, renderer.max_prompt_tokens)
+    if overlong and config.task.overlong == "error":
+        worst = max(overlong, key=lambda prompt: len(prompt.token_ids))
+        raise TaskError(
+            f"{len(overlong)} of {len(prompts)} prompts are longer than "
+            f"{renderer.max_prompt_tokens} tokens, which is what the context leaves beside "
+            f"actors.max_tokens={config.actors.max_tokens}; the longest, {worst.id}, has "
+            f"{len(worst.token_ids)}. Raise model.max_length, lower actors.max_tokens, or set "
+            "task.overlong=drop"
+        )
+    if not fitting:
+        raise TaskError(f"every prompt is longer than {renderer.max_prompt_tokens} tokens")
+    return max(len(prompt.token_ids) for prompt in fitting), len(overlong)
+
+
+def claim_run_dir(config: Config) -> Path:
+    """The run's folder, made if needed.
+
+    Raises RunError when it cannot be written, or holds a run that is not to be continued.
+    """
+    folder = expand(config.run.dir).absolute()
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"run.dir={folder} is a file")
+    holds = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+    if (folder / "config.yaml").exists() and not config.run.resume:
+        raise RunError(
+            f"run.dir={folder} already holds a run: add run.resume=true to continue it, or "
+            "choose another run.dir"
+        )
+    if holds - {"logs"} and "config.yaml" not in holds:
+        raise RunError(f"run.dir={folder} holds other files and no run: choose another run.dir")
+    try:
+        (folder / "logs").mkdir(parents=True, exist_ok=True)
+        probe = folder / "logs" / f".write-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise RunError(f"run.dir={folder} cannot be written: {error.strerror}") from error
+    return folder
+
+
+def first_probe(prepared: Prepared) -> list[int]:
+    """A fixed token sequence made of the task's own prompts: what engines are compared on."""
+    ids: list[int] = []
+    rows = sample_rows(prepared.task, 0, 0, prepared.task.train_size())
+    while len(ids) < 2:
+        for epoch, row in rows:
+            ids += prepared.renderer.render(row, epoch).token_ids
+            if len(ids) >= PROBE_TOKENS:
+                break
+    return ids[: min(PROBE_TOKENS, prepared.max_length - 1)]
