@@ -24,6 +24,11 @@ from actors.records import GroupMeta, ScoredGroup, ScoreMeta
 from learner.config import AlgorithmConfig
 from learner.grpo import advantages, token_weights
 
+# Rows are padded to a multiple of this, so that the same shapes come back step after step. On CPUs
+# a matrix product compiles a kernel for every new shape and keeps it: new shapes in every step cost
+# a tenth of the time, and what is kept tears the heap into pieces that grow without end.
+LENGTH_MULTIPLE = 32
+
 
 @dataclass(frozen=True)
 class ScoredRef:
@@ -64,6 +69,10 @@ class Row:
         return self.prompt_tokens + self.completion_tokens
 
 
+def _padded(length: int) -> int:
+    return -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+
+
 @dataclass(frozen=True)
 class MicroBatch:
     """Rows of one forward and backward pass; none on a rank that only keeps the others company.
@@ -76,8 +85,13 @@ class MicroBatch:
     chunks: int
 
     @property
+    def length(self) -> int:
+        """Tokens that every row is padded to."""
+        return _padded(max((row.length for row in self.rows), default=0))
+
+    @property
     def padded_tokens(self) -> int:
-        return len(self.rows) * max((row.length for row in self.rows), default=0)
+        return len(self.rows) * self.length
 
 
 @dataclass(frozen=True)
@@ -130,9 +144,9 @@ def plan_step(
 ) -> StepPlan:
     """Plan one optimizer step. Pure: the same input gives the same plan.
 
-    micro_batch_tokens: budget of a forward pass, rows times the longest row; a single prompt with
-    one completion that exceeds it gets a forward pass of its own. max_tokens: the longest
-    completion the run allows (the "constant" aggregation divides by it).
+    micro_batch_tokens: budget of a forward pass, padding counted; a single row that exceeds it gets
+    a forward pass of its own. max_tokens: the longest completion
+    the run allows (the "constant" aggregation divides by it).
 
     Raises ValueError when a group's sizes and scores do not belong together.
     """
@@ -252,7 +266,7 @@ def _pack(rows: list[Row], budget: int) -> list[tuple[Row, ...]]:
     batches: list[list[Row]] = []
     for row in sorted(rows, key=lambda row: -row.length):
         # Sorted: the first row of a batch is its longest.
-        if batches and (len(batches[-1]) + 1) * batches[-1][0].length <= budget:
+        if batches and (len(batches[-1]) + 1) * _padded(batches[-1][0].length) <= budget:
             batches[-1].append(row)
         else:
             batches.append([row])
@@ -281,11 +295,12 @@ class BatchTensors:
         return BatchTensors(**{name: t.to(device) for name, t in vars(self).items()})
 
 
-def build_micro_batch(rows: Sequence[Row], groups: Mapping[str, ScoredGroup]) -> BatchTensors:
-    """The tensors of some rows; without rows, one token of weight 0 that predicts itself.
+def build_micro_batch(batch: MicroBatch, groups: Mapping[str, ScoredGroup]) -> BatchTensors:
+    """The tensors of a micro-batch; without rows, one token of weight 0 that predicts itself.
 
     Raises ValueError when a group or completion is missing or has another length than planned.
     """
+    rows, length = batch.rows, batch.length
     if not rows:
         one = torch.zeros(1)
         return BatchTensors(
@@ -298,13 +313,12 @@ def build_micro_batch(rows: Sequence[Row], groups: Mapping[str, ScoredGroup]) ->
             advantage_T=one,
             weight_T=one,
         )
-    longest = max(row.length for row in rows)
-    shape = (len(rows), longest)
+    shape = (len(rows), length)
     # The value of padding is never looked at: lengths alone decide what counts.
     input_ids_BL = torch.zeros(shape, dtype=torch.long)
     position_ids_BL = torch.zeros(shape, dtype=torch.long)
     # Every position attends at least to itself: a softmax over nothing would be nan.
-    mask_B1LL = torch.eye(longest, dtype=torch.bool).repeat(len(rows), 1, 1, 1)
+    mask_B1LL = torch.eye(length, dtype=torch.bool).repeat(len(rows), 1, 1, 1)
     predict: list[torch.Tensor] = []
     target: list[torch.Tensor] = []
     behaviour: list[torch.Tensor] = []
@@ -345,7 +359,7 @@ def build_micro_batch(rows: Sequence[Row], groups: Mapping[str, ScoredGroup]) ->
             # the prompt, wherever in the row the completion lies.
             before = torch.arange(start - 1, end - 1)
             before[0] = prompt - 1
-            predict.append(b * longest + before)
+            predict.append(b * length + before)
             target.append(ids)
             behaviour.append(torch.from_numpy(completion.logprobs.astype("float32")))
             advantage.append(torch.full((n,), piece.advantage))

@@ -18,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 EAGER_ROW_LENGTH = 512
 # Tokens whose float32 logits exist at one time.
 SCORE_BLOCK = 32
+# The output layer is run on a multiple of this many tokens.
+SCORE_MULTIPLE = 64
 
 
 class UnsupportedModel(Exception):
@@ -186,7 +188,10 @@ class PolicyModel(nn.Module):
     def _score(
         self, hidden_NH: torch.Tensor, target_N: torch.Tensor, temperature: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        logits_NV = self.model.get_output_embeddings()(hidden_NH)
+        # Shapes that come back: see learner.batch.LENGTH_MULTIPLE.
+        padding = -len(hidden_NH) % SCORE_MULTIPLE
+        padded_PH = nn.functional.pad(hidden_NH, (0, 0, 0, padding))
+        logits_NV = self.model.get_output_embeddings()(padded_PH)[: len(hidden_NH)]
         logprobs_N, entropy_N = TokenScores.apply(logits_NV, target_N, self.scale, temperature)
         return logprobs_N, entropy_N
 

@@ -238,7 +238,7 @@ class LearnerWorker:
 
     def _accumulate(self, batch: MicroBatch, by_id: dict[str, ScoredGroup]) -> LossStats:
         """Forward and backward over one micro-batch; gradients add up in the engine."""
-        tensors = build_micro_batch(batch.rows, by_id).to(self.device)
+        tensors = build_micro_batch(batch, by_id).to(self.device)
         logprobs_T, entropy_T = self.engine(
             tensors.input_ids_BL,
             tensors.position_ids_BL,

@@ -7,7 +7,13 @@ import random
 import pytest
 
 from actors.records import ScoredGroup
-from learner.batch import RowCost, StepPlan, build_micro_batch, plan_step
+from learner.batch import (
+    MicroBatch,
+    RowCost,
+    StepPlan,
+    build_micro_batch,
+    plan_step,
+)
 from learner.config import AlgorithmConfig
 from tests.learner.helpers import metas, scored_group
 
@@ -125,7 +131,7 @@ def test_rank_without_rows_gets_empty_micro_batches() -> None:
     found = plan([scored_group("a", [0.0, 1.0], [3, 3], prompt_tokens=30)], ranks=3)
     assert [len(shard) for shard in found.shards] == [1, 1, 1]
     assert sum(bool(shard[0].rows) for shard in found.shards) == 1
-    empty = build_micro_batch((), {})
+    empty = build_micro_batch(MicroBatch((), 1), {})
     assert empty.weight_T.tolist() == [0.0]
 
 
@@ -138,7 +144,7 @@ def test_tensors_against_brute_force() -> None:
     found = plan(groups, micro_batch_tokens=500)
     (batch,) = found.shards[0]
     by_id = {g.group.id: g for g in groups}
-    tensors = build_micro_batch(batch.rows, by_id)
+    tensors = build_micro_batch(batch, by_id)
     _, longest = tensors.input_ids_BL.shape
     seen = 0
     for b, row in enumerate(batch.rows):
@@ -180,7 +186,7 @@ def test_end_of_sequence_is_trained_and_padding_is_not() -> None:
     group = scored_group("a", [0.0, 1.0], [3, 6], truncated=(1,))
     found = plan([group], micro_batch_tokens=500, cost=RowCost(quadratic=10.0))
     (batch,) = found.shards[0]
-    tensors = build_micro_batch(batch.rows, {"a": group})
+    tensors = build_micro_batch(batch, {"a": group})
     assert len(tensors.target_T) == 9
     ends = [int(c.token_ids[-1]) for c in group.group.completions]
     assert ends[0] == 2
@@ -193,9 +199,9 @@ def test_plan_and_group_must_agree() -> None:
     group = scored_group("a", [0.0, 1.0], [3, 3])
     (batch,) = plan([group]).shards[0]
     with pytest.raises(ValueError, match="was not sent"):
-        build_micro_batch(batch.rows, {})
+        build_micro_batch(batch, {})
     with pytest.raises(ValueError, match="4 tokens, 3 were planned"):
-        build_micro_batch(batch.rows, {"a": scored_group("a", [0.0, 1.0], [3, 4])})
+        build_micro_batch(batch, {"a": scored_group("a", [0.0, 1.0], [3, 4])})
 
 
 def test_work_is_level_over_ranks() -> None:
@@ -208,3 +214,18 @@ def test_work_is_level_over_ranks() -> None:
     cost = RowCost()
     work = [sum(cost(r.length) for b in shard for r in b.rows) for shard in found.shards]
     assert max(work) / min(work) < 1.1
+
+
+def test_shapes_come_back() -> None:
+    """Rows of many different lengths become tensors of few."""
+    shapes = set()
+    for tokens in range(1, 90):
+        group = scored_group("a", [0.0, 1.0], [tokens, 1], prompt_tokens=7)
+        plan = plan_step(
+            [metas(group)], AlgorithmConfig(), ranks=1, micro_batch_tokens=1000, max_tokens=100
+        )
+        [batch] = plan.shards[0]
+        shape = build_micro_batch(batch, {"a": group}).input_ids_BL.shape
+        assert plan.padded_tokens == shape[0] * shape[1] >= plan.row_tokens
+        shapes.add(tuple(shape))
+    assert {shape[1] for shape in shapes} <= {32, 64, 96, 128}

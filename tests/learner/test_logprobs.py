@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from actors.records import ScoredGroup
-from learner.batch import BatchTensors, RowCost, build_micro_batch, plan_step
+from learner.batch import BatchTensors, MicroBatch, RowCost, build_micro_batch, plan_step
 from learner.config import AlgorithmConfig
 from learner.grpo import policy_loss
 from learner.logprobs import LogitScale, PolicyModel, UnsupportedModel
@@ -44,7 +44,7 @@ def one_batch(scored: list[ScoredGroup]) -> tuple[list[str], BatchTensors]:
     ((batch,),) = plan.shards
     assert len(batch.rows) == len(scored)
     ids = [piece.completion_id for row in batch.rows for piece in row.pieces]
-    return ids, build_micro_batch(batch.rows, {g.group.id: g for g in scored})
+    return ids, build_micro_batch(batch, {g.group.id: g for g in scored})
 
 
 def score(policy: PolicyModel, tensors: BatchTensors, chunks: int) -> Any:
@@ -177,7 +177,7 @@ def test_self_check_refuses_logits_it_does_not_understand() -> None:
 
 def test_empty_micro_batch_has_zero_gradient_everywhere() -> None:
     model = tiny_model("llama-tied")
-    tensors = build_micro_batch((), {})
+    tensors = build_micro_batch(MicroBatch((), 1), {})
     logprobs, _ = score(PolicyModel(model), tensors, 3)
     loss, stats = policy_loss(
         logprobs, tensors.behaviour_T, tensors.advantage_T, tensors.weight_T, 0.2, 0.28
