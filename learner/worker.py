@@ -102,8 +102,8 @@ class LearnerWorker:
         os.environ["LOCAL_RANK"] = "0"  # Ray shows an actor only its own devices.
         if spec.log_dir is not None:
             redirect_output(Path(spec.log_dir) / f"learner-{spec.rank}.log")
-        if spec.rank == 0:
-            start_reaper(Path(spec.shm_dir))
+        # Only rank 0 writes there, but every rank leaves files of its libraries when it is killed.
+        start_reaper(*([Path(spec.shm_dir)] if spec.rank == 0 else []))
         self.spec = spec
         self.steps_done = 0
         self._files = WeightFiles(spec.shm_dir)

@@ -116,7 +116,8 @@ def ours(mark: str) -> list[str]:
 
 
 def shared_files() -> set[str]:
-    return {name for name in os.listdir("/dev/shm") if name.startswith(("cohort-", "psm_"))}
+    ours = ("cohort-", "psm_", "__KMP_")
+    return {name for name in os.listdir("/dev/shm") if name.startswith(ours)}
 
 
 @pytest.fixture
