@@ -10,10 +10,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from actors.config import ActorsConfig
-from learner.config import AlgorithmConfig, LearnerConfig
+from learner.config import SECTION_PRESETS, AlgorithmConfig, LearnerConfig
 from rewards.config import RewardsConfig, TaskConfig
 
 
@@ -98,6 +105,21 @@ class Config(BaseModel):
     algorithm: AlgorithmConfig = AlgorithmConfig()
     cluster: ClusterConfig = ClusterConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, given: Any) -> Any:
+        """What the algorithm's preset sets in other sections, below what the user gives there."""
+        algorithm = given.get("algorithm") if isinstance(given, dict) else None
+        preset = algorithm.get("preset") if isinstance(algorithm, dict) else None
+        if not isinstance(preset, str) or preset not in SECTION_PRESETS:
+            return given
+        merged = dict(given)
+        for section, values in SECTION_PRESETS[preset].items():
+            present = merged.get(section)
+            if present is None or isinstance(present, dict):
+                merged[section] = {**values, **(present or {})}
+        return merged
 
     @field_validator("*", mode="before")
     @classmethod
@@ -261,8 +283,20 @@ def _location(loc: tuple[int | str, ...], tree: Any) -> list[str]:
     return parts
 
 
+# Why there is no such key: these bend the engine's log-probs away from the policy's.
+BIASED_SAMPLING = {
+    "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+    "logit_bias", "typical_p",
+}  # fmt: skip
+
+
 def _hint(dotted: str) -> str:
-    """The key that was probably meant, else the keys there are."""
+    """Why there is no such key, the key that was probably meant, else the keys there are."""
+    if dotted.split(".")[-1] in BIASED_SAMPLING:
+        return (
+            "; refused in training: tokens would come from another distribution than the one "
+            "the learner scores, and every ratio would be wrong. Use actors.temperature"
+        )
     keys, sections = all_keys(), list(Config.model_fields)
     section, _, _ = dotted.rpartition(".")
     leaf = dotted.split(".")[-1]
@@ -289,7 +323,13 @@ def contradictions(config: Config) -> list[str]:
         for key, value in values.items()
         if isinstance(value, float) and not math.isfinite(value)
     ]
+    problems += config.algorithm.contradictions()
     prompts, group = config.task.prompts_per_step, config.task.group_size
+    if config.algorithm.update_on == "share" and config.algorithm.updates_per_step > prompts:
+        problems.append(
+            f"algorithm.updates_per_step={config.algorithm.updates_per_step} shares of "
+            f"task.prompts_per_step={prompts} groups: some would be empty"
+        )
     if prompts < config.learner.workers:
         problems.append(
             f"task.prompts_per_step={prompts} is less than learner.workers="

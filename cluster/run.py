@@ -163,6 +163,7 @@ async def start_learner(
         seed=config.run.seed,
         shm_dir=f"/dev/shm/cohort-learner-{uuid.uuid4().hex[:12]}",
         log_dir=str(log_dir),
+        total_steps=config.run.steps,
     )
     environment = cpu_environment(threads) if placement.device == "cpu" else {}
     options = [
@@ -280,15 +281,11 @@ async def _train_in(prepared: Prepared, folder: Path, console: Console) -> int:
 
 
 def draw_from(prepared: Prepared) -> Any:
-    """cursor -> the prompts of one step and the cursor after them."""
+    """(cursor, count) -> that many prompts and the cursor after them."""
 
-    def draw(cursor: int) -> Taken:
+    def draw(cursor: int, count: int) -> Taken:
         return take_prompts(
-            prepared.task,
-            prepared.renderer,
-            prepared.config.run.seed,
-            cursor,
-            prepared.config.task.prompts_per_step,
+            prepared.task, prepared.renderer, prepared.config.run.seed, cursor, count
         )
 
     return draw

@@ -17,7 +17,7 @@ from actors.pool import RolloutPool
 from actors.records import Failure, GroupMeta, Prompt, SamplingSpec, ScoreMeta, derive_seed
 from actors.rollout import Request
 from cluster.config import Config
-from learner.batch import ScoredRef
+from learner.batch import ScoredRef, informative
 from rewards.pool import RewardPool
 from rewards.tasks import Taken
 
@@ -36,7 +36,8 @@ class Batch:
     """The scored groups of one step.
 
     cursor: where the next step's prompts begin. generate_s, reward_s: seconds the learner waited
-    for each. generation_wall_s: from admission to the last completion.
+    for each. generation_wall_s: from admission to the last completion. refill_rounds: how often
+    new prompts were drawn in place of groups without gradient.
     """
 
     step: int
@@ -46,19 +47,20 @@ class Batch:
     generate_s: float
     reward_s: float
     generation_wall_s: float
+    refill_rounds: int = 0
 
 
 class GroupStream:
     """Admits prompts, hands over scored groups.
 
-    draw: cursor -> the next step's prompts and the cursor after them; a pure function, so that a
+    draw: (cursor, count) -> that many prompts and the cursor after them; a pure function, so that a
     resumed run draws the same prompts. cursor: where the run stands in the training sequence.
     """
 
     def __init__(
         self,
         config: Config,
-        draw: Callable[[int], Taken],
+        draw: Callable[[int, int], Taken],
         pool: RolloutPool,
         rewards: RewardPool,
         first_step: int,
@@ -79,14 +81,17 @@ class GroupStream:
         """Start on the prompts of every step up to and including `until_step`."""
         while self._next <= until_step:
             step, self._next = self._next, self._next + 1
-            taken = self._draw(self.cursor)
-            self.cursor = taken.cursor
-            requests = [self._request(step, prompt) for prompt in taken.prompts]
-            self._cursors[step] = taken.cursor
             self._started[step] = time.monotonic()
-            generating = await self._pool.generate(requests)
-            self._steps[step] = [asyncio.create_task(self._score(task)) for task in generating]
-            self.admitted += len(requests) * self._config.task.group_size
+            self._steps[step] = await self._begin(step, self._config.task.prompts_per_step)
+            self._cursors[step] = self.cursor
+
+    async def _begin(self, step: int, count: int) -> list[asyncio.Task[_Produced]]:
+        taken = self._draw(self.cursor, count)
+        self.cursor = taken.cursor
+        requests = [self._request(step, prompt) for prompt in taken.prompts]
+        generating = await self._pool.generate(requests)
+        self.admitted += len(requests) * self._config.task.group_size
+        return [asyncio.create_task(self._score(task)) for task in generating]
 
     def _request(self, step: int, prompt: Prompt) -> Request:
         sampling = SamplingSpec(
@@ -110,9 +115,24 @@ class GroupStream:
         return _Produced(ScoredRef(meta, scores, scored), generated_at, now)
 
     async def take(self, step: int) -> Batch:
-        """Wait for every group of a step. A group that failed is a Failure in the batch."""
+        """Wait for every group of a step. A group that failed is a Failure in the batch.
+
+        With `algorithm.dynamic_sampling_rounds`, groups without gradient stay in the batch, and
+        new prompts are drawn until there are as many with one, or the rounds are used up.
+        """
         waited_from = time.monotonic()
         produced = await asyncio.gather(*self._steps.pop(step))
+        rounds = 0
+        while rounds < self._config.algorithm.dynamic_sampling_rounds:
+            missing = self._config.task.prompts_per_step - sum(map(self._informative, produced))
+            if missing <= 0:
+                break
+            rounds += 1
+            produced += await asyncio.gather(*await self._begin(step, missing))
+        if self._next == step + 1:
+            # Otherwise later steps have drawn in between: a resumed run begins with theirs, and
+            # sees again what was drawn here.
+            self._cursors[step] = self.cursor
         generated = max(item.generated_at for item in produced)
         scored = max(item.scored_at for item in produced)
         return Batch(
@@ -123,6 +143,13 @@ class GroupStream:
             generate_s=max(0.0, generated - waited_from),
             reward_s=max(0.0, scored - max(generated, waited_from)),
             generation_wall_s=max(1e-6, generated - self._started.pop(step)),
+            refill_rounds=rounds,
+        )
+
+    def _informative(self, produced: _Produced) -> bool:
+        group, config = produced.outcome, self._config
+        return isinstance(group, ScoredRef) and informative(
+            group.meta, group.scores, config.algorithm, config.actors.max_tokens
         )
 
     @property

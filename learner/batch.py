@@ -22,7 +22,7 @@ import torch
 
 from actors.records import GroupMeta, ScoredGroup, ScoreMeta
 from learner.config import AlgorithmConfig
-from learner.grpo import advantages, token_weights
+from learner.grpo import advantages, overlong_penalty, standard_deviation, token_weights
 
 # Rows are padded to a multiple of this, so that the same shapes come back step after step. On CPUs
 # a matrix product compiles a kernel for every new shape and keeps it: new shapes in every step cost
@@ -94,15 +94,21 @@ class MicroBatch:
         return len(self.rows) * self.length
 
 
+# Of one update: for each rank its micro-batches, equally many.
+Shards = tuple[tuple[MicroBatch, ...], ...]
+
+
 @dataclass(frozen=True)
 class StepPlan:
-    """One optimizer step. shards[rank] has the same number of micro-batches for every rank.
+    """One step: one or several optimizer updates on the completions of its groups.
 
     trained + filtered + failed = all samples that came in. filtered: their group's rewards are all
-    equal. failed: no valid reward, no tokens, or a group with fewer than two valid rewards.
+    equal, or they were cut and `algorithm.mask_truncated` leaves them out. failed: no valid reward,
+    no tokens, or a group with fewer than two valid rewards. trained_tokens, row_tokens and
+    padded_tokens count what all updates see.
     """
 
-    shards: tuple[tuple[MicroBatch, ...], ...]
+    updates: tuple[Shards, ...]
     trained: int
     filtered: int
     failed: int
@@ -115,7 +121,8 @@ class StepPlan:
 
     @property
     def micro_batches(self) -> int:
-        return len(self.shards[0])
+        """Forward and backward passes of every rank, over all updates."""
+        return sum(len(shards[0]) for shards in self.updates)
 
 
 @dataclass(frozen=True)
@@ -132,6 +139,62 @@ class RowCost:
         return length * (1.0 + self.quadratic * length)
 
 
+@dataclass(frozen=True)
+class _Chosen:
+    """What a group contributes: the completions that are trained, with their advantages."""
+
+    meta: GroupMeta
+    completions: tuple[tuple[int, float], ...]
+
+    @property
+    def lengths(self) -> list[int]:
+        return [self.meta.completion_tokens[i] for i, _ in self.completions]
+
+
+def shaped_rewards(
+    meta: GroupMeta, scores: ScoreMeta, algorithm: AlgorithmConfig, max_tokens: int
+) -> list[float | None]:
+    """The rewards that advantages are made of: with the length penalty, None without tokens.
+
+    Raises ValueError when sizes and scores do not belong together.
+    """
+    _check_pair(meta, scores)
+    return [
+        # A completion without tokens has no action to reinforce, whatever its reward.
+        None
+        if reward is None or tokens == 0
+        else reward + overlong_penalty(tokens, max_tokens, algorithm.overlong_buffer)
+        for reward, tokens in zip(scores.totals, meta.completion_tokens, strict=True)
+    ]
+
+
+def _choose(
+    meta: GroupMeta, rewards: Sequence[float | None], algorithm: AlgorithmConfig, std: float | None
+) -> _Chosen:
+    values = advantages(rewards, algorithm.baseline, algorithm.scale, std)
+    return _Chosen(
+        meta,
+        tuple(
+            (i, value)
+            for i, value in enumerate(values)
+            # A cut completion stays in its group's statistics: it was cut for being long.
+            if value is not None and not (algorithm.mask_truncated and meta.truncated[i])
+        ),
+    )
+
+
+def _carries_gradient(chosen: _Chosen) -> bool:
+    return any(value != 0.0 for _, value in chosen.completions)
+
+
+def informative(
+    meta: GroupMeta, scores: ScoreMeta, algorithm: AlgorithmConfig, max_tokens: int
+) -> bool:
+    """Whether the policy gradient of this group can be anything but zero."""
+    rewards = shaped_rewards(meta, scores, algorithm, max_tokens)
+    return _carries_gradient(_choose(meta, rewards, algorithm, 1.0))
+
+
 def plan_step(
     groups: Sequence[tuple[GroupMeta, ScoreMeta]],
     algorithm: AlgorithmConfig,
@@ -142,59 +205,118 @@ def plan_step(
     logit_chunk_tokens: int = 1024,
     cost: RowCost | None = None,
 ) -> StepPlan:
-    """Plan one optimizer step. Pure: the same input gives the same plan.
+    """Plan one step. Pure: the same input gives the same plan.
 
     micro_batch_tokens: budget of a forward pass, padding counted; a single row that exceeds it gets
-    a forward pass of its own. max_tokens: the longest completion
-    the run allows (the "constant" aggregation divides by it).
+    a forward pass of its own. max_tokens: the longest completion the run allows.
 
     Raises ValueError when a group's sizes and scores do not belong together.
     """
     row_cost = cost if cost is not None else RowCost()
-    kept: list[tuple[GroupMeta, list[tuple[int, float]]]] = []
+    shaped = [
+        (meta, shaped_rewards(meta, scores, algorithm, max_tokens)) for meta, scores in groups
+    ]
+    kept: list[tuple[GroupMeta, list[float | None]]] = []
     filtered = failed = groups_filtered = groups_failed = 0
-    for meta, scores in groups:
-        _check_pair(meta, scores)
-        size = len(meta.completion_ids)
-        # A completion without tokens has no action to reinforce, whatever its reward.
-        rewards = [
-            reward if tokens > 0 else None
-            for reward, tokens in zip(scores.totals, meta.completion_tokens, strict=True)
-        ]
-        values = advantages(rewards, algorithm.advantage)
-        chosen = [(i, value) for i, value in enumerate(values) if value is not None]
-        failed += size - len(chosen)
-        if not chosen:
+    for meta, rewards in shaped:
+        # The batch's standard deviation is that of the groups that are kept; it moves no zero.
+        chosen = _choose(meta, rewards, algorithm, 1.0)
+        scored = advantages(rewards, "mean", "none")
+        failed += scored.count(None)
+        usable = len(scored) - scored.count(None)
+        if not usable:
             groups_failed += 1
-        elif algorithm.drop_zero_variance and all(value == 0.0 for _, value in chosen):
-            filtered += len(chosen)
+        elif not chosen.completions or (
+            algorithm.drop_zero_variance and not _carries_gradient(chosen)
+        ):
+            filtered += usable
             groups_filtered += 1
         else:
-            kept.append((meta, chosen))
+            filtered += usable - len(chosen.completions)
+            kept.append((meta, rewards))
 
-    lengths = [meta.completion_tokens[i] for meta, chosen in kept for i, _ in chosen]
-    weights = iter(token_weights(lengths, algorithm.aggregation, max_tokens) if lengths else [])
-    rows: list[Row] = []
-    for meta, chosen in kept:
-        pieces = [
-            Piece(meta.completion_ids[i], meta.completion_tokens[i], value, next(weights))
-            for i, value in chosen
+    std = None
+    if algorithm.scale == "batch" and kept:
+        values = [
+            value
+            for _, rewards in kept
+            for value, used in zip(rewards, advantages(rewards, "mean", "none"), strict=True)
+            if value is not None and used is not None
         ]
-        rows += _rows_of_group(meta, pieces, micro_batch_tokens, row_cost)
+        std = standard_deviation(values)
+    trained = [_choose(meta, rewards, algorithm, std) for meta, rewards in kept]
+    shares = [trained] * algorithm.updates_per_step if trained else []
+    if algorithm.update_on == "share":
+        count = min(algorithm.updates_per_step, len(trained))
+        shares = [trained[start::count] for start in range(count)]
 
-    shards = _shards(rows, ranks, micro_batch_tokens, logit_chunk_tokens, row_cost)
+    updates: list[Shards] = []
+    rows_of_update: list[list[Row]] = []
+    for share in shares:
+        if updates and algorithm.update_on == "all":
+            updates.append(updates[0])
+            rows_of_update.append(rows_of_update[0])
+            continue
+        rows = _rows(share, algorithm, max_tokens, micro_batch_tokens, row_cost)
+        rows_of_update.append(rows)
+        updates.append(_shards(rows, ranks, micro_batch_tokens, logit_chunk_tokens, row_cost))
     return StepPlan(
-        shards=shards,
-        trained=len(lengths),
+        updates=tuple(updates),
+        trained=sum(len(chosen.completions) for chosen in trained),
         filtered=filtered,
         failed=failed,
-        groups_trained=len(kept),
+        groups_trained=len(trained),
         groups_filtered=groups_filtered,
         groups_failed=groups_failed,
-        trained_tokens=sum(lengths),
-        row_tokens=sum(row.length for row in rows),
-        padded_tokens=sum(batch.padded_tokens for shard in shards for batch in shard),
+        trained_tokens=sum(sum(chosen.lengths) for share in shares for chosen in share),
+        row_tokens=sum(row.length for rows in rows_of_update for row in rows),
+        padded_tokens=sum(
+            batch.padded_tokens for shards in updates for shard in shards for batch in shard
+        ),
     )
+
+
+def _rows(
+    share: Sequence[_Chosen],
+    algorithm: AlgorithmConfig,
+    max_tokens: int,
+    budget: int,
+    cost: RowCost,
+) -> list[Row]:
+    """The rows of one update, every completion with its weight in the update's loss."""
+    weights = token_weights([chosen.lengths for chosen in share], algorithm.aggregation, max_tokens)
+    rows: list[Row] = []
+    for chosen, group_weights in zip(share, weights, strict=True):
+        meta = chosen.meta
+        pieces = [
+            Piece(meta.completion_ids[i], meta.completion_tokens[i], value, weight)
+            for (i, value), weight in zip(chosen.completions, group_weights, strict=True)
+        ]
+        rows += _rows_of_group(meta, pieces, budget, cost)
+    return rows
+
+
+def score_batches(
+    groups: Sequence[GroupMeta],
+    *,
+    ranks: int,
+    micro_batch_tokens: int,
+    logit_chunk_tokens: int = 1024,
+    cost: RowCost | None = None,
+) -> Shards:
+    """Forward passes over every completion that has tokens, for scoring alone."""
+    row_cost = cost if cost is not None else RowCost()
+    rows: list[Row] = []
+    for meta in groups:
+        pieces = [
+            Piece(completion_id, tokens, 0.0, 1.0)
+            for completion_id, tokens in zip(
+                meta.completion_ids, meta.completion_tokens, strict=True
+            )
+            if tokens
+        ]
+        rows += _rows_of_group(meta, pieces, micro_batch_tokens, row_cost)
+    return _shards(rows, ranks, micro_batch_tokens, logit_chunk_tokens, row_cost)
 
 
 def _check_pair(meta: GroupMeta, scores: ScoreMeta) -> None:
@@ -279,7 +401,8 @@ class BatchTensors:
 
     input_ids_BL, position_ids_BL: int64. mask_B1LL: bool, True = query attends to key.
     predict_T: index into the flattened B*L positions whose hidden state predicts token t;
-    target_T: that token. behaviour_T, advantage_T, weight_T: float32.
+    target_T: that token. behaviour_T, advantage_T, weight_T: float32. sequence_T: int64, which
+    completion of the micro-batch token t belongs to, in the order of rows and pieces.
     """
 
     input_ids_BL: torch.Tensor
@@ -290,6 +413,7 @@ class BatchTensors:
     behaviour_T: torch.Tensor
     advantage_T: torch.Tensor
     weight_T: torch.Tensor
+    sequence_T: torch.Tensor
 
     def to(self, device: torch.device) -> BatchTensors:
         return BatchTensors(**{name: t.to(device) for name, t in vars(self).items()})
@@ -312,6 +436,7 @@ def build_micro_batch(batch: MicroBatch, groups: Mapping[str, ScoredGroup]) -> B
             behaviour_T=one,
             advantage_T=one,
             weight_T=one,
+            sequence_T=torch.zeros(1, dtype=torch.long),
         )
     shape = (len(rows), length)
     # The value of padding is never looked at: lengths alone decide what counts.
@@ -374,6 +499,9 @@ def build_micro_batch(batch: MicroBatch, groups: Mapping[str, ScoredGroup]) -> B
         behaviour_T=torch.cat(behaviour),
         advantage_T=torch.cat(advantage),
         weight_T=torch.cat(weight),
+        sequence_T=torch.repeat_interleave(
+            torch.tensor([piece.tokens for row in rows for piece in row.pieces])
+        ),
     )
 
 

@@ -1,4 +1,4 @@
-"""The `learner` and `algorithm` sections of the config."""
+"""The `learner` and `algorithm` sections of the config, and the presets."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ class LearnerConfig(BaseModel):
     )
     learning_rate: float = Field(1e-6, gt=0, description="Peak learning rate of AdamW.")
     warmup_steps: int = Field(
-        0, ge=0, description="Steps of linear warm-up; the first step is above 0."
+        0, ge=0, description="Updates of linear warm-up; the first update is above 0."
+    )
+    lr_schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="The learning rate after warm-up, until the last update of the run."
+    )
+    lr_final: float = Field(
+        0.1, gt=0, le=1, description="Share of the peak at the last update; constant ignores it."
     )
     adam_betas: tuple[float, float] = Field((0.9, 0.99), description="Betas of AdamW.")
     adam_eps: float = Field(1e-8, gt=0, description="Epsilon of AdamW.")
@@ -45,15 +51,74 @@ class LearnerConfig(BaseModel):
     )
 
 
-Preset = Literal["cohort", "dr_grpo", "rloo"]
+Preset = Literal[
+    "cohort", "grpo_paper", "r1", "dapo", "dr_grpo", "gspo", "cispo", "rloo", "dppo_tv"
+]
+Baseline = Literal["mean", "leave_one_out", "none"]
+Scale = Literal["group", "batch", "none"]
+Aggregation = Literal["token", "sequence", "prompt", "constant"]
+KLEstimator = Literal["k1", "k2", "k3"]
 
-# A preset only sets keys of AlgorithmConfig; every key given in the config wins over it.
+# A preset only sets keys; every key given in the config wins over it. What is not named keeps the
+# default below.
 PRESETS: dict[str, dict[str, Any]] = {
     "cohort": {},
+    # DeepSeekMath (arXiv 2402.03300): mean over completions of their token means, KL 0.04 to the
+    # reference. The paper prints no clip range; 0.2 is PPO's. Nothing is filtered.
+    "grpo_paper": {
+        "aggregation": "sequence",
+        "clip_high": 0.2,
+        "dual_clip": None,
+        "kl_coef": 0.04,
+        "drop_zero_variance": False,
+    },
+    # DeepSeek-R1 (Nature s41586-025-09422-z). A clip range of 10 leaves negative advantages without
+    # any bound: dual_clip is ours. Groups of 16: see SECTION_PRESETS.
+    "r1": {
+        "aggregation": "sequence",
+        "clip_low": 10.0,
+        "clip_high": 10.0,
+        "dual_clip": 10.0,
+        "kl_coef": 0.001,
+        "reference_refresh_steps": 400,
+        "drop_zero_variance": False,
+    },
+    # DAPO (arXiv 2503.14476).
+    "dapo": {"dual_clip": None, "overlong_buffer": 0.2, "dynamic_sampling_rounds": 10},
     # Dr. GRPO (arXiv 2503.20783): no division by std, constant length normaliser, symmetric clip.
-    "dr_grpo": {"advantage": "centered", "aggregation": "constant", "clip_high": 0.2},
-    # RLOO (arXiv 2402.14740): leave-one-out baseline.
-    "rloo": {"advantage": "leave_one_out", "aggregation": "sequence", "clip_high": 0.2},
+    "dr_grpo": {"scale": "none", "aggregation": "constant", "clip_high": 0.2, "dual_clip": None},
+    # GSPO (arXiv 2507.18071): one ratio a sequence, and a clip range a thousand times narrower.
+    "gspo": {
+        "ratio": "sequence",
+        "aggregation": "sequence",
+        "clip_low": 3e-4,
+        "clip_high": 4e-4,
+        "dual_clip": None,
+    },
+    # CISPO (arXiv 2506.13585) with the cap of 5 of ScaleRL (arXiv 2510.13786): clip_high = cap - 1.
+    "cispo": {"objective": "cispo", "clip_high": 4.0},
+    # RLOO (arXiv 2402.14740): leave-one-out baseline, log-probs of whole completions.
+    "rloo": {
+        "baseline": "leave_one_out",
+        "scale": "none",
+        "aggregation": "constant",
+        "clip_high": 0.2,
+        "dual_clip": None,
+    },
+    # DPPO with a total-variation bound (arXiv 2602.04879) around the engine's own probabilities.
+    "dppo_tv": {
+        "objective": "dppo_tv",
+        "scale": "none",
+        "anchor": "engine",
+        "correction": "off",
+        "clip_low": 0.2,
+        "clip_high": 0.2,
+    },
+}
+
+# What a preset sets in other sections.
+SECTION_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "r1": {"task": {"group_size": 16}, "learner": {"learning_rate": 3e-6}},
 }
 
 
@@ -63,20 +128,91 @@ class AlgorithmConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     preset: Preset = Field("cohort", description="A named set of the keys below.")
-    advantage: Literal["zscore", "centered", "leave_one_out"] = Field(
-        "zscore",
-        description="zscore: (r - mean)/std in the group (ddof 0); centered: r - mean; "
-        "leave_one_out: r - mean of the others.",
+    baseline: Baseline = Field(
+        "mean", description="Taken off the rewards: the group's mean, that of the others, nothing."
     )
-    aggregation: Literal["token", "sequence", "constant"] = Field(
-        "token",
-        description="token: mean over all tokens of the step; sequence: mean over completions of "
-        "their token means; constant: token sum / (completions * max_tokens).",
+    scale: Scale = Field(
+        "group",
+        description="Rewards are divided by the standard deviation (ddof 0) of the group, or of "
+        "all rewards that the step trains, or by nothing.",
+    )
+    drop_zero_variance: bool = Field(
+        True, description="Leave out groups whose rewards are all equal: they carry no gradient."
+    )
+    overlong_buffer: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Soft length penalty: over this last share of actors.max_tokens the reward "
+        "falls by up to 1. 0: none.",
+    )
+    mask_truncated: bool = Field(
+        False, description="Do not train completions that were cut at actors.max_tokens."
+    )
+    dynamic_sampling_rounds: int = Field(
+        0,
+        ge=0,
+        description="How often a step may draw new prompts in place of groups without gradient.",
+    )
+    objective: Literal["clip", "cispo", "dppo_tv"] = Field(
+        "clip",
+        description="clip: PPO's; cispo: every token, its weight capped at 1 + clip_high; dppo_tv: "
+        "tokens whose probability moved by more than clip_low / clip_high give nothing.",
+    )
+    ratio: Literal["token", "sequence"] = Field(
+        "token", description="Ratio of each token, or the geometric mean over its completion."
+    )
+    anchor: Literal["learner", "engine"] = Field(
+        "learner",
+        description="The ratio is against the learner's log-probs at the start of the step, or "
+        "against those the engine sampled with.",
     )
     clip_low: float = Field(0.2, gt=0, description="Ratios are clipped below at 1 - clip_low.")
     clip_high: float = Field(0.28, gt=0, description="Ratios are clipped above at 1 + clip_high.")
-    drop_zero_variance: bool = Field(
-        True, description="Leave out groups whose rewards are all equal: they carry no gradient."
+    dual_clip: float | None = Field(
+        3.0, gt=1, description="Bound of the ratio for negative advantages. Empty: none."
+    )
+    aggregation: Aggregation = Field(
+        "token",
+        description="token: mean over all tokens of the update; sequence: mean over completions of "
+        "their token means; prompt: mean over prompts of their token means; constant: token sum / "
+        "(completions * max_tokens).",
+    )
+    correction: Literal["truncate", "mask", "off"] = Field(
+        "truncate",
+        description="Weight w = learner / engine probability of each token: min(w, cap), or 0 "
+        "outside [low, cap]. Only for anchor=learner: an engine ratio holds w already.",
+    )
+    correction_cap: float = Field(2.0, ge=1, description="Largest weight of a token.")
+    correction_low: float = Field(0.5, ge=0, le=1, description="Smallest, for correction=mask.")
+    sequence_mask: tuple[float, float] | None = Field(
+        None,
+        description="Leave out completions whose geometric mean of w is outside, as [0.99, 1.01].",
+    )
+    negative_mask: float | None = Field(
+        None,
+        gt=0,
+        description="Leave out completions with a negative advantage that the policy has left by "
+        "more than this many nats a token, as 0.5.",
+    )
+    kl_coef: float = Field(
+        0.0, ge=0, description="Weight of the KL to the reference. 0: no reference is loaded."
+    )
+    kl_estimator: KLEstimator = Field(
+        "k3", description="In the loss: k3, weighted by the ratio, or k2. In the reward: k1."
+    )
+    kl_in: Literal["loss", "reward"] = Field("loss", description="Where the KL is applied.")
+    reference_refresh_steps: int = Field(
+        0,
+        ge=0,
+        description="Steps after which the policy becomes the reference. 0: the original model.",
+    )
+    entropy_coef: float = Field(0.0, ge=0, description="Weight of the entropy bonus.")
+    updates_per_step: int = Field(
+        1, ge=1, description="Optimizer updates made from the completions of one step."
+    )
+    update_on: Literal["all", "share"] = Field(
+        "all", description="Each update sees all groups of the step, or its own share of them."
     )
 
     @model_validator(mode="before")
@@ -87,3 +223,45 @@ class AlgorithmConfig(BaseModel):
         if isinstance(preset, str) and preset in PRESETS:
             return {**PRESETS[preset], **given}
         return given
+
+    def contradictions(self) -> list[str]:
+        """What cannot work together, one line each, with the keys to change."""
+        problems = []
+        if self.anchor == "engine" and self.correction != "off":
+            problems.append(
+                f"algorithm.correction={self.correction} with algorithm.anchor=engine would apply "
+                "the same ratio twice: set algorithm.correction=off or algorithm.anchor=learner"
+            )
+        if self.kl_in == "loss" and self.kl_estimator == "k1":
+            problems.append(
+                "algorithm.kl_estimator=k1 in the loss has an expected gradient of zero: use k3 or "
+                "k2, or algorithm.kl_in=reward"
+            )
+        if self.kl_in == "reward" and self.kl_estimator != "k1":
+            problems.append(
+                f"algorithm.kl_estimator={self.kl_estimator} in the reward has a wrong gradient: "
+                "use k1, or algorithm.kl_in=loss"
+            )
+        if self.reference_refresh_steps and self.kl_coef == 0:
+            problems.append(
+                "algorithm.reference_refresh_steps is set, but algorithm.kl_coef=0 uses no "
+                "reference"
+            )
+        if self.objective != "clip" and self.ratio == "sequence":
+            problems.append(
+                f"algorithm.objective={self.objective} is defined on tokens: set "
+                "algorithm.ratio=token"
+            )
+        if self.dynamic_sampling_rounds and not self.drop_zero_variance:
+            problems.append(
+                "algorithm.dynamic_sampling_rounds replaces groups that are dropped: set "
+                "algorithm.drop_zero_variance=true"
+            )
+        if (
+            self.sequence_mask is not None
+            and not 0 <= self.sequence_mask[0] < self.sequence_mask[1]
+        ):
+            problems.append(
+                f"algorithm.sequence_mask={list(self.sequence_mask)} must be [low, high]"
+            )
+        return problems

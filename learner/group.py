@@ -12,7 +12,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from actors.records import WeightsInfo
-from learner.batch import RowCost, ScoredRef, StepPlan, plan_step
+from learner.batch import MicroBatch, RowCost, ScoredRef, StepPlan, plan_step, score_batches
 from learner.checkpoint import CheckpointError
 from learner.grpo import LossStats
 from learner.worker import LearnerSpec, LearnerWorker, ModelFacts, RankResult, check_loadable
@@ -29,16 +29,21 @@ class LearnerError(Exception):
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step. Means are over all trained tokens of all ranks.
+    """One step. Means are over all trained tokens of all ranks and updates.
 
-    version: optimizer steps applied so far, this one included. applied: False when the gradient
-    was not finite, or when no group was left to train on (then tokens is 0). grad_norm: before
-    clipping. k3_kl: estimate of KL(engine || learner), nats per token. logprob_abs_max: largest
-    |learner - engine| log-prob. seconds: of the slowest rank.
+    version: steps applied so far, this one included. applied: False when no update's gradient was
+    finite, or when no group was left to train on (then tokens is 0). updates: optimizer updates
+    that were tried. loss, grad_norm: means over them, the norm before clipping. learning_rate: of
+    the last. k3_kl: estimate of KL(engine || learner), nats per token, engine_ratio: mean of
+    learner / engine probability, logprob_abs_max: largest |learner - engine| log-prob; all three
+    raw. corrected_fraction: tokens whose weight the correction changed from that ratio.
+    reference_kl: k3 estimate of KL(policy || reference), nats per token. seconds: of the slowest
+    rank.
     """
 
     version: int
     applied: bool
+    updates: int
     nonfinite_in_a_row: int
     loss: float
     grad_norm: float
@@ -46,7 +51,10 @@ class StepResult:
     entropy: float
     clip_fraction: float
     k3_kl: float
+    engine_ratio: float
     logprob_abs_max: float
+    corrected_fraction: float
+    reference_kl: float
     tokens: int
     seconds: float
     trained: int
@@ -64,19 +72,25 @@ def pool(
     plan: StepPlan, results: Sequence[RankResult], version: int, nonfinite_in_a_row: int
 ) -> StepResult:
     """Pool the ranks' sums and counts. Without results, the step had nothing to train on."""
-    stats = sum((result.stats for result in results), LossStats())
+    stats = sum((update.stats for result in results for update in result.updates), LossStats())
     tokens = max(stats.tokens, 1)
+    first = results[0].updates if results else ()
+    count = max(len(first), 1)
     return StepResult(
         version=version,
-        applied=bool(results) and results[0].applied,
+        applied=any(update.applied for update in first),
+        updates=len(first),
         nonfinite_in_a_row=nonfinite_in_a_row,
-        loss=stats.loss,
-        grad_norm=results[0].grad_norm if results else 0.0,
-        learning_rate=results[0].learning_rate if results else 0.0,
+        loss=stats.loss / count,
+        grad_norm=sum(update.grad_norm for update in first) / count,
+        learning_rate=first[-1].learning_rate if first else 0.0,
         entropy=stats.entropy / tokens,
         clip_fraction=stats.clipped / tokens,
         k3_kl=stats.k3 / tokens,
+        engine_ratio=stats.engine_ratio / tokens,
         logprob_abs_max=stats.log_ratio_abs_max,
+        corrected_fraction=stats.corrected / tokens,
+        reference_kl=stats.kl / tokens,
         tokens=stats.tokens,
         seconds=max((result.seconds for result in results), default=0.0),
         trained=plan.trained,
@@ -150,34 +164,75 @@ class LearnerGroup:
         )
 
     async def step(self, groups: Sequence[ScoredRef]) -> StepResult:
-        """One optimizer step on these groups.
+        """One step on these groups: `algorithm.updates_per_step` optimizer updates.
 
-        A step without a group to train on, or whose gradient is not finite, changes nothing and
-        says so in its result. Raises LearnerError after `learner.max_skipped_steps` non-finite
-        steps in a row.
+        A step without a group to train on, or an update whose gradient is not finite, changes
+        nothing and says so in the result. Raises LearnerError after `learner.max_skipped_steps`
+        non-finite updates in a row.
         """
+        algorithm = self.spec.algorithm
+        if algorithm.kl_coef > 0 and algorithm.kl_in == "reward":
+            groups = await self._with_kl_in_rewards(groups)
         plan = self.plan(groups)
         if plan.micro_batches == 0:
             return pool(plan, [], self.version, self.nonfinite_in_a_row)
         refs = {group.meta.group_id: group.ref for group in groups}
         calls = []
-        for worker, shard in zip(self._workers, plan.shards, strict=True):
-            ids = dict.fromkeys(row.group_id for batch in shard for row in batch.rows)
-            # In a list, references arrive as references: each rank fetches its own groups.
-            calls.append(worker.step.remote(shard, [refs[group_id] for group_id in ids]))
+        for rank, worker in enumerate(self._workers):
+            updates = [shards[rank] for shards in plan.updates]
+            batches = [batch for shard in updates for batch in shard]
+            calls.append(worker.step.remote(updates, _refs_of(batches, refs)))
         results = await self._all("an optimizer step", calls)
-        if len({(result.applied, result.steps_done) for result in results}) != 1:
-            raise LearnerError(f"the learner ranks disagree on the step: {results}")
+        applied = [update.applied for update in results[0].updates]
+        for result in results:
+            if [update.applied for update in result.updates] != applied:
+                raise LearnerError(f"the learner ranks disagree on the step: {results}")
         self.version = results[0].steps_done
-        self.nonfinite_in_a_row = 0 if results[0].applied else self.nonfinite_in_a_row + 1
         limit = self.spec.learner.max_skipped_steps
-        if self.nonfinite_in_a_row >= limit:
-            raise LearnerError(
-                f"{self.nonfinite_in_a_row} optimizer steps in a row had a gradient that is not "
-                f"finite (learner.max_skipped_steps={limit}); the weights are those of step "
-                f"{self.version}. Lower learner.learning_rate, or look at the last rollouts"
-            )
+        for moved in applied:
+            self.nonfinite_in_a_row = 0 if moved else self.nonfinite_in_a_row + 1
+            if self.nonfinite_in_a_row >= limit:
+                raise LearnerError(
+                    f"{self.nonfinite_in_a_row} optimizer updates in a row had a gradient that is "
+                    f"not finite (learner.max_skipped_steps={limit}); the weights are those of "
+                    f"step {self.version}. Lower learner.learning_rate, or look at the last "
+                    "rollouts"
+                )
         return pool(plan, results, self.version, self.nonfinite_in_a_row)
+
+    async def _with_kl_in_rewards(self, groups: Sequence[ScoredRef]) -> list[ScoredRef]:
+        """The groups with `kl_coef` times their KL to the reference taken off their rewards."""
+        learner, coefficient = self.spec.learner, self.spec.algorithm.kl_coef
+        shards = score_batches(
+            [group.meta for group in groups],
+            ranks=self.spec.world_size,
+            micro_batch_tokens=learner.micro_batch_tokens,
+            logit_chunk_tokens=learner.logit_chunk_tokens,
+            cost=RowCost(self.facts.attention_work),
+        )
+        refs = {group.meta.group_id: group.ref for group in groups}
+        calls = [
+            worker.reference_kl.remote(batches, _refs_of(batches, refs))
+            for worker, batches in zip(self._workers, shards, strict=True)
+        ]
+        kl: dict[str, float] = {}
+        for found in await self._all("scoring with the reference", calls):
+            kl.update(found)
+        return [
+            replace(
+                group,
+                scores=replace(
+                    group.scores,
+                    totals=tuple(
+                        total if total is None else total - coefficient * kl.get(completion_id, 0.0)
+                        for completion_id, total in zip(
+                            group.meta.completion_ids, group.scores.totals, strict=True
+                        )
+                    ),
+                ),
+            )
+            for group in groups
+        ]
 
     async def publish(self, remote: bool = False) -> WeightsInfo:
         """Publish the current weights; the version is the number of optimizer steps applied.
@@ -232,6 +287,15 @@ class LearnerGroup:
 
     async def _all(self, what: str, calls: Sequence[Any]) -> list[Any]:
         return await _all(what, calls, self.spec.learner.step_timeout_s)
+
+
+def _refs_of(batches: Sequence[MicroBatch], refs: Mapping[str, Any]) -> list[Any]:
+    """References to the groups of these micro-batches.
+
+    In a list, references arrive as references: each rank fetches its own groups.
+    """
+    ids = dict.fromkeys(row.group_id for batch in batches for row in batch.rows)
+    return [refs[group_id] for group_id in ids]
 
 
 async def _value(ref: Any) -> Any:

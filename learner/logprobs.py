@@ -52,7 +52,8 @@ class TokenScores(torch.autograd.Function):
 
     Autograd would keep and walk several float32 copies of [N, V]. Here the model's own outputs are
     all that is kept; what comes in between has two small buffers that are used over and over.
-    With z = scale(outputs) / temperature: d logprob / dz = onehot(target) - softmax(z).
+    With z = scale(outputs) / temperature and p = softmax(z): d logprob / dz = onehot(target) - p,
+    d entropy / dz = -p (log p + entropy).
     """
 
     @staticmethod
@@ -63,7 +64,7 @@ class TokenScores(torch.autograd.Function):
         scale: LogitScale,
         temperature: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns (logprobs [N] float32, entropies [N] float32 without gradient)."""
+        """Returns (logprobs [N] float32, entropies [N] float32)."""
         logprobs_N = torch.empty(len(outputs_NV), device=outputs_NV.device)
         normaliser_N, entropy_N = torch.empty_like(logprobs_N), torch.empty_like(logprobs_N)
         buffers = [_buffer(outputs_NV), _buffer(outputs_NV)]
@@ -77,16 +78,19 @@ class TokenScores(torch.autograd.Function):
             logprobs_N[part] = z.gather(1, target_N[part, None])[:, 0] - log_total
             normaliser_N[part] = peak + log_total
             entropy_N[part] = log_total - exp.mul_(z).sum(-1) / total
-        ctx.save_for_backward(outputs_NV, target_N, normaliser_N)
+        ctx.save_for_backward(outputs_NV, target_N, normaliser_N, entropy_N)
         ctx.scale, ctx.temperature = scale, temperature
-        ctx.mark_non_differentiable(entropy_N)
+        # Entropies are mostly only looked at: then their gradient is None, not zeros.
+        ctx.set_materialize_grads(False)
         return logprobs_N, entropy_N
 
     @staticmethod
     def backward(
-        ctx: Any, gradient_N: torch.Tensor, _entropy: torch.Tensor
+        ctx: Any, gradient_N: torch.Tensor | None, entropy_gradient_N: torch.Tensor | None
     ) -> tuple[torch.Tensor, None, None, None]:
-        outputs_NV, target_N, normaliser_N = ctx.saved_tensors
+        outputs_NV, target_N, normaliser_N, entropy_N = ctx.saved_tensors
+        if gradient_N is None:
+            gradient_N = torch.zeros_like(normaliser_N)
         result_NV = torch.empty_like(outputs_NV)
         buffer = _buffer(outputs_NV)
         for part in _blocks(len(outputs_NV)):
@@ -94,8 +98,12 @@ class TokenScores(torch.autograd.Function):
             ctx.scale.apply_(z.copy_(outputs_NV[part]))
             scaled = z.clone() if ctx.scale.cap is not None else z
             g = gradient_N[part, None]
+            z.div_(ctx.temperature).sub_(normaliser_N[part, None])
+            factor = g
+            if entropy_gradient_N is not None:
+                factor = (z + entropy_N[part, None]).mul_(entropy_gradient_N[part, None]).add_(g)
             # From here on z holds the gradient.
-            z.div_(ctx.temperature).sub_(normaliser_N[part, None]).exp_().mul_(-g)
+            z.exp_().mul_(factor).neg_()
             z.scatter_add_(1, target_N[part, None], g)
             ctx.scale.multiply_by_slope_(z, scaled)
             result_NV[part] = z.div_(ctx.temperature)
@@ -158,8 +166,8 @@ class PolicyModel(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs of target_T, each predicted by the hidden state at predict_T, and entropies.
 
-        predict_T indexes the flattened B*L positions. Returns ([T] float32, [T] float32 without
-        gradient), in nats, of softmax(logits / temperature).
+        predict_T indexes the flattened B*L positions. Returns ([T] float32, [T] float32), both with
+        gradient, in nats, of softmax(logits / temperature).
         """
         implementation = self._attention_for(input_ids_BL)
         if self.model.config._attn_implementation != implementation:

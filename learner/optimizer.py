@@ -11,12 +11,20 @@ import torch
 from learner.config import LearnerConfig
 
 
-def lr_at(step: int, peak: float, warmup_steps: int) -> float:
-    """Learning rate of optimizer step `step`, counted from 1: linear warm-up, then constant.
+def lr_at(update: int, learner: LearnerConfig, total_updates: int) -> float:
+    """Learning rate of optimizer update `update`, counted from 1.
 
-    The first step is above 0, step `warmup_steps` is at the peak.
+    Linear warm-up: the first update is above 0, update `warmup_steps` is at the peak. From there
+    constant, or along a line or half a cosine to `lr_final` of the peak at `total_updates`.
     """
-    return peak * min(1.0, step / max(1, warmup_steps))
+    peak, warmup = learner.learning_rate, max(1, learner.warmup_steps)
+    if update <= warmup:
+        return peak * update / warmup
+    if learner.lr_schedule == "constant":
+        return peak
+    done = min(1.0, (update - warmup) / max(1, total_updates - warmup))
+    falling = 1.0 - done if learner.lr_schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return peak * (learner.lr_final + (1.0 - learner.lr_final) * falling)
 
 
 def deepspeed_config(

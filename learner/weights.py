@@ -39,7 +39,8 @@ def check_names(model: Any) -> None:
         )
 
 
-def _named(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def named_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The model's tensors in the order of its state dict, a tied one once."""
     # The state dict holds tied parameters under all names, and only persistent buffers.
     # keep_vars: the parameters themselves, which carry what ZeRO-3 knows about them.
     seen: set[int] = set()
@@ -62,7 +63,7 @@ def weight_specs(model: torch.nn.Module, zero_stage: int) -> list[TensorSpec]:
     """What `gather_named_weights` yields, in its order, without gathering anything."""
     return [
         TensorSpec(name, _shape(tensor, zero_stage), tensor.dtype)
-        for name, tensor in _named(model).items()
+        for name, tensor in named_tensors(model).items()
     ]
 
 
@@ -74,22 +75,27 @@ def gather_named_weights(
     Every rank must run the iterator to its end: under ZeRO-3 each bucket is gathered by all ranks
     together, in the same order. A tensor is valid until the next one is asked for.
     """
-    for bucket in _buckets(_named(model), zero_stage):
-        with _whole(bucket) if zero_stage == 3 else nullcontext():
+    for bucket in shared_buckets(named_tensors(model), zero_stage):
+        with whole([t for _, t in bucket]) if zero_stage == 3 else nullcontext():
             for name, tensor in bucket:
                 yield name, tensor.detach()
 
 
-def _whole(bucket: list[tuple[str, torch.Tensor]]) -> Any:
+def whole(tensors: Sequence[torch.Tensor], modifier_rank: int | None = None) -> Any:
+    """A context in which these ZeRO-3 parameters are whole on every rank.
+
+    modifier_rank: whose changes to them are kept.
+    """
     import deepspeed
 
-    parameters = {id(t): t for _, t in bucket if isinstance(t, torch.nn.Parameter)}
-    return deepspeed.zero.GatheredParameters(list(parameters.values()))
+    parameters = [t for t in tensors if isinstance(t, torch.nn.Parameter)]
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier_rank)
 
 
-def _buckets(
+def shared_buckets(
     named: dict[str, torch.Tensor], zero_stage: int
 ) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """Consecutive tensors of together about BUCKET_ELEMENTS: what may be whole at one time."""
     bucket: list[tuple[str, torch.Tensor]] = []
     elements = 0
     for name, tensor in named.items():

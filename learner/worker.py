@@ -9,17 +9,17 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 from actors.process import redirect_output, start_reaper
 from actors.records import ScoredGroup, WeightsInfo
-from learner.batch import MicroBatch, build_micro_batch
+from learner.batch import BatchTensors, MicroBatch, build_micro_batch
 from learner.checkpoint import HF_FOLDER, CheckpointError
 from learner.config import AlgorithmConfig, LearnerConfig
-from learner.grpo import LossStats, policy_loss
+from learner.grpo import LossStats, kl_in_reward, policy_loss
 from learner.weights import WeightFiles
 
 LEARNER_FILE = "learner.json"
@@ -44,7 +44,8 @@ class LearnerSpec:
 
     model_path: a Hugging Face folder, or a hub id. temperature, max_tokens: of the rollouts.
     threads: CPU threads of the rank. shm_dir: where rank 0 publishes weights; removed when it ends.
-    log_dir: where the rank's output goes; None leaves it with Ray's.
+    log_dir: where the rank's output goes; None leaves it with Ray's. total_steps: of the whole run,
+    where the learning rate's schedule ends.
     """
 
     model_path: str
@@ -60,6 +61,7 @@ class LearnerSpec:
     seed: int
     shm_dir: str
     log_dir: str | None = None
+    total_steps: int = 1
 
 
 @dataclass(frozen=True)
@@ -76,16 +78,32 @@ class ModelFacts:
 
 
 @dataclass(frozen=True)
-class RankResult:
-    """What one rank saw of one step. grad_norm is global and before clipping."""
+class UpdateResult:
+    """What one rank saw of one optimizer update. grad_norm is global and before clipping."""
 
-    rank: int
     stats: LossStats
     applied: bool
     grad_norm: float
     learning_rate: float
+
+
+@dataclass(frozen=True)
+class RankResult:
+    """What one rank saw of one step. steps_done: steps with an update that was applied."""
+
+    rank: int
+    updates: tuple[UpdateResult, ...]
     steps_done: int
     seconds: float
+
+
+@dataclass
+class _Memo:
+    """Log-probs that several updates of one step share. keep: whether there are several."""
+
+    keep: bool = False
+    old: dict[MicroBatch, Any] = field(default_factory=dict)
+    reference: dict[MicroBatch, Any] = field(default_factory=dict)
 
 
 class LearnerWorker:
@@ -106,6 +124,8 @@ class LearnerWorker:
         start_reaper(*([Path(spec.shm_dir)] if spec.rank == 0 else []))
         self.spec = spec
         self.steps_done = 0
+        self.updates_done = 0
+        self.reference: Any = None
         self._files = WeightFiles(spec.shm_dir)
         self._timeout = timedelta(seconds=spec.learner.step_timeout_s)
         self._store: Any = None
@@ -146,13 +166,19 @@ class LearnerWorker:
             world_size=spec.world_size,
             timeout=self._timeout,
         )
-        self.policy = self._load_policy()
+        self.policy = self._load_policy(spec.learner.gradient_checkpointing)
         parameters = sum(p.numel() for p in self.policy.parameters())
+        self.model = self.policy.model
         self.policy.self_check(spec.temperature)
         self.engine = self._deepspeed_engine()
+        if spec.algorithm.kl_coef > 0:
+            from learner.reference import ReferencePolicy
+
+            original = self._load_policy(gradient_checkpointing=False)
+            self.reference = ReferencePolicy(original, spec.learner.zero_stage, spec.dtype)
         return self._facts(parameters)
 
-    def _load_policy(self) -> Any:
+    def _load_policy(self, gradient_checkpointing: bool) -> Any:
         import torch
         from transformers import AutoModelForCausalLM
 
@@ -161,11 +187,10 @@ class LearnerWorker:
 
         self.model_folder = _resolve(self.spec.model_path)
         dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[self.spec.dtype]
-        self.model = AutoModelForCausalLM.from_pretrained(self.model_folder, dtype=dtype)
-        check_names(self.model)
-        learner = self.spec.learner
-        policy = PolicyModel(self.model, learner.attention, learner.gradient_checkpointing)
-        return policy.to(self.device)
+        model = AutoModelForCausalLM.from_pretrained(self.model_folder, dtype=dtype)
+        check_names(model)
+        attention = self.spec.learner.attention
+        return PolicyModel(model, attention, gradient_checkpointing).to(self.device)
 
     def _deepspeed_engine(self) -> Any:
         import deepspeed
@@ -197,37 +222,48 @@ class LearnerWorker:
         attention = 3 * 2 * config.num_hidden_layers * config.hidden_size
         return ModelFacts(parameters, attention / max(body, 1), config.max_position_embeddings)
 
-    def step(self, batches: Sequence[MicroBatch], groups: Sequence[Any]) -> RankResult:
+    def step(self, updates: Sequence[Sequence[MicroBatch]], groups: Sequence[Any]) -> RankResult:
         """Carry out this rank's part of a planned step.
 
-        groups: the ScoredGroups of the rows in `batches`, or Ray references to them. All ranks
-        have equally many batches. The optimizer moves unless the global gradient norm is not
-        finite; then nothing changes, on any rank, and `applied` is False.
+        updates: the micro-batches of each optimizer update; all ranks have equally many. groups:
+        the ScoredGroups of their rows, or Ray references to them. An update moves the optimizer
+        unless the global gradient norm is not finite; then nothing changes, on any rank, and its
+        `applied` is False.
         """
-        from learner.optimizer import lr_at
-
         started = time.monotonic()
         by_id = {group.group.id: group for group in self._fetch(groups)}
+        memo = _Memo(keep=len(updates) > 1)
+        if memo.keep and self.spec.algorithm.anchor == "learner":
+            # Before anything moves: what later updates see for the first time.
+            for batch in (batch for batches in updates[1:] for batch in batches):
+                if batch not in updates[0] and batch not in memo.old:
+                    memo.old[batch] = self._score(batch, by_id)
+        results = tuple(self._update(batches, by_id, memo) for batches in updates)
+        if any(result.applied for result in results):
+            self.steps_done += 1
+            every = self.spec.algorithm.reference_refresh_steps
+            if self.reference is not None and every and self.steps_done % every == 0:
+                self.reference.become(self.model)
+        return RankResult(self.spec.rank, results, self.steps_done, time.monotonic() - started)
+
+    def _update(
+        self, batches: Sequence[MicroBatch], by_id: dict[str, ScoredGroup], memo: _Memo
+    ) -> UpdateResult:
+        from learner.optimizer import lr_at
+
         stats = LossStats()
         for batch in batches:
-            stats += self._accumulate(batch, by_id)
-        learner = self.spec.learner
-        learning_rate = lr_at(self.steps_done + 1, learner.learning_rate, learner.warmup_steps)
+            stats += self._accumulate(batch, by_id, memo)
+        spec = self.spec
+        total = spec.total_steps * spec.algorithm.updates_per_step
+        learning_rate = lr_at(self.updates_done + 1, spec.learner, total)
         for param_group in self.engine.optimizer.param_groups:
             param_group["lr"] = learning_rate
         self.engine.step()
         applied = self.engine.was_step_applied()
-        if applied:
-            self.steps_done += 1
-        return RankResult(
-            rank=self.spec.rank,
-            stats=stats,
-            applied=applied,
-            grad_norm=float(self.engine.get_global_grad_norm()),
-            learning_rate=learning_rate,
-            steps_done=self.steps_done,
-            seconds=time.monotonic() - started,
-        )
+        self.updates_done += applied
+        norm = float(self.engine.get_global_grad_norm())
+        return UpdateResult(stats, applied, norm, learning_rate)
 
     def _fetch(self, groups: Sequence[Any]) -> list[ScoredGroup]:
         import ray
@@ -236,28 +272,50 @@ class LearnerWorker:
         fetched = iter(ray.get(refs, timeout=self.spec.learner.step_timeout_s) if refs else [])
         return [next(fetched) if isinstance(g, ray.ObjectRef) else g for g in groups]
 
-    def _accumulate(self, batch: MicroBatch, by_id: dict[str, ScoredGroup]) -> LossStats:
-        """Forward and backward over one micro-batch; gradients add up in the engine."""
-        tensors = build_micro_batch(batch, by_id).to(self.device)
-        logprobs_T, entropy_T = self.engine(
+    def _policy(self, tensors: BatchTensors, chunks: int) -> Any:
+        return self.engine(
             tensors.input_ids_BL,
             tensors.position_ids_BL,
             tensors.mask_B1LL,
             tensors.predict_T,
             tensors.target_T,
             self.spec.temperature,
-            batch.chunks,
+            chunks,
         )
-        algorithm = self.spec.algorithm
+
+    def _score(self, batch: MicroBatch, by_id: dict[str, ScoredGroup]) -> Any:
+        """The policy's log-probs of a micro-batch as it is now, [T] without gradient."""
+        import torch
+
+        with torch.no_grad():
+            tensors = build_micro_batch(batch, by_id).to(self.device)
+            return self._policy(tensors, batch.chunks)[0]
+
+    def _accumulate(
+        self, batch: MicroBatch, by_id: dict[str, ScoredGroup], memo: _Memo
+    ) -> LossStats:
+        """Forward and backward over one micro-batch; gradients add up in the engine."""
+        spec = self.spec
+        tensors = build_micro_batch(batch, by_id).to(self.device)
+        reference_T = memo.reference.get(batch)
+        if reference_T is None and self.reference is not None and spec.algorithm.kl_in == "loss":
+            reference_T = self.reference.logprobs(tensors, spec.temperature, batch.chunks)
+        logprobs_T, entropy_T = self._policy(tensors, batch.chunks)
         loss, stats = policy_loss(
             logprobs_T,
             tensors.behaviour_T,
             tensors.advantage_T,
             tensors.weight_T,
-            algorithm.clip_low,
-            algorithm.clip_high,
-            entropy_T,
+            tensors.sequence_T,
+            spec.algorithm,
+            entropy_T=entropy_T,
+            old_T=memo.old.get(batch),
+            reference_T=reference_T,
         )
+        if memo.keep:
+            memo.old.setdefault(batch, logprobs_T.detach())
+            if reference_T is not None:
+                memo.reference[batch] = reference_T
         if not loss.isfinite():
             # Clamps can stop a nan on its way back. It must reach the gradients: their global norm
             # is what all ranks look at to agree on leaving the step out.
@@ -266,6 +324,25 @@ class LearnerWorker:
         # the only scaling: the weights of the tokens hold every normaliser.
         self.engine.backward(loss * self.spec.world_size, scale_wrt_gas=False)
         return stats
+
+    def reference_kl(
+        self, batches: Sequence[MicroBatch], groups: Sequence[Any]
+    ) -> dict[str, float]:
+        """k1 of engine against reference, summed over each completion of these micro-batches."""
+        by_id = {group.group.id: group for group in self._fetch(groups)}
+        found = {}
+        for batch in batches:
+            tensors = build_micro_batch(batch, by_id).to(self.device)
+            reference_T = self.reference.logprobs(tensors, self.spec.temperature, batch.chunks)
+            pieces = [piece for row in batch.rows for piece in row.pieces]
+            sizes = [piece.tokens for piece in pieces]
+            if not pieces:
+                continue
+            for piece, behaviour, reference in zip(
+                pieces, tensors.behaviour_T.split(sizes), reference_T.split(sizes), strict=True
+            ):
+                found[piece.completion_id] = kl_in_reward(behaviour, reference)
+        return found
 
     def logprobs(self, token_ids: Sequence[int]) -> list[float]:
         """Log-probs of tokens 1..n-1 of a sequence, float32, at temperature 1.
@@ -321,12 +398,14 @@ class LearnerWorker:
         saved = self.engine.save_checkpoint(
             str(target / DEEPSPEED_FOLDER),
             tag=DEEPSPEED_TAG,
-            client_state={"steps_done": self.steps_done},
+            client_state={"steps_done": self.steps_done, "updates_done": self.updates_done},
             save_latest=False,
         )
         if not saved:
             raise CheckpointError(f"DeepSpeed did not save into {target}")
         state = self._whole_state()
+        if self.reference is not None and self.reference.refreshed:
+            self.reference.save(target, write=self.spec.rank == 0)
         if self.spec.rank != 0:
             return
         self.model.save_pretrained(target / HF_FOLDER, state_dict=state)
@@ -335,6 +414,8 @@ class LearnerWorker:
                 if file.is_file():
                     shutil.copy(file, target / HF_FOLDER / file.name)
         facts = {"steps_done": self.steps_done, **_must_match(self.spec)}
+        if self.reference is not None:
+            facts["reference"] = self.reference.fingerprint
         (target / LEARNER_FILE).write_text(json.dumps(facts, indent=1))
 
     def _whole_state(self) -> dict[str, Any]:
@@ -360,12 +441,21 @@ class LearnerWorker:
         """
         source = Path(folder)
         check_loadable(source, self.spec)
+        if self.reference is not None:
+            known = json.loads((source / LEARNER_FILE).read_text()).get("reference")
+            if known not in (None, self.reference.fingerprint):
+                raise CheckpointError(
+                    f"{source} holds on to another reference than the model at {self.model_folder}:"
+                    " set model.path to the model that the run started from"
+                )
+            self.reference.load(source)
         path, client_state = self.engine.load_checkpoint(
             str(source / DEEPSPEED_FOLDER), tag=DEEPSPEED_TAG, load_lr_scheduler_states=False
         )
         if path is None:
             raise CheckpointError(f"DeepSpeed found nothing to load in {source}")
         self.steps_done = int(client_state["steps_done"])
+        self.updates_done = int(client_state["updates_done"])
         return self.steps_done
 
     def memory(self) -> dict[str, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pydantic import BaseModel
@@ -20,6 +20,7 @@ from cluster.config import (
     load_config,
     parse_overrides,
 )
+from learner.config import PRESETS, Preset
 
 MODEL = "model.path=some/model"
 
@@ -67,7 +68,7 @@ def test_unknown_section_names_the_nearest(tmp_path: Path) -> None:
 
 def test_hopeless_key_lists_what_there_is(tmp_path: Path) -> None:
     message = error_of(tmp_path, "", "algorithm.beta=0.1")
-    assert message.startswith("algorithm.beta: unknown key; algorithm has preset, advantage")
+    assert message.startswith("algorithm.beta: unknown key; algorithm has preset, baseline")
 
 
 def test_every_mistake_is_reported_at_once(tmp_path: Path) -> None:
@@ -117,17 +118,59 @@ def test_missing_file(tmp_path: Path) -> None:
 
 def test_preset_sets_keys(tmp_path: Path) -> None:
     algorithm = from_yaml(tmp_path, "algorithm: {preset: dr_grpo}").algorithm
-    assert (algorithm.advantage, algorithm.aggregation) == ("centered", "constant")
+    assert (algorithm.scale, algorithm.aggregation) == ("none", "constant")
     assert algorithm.clip_high == 0.2
     assert load_config(None, [MODEL, "algorithm.preset=dr_grpo"]).algorithm == algorithm
 
 
 def test_explicit_keys_win_over_the_preset(tmp_path: Path) -> None:
     in_file = "algorithm: {clip_high: 0.5, preset: dr_grpo}"
-    algorithm = from_yaml(tmp_path, in_file, "algorithm.advantage=zscore").algorithm
+    algorithm = from_yaml(tmp_path, in_file, "algorithm.scale=group").algorithm
     assert algorithm.clip_high == 0.5
-    assert algorithm.advantage == "zscore"
+    assert algorithm.scale == "group"
     assert algorithm.aggregation == "constant"
+
+
+@pytest.mark.parametrize("preset", get_args(Preset))
+def test_every_preset_is_a_config(preset: str) -> None:
+    config = load_config(None, [MODEL, f"algorithm.preset={preset}"])
+    for key, value in PRESETS[preset].items():
+        assert getattr(config.algorithm, key) == value
+    assert set(PRESETS) == set(get_args(Preset))
+
+
+def test_r1_sets_its_published_group_and_learning_rate(tmp_path: Path) -> None:
+    config = load_config(None, [MODEL, "algorithm.preset=r1"])
+    assert (config.task.group_size, config.learner.learning_rate) == (16, 3e-6)
+    algorithm = config.algorithm
+    assert (algorithm.kl_coef, algorithm.reference_refresh_steps) == (0.001, 400)
+    assert (algorithm.clip_low, algorithm.clip_high, algorithm.dual_clip) == (10, 10, 10)
+    given = from_yaml(tmp_path, "algorithm: {preset: r1}\ntask: {group_size: 4}\nlearner:")
+    assert (given.task.group_size, given.learner.learning_rate) == (4, 3e-6)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["algorithm.anchor=engine"], "twice.*algorithm.correction=off"),
+        (["algorithm.kl_estimator=k1"], "k1 in the loss"),
+        (["algorithm.kl_in=reward"], "algorithm.kl_estimator=k3 in the reward"),
+        (["algorithm.reference_refresh_steps=5"], "kl_coef=0"),
+        (["algorithm.preset=cispo", "algorithm.ratio=sequence"], "defined on tokens"),
+        (
+            ["algorithm.dynamic_sampling_rounds=2", "algorithm.drop_zero_variance=false"],
+            "drop_zero_variance=true",
+        ),
+        (["algorithm.sequence_mask=[1.01, 0.99]"], "algorithm.sequence_mask"),
+        (["algorithm.updates_per_step=9", "algorithm.update_on=share"], "updates_per_step=9"),
+        (["algorithm.dual_clip=0.5"], "algorithm.dual_clip"),
+        (["actors.top_p=0.9"], "actors.top_p: unknown key; refused in training"),
+        (["actors.repetition_penalty=1.1"], "refused in training"),
+    ],
+)
+def test_algorithms_that_cannot_be_right_are_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, [MODEL, *overrides])
 
 
 @pytest.mark.parametrize(

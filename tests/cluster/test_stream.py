@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -26,9 +27,9 @@ def config(**sections: Any) -> Config:
     return Config.model_validate({"model": {"path": "m"}, "task": task, **sections})
 
 
-def draw(cursor: int) -> Taken:
-    prompts = tuple(Prompt(f"0-{i}", (1,), "p") for i in range(cursor, cursor + 4))
-    return Taken(prompts, (), cursor + 4)
+def draw(cursor: int, count: int) -> Taken:
+    prompts = tuple(Prompt(f"0-{i}", (1,), "p") for i in range(cursor, cursor + count))
+    return Taken(prompts, (), cursor + count)
 
 
 class Pool:
@@ -65,8 +66,11 @@ class Rewards:
         return ScoreMeta(name, totals, {"f": totals}, (), 0.01), f"scored {name}"
 
 
-def stream_of(pool: Pool, **options: Any) -> GroupStream:
-    return GroupStream(config(), draw, pool, Rewards(), **{"first_step": 0, "cursor": 0, **options})  # type: ignore[arg-type]
+def stream_of(
+    pool: Pool, rewards: Any = None, settings: Config | None = None, **options: Any
+) -> GroupStream:
+    where = {"first_step": 0, "cursor": 0, **options}
+    return GroupStream(settings or config(), draw, pool, rewards or Rewards(), **where)  # type: ignore[arg-type]
 
 
 def test_batches_hold_their_own_step_in_order_with_their_own_rewards() -> None:
@@ -105,12 +109,46 @@ def test_a_resumed_stream_draws_the_same_prompts_with_the_same_seeds() -> None:
     assert len(set(straight.values())) == 16
 
 
+class OftenEqual(Rewards):
+    """Only prompts whose number is a multiple of five get rewards that differ."""
+
+    async def score(self, group: str) -> Any:
+        meta, name = await super().score(group)
+        if int(meta.group_id.rsplit("-", 1)[1]) % 5:
+            meta = replace(meta, totals=(1.0, 1.0))
+        return meta, name
+
+
+@pytest.mark.parametrize(("rounds", "groups", "cursor"), [(0, 4, 4), (1, 7, 7), (9, 16, 16)])
+def test_groups_without_gradient_are_replaced_in_bounded_rounds(
+    rounds: int, groups: int, cursor: int
+) -> None:
+    async def main() -> None:
+        settings = config(algorithm={"dynamic_sampling_rounds": rounds})
+        stream = stream_of(Pool(), OftenEqual(), settings)
+        await stream.admit(0)
+        batch = await stream.take(0)
+        ids = [group.meta.group_id for group in batch.groups]
+        assert len(ids) == len(set(ids)) == groups
+        assert sum(len(set(group.scores.totals)) > 1 for group in batch.groups) == -(-groups // 5)
+        # A resumed run goes on behind what was drawn in their place.
+        assert batch.cursor == stream.cursor == cursor
+        assert stream.admitted == groups * G
+        assert batch.refill_rounds <= rounds
+        await stream.admit(1)
+        following = await stream.take(1)
+        assert following.groups[0].meta.group_id == f"1:0-{cursor}"
+
+    asyncio.run(main())
+
+
 def result(**changes: Any) -> StepResult:
     return StepResult(
         **{
-            "version": 1, "applied": True, "nonfinite_in_a_row": 0, "loss": 0.5, "grad_norm": 1.0,
-            "learning_rate": 1e-6, "entropy": 1.0, "clip_fraction": 0.0, "k3_kl": 0.0,
-            "logprob_abs_max": 0.1, "tokens": 20, "seconds": 1.0, "trained": 4, "filtered": 2,
+            "version": 1, "applied": True, "updates": 1, "nonfinite_in_a_row": 0, "loss": 0.5,
+            "grad_norm": 1.0, "learning_rate": 1e-6, "entropy": 1.0, "clip_fraction": 0.0,
+            "k3_kl": 0.0, "engine_ratio": 1.0, "logprob_abs_max": 0.1, "corrected_fraction": 0.0,
+            "reference_kl": 0.0, "tokens": 20, "seconds": 1.0, "trained": 4, "filtered": 2,
             "failed": 0, "groups_trained": 2, "groups_filtered": 1, "groups_failed": 0,
             "row_tokens": 30, "padded_tokens": 40, "micro_batches": 1,
             **changes,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from transformers import (
 
 from actors.records import Completion, Group, GroupMeta, Prompt, ScoredGroup, ScoreMeta
 from learner.batch import ScoredRef
+from learner.config import AlgorithmConfig
 
 VOCABULARY = 67
 SHAPE: dict[str, Any] = dict(
@@ -142,42 +142,123 @@ def reference_logprobs(
     return torch.stack([logprobs[t - 1, sequence[t]] for t in range(len(prompt), len(sequence))])
 
 
+def reference_advantages(
+    groups: list[ScoredGroup], algorithm: AlgorithmConfig, max_tokens: int
+) -> list[tuple[int, ScoredGroup, int, float]]:
+    """(prompt, group, index, advantage) of every completion that is trained, the long way."""
+    shaped = []
+    for group in groups:
+        rewards: list[float | None] = []
+        for completion, total in zip(group.group.completions, group.totals, strict=True):
+            length = len(completion.token_ids)
+            if total is not None and algorithm.overlong_buffer:
+                soft = max_tokens * (1 - algorithm.overlong_buffer)
+                over = max(0.0, length - soft) / (max_tokens - soft)
+                total -= min(1.0, over)
+            rewards.append(total if length else None)
+        if sum(r is not None for r in rewards) >= 2:
+            shaped.append((group, rewards))
+    if algorithm.drop_zero_variance:
+        shaped = [(g, r) for g, r in shaped if np.ptp([x for x in r if x is not None]) > 1e-9]
+    everything = [r for _, rewards in shaped for r in rewards if r is not None]
+    found = []
+    for prompt, (group, rewards) in enumerate(shaped):
+        known = np.array([r for r in rewards if r is not None])
+        for i, reward in enumerate(rewards):
+            if reward is None:
+                continue
+            others = (known.sum() - reward) / (len(known) - 1)
+            base = {"mean": known.mean(), "leave_one_out": others, "none": 0.0}[algorithm.baseline]
+            std = {"group": known.std(), "batch": np.std(everything), "none": 1.0}[algorithm.scale]
+            same = np.ptp(known) < 1e-9 and algorithm.baseline != "none"
+            advantage = 0.0 if same else float((reward - base) / std)
+            cut = group.group.completions[i].finish_reason == "length"
+            if not (cut and algorithm.mask_truncated):
+                found.append((prompt, group, i, advantage))
+    return found
+
+
 def reference_loss(
     model: Any,
     groups: list[ScoredGroup],
     *,
     temperature: float,
-    aggregation: str = "token",
-    clip_low: float = 0.2,
-    clip_high: float = 0.28,
+    algorithm: AlgorithmConfig | None = None,
     max_tokens: int = 32,
+    reference: Any = None,
+    old: Any = None,
 ) -> torch.Tensor:
-    """GRPO as in the papers, one token at a time; zero-variance groups are left out."""
-    trained: list[tuple[ScoredGroup, int, float]] = []
-    for group in groups:
-        valid = [r for r in group.totals if r is not None]
-        if len(set(valid)) < 2:
-            continue
-        mean = sum(valid) / len(valid)
-        std = math.sqrt(sum((r - mean) ** 2 for r in valid) / len(valid))
-        trained += [
-            (group, i, (r - mean) / std) for i, r in enumerate(group.totals) if r is not None
-        ]
-    lengths = [len(group.group.completions[i].token_ids) for group, i, _ in trained]
+    """The first update of a step as the papers have it: one completion, one token at a time.
+
+    reference: the reference model; None: the model itself. old: the model at the start of the
+    step; None: the model as it is.
+    """
+    algorithm = algorithm or AlgorithmConfig()
+    trained = reference_advantages(groups, algorithm, max_tokens)
+    lengths = [len(group.group.completions[i].token_ids) for _, group, i, _ in trained]
+    by_prompt: dict[int, int] = {}
+    for (prompt, *_), length in zip(trained, lengths, strict=True):
+        by_prompt[prompt] = by_prompt.get(prompt, 0) + length
     loss = torch.zeros(())
-    for (group, i, advantage), length in zip(trained, lengths, strict=True):
+    for (prompt, group, i, advantage), length in zip(trained, lengths, strict=True):
         completion = group.group.completions[i]
-        now = reference_logprobs(
-            model, group.group.prompt.token_ids, completion.token_ids, temperature
-        )
+
+        def score(policy: Any, group: Any = group, completion: Any = completion) -> torch.Tensor:
+            return reference_logprobs(
+                policy, group.group.prompt.token_ids, completion.token_ids, temperature
+            )
+
+        now = score(model)
+        mu = torch.from_numpy(completion.logprobs)
+        start = now.detach() if old is None else score(old).detach()
+        anchor = mu if algorithm.anchor == "engine" else start
+        with torch.no_grad():
+            w = (start - mu).exp()
+            geometric = float((start - mu).mean().exp())
+            left = float((mu - now).mean())
+        keep = 1.0
+        if algorithm.sequence_mask is not None:
+            keep = float(algorithm.sequence_mask[0] <= geometric <= algorithm.sequence_mask[1])
+        if algorithm.negative_mask is not None and advantage < 0 and left > algorithm.negative_mask:
+            keep = 0.0
         for t in range(length):
-            ratio = (now[t] - float(completion.logprobs[t])).exp()
-            clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-            objective = torch.minimum(ratio * advantage, clipped * advantage)
+            log_ratio = now[t] - anchor[t]
+            ratio = log_ratio.exp()
+            if algorithm.ratio == "sequence":
+                ratio = (now - anchor).mean().exp()
+            if algorithm.objective == "cispo":
+                cap = 1 + algorithm.clip_high
+                objective = min(float(ratio), cap) * advantage * now[t]
+            elif algorithm.objective == "dppo_tv":
+                moved = float(now[t].exp() - anchor[t].exp())
+                outside = moved > algorithm.clip_high if advantage > 0 else False
+                outside = outside or (advantage < 0 and moved < -algorithm.clip_low)
+                objective = ratio * advantage * (0.0 if outside else 1.0)
+            else:
+                clipped = ratio.clamp(1 - algorithm.clip_low, 1 + algorithm.clip_high)
+                objective = torch.minimum(ratio * advantage, clipped * advantage)
+                if algorithm.dual_clip is not None and advantage < 0:
+                    objective = objective.clamp(min=algorithm.dual_clip * advantage)
+            if algorithm.kl_coef:
+                with torch.no_grad():
+                    base = score(model if reference is None else reference)[t]
+                d = now[t] - base
+                if algorithm.kl_estimator == "k3":
+                    penalty = log_ratio.exp() * ((-d).exp() - 1 + d)
+                else:
+                    penalty = log_ratio.detach().exp() * d**2 / 2
+                objective = objective - algorithm.kl_coef * penalty
+            weight = keep
+            if algorithm.correction == "truncate":
+                weight *= min(float(w[t]), algorithm.correction_cap)
+            elif algorithm.correction == "mask":
+                inside = algorithm.correction_low <= float(w[t]) <= algorithm.correction_cap
+                weight *= float(w[t]) if inside else 0.0
             divisor = {
                 "token": sum(lengths),
                 "sequence": len(lengths) * length,
+                "prompt": len(by_prompt) * by_prompt[prompt],
                 "constant": len(lengths) * max_tokens,
-            }[aggregation]
-            loss = loss - objective / divisor
+            }[algorithm.aggregation]
+            loss = loss - weight * objective / divisor
     return loss

@@ -9,10 +9,13 @@ import pytest
 from actors.records import ScoredGroup
 from learner.batch import (
     MicroBatch,
+    Piece,
     RowCost,
     StepPlan,
     build_micro_batch,
+    informative,
     plan_step,
+    score_batches,
 )
 from learner.config import AlgorithmConfig
 from tests.learner.helpers import metas, scored_group
@@ -46,7 +49,7 @@ def test_plan_invariants(seed: int, ranks: int) -> None:
     groups = random_groups(seed)
     budget = [16, 64, 200, 5000][seed % 4]
     found = plan(groups, ranks=ranks, micro_batch_tokens=budget, logit_chunk_tokens=8)
-    rows = [row for shard in found.shards for batch in shard for row in batch.rows]
+    rows = [row for shard in found.updates[0] for batch in shard for row in batch.rows]
     ids = [piece.completion_id for row in rows for piece in row.pieces]
     assert len(ids) == len(set(ids)) == found.trained
     samples = sum(len(g.totals) for g in groups)
@@ -63,8 +66,8 @@ def test_plan_invariants(seed: int, ranks: int) -> None:
     weight = sum(p.weight * p.tokens for row in rows for p in row.pieces)
     assert weight == pytest.approx(1.0 if rows else 0.0)
 
-    assert len({len(shard) for shard in found.shards}) == 1
-    for position in zip(*found.shards, strict=True):
+    assert len({len(shard) for shard in found.updates[0]}) == 1
+    for position in zip(*found.updates[0], strict=True):
         assert any(batch.rows for batch in position)
         assert len({batch.chunks for batch in position}) == 1
         for batch in position:
@@ -92,7 +95,7 @@ def test_advantages_belong_to_their_completions() -> None:
         found = plan([other, group], ranks=2)
         return {
             piece.tokens: piece.advantage
-            for shard in found.shards
+            for shard in found.updates[0]
             for batch in shard
             for row in batch.rows
             if row.group_id == "g"
@@ -129,8 +132,8 @@ def test_scores_of_another_group_are_refused() -> None:
 
 def test_rank_without_rows_gets_empty_micro_batches() -> None:
     found = plan([scored_group("a", [0.0, 1.0], [3, 3], prompt_tokens=30)], ranks=3)
-    assert [len(shard) for shard in found.shards] == [1, 1, 1]
-    assert sum(bool(shard[0].rows) for shard in found.shards) == 1
+    assert [len(shard) for shard in found.updates[0]] == [1, 1, 1]
+    assert sum(bool(shard[0].rows) for shard in found.updates[0]) == 1
     empty = build_micro_batch(MicroBatch((), 1), {})
     assert empty.weight_T.tolist() == [0.0]
 
@@ -142,7 +145,7 @@ def test_tensors_against_brute_force() -> None:
         scored_group("b", [0.0, 1.0], [2, 2], prompt_tokens=1),
     ]
     found = plan(groups, micro_batch_tokens=500)
-    (batch,) = found.shards[0]
+    (batch,) = found.updates[0][0]
     by_id = {g.group.id: g for g in groups}
     tensors = build_micro_batch(batch, by_id)
     _, longest = tensors.input_ids_BL.shape
@@ -185,7 +188,7 @@ def test_end_of_sequence_is_trained_and_padding_is_not() -> None:
     """Token 2 is both the end and the padding of these models: only lengths decide."""
     group = scored_group("a", [0.0, 1.0], [3, 6], truncated=(1,))
     found = plan([group], micro_batch_tokens=500, cost=RowCost(quadratic=10.0))
-    (batch,) = found.shards[0]
+    (batch,) = found.updates[0][0]
     tensors = build_micro_batch(batch, {"a": group})
     assert len(tensors.target_T) == 9
     ends = [int(c.token_ids[-1]) for c in group.group.completions]
@@ -197,7 +200,7 @@ def test_end_of_sequence_is_trained_and_padding_is_not() -> None:
 
 def test_plan_and_group_must_agree() -> None:
     group = scored_group("a", [0.0, 1.0], [3, 3])
-    (batch,) = plan([group]).shards[0]
+    (batch,) = plan([group]).updates[0][0]
     with pytest.raises(ValueError, match="was not sent"):
         build_micro_batch(batch, {})
     with pytest.raises(ValueError, match="4 tokens, 3 were planned"):
@@ -212,7 +215,7 @@ def test_work_is_level_over_ranks() -> None:
     ]
     found = plan(groups, ranks=2, micro_batch_tokens=256)
     cost = RowCost()
-    work = [sum(cost(r.length) for b in shard for r in b.rows) for shard in found.shards]
+    work = [sum(cost(r.length) for b in shard for r in b.rows) for shard in found.updates[0]]
     assert max(work) / min(work) < 1.1
 
 
@@ -224,8 +227,86 @@ def test_shapes_come_back() -> None:
         plan = plan_step(
             [metas(group)], AlgorithmConfig(), ranks=1, micro_batch_tokens=1000, max_tokens=100
         )
-        [batch] = plan.shards[0]
+        [batch] = plan.updates[0][0]
         shape = build_micro_batch(batch, {"a": group}).input_ids_BL.shape
         assert plan.padded_tokens == shape[0] * shape[1] >= plan.row_tokens
         shapes.add(tuple(shape))
     assert {shape[1] for shape in shapes} <= {32, 64, 96, 128}
+
+
+def pieces_of(found: StepPlan, update: int = 0) -> dict[str, Piece]:
+    return {
+        piece.completion_id: piece
+        for shard in found.updates[update]
+        for batch in shard
+        for row in batch.rows
+        for piece in row.pieces
+    }
+
+
+def test_cut_completions_are_judged_but_not_trained() -> None:
+    group = scored_group("a", [0.0, 1.0, 1.0], [8, 3, 2], truncated=(0,))
+    found = plan([group], algorithm=AlgorithmConfig(mask_truncated=True))
+    pieces = pieces_of(found)
+    assert set(pieces) == {"a/1", "a/2"}
+    # The zero of the cut one is in the group's mean; its tokens are in no denominator.
+    assert pieces["a/1"].advantage == pytest.approx(0.5**0.5)
+    assert pieces["a/1"].weight == pytest.approx(1 / 5)
+    assert (found.trained, found.filtered, found.failed) == (2, 1, 0)
+    everything = scored_group("b", [0.0, 1.0], [8, 8], truncated=(0, 1))
+    for drop in (True, False):
+        algorithm = AlgorithmConfig(mask_truncated=True, drop_zero_variance=drop)
+        found = plan([everything], algorithm=algorithm)
+        assert (found.micro_batches, found.filtered, found.groups_filtered) == (0, 2, 1)
+
+
+def test_length_penalty_makes_equal_rewards_differ() -> None:
+    group = scored_group("a", [1.0, 1.0], [32, 4])
+    assert plan([group]).groups_filtered == 1
+    pieces = pieces_of(plan([group], algorithm=AlgorithmConfig(overlong_buffer=0.5)))
+    assert (pieces["a/0"].advantage, pieces["a/1"].advantage) == (-1, 1)
+
+
+def test_batch_scale_is_of_the_groups_that_are_kept() -> None:
+    groups = [
+        scored_group("a", [0.0, 1.0], [3, 3]),
+        scored_group("b", [0.0, 3.0, None], [3, 3, 3]),
+        scored_group("c", [9.0, 9.0], [3, 3]),
+    ]
+    pieces = pieces_of(plan(groups, algorithm=AlgorithmConfig(scale="batch")))
+    std = 1.5**0.5  # of 0, 1, 0, 3
+    assert pieces["a/1"].advantage == pytest.approx(0.5 / std)
+    assert pieces["b/1"].advantage == pytest.approx(1.5 / std)
+
+
+def test_updates_see_all_groups_or_their_share() -> None:
+    groups = [scored_group(name, [0.0, 1.0], [3, 4]) for name in "abc"]
+    whole = plan(groups, algorithm=AlgorithmConfig(updates_per_step=2))
+    assert whole.updates[0] == whole.updates[1]
+    assert (whole.trained, whole.trained_tokens) == (6, 42)
+    assert whole.micro_batches == 2 * len(whole.updates[0][0])
+    shared = plan(groups, algorithm=AlgorithmConfig(updates_per_step=2, update_on="share"))
+    assert set(pieces_of(shared, 0)) == {"a/0", "a/1", "c/0", "c/1"}
+    assert set(pieces_of(shared, 1)) == {"b/0", "b/1"}
+    # Every update's loss has its own denominator.
+    assert pieces_of(shared, 1)["b/0"].weight == pytest.approx(1 / 7)
+    assert (shared.trained, shared.trained_tokens) == (6, 21)
+    few = plan(groups, algorithm=AlgorithmConfig(updates_per_step=9, update_on="share"))
+    assert len(few.updates) == 3
+
+
+@pytest.mark.parametrize(
+    ("rewards", "expected"),
+    [([0.0, 1.0], True), ([0.1, 0.1], False), ([None, 1.0], False), ([None, 0.0, 1.0], True)],
+)
+def test_informative_groups(rewards: list[float | None], expected: bool) -> None:
+    meta, scores = metas(scored_group("a", rewards, [3] * len(rewards)))
+    assert informative(meta, scores, AlgorithmConfig(), 32) == expected
+
+
+def test_scoring_covers_every_completion_once() -> None:
+    groups = random_groups(3)
+    shards = score_batches([metas(g)[0] for g in groups], ranks=2, micro_batch_tokens=200)
+    ids = [p.completion_id for s in shards for b in s for row in b.rows for p in row.pieces]
+    sized = [c.id for g in groups for c in g.group.completions if len(c.token_ids)]
+    assert sorted(ids) == sorted(sized)

@@ -15,14 +15,27 @@ from learner.config import AlgorithmConfig, LearnerConfig
 from learner.group import LearnerError, _all, pool
 from learner.grpo import LossStats
 from learner.optimizer import client_optimizer, deepspeed_config, lr_at
-from learner.worker import RankResult
+from learner.worker import RankResult, UpdateResult
 from tests.learner.helpers import metas, scored_group
 
 
 def test_learning_rate_starts_above_zero_and_stays_at_its_peak() -> None:
-    assert [lr_at(step, 8.0, 4) for step in (1, 2, 3, 4, 5, 100)] == [2, 4, 6, 8, 8, 8]
-    assert lr_at(1, 8.0, 0) == 8.0
-    assert lr_at(1, 8.0, 1) == 8.0
+    learner = LearnerConfig(learning_rate=8.0, warmup_steps=4)
+    assert [lr_at(update, learner, 10) for update in (1, 2, 3, 4, 5, 100)] == [2, 4, 6, 8, 8, 8]
+    for warmup in (0, 1):
+        assert lr_at(1, learner.model_copy(update={"warmup_steps": warmup}), 10) == 8.0
+
+
+def test_learning_rate_falls_to_its_last_share() -> None:
+    learner = LearnerConfig(learning_rate=8.0, warmup_steps=2, lr_schedule="linear", lr_final=0.25)
+    assert [lr_at(update, learner, 6) for update in range(1, 8)] == [4, 8, 6.5, 5, 3.5, 2, 2]
+    cosine = learner.model_copy(update={"lr_schedule": "cosine"})
+    found = [lr_at(update, cosine, 6) for update in range(1, 8)]
+    # 2 + 6 (1 + cos(pi x)) / 2 at x = 0, 1/4, 1/2, 3/4, 1.
+    assert found == pytest.approx([4, 8, 7.1213203, 5, 2.8786797, 2, 2])
+    # A run that is nothing but warm-up, or shorter than it.
+    assert lr_at(2, learner, 2) == 8.0
+    assert lr_at(1, learner.model_copy(update={"warmup_steps": 5}), 1) == pytest.approx(1.6)
 
 
 def test_metrics_pool_over_unequal_ranks() -> None:
@@ -37,8 +50,8 @@ def test_metrics_pool_over_unequal_ranks() -> None:
     first = LossStats(10, 0.25, 1.0, 20.0, 0.5, 0.1)
     second = LossStats(90, 0.5, 4.0, 90.0, 1.5, 0.7)
     results = [
-        RankResult(0, first, True, 3.0, 1e-6, 5, 1.0),
-        RankResult(1, second, True, 3.0, 1e-6, 5, 2.0),
+        RankResult(0, (UpdateResult(first, True, 3.0, 1e-6),), 5, 1.0),
+        RankResult(1, (UpdateResult(second, True, 3.0, 1e-6),), 5, 2.0),
     ]
     found = pool(plan, results, version=5, nonfinite_in_a_row=0)
     assert (found.loss, found.tokens, found.seconds) == (0.75, 100, 2.0)
@@ -82,7 +95,7 @@ def test_a_wait_ends_and_says_for_whom() -> None:
 
 def test_float32_optimizer_clips_and_leaves_out_what_is_not_finite() -> None:
     weight = torch.nn.Parameter(torch.ones(4))
-    learner = LearnerConfig(gradient_clip=0.5, learning_rate=0.1, adam_eps=100.0)
+    learner = LearnerConfig(zero_stage=0, gradient_clip=0.5, learning_rate=0.1, adam_eps=100.0)
     optimizer = client_optimizer([weight], learner, "float32")
     weight.grad = torch.full((4,), 2.0)
     optimizer.step()

@@ -41,7 +41,7 @@ def one_batch(scored: list[ScoredGroup]) -> tuple[list[str], BatchTensors]:
         max_tokens=32,
         cost=RowCost(quadratic=0.0),
     )
-    ((batch,),) = plan.shards
+    ((batch,),) = plan.updates[0]
     assert len(batch.rows) == len(scored)
     ids = [piece.completion_id for row in batch.rows for piece in row.pieces]
     return ids, build_micro_batch(batch, {g.group.id: g for g in scored})
@@ -114,9 +114,9 @@ def test_gradients_equal_the_reference(
         tensors.behaviour_T,
         tensors.advantage_T,
         tensors.weight_T,
-        0.2,
-        0.28,
-        entropy,
+        tensors.sequence_T,
+        AlgorithmConfig(),
+        entropy_T=entropy,
     )
     loss.backward()
     assert float(loss.detach()) == pytest.approx(expected_loss.item(), abs=1e-6)
@@ -137,7 +137,6 @@ def test_entropy_is_that_of_the_tempered_distribution() -> None:
     logits = model.lm_head(hidden) / TEMPERATURE
     expected = torch.distributions.Categorical(logits=logits).entropy()
     torch.testing.assert_close(entropy, expected, atol=1e-5, rtol=1e-5)
-    assert not entropy.requires_grad
 
 
 def test_dropout_is_off_under_gradient_checkpointing() -> None:
@@ -180,7 +179,12 @@ def test_empty_micro_batch_has_zero_gradient_everywhere() -> None:
     tensors = build_micro_batch(MicroBatch((), 1), {})
     logprobs, _ = score(PolicyModel(model), tensors, 3)
     loss, stats = policy_loss(
-        logprobs, tensors.behaviour_T, tensors.advantage_T, tensors.weight_T, 0.2, 0.28
+        logprobs,
+        tensors.behaviour_T,
+        tensors.advantage_T,
+        tensors.weight_T,
+        tensors.sequence_T,
+        AlgorithmConfig(),
     )
     loss.backward()
     assert stats.tokens == 0
@@ -188,3 +192,41 @@ def test_empty_micro_batch_has_zero_gradient_everywhere() -> None:
     for name, gradient in gradients(model).items():
         assert gradient is not None, name
         assert float(gradient.abs().max()) == 0.0
+
+
+@pytest.mark.parametrize("kind", ["llama-tied", "gemma2"])
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_entropy_has_its_gradient(kind: str, chunks: int) -> None:
+    """Together with log-probs and alone, against all logits at once."""
+    model = tiny_model(kind)
+    _, tensors = one_batch(groups())
+    policy = PolicyModel(model, "eager")
+    generator = torch.Generator().manual_seed(0)
+    slopes = torch.randn(2, len(tensors.target_T), generator=generator)
+    for first in (slopes[0], None):
+        model.zero_grad()
+        logprobs, entropy = score(policy, tensors, chunks)
+        loss = (slopes[1] * entropy).sum()
+        if first is not None:
+            loss = loss + (first * logprobs).sum()
+        loss.backward()
+        found = gradients(model)
+        model.zero_grad()
+        hidden = model.base_model(
+            input_ids=tensors.input_ids_BL,
+            position_ids=tensors.position_ids_BL,
+            attention_mask=policy._masks(tensors.mask_B1LL, tensors.position_ids_BL, "eager"),
+        ).last_hidden_state.flatten(0, 1)[tensors.predict_T]
+        logits = model.get_output_embeddings()(hidden)
+        if policy.scale.cap is not None:
+            logits = (logits / policy.scale.cap).tanh() * policy.scale.cap
+        all_logprobs = (logits / TEMPERATURE).log_softmax(-1)
+        expected_entropy = -(all_logprobs.exp() * all_logprobs).sum(-1)
+        torch.testing.assert_close(entropy, expected_entropy, atol=1e-5, rtol=1e-5)
+        loss = (slopes[1] * expected_entropy).sum()
+        if first is not None:
+            chosen = all_logprobs.gather(1, tensors.target_T[:, None])[:, 0]
+            loss = loss + (first * chosen).sum()
+        loss.backward()
+        for name, gradient in gradients(model).items():
+            torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-4, msg=name)

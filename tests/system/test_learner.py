@@ -21,7 +21,7 @@ from learner.batch import ScoredRef
 from learner.checkpoint import Checkpoints, load_state
 from learner.config import AlgorithmConfig, LearnerConfig
 from learner.group import LearnerError, LearnerGroup
-from learner.worker import LearnerSpec
+from learner.worker import LearnerSpec, LearnerWorker
 from tests.learner.helpers import (
     metas,
     reference_logprobs,
@@ -33,8 +33,8 @@ from tests.learner.helpers import (
 pytestmark = pytest.mark.system
 
 TEMPERATURE = 0.8
-# With an epsilon this large and a learning rate to match, AdamW's first step is minus the gradient.
-GRADIENT_PROBE = dict(learning_rate=1e4, adam_eps=1e4, gradient_clip=1e6)
+# With an epsilon this large and a learning rate to match, AdamW's step is minus the gradient.
+GRADIENT_PROBE = dict(learning_rate=1e4, adam_eps=1e4, adam_betas=(0.0, 0.99), gradient_clip=1e6)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -56,7 +56,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
     for kind in ("llama-tied", "qwen2-untied", "gpt2"):
         tiny_model(kind).save_pretrained(folder / kind)
-    return {kind: folder / kind for kind in ("llama-tied", "qwen2-untied", "gpt2")}
+    tiny_model("llama-tied", seed=1).save_pretrained(folder / "llama-other")
+    return {path.name: path for path in folder.iterdir()}
 
 
 def spec_for(model: Path, ranks: int, shm: Path, **options: Any) -> LearnerSpec:
@@ -95,14 +96,24 @@ def batch() -> list[ScoredGroup]:
     ]
 
 
-def gradients(model: Path, groups: list[ScoredGroup], **options: Any) -> tuple[float, dict, float]:
+def gradients(
+    model: Path,
+    groups: list[ScoredGroup],
+    algorithm: AlgorithmConfig,
+    reference: Path | None = None,
+) -> tuple[float, dict, float]:
     policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    loss = reference_loss(policy, groups, temperature=TEMPERATURE, **options)
+    base = None
+    if reference is not None:
+        base = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32).eval()
+    loss = reference_loss(
+        policy, groups, temperature=TEMPERATURE, algorithm=algorithm, reference=base
+    )
     loss.backward()
     # Tied parameters appear once here; their gradient is the sum over both uses.
     found = {name: p.grad.clone() for name, p in policy.named_parameters()}
     norm = math.sqrt(sum(float((g.double() ** 2).sum()) for g in found.values()))
-    return float(loss), found, norm
+    return float(loss.detach()), found, norm
 
 
 async def weights(group: LearnerGroup) -> dict[str, torch.Tensor]:
@@ -111,49 +122,92 @@ async def weights(group: LearnerGroup) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in file.items()}
 
 
-@pytest.mark.parametrize(
-    ("ranks", "stage", "kind"),
-    [
-        (1, 0, "llama-tied"),
-        (1, 3, "gpt2"),
-        (2, 0, "gpt2"),
-        (2, 1, "llama-tied"),
-        (2, 2, "qwen2-untied"),
-        (2, 3, "llama-tied"),
-    ],
-)
+class Changeable(LearnerWorker):
+    """A rank whose algorithm can be changed while it runs."""
+
+    def use(self, algorithm: AlgorithmConfig) -> None:
+        self.spec = replace(self.spec, algorithm=algorithm)
+
+
+async def use(group: LearnerGroup, algorithm: AlgorithmConfig, **learner: Any) -> None:
+    await asyncio.gather(*(worker.use.remote(algorithm) for worker in group._workers))
+    options = group.spec.learner.model_copy(update=learner)
+    group.spec = replace(group.spec, algorithm=algorithm, learner=options)
+
+
+# Every preset, and what no preset sets; with them, ways to cut the work into micro-batches.
+ALGORITHMS: list[tuple[dict[str, Any], int, int]] = [
+    ({"preset": "cohort", "aggregation": "prompt", "scale": "batch"}, 16, 3),
+    ({"preset": "grpo_paper"}, 60, 7),
+    ({"preset": "r1", "kl_coef": 0.2, "kl_estimator": "k2"}, 8192, 1024),
+    ({"preset": "dapo", "mask_truncated": True}, 40, 5),
+    ({"preset": "dr_grpo", "correction": "mask"}, 24, 9),
+    ({"preset": "gspo", "anchor": "engine", "correction": "off"}, 60, 2),
+    ({"preset": "gspo", "clip_low": 5.0, "sequence_mask": (0.3, 3.0)}, 16, 1024),
+    ({"preset": "cispo", "anchor": "engine", "correction": "off"}, 100, 4),
+    ({"preset": "rloo", "negative_mask": 0.1}, 33, 6),
+    ({"preset": "dppo_tv", "baseline": "none", "drop_zero_variance": False}, 50, 8),
+]
+
+EVERY_SHAPE = [
+    pytest.param(ranks, stage, kind, marks=[] if often else [pytest.mark.exhaustive])
+    for ranks, stage, kind, often in [
+        (1, 0, "llama-tied", True),
+        (1, 1, "gpt2", False),
+        (1, 2, "qwen2-untied", False),
+        (1, 3, "gpt2", True),
+        (2, 0, "gpt2", True),
+        (2, 1, "llama-tied", False),
+        (2, 2, "qwen2-untied", False),
+        (2, 3, "llama-tied", True),
+        (3, 0, "qwen2-untied", False),
+        (3, 1, "llama-tied", True),
+        (3, 2, "qwen2-untied", True),
+        (3, 3, "gpt2", False),
+    ]
+]
+
+
+@pytest.mark.parametrize(("ranks", "stage", "kind"), EVERY_SHAPE)
 def test_step_equals_reference(
-    run: Any, models: dict[str, Path], tmp_path: Path, ranks: int, stage: int, kind: str
+    run: Any,
+    models: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    ranks: int,
+    stage: int,
+    kind: str,
 ) -> None:
-    """Loss, gradient norm and every gradient, whatever the split into ranks and micro-batches."""
+    """Loss, gradient norm and every gradient, whatever the algorithm and the split of the work.
+
+    The policy has left its reference by one step before.
+    """
+    monkeypatch.setattr("learner.group.LearnerWorker", Changeable)
 
     async def check() -> None:
         options = dict(zero_stage=stage, gradient_checkpointing=stage == 3, **GRADIENT_PROBE)
         spec = spec_for(models[kind], ranks, tmp_path, **options)
-        group = await start(spec)
+        group = await start(replace(spec, algorithm=AlgorithmConfig(preset="grpo_paper")))
         try:
+            groups = batch()
+            assert (await group.step([put(g) for g in groups])).applied
             start_folder = tmp_path / "start"
             start_folder.mkdir()
             await group.save(start_folder)
             before = await weights(group)
-            groups = batch()
-            for budget, chunk, aggregation in (
-                (16, 3, "token"),
-                (60, 7, "sequence"),
-                (8192, 1024, "constant"),
-            ):
-                learner = spec.learner.model_copy(
-                    update={"micro_batch_tokens": budget, "logit_chunk_tokens": chunk}
+            for keys, budget, chunk in ALGORITHMS:
+                algorithm = AlgorithmConfig(**keys)
+                assert algorithm.contradictions() == []
+                await use(group, algorithm, micro_batch_tokens=budget, logit_chunk_tokens=chunk)
+                loss, expected, norm = gradients(
+                    start_folder / "hf", groups, algorithm, models[kind]
                 )
-                algorithm = AlgorithmConfig(aggregation=aggregation)
-                group.spec = replace(spec, learner=learner, algorithm=algorithm)
-                loss, expected, norm = gradients(models[kind], groups, aggregation=aggregation)
                 result = await group.step([put(g) for g in groups])
-                assert result.applied
-                assert (result.trained, result.filtered, result.failed) == (8, 3, 3)
-                assert result.tokens == 65
-                assert result.loss == pytest.approx(loss, abs=2e-6)
-                assert result.grad_norm == pytest.approx(norm, rel=1e-4)
+                assert result.applied, keys
+                samples = result.trained + result.filtered + result.failed
+                assert (samples, result.failed) == (14, 3), keys
+                assert result.loss == pytest.approx(loss, rel=2e-5, abs=2e-6), keys
+                assert result.grad_norm == pytest.approx(norm, rel=1e-4), keys
                 after = await weights(group)
                 for name, gradient in expected.items():
                     moved = before[name] - after[name]
@@ -161,11 +215,139 @@ def test_step_equals_reference(
                 await group.load(start_folder)
             # One kept group in one row: a rank without any work still takes part.
             alone = [g for g in groups if g.group.id != "c"]
-            group.spec = spec
-            loss, expected, norm = gradients(models[kind], alone)
+            await use(group, AlgorithmConfig())
+            loss, expected, norm = gradients(start_folder / "hf", alone, AlgorithmConfig())
             result = await group.step([put(g) for g in alone])
-            assert result.loss == pytest.approx(loss, abs=2e-6)
+            assert result.loss == pytest.approx(loss, rel=2e-5, abs=2e-6)
             assert result.grad_norm == pytest.approx(norm, rel=1e-4)
+        finally:
+            group.kill()
+
+    run(check())
+
+
+@pytest.mark.parametrize("update_on", ["all", "share"])
+def test_several_updates_of_one_step(
+    run: Any, models: dict[str, Path], tmp_path: Path, update_on: Any
+) -> None:
+    """Ratios are against the policy at the start of the step, not of the update."""
+    algorithm = AlgorithmConfig(updates_per_step=2, update_on=update_on, clip_high=1.0)
+
+    async def check() -> None:
+        spec = spec_for(
+            models["llama-tied"], 2, tmp_path, zero_stage=2, micro_batch_tokens=40,
+            warmup_steps=4, **GRADIENT_PROBE,
+        )  # fmt: skip
+        group = await start(replace(spec, algorithm=algorithm))
+        try:
+            groups = batch()
+            before = await weights(group)
+            result = await group.step([put(g) for g in groups])
+            after = await weights(group)
+            assert (result.updates, result.version, result.trained) == (2, 1, 8)
+            assert result.learning_rate == pytest.approx(1e4 * 2 / 4)
+            policy, old = (
+                AutoModelForCausalLM.from_pretrained(models["llama-tied"], dtype=torch.float32)
+                for _ in range(2)
+            )
+            shares = [groups, groups] if update_on == "all" else [[groups[0]], [groups[2]]]
+            losses = []
+            for number, share in enumerate(shares, 1):
+                policy.zero_grad()
+                loss = reference_loss(
+                    policy.eval(), share, temperature=TEMPERATURE, algorithm=algorithm,
+                    old=old.eval(),
+                )  # fmt: skip
+                loss.backward()
+                losses.append(float(loss))
+                with torch.no_grad():
+                    for parameter in policy.parameters():
+                        parameter -= parameter.grad * number / 4
+            assert result.loss == pytest.approx(sum(losses) / 2, rel=1e-4, abs=1e-5)
+            for name, parameter in policy.named_parameters():
+                moved = before[name] - parameter.detach()
+                torch.testing.assert_close(
+                    before[name] - after[name], moved, atol=1e-4 * float(moved.norm()), rtol=5e-3
+                )
+        finally:
+            group.kill()
+
+    run(check())
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_reference_is_the_original_or_its_last_refresh(
+    run: Any, models: dict[str, Path], tmp_path: Path, stage: int
+) -> None:
+    """Over a resume too, where the policy has long moved on; another model is refused."""
+    learner = dict(zero_stage=stage, learning_rate=3e-3)
+
+    async def check() -> None:
+        spec = replace(
+            spec_for(models["llama-tied"], 2 if stage else 1, tmp_path / "a", **learner),
+            algorithm=AlgorithmConfig(kl_coef=0.1, reference_refresh_steps=3),
+        )
+        groups = [put(g) for g in batch()]
+        group = await start(spec)
+        kl = []
+        try:
+            for _ in range(5):
+                kl.append((await group.step(groups)).reference_kl)
+                if len(kl) in (2, 4):
+                    (tmp_path / str(len(kl))).mkdir()
+                    await group.save(tmp_path / str(len(kl)))
+        finally:
+            group.kill()
+        # The policy leaves its reference, and begins anew after the third step.
+        assert kl[0] == pytest.approx(0.0, abs=1e-9)
+        assert kl[3] == pytest.approx(0.0, abs=1e-9)
+        assert kl[2] > kl[1] > 1e-6
+        assert kl[4] > 1e-6
+        again = await start(replace(spec, shm_dir=str(tmp_path / "b")))
+        try:
+            for done in (2, 4):
+                await again.load(tmp_path / str(done))
+                assert (await again.step(groups)).reference_kl == kl[done]
+        finally:
+            again.kill()
+        other = await start(
+            replace(spec, model_path=str(models["llama-other"]), shm_dir=str(tmp_path / "c"))
+        )
+        try:
+            with pytest.raises(LearnerError, match=r"another reference .* model\.path"):
+                await other.load(tmp_path / "2")
+        finally:
+            other.kill()
+
+    run(check())
+
+
+def test_kl_in_the_reward(run: Any, models: dict[str, Path], tmp_path: Path) -> None:
+    """k1 of the engine's log-probs, summed over a completion, comes off its reward."""
+    algorithm = AlgorithmConfig(kl_coef=0.3, kl_in="reward", kl_estimator="k1")
+
+    async def check() -> None:
+        spec = spec_for(models["llama-tied"], 2, tmp_path, zero_stage=1, **GRADIENT_PROBE)
+        group = await start(replace(spec, algorithm=algorithm))
+        try:
+            groups = batch()
+            result = await group.step([put(g) for g in groups])
+            model = AutoModelForCausalLM.from_pretrained(models["llama-tied"]).eval()
+            shifted = []
+            for scored in groups:
+                totals = []
+                for completion, total in zip(scored.group.completions, scored.totals, strict=True):
+                    with torch.no_grad():
+                        base = reference_logprobs(
+                            model, scored.group.prompt.token_ids, completion.token_ids, TEMPERATURE
+                        )
+                    k1 = float((torch.from_numpy(completion.logprobs) - base).sum())
+                    totals.append(None if total is None else total - 0.3 * k1)
+                shifted.append(replace(scored, totals=tuple(totals)))
+            plain = AlgorithmConfig()
+            loss, _, norm = gradients(models["llama-tied"], shifted, plain)
+            assert result.loss == pytest.approx(loss, rel=1e-4, abs=1e-5)
+            assert result.grad_norm == pytest.approx(norm, rel=1e-3)
         finally:
             group.kill()
 
@@ -369,7 +551,7 @@ def test_non_finite_step_is_left_out(run: Any, learner: LearnerGroup, tmp_path: 
         assert bits(await weights(learner)) == bits(after)
         for _ in range(2):
             await learner.step(bad)
-        with pytest.raises(LearnerError, match="3 optimizer steps in a row"):
+        with pytest.raises(LearnerError, match="3 optimizer updates in a row"):
             await learner.step(bad)
 
     run(check())

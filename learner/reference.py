@@ -1,0 +1,110 @@
+"""The reference policy of the KL term: frozen, and the ORIGINAL model until it is refreshed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import xxhash
+
+from learner.batch import BatchTensors
+from learner.logprobs import PolicyModel
+from learner.weights import gather_named_weights, named_tensors, shared_buckets, whole
+
+REFERENCE_FILE = "reference.safetensors"
+
+
+class ReferencePolicy:
+    """Log-probs of a policy that never trains.
+
+    Every rank holds it whole, in the precision of the policy; under ZeRO-3 it is partitioned like
+    the policy itself. All ranks enter every method together. `refreshed` says whether it has ever
+    become the policy; until then it is what `fingerprint` (xxh3-128 of its tensors) names.
+    """
+
+    def __init__(
+        self, policy: PolicyModel, zero_stage: int, dtype: Literal["bfloat16", "float32"]
+    ) -> None:
+        self._policy = policy.requires_grad_(False)
+        self._stage = zero_stage
+        self.refreshed = False
+        digest = xxhash.xxh3_128()
+        for name, tensor in named_tensors(policy.model).items():
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        self.fingerprint = digest.hexdigest()
+        self._forward: Any = policy
+        if zero_stage == 3:
+            import deepspeed
+
+            config: dict[str, Any] = {
+                "train_micro_batch_size_per_gpu": 1,
+                "steps_per_print": None,
+                "zero_optimization": {"stage": 3},
+            }
+            if dtype == "bfloat16":
+                config["bf16"] = {"enabled": True}
+            self._forward, *_ = deepspeed.initialize(
+                model=policy, config=config, dist_init_required=False
+            )
+
+    @torch.no_grad()
+    def logprobs(self, tensors: BatchTensors, temperature: float, chunks: int) -> torch.Tensor:
+        """[T] float32, of the same tokens at the same temperature as the policy's."""
+        logprobs_T, _ = self._forward(
+            tensors.input_ids_BL,
+            tensors.position_ids_BL,
+            tensors.mask_B1LL,
+            tensors.predict_T,
+            tensors.target_T,
+            temperature,
+            chunks,
+        )
+        return logprobs_T
+
+    def become(self, model: torch.nn.Module) -> None:
+        """Take the weights of the policy's model as they are now."""
+        source = named_tensors(model)
+        with torch.no_grad():
+            for names, target in self._open_buckets():
+                with ExitStack() as opened:
+                    if self._stage == 3:
+                        opened.enter_context(whole([source[name] for name in names]))
+                    for name in names:
+                        target[name].copy_(source[name])
+        self.refreshed = True
+
+    def save(self, folder: Path, write: bool) -> None:
+        """Write the weights into `folder`; `write` is True on one rank, the others take part."""
+        from safetensors.torch import save_file
+
+        state = {}
+        for name, tensor in gather_named_weights(self._policy.model, self._stage):
+            if write:
+                state[name] = tensor.to("cpu", copy=True).contiguous()
+        if write:
+            save_file(state, folder / REFERENCE_FILE)
+
+    def load(self, folder: Path) -> None:
+        """Take the weights that `save` wrote, if it wrote any: a reference that was refreshed."""
+        from safetensors import safe_open
+
+        if not (folder / REFERENCE_FILE).is_file():
+            return
+        with safe_open(folder / REFERENCE_FILE, "pt") as file, torch.no_grad():
+            for names, target in self._open_buckets():
+                for name in names:
+                    target[name].copy_(file.get_tensor(name))
+        self.refreshed = True
+
+    def _open_buckets(self) -> Iterator[tuple[list[str], dict[str, torch.Tensor]]]:
+        """A bucket at a time, whole and writable on every rank."""
+        for bucket in shared_buckets(named_tensors(self._policy.model), self._stage):
+            with ExitStack() as opened:
+                if self._stage == 3:
+                    # Every rank writes the same values, but only rank 0's are kept.
+                    opened.enter_context(whole([t for _, t in bucket], modifier_rank=0))
+                yield [name for name, _ in bucket], dict(bucket)
