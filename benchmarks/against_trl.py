@@ -297,6 +297,7 @@ def our_steps(regime: str, prompts: list[str], steps: int, out: Path, name: str)
         "actors.max_tokens": length,
         "learner.learning_rate": 1e-6,
         "learner.micro_batch_tokens": 8192,
+        "learner.logit_chunk_tokens": 4096,
         "algorithm.drop_zero_variance": "false",
         "tracking.wandb": "disabled",
     }

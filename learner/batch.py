@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from actors.records import GroupMeta, ScoredGroup, ScoreMeta
+from learner.attention import RowShape, Tree
 from learner.config import AlgorithmConfig
 from learner.grpo import advantages, overlong_penalty, standard_deviation, token_weights
 
@@ -127,16 +128,23 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class RowCost:
-    """Estimated work of a row of L tokens, in units of one token's matrix products: L + q * L^2.
+    """Estimated work of a row, in units of one token's matrix products: tokens + q * pairs.
 
     quadratic (q): work of one token's attention to one other token, over all layers. The default
-    fits small models; a running learner derives its own from the model's shape.
+    fits small models; a running learner derives its own from the model's shape. masked: all pairs
+    of the row are computed, not only those that attend to each other.
     """
 
     quadratic: float = 1e-3
+    masked: bool = True
 
-    def __call__(self, length: int) -> float:
-        return length * (1.0 + self.quadratic * length)
+    def __call__(self, prompt: int, completions: Sequence[int]) -> float:
+        tokens = sum(completions)
+        length = prompt + tokens
+        pairs = float(length**2)
+        if not self.masked:
+            pairs = (prompt**2 + sum(n**2 for n in completions)) / 2 + prompt * tokens
+        return length + self.quadratic * pairs
 
 
 @dataclass(frozen=True)
@@ -204,11 +212,13 @@ def plan_step(
     max_tokens: int,
     logit_chunk_tokens: int = 1024,
     cost: RowCost | None = None,
+    share_prompts: bool = True,
 ) -> StepPlan:
     """Plan one step. Pure: the same input gives the same plan.
 
     micro_batch_tokens: budget of a forward pass, padding counted; a single row that exceeds it gets
-    a forward pass of its own. max_tokens: the longest completion the run allows.
+    a forward pass of its own. max_tokens: the longest completion the run allows. share_prompts:
+    whether the model can compute a prompt once for several completions.
 
     Raises ValueError when a group's sizes and scores do not belong together.
     """
@@ -257,7 +267,7 @@ def plan_step(
             updates.append(updates[0])
             rows_of_update.append(rows_of_update[0])
             continue
-        rows = _rows(share, algorithm, max_tokens, micro_batch_tokens, row_cost)
+        rows = _rows(share, algorithm, max_tokens, micro_batch_tokens, row_cost, share_prompts)
         rows_of_update.append(rows)
         updates.append(_shards(rows, ranks, micro_batch_tokens, logit_chunk_tokens, row_cost))
     return StepPlan(
@@ -282,6 +292,7 @@ def _rows(
     max_tokens: int,
     budget: int,
     cost: RowCost,
+    share_prompts: bool,
 ) -> list[Row]:
     """The rows of one update, every completion with its weight in the update's loss."""
     weights = token_weights([chosen.lengths for chosen in share], algorithm.aggregation, max_tokens)
@@ -292,7 +303,7 @@ def _rows(
             Piece(meta.completion_ids[i], meta.completion_tokens[i], value, weight)
             for (i, value), weight in zip(chosen.completions, group_weights, strict=True)
         ]
-        rows += _rows_of_group(meta, pieces, budget, cost)
+        rows += _rows_of_group(meta, pieces, budget, cost, share_prompts)
     return rows
 
 
@@ -303,6 +314,7 @@ def score_batches(
     micro_batch_tokens: int,
     logit_chunk_tokens: int = 1024,
     cost: RowCost | None = None,
+    share_prompts: bool = True,
 ) -> Shards:
     """Forward passes over every completion that has tokens, for scoring alone."""
     row_cost = cost if cost is not None else RowCost()
@@ -315,7 +327,7 @@ def score_batches(
             )
             if tokens
         ]
-        rows += _rows_of_group(meta, pieces, micro_batch_tokens, row_cost)
+        rows += _rows_of_group(meta, pieces, micro_batch_tokens, row_cost, share_prompts)
     return _shards(rows, ranks, micro_batch_tokens, logit_chunk_tokens, row_cost)
 
 
@@ -329,8 +341,10 @@ def _check_pair(meta: GroupMeta, scores: ScoreMeta) -> None:
         raise ValueError(f"group {meta.group_id}: an empty prompt predicts nothing")
 
 
-def _rows_of_group(meta: GroupMeta, pieces: list[Piece], budget: int, cost: RowCost) -> list[Row]:
-    """Split a group into the number of rows with the least work.
+def _rows_of_group(
+    meta: GroupMeta, pieces: list[Piece], budget: int, cost: RowCost, share_prompts: bool
+) -> list[Row]:
+    """Split a group into the number of rows with the least work, or into one a completion.
 
     Fewer rows repeat the prompt less often; longer rows pay more attention to tokens that the mask
     then hides. Within a number of rows, the longest completions are dealt first, each to the
@@ -338,7 +352,7 @@ def _rows_of_group(meta: GroupMeta, pieces: list[Piece], budget: int, cost: RowC
     """
     best: list[list[Piece]] = []
     best_work = float("inf")
-    for count in range(1, len(pieces) + 1):
+    for count in range(1 if share_prompts else len(pieces), len(pieces) + 1):
         bins: list[list[Piece]] = [[] for _ in range(count)]
         lengths = [meta.prompt_tokens] * count
         for piece in sorted(pieces, key=lambda piece: -piece.tokens):
@@ -346,7 +360,7 @@ def _rows_of_group(meta: GroupMeta, pieces: list[Piece], budget: int, cost: RowC
             bins[shortest].append(piece)
             lengths[shortest] += piece.tokens
         fits = all(length <= budget or len(b) == 1 for length, b in zip(lengths, bins, strict=True))
-        work = sum(cost(length) for length in lengths)
+        work = sum(cost(meta.prompt_tokens, [piece.tokens for piece in b]) for b in bins)
         if fits and work < best_work:
             best, best_work = bins, work
     return [Row(meta.group_id, meta.prompt_tokens, tuple(pieces)) for pieces in best]
@@ -361,7 +375,7 @@ def _shards(
     for row in sorted(rows, key=lambda row: -row.length):
         least = work.index(min(work))
         by_rank[least].append(row)
-        work[least] += cost(row.length)
+        work[least] += cost(row.prompt_tokens, [piece.tokens for piece in row.pieces])
 
     packed = [_pack(rank_rows, budget) for rank_rows in by_rank]
     count = max(len(batches) for batches in packed)
@@ -399,7 +413,7 @@ def _pack(rows: list[Row], budget: int) -> list[tuple[Row, ...]]:
 class BatchTensors:
     """One micro-batch. B rows, L tokens in the longest, T completion tokens in all rows.
 
-    input_ids_BL, position_ids_BL: int64. mask_B1LL: bool, True = query attends to key.
+    input_ids_BL, position_ids_BL: int64. tree: which tokens attend to which.
     predict_T: index into the flattened B*L positions whose hidden state predicts token t;
     target_T: that token. behaviour_T, advantage_T, weight_T: float32. sequence_T: int64, which
     completion of the micro-batch token t belongs to, in the order of rows and pieces.
@@ -407,7 +421,7 @@ class BatchTensors:
 
     input_ids_BL: torch.Tensor
     position_ids_BL: torch.Tensor
-    mask_B1LL: torch.Tensor
+    tree: Tree
     predict_T: torch.Tensor
     target_T: torch.Tensor
     behaviour_T: torch.Tensor
@@ -416,7 +430,11 @@ class BatchTensors:
     sequence_T: torch.Tensor
 
     def to(self, device: torch.device) -> BatchTensors:
-        return BatchTensors(**{name: t.to(device) for name, t in vars(self).items()})
+        moved = {
+            name: value.to(device) if isinstance(value, torch.Tensor) else value
+            for name, value in vars(self).items()
+        }
+        return BatchTensors(**moved)
 
 
 def build_micro_batch(batch: MicroBatch, groups: Mapping[str, ScoredGroup]) -> BatchTensors:
@@ -430,7 +448,7 @@ def build_micro_batch(batch: MicroBatch, groups: Mapping[str, ScoredGroup]) -> B
         return BatchTensors(
             input_ids_BL=torch.zeros(1, 1, dtype=torch.long),
             position_ids_BL=torch.zeros(1, 1, dtype=torch.long),
-            mask_B1LL=torch.ones(1, 1, 1, 1, dtype=torch.bool),
+            tree=Tree((RowShape(1),), 1),
             predict_T=torch.zeros(1, dtype=torch.long),
             target_T=torch.zeros(1, dtype=torch.long),
             behaviour_T=one,
@@ -442,8 +460,6 @@ def build_micro_batch(batch: MicroBatch, groups: Mapping[str, ScoredGroup]) -> B
     # The value of padding is never looked at: lengths alone decide what counts.
     input_ids_BL = torch.zeros(shape, dtype=torch.long)
     position_ids_BL = torch.zeros(shape, dtype=torch.long)
-    # Every position attends at least to itself: a softmax over nothing would be nan.
-    mask_B1LL = torch.eye(length, dtype=torch.bool).repeat(len(rows), 1, 1, 1)
     predict: list[torch.Tensor] = []
     target: list[torch.Tensor] = []
     behaviour: list[torch.Tensor] = []
@@ -462,7 +478,6 @@ def build_micro_batch(batch: MicroBatch, groups: Mapping[str, ScoredGroup]) -> B
             )
         input_ids_BL[b, :prompt] = torch.tensor(group.prompt.token_ids)
         position_ids_BL[b, :prompt] = torch.arange(prompt)
-        mask_B1LL[b, 0, :prompt, :prompt] = _causal(prompt)
         start = prompt
         for piece in row.pieces:
             if piece.completion_id not in by_id:
@@ -478,8 +493,6 @@ def build_micro_batch(batch: MicroBatch, groups: Mapping[str, ScoredGroup]) -> B
             ids = torch.from_numpy(completion.token_ids.astype("int64"))
             input_ids_BL[b, start:end] = ids
             position_ids_BL[b, start:end] = torch.arange(prompt, prompt + n)
-            mask_B1LL[b, 0, start:end, :prompt] = True
-            mask_B1LL[b, 0, start:end, start:end] = _causal(n)
             # A token is predicted by the one before it; the first of a completion by the last of
             # the prompt, wherever in the row the completion lies.
             before = torch.arange(start - 1, end - 1)
@@ -493,7 +506,10 @@ def build_micro_batch(batch: MicroBatch, groups: Mapping[str, ScoredGroup]) -> B
     return BatchTensors(
         input_ids_BL=input_ids_BL,
         position_ids_BL=position_ids_BL,
-        mask_B1LL=mask_B1LL,
+        tree=Tree(
+            tuple(RowShape(row.prompt_tokens, tuple(p.tokens for p in row.pieces)) for row in rows),
+            length,
+        ),
         predict_T=torch.cat(predict),
         target_T=torch.cat(target),
         behaviour_T=torch.cat(behaviour),
@@ -503,7 +519,3 @@ def build_micro_batch(batch: MicroBatch, groups: Mapping[str, ScoredGroup]) -> B
             torch.tensor([piece.tokens for row in rows for piece in row.pieces])
         ),
     )
-
-
-def _causal(n: int) -> torch.Tensor:
-    return torch.ones(n, n, dtype=torch.bool).tril()

@@ -40,8 +40,9 @@ class LearnerConfig(BaseModel):
         False,
         description="Recompute activations in the backward pass: less memory, a third slower.",
     )
-    attention: Literal["auto", "sdpa", "eager"] = Field(
-        "auto", description="Attention implementation; auto picks by device."
+    attention: Literal["auto", "tree", "sdpa", "eager"] = Field(
+        "auto",
+        description="auto: on CPUs tree, which skips what a shared-prompt row hides, else sdpa.",
     )
     max_skipped_steps: int = Field(
         3, ge=1, description="Non-finite steps in a row after which the run stops."

@@ -160,7 +160,8 @@ class LearnerGroup:
             micro_batch_tokens=learner.micro_batch_tokens,
             max_tokens=self.spec.max_tokens,
             logit_chunk_tokens=learner.logit_chunk_tokens,
-            cost=RowCost(self.facts.attention_work),
+            cost=RowCost(self.facts.attention_work, self.facts.masked_attention),
+            share_prompts=self.facts.shares_prompts,
         )
 
     async def step(self, groups: Sequence[ScoredRef]) -> StepResult:
@@ -208,7 +209,8 @@ class LearnerGroup:
             ranks=self.spec.world_size,
             micro_batch_tokens=learner.micro_batch_tokens,
             logit_chunk_tokens=learner.logit_chunk_tokens,
-            cost=RowCost(self.facts.attention_work),
+            cost=RowCost(self.facts.attention_work, self.facts.masked_attention),
+            share_prompts=self.facts.shares_prompts,
         )
         refs = {group.meta.group_id: group.ref for group in groups}
         calls = [

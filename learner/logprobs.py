@@ -6,6 +6,7 @@ logits of one part exist, in the forward and in the backward pass.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,8 +14,12 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-# Rows up to this length: on CPUs plain matrix products beat the fused kernel, whose strength is
-# that it never writes the L x L scores.
+from learner.attention import TREE, RowShape, Tree, register
+
+# Shorter rows than this are computed under a mask on CPUs: the parts would be too small.
+TREE_ROW_LENGTH = 256
+# Rows up to this length: where a mask is needed on a CPU, plain matrix products beat the fused
+# kernel, whose strength is that it never writes the L x L scores.
 EAGER_ROW_LENGTH = 512
 # Tokens whose float32 logits exist at one time.
 SCORE_BLOCK = 32
@@ -129,7 +134,7 @@ class PolicyModel(nn.Module):
     def __init__(
         self,
         model: Any,
-        attention: Literal["auto", "sdpa", "eager"] = "auto",
+        attention: Literal["auto", "tree", "sdpa", "eager"] = "auto",
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -138,10 +143,10 @@ class PolicyModel(nn.Module):
         config = model.config.get_text_config().to_dict()
         if config.get("attn_logit_softcapping") is not None:
             # The fused kernel leaves the cap of attention scores out; engines apply it.
-            if attention == "sdpa":
+            if attention in ("tree", "sdpa"):
                 raise UnsupportedModel(
                     f"{type(model).__name__} caps its attention scores, which "
-                    "learner.attention=sdpa leaves out: use eager or auto"
+                    f"learner.attention={attention} leaves out: use eager or auto"
                 )
             self.attention = "eager"
         # Gemma caps its logits, Granite divides and Cohere multiplies them; see `self_check`.
@@ -150,6 +155,10 @@ class PolicyModel(nn.Module):
             cap=config.get("final_logit_softcapping"),
         )
         self.window: int | None = config.get("sliding_window")
+        # Found out by `self_check`.
+        self.can_tree = attention in ("auto", "tree")
+        self.shares_prompts = True
+        register()
         self.layer_types = frozenset(config.get("layer_types") or ())
         if gradient_checkpointing:
             _enable_gradient_checkpointing(model)
@@ -158,7 +167,7 @@ class PolicyModel(nn.Module):
         self,
         input_ids_BL: torch.Tensor,
         position_ids_BL: torch.Tensor,
-        mask_B1LL: torch.Tensor,
+        tree: Tree,
         predict_T: torch.Tensor,
         target_T: torch.Tensor,
         temperature: float,
@@ -169,15 +178,7 @@ class PolicyModel(nn.Module):
         predict_T indexes the flattened B*L positions. Returns ([T] float32, [T] float32), both with
         gradient, in nats, of softmax(logits / temperature).
         """
-        implementation = self._attention_for(input_ids_BL)
-        if self.model.config._attn_implementation != implementation:
-            self.model.set_attn_implementation(implementation)
-        hidden_BLH = self.model.base_model(
-            input_ids=input_ids_BL,
-            position_ids=position_ids_BL,
-            attention_mask=self._masks(mask_B1LL, position_ids_BL, implementation),
-            use_cache=False,
-        ).last_hidden_state
+        hidden_BLH = self._hidden(input_ids_BL, position_ids_BL, tree)
         hidden_TH = hidden_BLH.flatten(0, 1).index_select(0, predict_T)
         parts = list(
             zip(hidden_TH.tensor_split(chunks), target_T.tensor_split(chunks), strict=True)
@@ -203,18 +204,42 @@ class PolicyModel(nn.Module):
         logprobs_N, entropy_N = TokenScores.apply(logits_NV, target_N, self.scale, temperature)
         return logprobs_N, entropy_N
 
-    def _attention_for(self, input_ids_BL: torch.Tensor) -> str:
-        if self.attention != "auto":
+    def _hidden(
+        self, input_ids_BL: torch.Tensor, position_ids_BL: torch.Tensor, tree: Tree
+    ) -> torch.Tensor:
+        """The last hidden states, [B, L, H]."""
+        if not self.shares_prompts:
+            # Every row is one sequence, padded behind its end: what the model does by itself.
+            return self.model.base_model(input_ids=input_ids_BL, use_cache=False).last_hidden_state
+        implementation = self._attention_for(input_ids_BL, position_ids_BL)
+        if self.model.config._attn_implementation != implementation:
+            self.model.set_attn_implementation(implementation)
+        where: dict[str, Any] = {"tree": tree}
+        if implementation != TREE:
+            mask_B1LL = tree.mask(input_ids_BL.device)
+            where = {"attention_mask": self._masks(mask_B1LL, position_ids_BL, implementation)}
+        return self.model.base_model(
+            input_ids=input_ids_BL, position_ids=position_ids_BL, use_cache=False, **where
+        ).last_hidden_state
+
+    def _attention_for(self, input_ids_BL: torch.Tensor, position_ids_BL: torch.Tensor) -> str:
+        on_cpu, length = input_ids_BL.device.type == "cpu", input_ids_BL.shape[1]
+        wanted = self.attention == "tree" or (on_cpu and length > TREE_ROW_LENGTH)
+        if self.can_tree and wanted and not self._window_bites(position_ids_BL):
+            return TREE
+        if self.attention in ("sdpa", "eager"):
             return self.attention
-        short = input_ids_BL.shape[1] <= EAGER_ROW_LENGTH
-        return "eager" if short and input_ids_BL.device.type == "cpu" else "sdpa"
+        return "eager" if on_cpu and length <= EAGER_ROW_LENGTH else "sdpa"
+
+    def _window_bites(self, position_ids_BL: torch.Tensor) -> bool:
+        return self.window is not None and int(position_ids_BL.max()) >= self.window
 
     def _masks(
         self, mask_B1LL: torch.Tensor, position_ids_BL: torch.Tensor, implementation: str
     ) -> torch.Tensor | dict[str, torch.Tensor]:
         """The mask in the form the model takes: four-dimensional masks are used as they are."""
         window = self.window
-        if window is None or int(position_ids_BL.max()) < window:
+        if window is None or not self._window_bites(position_ids_BL):
             return self._mask(mask_B1LL, implementation)
         # Positions count along the completion's own sequence, so their difference is the distance.
         distance_BLL = position_ids_BL[:, :, None] - position_ids_BL[:, None, :]
@@ -238,34 +263,58 @@ class PolicyModel(nn.Module):
     def self_check(self, temperature: float) -> None:
         """Score a shared-prompt row here and its second completion with the model's own forward.
 
-        Raises UnsupportedModel when they differ: the architecture transforms its logits in a way
-        this class does not know, or does not honour attention masks (state-space models).
+        Where they differ, the architecture does not take its attention from outside (state-space
+        models): its prompts are not shared. Raises UnsupportedModel when a row of its own is
+        scored differently too: the model transforms its logits in a way this class does not know.
         """
         device = next(self.model.parameters()).device
         vocabulary = int(self.model.get_output_embeddings().weight.shape[0])
         prompt, first, second = 4, 3, 4
-        ids = (torch.arange(1, prompt + first + second + 1, device=device) * 7919) % vocabulary
         length = prompt + first + second
-        mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-        mask[prompt + first :, prompt : prompt + first] = False
+        ids = (torch.arange(1, length + 1, device=device) * 7919) % vocabulary
         position = torch.arange(length, device=device)
         position[prompt + first :] -= first
-        predict = torch.arange(prompt + first - 1, length - 1, device=device)
-        predict[0] = prompt - 1
         target = ids[prompt + first :]
-        ours, _ = self(ids[None], position[None], mask[None, None], predict, target, temperature)
-
         alone = torch.cat([ids[:prompt], target])
+        if self.attention == "eager":
+            self.model.set_attn_implementation("eager")
         logits = self.model(input_ids=alone[None], use_cache=False).logits[0, prompt - 1 : -1]
         theirs = (logits.float() / temperature).log_softmax(-1).gather(1, target[:, None])[:, 0]
-        error = float((ours - theirs).abs().max())
         # Log-probs of arbitrary tokens are around -10; bfloat16 keeps 8 bits of a logit.
-        limit = 1e-3 if ours.dtype == next(self.model.parameters()).dtype else 0.5
-        if not error <= limit:
+        precise = next(self.model.parameters()).dtype == torch.float32
+        limit = 1e-3 if precise else 0.5
+
+        def error(row: torch.Tensor, position: torch.Tensor, shape: RowShape) -> float:
+            predict = torch.arange(len(row) - second - 1, len(row) - 1, device=device)
+            predict[0] = prompt - 1
+            tree = Tree((shape,), len(row))
+            try:
+                ours, _ = self(row[None], position[None], tree, predict, target, temperature)
+            except (TypeError, ValueError, RuntimeError):
+                return math.inf  # takes no positions, or no attention of ours
+            return float((ours - theirs).abs().max())
+
+        shared = RowShape(prompt, (first, second))
+        configured = self.attention
+        if self.can_tree:
+            self.attention = "tree"  # auto would not take it for a row this short
+            self.can_tree = error(ids, position, shared) <= limit
+            self.attention = configured
+        if configured == "tree" and not self.can_tree:
             raise UnsupportedModel(
-                f"{type(self.model).__name__}: log-probs of a shared-prompt row differ from the "
-                f"model's own by {error:.3g} (limit {limit}); this architecture scales its logits "
-                "or masks its attention in a way the learner does not support"
+                f"{type(self.model).__name__} does not take its attention from outside: "
+                "learner.attention=tree cannot be used; use auto"
+            )
+        if configured != "tree":
+            self.shares_prompts = error(ids, position, shared) <= limit
+        if self.shares_prompts:
+            return
+        found = error(alone, torch.arange(len(alone), device=device), RowShape(prompt, (second,)))
+        if not found <= limit:
+            raise UnsupportedModel(
+                f"{type(self.model).__name__}: log-probs differ from the model's own by "
+                f"{found:.3g} (limit {limit}); this architecture scales its logits in a way the "
+                "learner does not support"
             )
 
 

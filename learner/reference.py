@@ -57,7 +57,7 @@ class ReferencePolicy:
         logprobs_T, _ = self._forward(
             tensors.input_ids_BL,
             tensors.position_ids_BL,
-            tensors.mask_B1LL,
+            tensors.tree,
             tensors.predict_T,
             tensors.target_T,
             temperature,

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from actors.process import redirect_output, start_reaper
 from actors.records import ScoredGroup, WeightsInfo
+from learner.attention import RowShape, Tree
 from learner.batch import BatchTensors, MicroBatch, build_micro_batch
 from learner.checkpoint import HF_FOLDER, CheckpointError
 from learner.config import AlgorithmConfig, LearnerConfig
@@ -69,11 +70,15 @@ class ModelFacts:
     """What the driver needs to know of the model.
 
     attention_work: work of one token's attention to one other token over all layers, relative to
-    one token's matrix products. max_positions: the longest sequence the model can place.
+    one token's matrix products. masked_attention: all pairs of a row are computed, not only those
+    that attend to each other. shares_prompts: whether a prompt can be computed once for several
+    completions. max_positions: the longest sequence the model can place.
     """
 
     parameters: int
     attention_work: float
+    masked_attention: bool
+    shares_prompts: bool
     max_positions: int
 
 
@@ -220,7 +225,13 @@ class LearnerWorker:
         # Multiply-adds: one per parameter; two products of the hidden size per layer and token
         # attended to. Softmax and mask are bound by memory and triple the time of the products.
         attention = 3 * 2 * config.num_hidden_layers * config.hidden_size
-        return ModelFacts(parameters, attention / max(body, 1), config.max_position_embeddings)
+        return ModelFacts(
+            parameters=parameters,
+            attention_work=attention / max(body, 1),
+            masked_attention=not (self.policy.can_tree and self.spec.device == "cpu"),
+            shares_prompts=self.policy.shares_prompts,
+            max_positions=config.max_position_embeddings,
+        )
 
     def step(self, updates: Sequence[Sequence[MicroBatch]], groups: Sequence[Any]) -> RankResult:
         """Carry out this rank's part of a planned step.
@@ -276,7 +287,7 @@ class LearnerWorker:
         return self.engine(
             tensors.input_ids_BL,
             tensors.position_ids_BL,
-            tensors.mask_B1LL,
+            tensors.tree,
             tensors.predict_T,
             tensors.target_T,
             self.spec.temperature,
@@ -356,11 +367,11 @@ class LearnerWorker:
             raise ValueError(f"a sequence of {n} tokens has no log-probs")
         ids = torch.tensor(token_ids, device=self.device)
         position = torch.arange(n, device=self.device)
-        mask = torch.ones(1, 1, n, n, dtype=torch.bool, device=self.device).tril()
+        tree = Tree((RowShape(n),), n)
         chunks = -(-(n - 1) // self.spec.learner.logit_chunk_tokens)
         with torch.no_grad():
             logprobs, _ = self.engine(
-                ids[None], position[None], mask, position[:-1], ids[1:], 1.0, chunks
+                ids[None], position[None], tree, position[:-1], ids[1:], 1.0, chunks
             )
         return logprobs.tolist()
 

@@ -9,16 +9,24 @@ import torch
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from actors.records import Completion, Group, GroupMeta, Prompt, ScoredGroup, ScoreMeta
@@ -72,6 +80,18 @@ def tiny_model(kind: str, seed: int = 0) -> Any:
         return Gemma2ForCausalLM(config).eval()
     if kind == "granite":
         return GraniteForCausalLM(GraniteConfig(**SHAPE, logits_scaling=3.0)).eval()
+    if kind.startswith("qwen3"):
+        tied = kind == "qwen3-tied"
+        return Qwen3ForCausalLM(Qwen3Config(**SHAPE, tie_word_embeddings=tied)).eval()
+    if kind == "gemma":
+        return GemmaForCausalLM(GemmaConfig(**SHAPE)).eval()
+    if kind == "gemma3":
+        config = Gemma3TextConfig(**SHAPE, sliding_window=5, query_pre_attn_scalar=8)
+        return Gemma3ForCausalLM(config).eval()
+    if kind == "mamba":
+        return MambaForCausalLM(
+            MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=4)
+        ).eval()
     if kind == "mistral-sliding":
         return MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=5)).eval()
     raise ValueError(kind)

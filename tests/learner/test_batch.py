@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
+import torch
 
 from actors.records import ScoredGroup
 from learner.batch import (
@@ -83,6 +84,17 @@ def test_prompt_is_stored_once_where_that_is_less_work() -> None:
     short_prompt = scored_group("a", [0.0, 1.0, 0.0, 1.0], [40] * 4, prompt_tokens=2)
     found = plan([short_prompt], micro_batch_tokens=1000, cost=RowCost(quadratic=0.1))
     assert found.row_tokens == 4 * 42
+
+
+def test_without_a_mask_long_rows_are_no_more_work() -> None:
+    group = scored_group("a", [0.0, 1.0, 0.0, 1.0], [40] * 4, prompt_tokens=2)
+    found = plan([group], micro_batch_tokens=1000, cost=RowCost(quadratic=0.1, masked=False))
+    assert found.row_tokens == 2 + 4 * 40
+    alone = plan([group], micro_batch_tokens=1000, share_prompts=False)
+    assert alone.row_tokens == 4 * 42
+    cost = RowCost(quadratic=0.5, masked=False)
+    # 3 * 3 / 2 pairs within the prompt, 3 * 6 to it, (2 * 2 + 4 * 4) / 2 within completions.
+    assert cost(3, [2, 4]) == 9 + 0.5 * (4.5 + 18 + 10)
 
 
 def test_advantages_belong_to_their_completions() -> None:
@@ -165,11 +177,12 @@ def test_tensors_against_brute_force() -> None:
         assert tensors.input_ids_BL[b].tolist() == tokens + [0] * padding
         assert tensors.position_ids_BL[b].tolist() == positions + [0] * padding
         owners += [f"padding {i}" for i in range(padding)]
+        mask = tensors.tree.mask(torch.device("cpu"))
         for q in range(longest):
             for k in range(longest):
                 sees = k <= q and owners[k] in ("prompt", owners[q])
                 sees = sees if not str(owners[q]).startswith("padding") else k == q
-                assert bool(tensors.mask_B1LL[b, 0, q, k]) == sees, (b, q, k)
+                assert bool(mask[b, 0, q, k]) == sees, (b, q, k)
         for piece in row.pieces:
             completion = completions[piece.completion_id]
             for t in range(piece.tokens):
@@ -215,7 +228,10 @@ def test_work_is_level_over_ranks() -> None:
     ]
     found = plan(groups, ranks=2, micro_batch_tokens=256)
     cost = RowCost()
-    work = [sum(cost(r.length) for b in shard for r in b.rows) for shard in found.updates[0]]
+    work = [
+        sum(cost(r.prompt_tokens, [p.tokens for p in r.pieces]) for b in shard for r in b.rows)
+        for shard in found.updates[0]
+    ]
     assert max(work) / min(work) < 1.1
 
 

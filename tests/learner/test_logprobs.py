@@ -20,7 +20,10 @@ from tests.learner.helpers import (
     tiny_model,
 )
 
-KINDS = ["llama-tied", "qwen2-untied", "gpt2", "gemma2", "granite", "mistral-sliding"]
+KINDS = [
+    "llama-tied", "qwen2-untied", "qwen3-tied", "qwen3-untied", "gpt2", "gemma", "gemma2",
+    "gemma3", "granite", "mistral-sliding",
+]  # fmt: skip
 TEMPERATURE = 0.7
 
 
@@ -51,7 +54,7 @@ def score(policy: PolicyModel, tensors: BatchTensors, chunks: int) -> Any:
     return policy(
         tensors.input_ids_BL,
         tensors.position_ids_BL,
-        tensors.mask_B1LL,
+        tensors.tree,
         tensors.predict_T,
         tensors.target_T,
         TEMPERATURE,
@@ -65,11 +68,11 @@ def gradients(model: Any) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("attention", ["tree", "eager", "sdpa"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_equal_single_sequences(kind: str, attention: Any) -> None:
     model = tiny_model(kind)
-    if (kind, attention) == ("gemma2", "sdpa"):
+    if kind == "gemma2" and attention != "eager":
         with pytest.raises(UnsupportedModel, match="attention scores"):
             PolicyModel(model, attention)
         return
@@ -107,7 +110,8 @@ def test_gradients_equal_the_reference(
     expected_loss.backward()
     expected = gradients(model)
     _, tensors = one_batch(scored)
-    policy = PolicyModel(model, "auto", gradient_checkpointing)
+    attention: Any = "tree" if chunks == 4 and kind != "gemma2" else "auto"
+    policy = PolicyModel(model, attention, gradient_checkpointing)
     logprobs, entropy = score(policy, tensors, chunks)
     loss, _ = policy_loss(
         logprobs,
@@ -132,7 +136,7 @@ def test_entropy_is_that_of_the_tempered_distribution() -> None:
     hidden = model.model(
         input_ids=tensors.input_ids_BL,
         position_ids=tensors.position_ids_BL,
-        attention_mask=tensors.mask_B1LL,
+        attention_mask=tensors.tree.mask(torch.device("cpu")),
     ).last_hidden_state.flatten(0, 1)[tensors.predict_T]
     logits = model.lm_head(hidden) / TEMPERATURE
     expected = torch.distributions.Categorical(logits=logits).entropy()
@@ -164,7 +168,44 @@ def test_other_completions_and_padding_do_not_matter() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_self_check_accepts_supported_models(kind: str) -> None:
-    PolicyModel(tiny_model(kind)).self_check(TEMPERATURE)
+    policy = PolicyModel(tiny_model(kind))
+    policy.self_check(TEMPERATURE)
+    assert policy.shares_prompts
+    assert policy.can_tree == (kind != "gemma2")
+
+
+def test_a_model_that_masks_by_itself_gets_a_row_for_each_completion() -> None:
+    """A state-space model reads every token before it, whatever a mask says."""
+    model = tiny_model("mamba")
+    policy = PolicyModel(model)
+    policy.self_check(TEMPERATURE)
+    assert not policy.shares_prompts
+    scored = groups()
+    plan = plan_step(
+        [metas(g) for g in scored],
+        AlgorithmConfig(),
+        ranks=1,
+        micro_batch_tokens=10_000,
+        max_tokens=32,
+        share_prompts=policy.shares_prompts,
+    )
+    ((batch,),) = plan.updates[0]
+    assert [len(row.pieces) for row in batch.rows] == [1] * 5
+    tensors = build_micro_batch(batch, {g.group.id: g for g in scored})
+    logprobs, _ = score(policy, tensors, 2)
+    completions = {c.id: (g, c) for g in scored for c in g.group.completions}
+    expected = [
+        reference_logprobs(
+            model,
+            completions[row.pieces[0].completion_id][0].group.prompt.token_ids,
+            completions[row.pieces[0].completion_id][1].token_ids,
+            TEMPERATURE,
+        )
+        for row in batch.rows
+    ]
+    torch.testing.assert_close(logprobs, torch.cat(expected), atol=1e-5, rtol=1e-5)
+    with pytest.raises(UnsupportedModel, match=r"learner\.attention=tree"):
+        PolicyModel(tiny_model("mamba"), "tree").self_check(TEMPERATURE)
 
 
 def test_self_check_refuses_logits_it_does_not_understand() -> None:
@@ -215,7 +256,9 @@ def test_entropy_has_its_gradient(kind: str, chunks: int) -> None:
         hidden = model.base_model(
             input_ids=tensors.input_ids_BL,
             position_ids=tensors.position_ids_BL,
-            attention_mask=policy._masks(tensors.mask_B1LL, tensors.position_ids_BL, "eager"),
+            attention_mask=policy._masks(
+                tensors.tree.mask(torch.device("cpu")), tensors.position_ids_BL, "eager"
+            ),
         ).last_hidden_state.flatten(0, 1)[tensors.predict_T]
         logits = model.get_output_embeddings()(hidden)
         if policy.scale.cap is not None:
