@@ -156,7 +156,7 @@ class PolicyModel(nn.Module):
         )
         self.window: int | None = config.get("sliding_window")
         # Found out by `self_check`.
-        self.can_tree = attention in ("auto", "tree")
+        self.can_tree = self.attention in ("auto", "tree")
         self.shares_prompts = True
         register()
         self.layer_types = frozenset(config.get("layer_types") or ())
