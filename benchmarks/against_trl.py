@@ -84,10 +84,11 @@ def compare_losses(out: Path) -> str:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from learner.batch import build_micro_batch, plan_step
+    from learner.batch import build_micro_batch
     from learner.config import AlgorithmConfig
     from learner.grpo import policy_loss
     from learner.logprobs import PolicyModel
+    from learner.plan import plan_step
 
     groups, inputs = make_samples()
     given = {
@@ -343,34 +344,38 @@ def trl_steps(
     return json.loads(target.read_text())
 
 
-def measure_steps(
-    regimes: list[str], rounds: int, steps: int, variant: str, out: Path
-) -> list[dict[str, Any]]:
-    """Alternating runs; the first step of each warms up. Done runs are kept in steps.json."""
+def measure_steps(options: argparse.Namespace, out: Path) -> list[dict[str, Any]]:
+    """Alternating runs; the first steps of each warm up. Done runs are kept in steps.json."""
     file = out / "steps.json"
     results = json.loads(file.read_text())["results"] if file.exists() else []
     known = {(r["regime"], r["side"], r["round"]) for r in results}
-    for regime in regimes:
+    steps = options.warmup + options.steps
+    for regime in options.regimes:
         prompts = make_prompts(REGIMES[regime][0])
-        for round_ in range(rounds):
-            for side in ("cohort", *VERSIONS):
+        for round_ in range(options.rounds):
+            for side in options.sides:
                 if (regime, side, round_) in known:
                     continue
                 name = f"{regime}-{round_}-{side}"
                 print(f"{name} ...", flush=True)
                 if side == "cohort":
-                    found = our_steps(regime, prompts, steps + 1, out, name)
+                    found = our_steps(regime, prompts, steps, out, name)
                 else:
-                    found = trl_steps(side, variant, regime, prompts, steps + 1, out, name)
+                    found = trl_steps(side, options.variant, regime, prompts, steps, out, name)
                 length = REGIMES[regime][1]
                 assert set(found["mean_length"]) == {float(length)}, (name, found["mean_length"])
                 print(f"  {[round(s, 1) for s in found['step_s']]}", flush=True)
-                results.append({"regime": regime, "side": side, "round": round_, **found})
-                file.write_text(
-                    json.dumps(
-                        {"machine": machine(), "variant": variant, "results": results}, indent=1
-                    )
+                results.append(
+                    {
+                        "regime": regime,
+                        "side": side,
+                        "round": round_,
+                        "warmup": options.warmup,
+                        **found,
+                    }
                 )
+                raw = {"machine": machine(), "variant": options.variant, "results": results}
+                file.write_text(json.dumps(raw, indent=1))
     return results
 
 
@@ -385,8 +390,8 @@ def step_table(results: list[dict[str, Any]]) -> str:
         ours = 0.0
         for side in dict.fromkeys(result["side"] for result in results):
             runs = [r for r in results if (r["regime"], r["side"]) == (regime, side)]
-            seconds = [s for run in runs for s in run["step_s"][1:]]
-            generation = [s for run in runs for s in run["generate_s"][1:]]
+            seconds = [s for run in runs for s in run["step_s"][run["warmup"] :]]
+            generation = [s for run in runs for s in run["generate_s"][run["warmup"] :]]
             middle = statistics.median(seconds)
             ours = ours or middle
             label = "cohort" if side == "cohort" else f"TRL {side}"
@@ -406,6 +411,8 @@ def main() -> None:
     parser.add_argument("--regimes", nargs="+", choices=list(REGIMES), default=list(REGIMES))
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=3, help="measured steps of a run")
+    parser.add_argument("--warmup", type=int, default=2, help="steps of a run left out")
+    parser.add_argument("--sides", nargs="+", default=["cohort", *VERSIONS])
     parser.add_argument("--variant", default="bfloat16", help="TRL's precision")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "benchmark-trl")
     options = parser.parse_args()
@@ -428,9 +435,7 @@ def main() -> None:
             for (version, variant), run in found.items()
         )
     else:
-        text = step_table(
-            measure_steps(options.regimes, options.rounds, options.steps, options.variant, out)
-        )
+        text = step_table(measure_steps(options, out))
     (out / f"{options.what}.md").write_text(text)
     print(text)
 

@@ -323,7 +323,7 @@ def contradictions(config: Config) -> list[str]:
         for key, value in values.items()
         if isinstance(value, float) and not math.isfinite(value)
     ]
-    problems += config.algorithm.contradictions()
+    problems += config.algorithm.contradictions() + config.learner.contradictions()
     prompts, group = config.task.prompts_per_step, config.task.group_size
     if config.algorithm.update_on == "share" and config.algorithm.updates_per_step > prompts:
         problems.append(

@@ -110,6 +110,11 @@ def plan(config: Config, have: Resources, parameters: int) -> Placement:
             )
         if config.actors.tensor_parallel > 1:
             problems.append("actors.tensor_parallel: needs GPUs; set it to 1 on CPU machines")
+        if config.learner.offload != "none":
+            problems.append(
+                f"learner.offload={config.learner.offload}: moves state from GPUs to main memory, "
+                "where it is already on CPU machines; set it to none"
+            )
         need = memory_needed(config, parameters)
         total = sum(need.values())
         if not problems and total > have.memory:
@@ -164,9 +169,12 @@ def memory_needed(config: Config, parameters: int) -> dict[str, int]:
     gradients = 4 * parameters / (ranks if stage >= 2 else 1)
     weights = width * parameters / (ranks if stage >= 3 else 1)
     rank = int(optimizer + gradients + weights) + RANK_OVERHEAD
+    # Frozen, whole on every rank; partitioned under ZeRO-3.
+    reference = width * parameters * (1 if stage >= 3 else ranks)
     return {
         "engines": engine * config.actors.count,
         "learner": rank * ranks,
+        "reference": int(reference) if config.algorithm.kl_coef > 0 else 0,
         "rewards": REWARD_OVERHEAD * config.rewards.workers,
         "published weights": 2 * width * parameters,
     }

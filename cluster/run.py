@@ -33,7 +33,7 @@ from cluster.stream import GroupStream
 from cluster.tracking import Tracker, write_atomically
 from learner.checkpoint import Checkpoints, latest, load_state
 from learner.group import LearnerError, LearnerGroup
-from learner.worker import LearnerSpec
+from learner.spec import LearnerSpec
 from rewards.pool import RewardPool
 from rewards.tasks import Taken, TaskError, take_prompts
 from rewards.worker import RewardActor

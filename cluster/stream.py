@@ -17,7 +17,7 @@ from actors.pool import RolloutPool
 from actors.records import Failure, GroupMeta, Prompt, SamplingSpec, ScoreMeta, derive_seed
 from actors.rollout import Request
 from cluster.config import Config
-from learner.batch import ScoredRef, informative
+from learner.plan import ScoredRef, informative
 from rewards.pool import RewardPool
 from rewards.tasks import Taken
 

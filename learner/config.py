@@ -40,6 +40,16 @@ class LearnerConfig(BaseModel):
         False,
         description="Recompute activations in the backward pass: less memory, a third slower.",
     )
+    offload: Literal["none", "optimizer", "all"] = Field(
+        "none",
+        description="GPUs only: keep optimizer state (ZeRO 1-3), or parameters too (ZeRO 3), in "
+        "main memory.",
+    )
+    deepspeed: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Merged into DeepSpeed's configuration, as {zero_optimization: "
+        "{reduce_bucket_size: 1e8}}; what Cohort itself decides is refused.",
+    )
     attention: Literal["auto", "tree", "sdpa", "eager"] = Field(
         "auto",
         description="auto: on CPUs tree, which skips what a shared-prompt row hides, else sdpa.",
@@ -50,6 +60,37 @@ class LearnerConfig(BaseModel):
     step_timeout_s: float = Field(
         1800, gt=0, description="Longest wait for one optimizer step or checkpoint."
     )
+
+    def contradictions(self) -> list[str]:
+        """What cannot work together, one line each, with the keys to change."""
+        problems = []
+        if self.offload != "none" and self.zero_stage < OFFLOAD_STAGE[self.offload]:
+            problems.append(
+                f"learner.offload={self.offload} needs learner.zero_stage="
+                f"{OFFLOAD_STAGE[self.offload]} or more (it is {self.zero_stage})"
+            )
+        for key, value in self.deepspeed.items():
+            if key not in DEEPSPEED_KEYS:
+                problems.append(
+                    f"learner.deepspeed.{key}: decided by Cohort, or unknown; what can be set: "
+                    + ", ".join(DEEPSPEED_KEYS)
+                )
+            elif key == "zero_optimization" and "stage" in value:
+                problems.append("learner.deepspeed.zero_optimization.stage: use learner.zero_stage")
+        return problems
+
+
+OFFLOAD_STAGE = {"optimizer": 1, "all": 3}
+# The parts of DeepSpeed's configuration that do not change what a step computes. The rest
+# (precision, clipping, accumulation, optimizer) follows from keys of our own.
+DEEPSPEED_KEYS = (
+    "zero_optimization",
+    "aio",
+    "comms_logger",
+    "flops_profiler",
+    "memory_breakdown",
+    "wall_clock_breakdown",
+)
 
 
 Preset = Literal[

@@ -12,10 +12,11 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from actors.records import WeightsInfo
-from learner.batch import MicroBatch, RowCost, ScoredRef, StepPlan, plan_step, score_batches
 from learner.checkpoint import CheckpointError
 from learner.grpo import LossStats
-from learner.worker import LearnerSpec, LearnerWorker, ModelFacts, RankResult, check_loadable
+from learner.plan import MicroBatch, RowCost, ScoredRef, StepPlan, plan_step, score_batches
+from learner.spec import LearnerSpec, ModelFacts, RankResult
+from learner.worker import LearnerWorker, check_loadable
 
 # When one rank fails, the others fail in the collective operation they share with it. Their errors
 # are awaited this long, so that the first cause can be told from its consequences.

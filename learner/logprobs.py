@@ -197,7 +197,7 @@ class PolicyModel(nn.Module):
     def _score(
         self, hidden_NH: torch.Tensor, target_N: torch.Tensor, temperature: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        # Shapes that come back: see learner.batch.LENGTH_MULTIPLE.
+        # Shapes that come back: see learner.plan.LENGTH_MULTIPLE.
         padding = -len(hidden_NH) % SCORE_MULTIPLE
         padded_PH = nn.functional.pad(hidden_NH, (0, 0, 0, padding))
         logits_NV = self.model.get_output_embeddings()(padded_PH)[: len(hidden_NH)]

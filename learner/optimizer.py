@@ -47,6 +47,15 @@ def deepspeed_config(
         "steps_per_print": None,
         "zero_optimization": {"stage": stage, "overlap_comm": False},
     }
+    if learner.offload != "none":
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    if learner.offload == "all":
+        config["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": True}
+    for key, value in learner.deepspeed.items():
+        if isinstance(value, dict):
+            config[key] = {**config.get(key, {}), **value}
+        else:
+            config[key] = value
     if dtype == "bfloat16":
         config["bf16"] = {"enabled": True}
         # Sums of bfloat16 gradients, over micro-batches and over ranks, lose what is small.

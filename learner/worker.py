@@ -12,15 +12,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from actors.process import redirect_output, start_reaper
 from actors.records import ScoredGroup, WeightsInfo
 from learner.attention import RowShape, Tree
-from learner.batch import BatchTensors, MicroBatch, build_micro_batch
+from learner.batch import BatchTensors, build_micro_batch
 from learner.checkpoint import HF_FOLDER, CheckpointError
-from learner.config import AlgorithmConfig, LearnerConfig
 from learner.grpo import LossStats, kl_in_reward, policy_loss
+from learner.plan import MicroBatch
+from learner.spec import LearnerSpec, ModelFacts, RankResult, UpdateResult
 from learner.weights import WeightFiles
 
 LEARNER_FILE = "learner.json"
@@ -39,76 +40,12 @@ COMPANION_FILES = (
 )
 
 
-@dataclass(frozen=True)
-class LearnerSpec:
-    """Everything a rank is built from.
-
-    model_path: a Hugging Face folder, or a hub id. temperature, max_tokens: of the rollouts.
-    threads: CPU threads of the rank. shm_dir: where rank 0 publishes weights; removed when it ends.
-    log_dir: where the rank's output goes; None leaves it with Ray's. total_steps: of the whole run,
-    where the learning rate's schedule ends.
-    """
-
-    model_path: str
-    dtype: Literal["bfloat16", "float32"]
-    learner: LearnerConfig
-    algorithm: AlgorithmConfig
-    temperature: float
-    max_tokens: int
-    rank: int
-    world_size: int
-    device: Literal["cpu", "cuda"]
-    threads: int
-    seed: int
-    shm_dir: str
-    log_dir: str | None = None
-    total_steps: int = 1
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What the driver needs to know of the model.
-
-    attention_work: work of one token's attention to one other token over all layers, relative to
-    one token's matrix products. masked_attention: all pairs of a row are computed, not only those
-    that attend to each other. shares_prompts: whether a prompt can be computed once for several
-    completions. max_positions: the longest sequence the model can place.
-    """
-
-    parameters: int
-    attention_work: float
-    masked_attention: bool
-    shares_prompts: bool
-    max_positions: int
-
-
-@dataclass(frozen=True)
-class UpdateResult:
-    """What one rank saw of one optimizer update. grad_norm is global and before clipping."""
-
-    stats: LossStats
-    applied: bool
-    grad_norm: float
-    learning_rate: float
-
-
-@dataclass(frozen=True)
-class RankResult:
-    """What one rank saw of one step. steps_done: steps with an update that was applied."""
-
-    rank: int
-    updates: tuple[UpdateResult, ...]
-    steps_done: int
-    seconds: float
-
-
 @dataclass
 class _Memo:
-    """Log-probs that several updates of one step share. keep: whether there are several."""
+    """Log-probs that updates on the same micro-batches share, by the micro-batch's place."""
 
-    keep: bool = False
-    old: dict[MicroBatch, Any] = field(default_factory=dict)
-    reference: dict[MicroBatch, Any] = field(default_factory=dict)
+    old: dict[int, Any] = field(default_factory=dict)
+    reference: dict[int, Any] = field(default_factory=dict)
 
 
 class LearnerWorker:
@@ -230,7 +167,6 @@ class LearnerWorker:
             attention_work=attention / max(body, 1),
             masked_attention=not (self.policy.can_tree and self.spec.device == "cpu"),
             shares_prompts=self.policy.shares_prompts,
-            max_positions=config.max_position_embeddings,
         )
 
     def step(self, updates: Sequence[Sequence[MicroBatch]], groups: Sequence[Any]) -> RankResult:
@@ -243,13 +179,16 @@ class LearnerWorker:
         """
         started = time.monotonic()
         by_id = {group.group.id: group for group in self._fetch(groups)}
-        memo = _Memo(keep=len(updates) > 1)
-        if memo.keep and self.spec.algorithm.anchor == "learner":
+        # The same on all ranks, whatever their rows: they must make the same forward passes.
+        same = self.spec.algorithm.update_on == "all"
+        memos = [_Memo()] * len(updates) if same else [_Memo() for _ in updates]
+        if self.spec.algorithm.anchor == "learner" and not same:
             # Before anything moves: what later updates see for the first time.
-            for batch in (batch for batches in updates[1:] for batch in batches):
-                if batch not in updates[0] and batch not in memo.old:
-                    memo.old[batch] = self._score(batch, by_id)
-        results = tuple(self._update(batches, by_id, memo) for batches in updates)
+            for batches, memo in zip(updates[1:], memos[1:], strict=True):
+                memo.old = {i: self._score(batch, by_id) for i, batch in enumerate(batches)}
+        results = tuple(
+            self._update(batches, by_id, memo) for batches, memo in zip(updates, memos, strict=True)
+        )
         if any(result.applied for result in results):
             self.steps_done += 1
             every = self.spec.algorithm.reference_refresh_steps
@@ -263,8 +202,8 @@ class LearnerWorker:
         from learner.optimizer import lr_at
 
         stats = LossStats()
-        for batch in batches:
-            stats += self._accumulate(batch, by_id, memo)
+        for place, batch in enumerate(batches):
+            stats += self._accumulate(batch, by_id, memo, place)
         spec = self.spec
         total = spec.total_steps * spec.algorithm.updates_per_step
         learning_rate = lr_at(self.updates_done + 1, spec.learner, total)
@@ -303,12 +242,12 @@ class LearnerWorker:
             return self._policy(tensors, batch.chunks)[0]
 
     def _accumulate(
-        self, batch: MicroBatch, by_id: dict[str, ScoredGroup], memo: _Memo
+        self, batch: MicroBatch, by_id: dict[str, ScoredGroup], memo: _Memo, place: int
     ) -> LossStats:
         """Forward and backward over one micro-batch; gradients add up in the engine."""
         spec = self.spec
         tensors = build_micro_batch(batch, by_id).to(self.device)
-        reference_T = memo.reference.get(batch)
+        reference_T = memo.reference.get(place)
         if reference_T is None and self.reference is not None and spec.algorithm.kl_in == "loss":
             reference_T = self.reference.logprobs(tensors, spec.temperature, batch.chunks)
         logprobs_T, entropy_T = self._policy(tensors, batch.chunks)
@@ -320,13 +259,12 @@ class LearnerWorker:
             tensors.sequence_T,
             spec.algorithm,
             entropy_T=entropy_T,
-            old_T=memo.old.get(batch),
+            old_T=memo.old.get(place),
             reference_T=reference_T,
         )
-        if memo.keep:
-            memo.old.setdefault(batch, logprobs_T.detach())
-            if reference_T is not None:
-                memo.reference[batch] = reference_T
+        memo.old.setdefault(place, logprobs_T.detach())
+        if reference_T is not None:
+            memo.reference[place] = reference_T
         if not loss.isfinite():
             # Clamps can stop a nan on its way back. It must reach the gradients: their global norm
             # is what all ranks look at to agree on leaving the step out.

@@ -39,6 +39,7 @@ def test_the_quickstart_fits_a_laptop_and_reservations_fill_at_most_its_cores() 
         ({"learner": {"workers": 8}}, "learner.workers=8"),
         ({"actors": {"tensor_parallel": 2}}, "actors.tensor_parallel"),
         ({"actors": {"kv_cache_gib": 30}}, r"about 3\d\.\d GiB \(engines .* 20\.0 GiB"),
+        ({"learner": {"offload": "optimizer"}}, "learner.offload=optimizer"),
         ({"cluster": {"device": "cuda"}}, "GPUs: needs 2 .* there are 0"),
     ],
 )
@@ -72,3 +73,12 @@ def test_zero_stages_save_memory_in_their_order() -> None:
     # The ZeRO paper's accounting plus a float32 gradient: stage 0 holds it all on every rank.
     overhead = needs[0] - 4 * (12 + 4 + 2) * 10**9
     assert 0 < overhead < 8 * GIB
+
+
+def test_the_reference_needs_memory_only_when_there_is_one() -> None:
+    def need(**algorithm: Any) -> int:
+        with_ranks = config(learner={"workers": 2, "zero_stage": 2}, algorithm=algorithm)
+        return memory_needed(with_ranks, 10**9)["reference"]
+
+    assert need() == 0
+    assert need(kl_coef=0.1) == 2 * 2 * 10**9

@@ -15,8 +15,8 @@ from cluster.loop import TrainingError, check_failures
 from cluster.metrics import Counters, StepTimes, reward_errors, step_metrics
 from cluster.stream import Batch, GroupStream
 from cluster.tracking import STEP_KEYS
-from learner.batch import ScoredRef
 from learner.group import StepResult
+from learner.plan import ScoredRef
 from rewards.tasks import Taken
 
 G = 2

@@ -30,8 +30,8 @@ from transformers import (
 )
 
 from actors.records import Completion, Group, GroupMeta, Prompt, ScoredGroup, ScoreMeta
-from learner.batch import ScoredRef
 from learner.config import AlgorithmConfig
+from learner.plan import ScoredRef
 
 VOCABULARY = 67
 SHAPE: dict[str, Any] = dict(

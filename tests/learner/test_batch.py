@@ -8,17 +8,9 @@ import pytest
 import torch
 
 from actors.records import ScoredGroup
-from learner.batch import (
-    MicroBatch,
-    Piece,
-    RowCost,
-    StepPlan,
-    build_micro_batch,
-    informative,
-    plan_step,
-    score_batches,
-)
+from learner.batch import build_micro_batch
 from learner.config import AlgorithmConfig
+from learner.plan import MicroBatch, Piece, RowCost, StepPlan, informative, plan_step, score_batches
 from tests.learner.helpers import metas, scored_group
 
 

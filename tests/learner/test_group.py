@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from learner.batch import plan_step
 from learner.config import AlgorithmConfig, LearnerConfig
 from learner.group import LearnerError, _all, pool
 from learner.grpo import LossStats
 from learner.optimizer import client_optimizer, deepspeed_config, lr_at
-from learner.worker import RankResult, UpdateResult
+from learner.plan import plan_step
+from learner.spec import RankResult, UpdateResult
 from tests.learner.helpers import metas, scored_group
 
 
@@ -117,6 +117,20 @@ def test_deepspeed_never_scales_or_divides(stage: Any, dtype: Any) -> None:
     assert config["gradient_accumulation_steps"] == 1
     assert config["managed_gradient_accumulation"] is False
     assert ("bf16" in config) == (dtype == "bfloat16")
+
+
+def test_memory_options_reach_deepspeed_and_change_nothing_else() -> None:
+    plain = deepspeed_config(LearnerConfig(zero_stage=3), "bfloat16")
+    given = {"zero_optimization": {"reduce_bucket_size": 1000}, "memory_breakdown": True}
+    learner = LearnerConfig(zero_stage=3, offload="all", deepspeed=given)
+    found = deepspeed_config(learner, "bfloat16")
+    zero = found.pop("zero_optimization")
+    assert zero.pop("reduce_bucket_size") == 1000
+    assert zero.pop("offload_optimizer")["device"] == zero.pop("offload_param")["device"] == "cpu"
+    assert found.pop("memory_breakdown") is True
+    assert {**found, "zero_optimization": zero} == plain
+    state = LearnerConfig(zero_stage=1, offload="optimizer")
+    assert "offload_param" not in deepspeed_config(state, "bfloat16")["zero_optimization"]
 
 
 def test_importing_the_learner_stays_light() -> None:

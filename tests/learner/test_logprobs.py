@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from actors.records import ScoredGroup
-from learner.batch import BatchTensors, MicroBatch, RowCost, build_micro_batch, plan_step
+from learner.batch import BatchTensors, build_micro_batch
 from learner.config import AlgorithmConfig
 from learner.grpo import policy_loss
 from learner.logprobs import LogitScale, PolicyModel, UnsupportedModel
+from learner.plan import MicroBatch, RowCost, plan_step
 from tests.learner.helpers import (
     metas,
     reference_logprobs,

@@ -1,0 +1,214 @@
+"""The learner's forward and backward pass against this machine's own matrix products.
+
+    .venv/bin/python benchmarks/learner_speed.py [--threads 2] [--repeats 5] [--model PATH]
+    .venv/bin/python benchmarks/learner_speed.py --device cuda --shape 1.5b
+
+Peak: the median rate of a bfloat16 product of 4096 x 4096, measured in between. FLOPs of a pass are
+those that the mathematics needs: 6 per parameter of the layers and token, 6 per parameter of the
+output layer and completion token, and 12 * layers * heads * head_dim per pair of tokens of which
+one attends to the other. Recomputed logits and hidden attention scores count as nothing.
+Start it through `env` with what `cluster.placement.cpu_environment` says, as the learner is; the
+script does that itself on CPUs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from quickstart import ROOT, machine
+
+MODEL = Path.home() / ".cache" / "cohort" / "models" / "SmolLM2-135M-Instruct"
+# name: prompt tokens, completions, tokens of each, rows.
+ROWS = {
+    "1 x (512 + 8 x 192)": (512, 8, 192, 1),
+    "1 x (1536 + 8 x 64)": (1536, 8, 64, 1),
+    "1 x (0 shared) 2048": (1, 1, 2047, 1),
+    "2 x (32 + 8 x 128)": (32, 8, 128, 2),
+    "8 x (46 + 8 x 13)": (46, 8, 13, 8),
+}
+# A random model of the size of Qwen2.5-1.5B.
+SHAPES = {
+    "1.5b": dict(
+        vocab_size=151_936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
+        num_attention_heads=12, num_key_value_heads=2, tie_word_embeddings=True,
+    )
+}  # fmt: skip
+
+
+def build(options: argparse.Namespace) -> Any:
+    """The policy as the learner holds it."""
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+    from learner.logprobs import PolicyModel
+
+    if options.shape:
+        torch.manual_seed(0)
+        with torch.device(options.device):
+            model = Qwen2ForCausalLM(Qwen2Config(**SHAPES[options.shape])).bfloat16()
+    else:
+        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16)
+    policy = PolicyModel(model.to(options.device), options.attention)
+    policy.self_check(1.0)
+    return policy
+
+
+def measure_peak(device: str) -> float:
+    """GFLOP/s of one large product."""
+    import torch
+
+    n = 4096 if device == "cpu" else 16384
+    a, b = (torch.randn(n, n, device=device).bfloat16() for _ in range(2))
+    seconds = []
+    for _ in range(5):
+        synchronize(device)
+        began = time.monotonic()
+        a @ b
+        synchronize(device)
+        seconds.append(time.monotonic() - began)
+    return 2 * n**3 / statistics.median(seconds) / 1e9
+
+
+def synchronize(device: str) -> None:
+    """Wait until the device has done what it was given."""
+    import torch
+
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def tensors_of(shape: tuple[int, int, int, int], vocabulary: int) -> Any:
+    """A planned micro-batch of random tokens."""
+    import torch
+
+    from learner.attention import RowShape, Tree
+
+    prompt, count, size, rows = shape
+    length = prompt + count * size
+    position = torch.cat([torch.arange(prompt), *[torch.arange(prompt, prompt + size)] * count])
+    before = [prompt - 1, *range(prompt, prompt + size - 1)]
+    predict = torch.tensor(
+        [
+            row * length + (place if place < prompt else place + size * i)
+            for row in range(rows)
+            for i in range(count)
+            for place in before
+        ]
+    )
+    generator = torch.Generator().manual_seed(0)
+    return (
+        torch.randint(0, vocabulary, (rows, length), generator=generator),
+        position.repeat(rows, 1),
+        Tree((RowShape(prompt, (size,) * count),) * rows, length),
+        predict,
+        torch.randint(0, vocabulary, (len(predict),), generator=generator),
+    )
+
+
+def flops(shape: tuple[int, int, int, int], policy: Any) -> float:
+    """Of one forward and backward pass, as the module's text counts them."""
+    prompt, count, size, rows = shape
+    config = policy.model.config
+    head = config.vocab_size * config.hidden_size
+    embeddings = head if config.tie_word_embeddings else 2 * head
+    layers = sum(p.numel() for p in policy.model.parameters()) - embeddings
+    tokens = prompt + count * size
+    pairs = prompt * (prompt + 1) / 2 + count * (size * prompt + size * (size + 1) / 2)
+    width = config.num_attention_heads * (
+        config.head_dim
+        if getattr(config, "head_dim", None)
+        else config.hidden_size // config.num_attention_heads
+    )
+    attention = 12 * config.num_hidden_layers * width * pairs
+    return rows * (6 * layers * tokens + 6 * head * count * size + attention)
+
+
+def measure(policy: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Seconds of every repeat, in turns with the peak."""
+    import torch
+
+    results = []
+    for name, shape in ROWS.items():
+        ids, position, tree, predict, target = tensors_of(shape, policy.model.config.vocab_size)
+        moved = [x.to(options.device) for x in (ids, position, predict, target)]
+        seconds, peaks = [], []
+        for _ in range(options.repeats + 1):
+            peaks.append(measure_peak(options.device))
+            policy.zero_grad(set_to_none=False)
+            synchronize(options.device)
+            began = time.monotonic()
+            logprobs, _ = policy(moved[0], moved[1], tree, moved[2], moved[3], 1.0, 1)
+            logprobs.sum().backward()
+            synchronize(options.device)
+            seconds.append(time.monotonic() - began)
+        work = flops(shape, policy) / 1e9
+        rate = work / statistics.median(seconds[1:])
+        peak = statistics.median(peaks[1:])
+        result = {
+            "rows": name, "gflop": work, "seconds": seconds[1:], "gflops": rate,
+            "peak_gflops": peaks[1:], "share": rate / peak,
+            "row_tokens": ids.numel(), "completion_tokens": len(predict),
+        }  # fmt: skip
+        if options.device == "cuda":
+            result["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        print(f"{name}: {result['share']:.0%} of {peak:.0f} GFLOP/s", flush=True)
+        results.append(result)
+    return results
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """One line a row shape."""
+    lines = [
+        "| rows | tokens | of completions | GFLOP | s: median (range) | GFLOP/s | peak | share |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in results:
+        seconds = r["seconds"]
+        lines.append(
+            f"| {r['rows']} | {r['row_tokens']} | {r['completion_tokens']} | {r['gflop']:.0f} "
+            f"| {statistics.median(seconds):.2f} ({min(seconds):.2f}-{max(seconds):.2f}) "
+            f"| {r['gflops']:.0f} | {statistics.median(r['peak_gflops']):.0f} | {r['share']:.0%} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--shape", choices=list(SHAPES), help="a random model of this size")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--attention", choices=["auto", "tree", "sdpa", "eager"], default="auto")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "benchmark-learner")
+    options = parser.parse_args()
+    if options.device == "cpu" and "COHORT_BENCHMARK" not in os.environ:
+        from cluster.placement import cpu_environment
+
+        # Heap and OpenMP settings are read when a process starts.
+        environment = {**os.environ, **cpu_environment(options.threads), "COHORT_BENCHMARK": "1"}
+        os.execve(sys.executable, [sys.executable, *sys.argv], environment)
+    import torch
+
+    torch.set_num_threads(options.threads)
+    results = measure(build(options), options)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "results.json").write_text(
+        json.dumps({"machine": machine(), "attention": options.attention, "results": results})
+    )
+    text = table(results)
+    (options.out / "results.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,406 @@
+"""Groups -> rows -> micro-batches: what every rank does in a step, decided in one place.
+
+`plan_step` runs once, in the driver, on sizes and rewards alone. It decides everything that the
+ranks must agree on: which completions are trained, with which advantage and weight, where they
+lie, and how many forward passes each rank makes. Ranks only carry it out.
+
+A row is the prompt of a group followed by several of its completions. Each completion attends to
+the prompt and to itself, and its positions continue those of the prompt, so the prompt is computed
+once for all of them and every completion sees exactly what it would see alone:
+
+    row        p0 p1 p2 | a0 a1 a2 | b0 b1
+    position    0  1  2 |  3  4  5 |  3  4
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from actors.records import GroupMeta, ScoreMeta
+from learner.config import AlgorithmConfig
+from learner.grpo import advantages, overlong_penalty, standard_deviation, token_weights
+
+# Rows are padded to a multiple of this, so that the same shapes come back step after step. On CPUs
+# a matrix product compiles a kernel for every new shape and keeps it: new shapes in every step cost
+# a tenth of the time, and what is kept tears the heap into pieces that grow without end.
+LENGTH_MULTIPLE = 32
+
+
+@dataclass(frozen=True)
+class ScoredRef:
+    """A scored group as the driver holds it: sizes, rewards, and where the tokens are.
+
+    ref: a Ray object reference to the ScoredGroup (or the ScoredGroup itself).
+    """
+
+    meta: GroupMeta
+    scores: ScoreMeta
+    ref: Any
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One completion in a row. weight: of each of its tokens in the loss of the whole step."""
+
+    completion_id: str
+    tokens: int
+    advantage: float
+    weight: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """A prompt followed by some completions of its group."""
+
+    group_id: str
+    prompt_tokens: int
+    pieces: tuple[Piece, ...]
+
+    @property
+    def completion_tokens(self) -> int:
+        return sum(piece.tokens for piece in self.pieces)
+
+    @property
+    def length(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+def _padded(length: int) -> int:
+    return -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows of one forward and backward pass; none on a rank that only keeps the others company.
+
+    chunks: in how many parts the output layer runs. The same on all ranks: under ZeRO-3 each part
+    gathers the layer's weights, a collective operation.
+    """
+
+    rows: tuple[Row, ...]
+    chunks: int
+
+    @property
+    def length(self) -> int:
+        """Tokens that every row is padded to."""
+        return _padded(max((row.length for row in self.rows), default=0))
+
+    @property
+    def padded_tokens(self) -> int:
+        return len(self.rows) * self.length
+
+
+# Of one update: for each rank its micro-batches, equally many.
+Shards = tuple[tuple[MicroBatch, ...], ...]
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One step: one or several optimizer updates on the completions of its groups.
+
+    trained + filtered + failed = all samples that came in. filtered: their group's rewards are all
+    equal, or they were cut and `algorithm.mask_truncated` leaves them out. failed: no valid reward,
+    no tokens, or a group with fewer than two valid rewards. trained_tokens, row_tokens and
+    padded_tokens count what all updates see.
+    """
+
+    updates: tuple[Shards, ...]
+    trained: int
+    filtered: int
+    failed: int
+    groups_trained: int
+    groups_filtered: int
+    groups_failed: int
+    trained_tokens: int
+    row_tokens: int
+    padded_tokens: int
+
+    @property
+    def micro_batches(self) -> int:
+        """Forward and backward passes of every rank, over all updates."""
+        return sum(len(shards[0]) for shards in self.updates)
+
+
+@dataclass(frozen=True)
+class RowCost:
+    """Estimated work of a row, in units of one token's matrix products: tokens + q * pairs.
+
+    quadratic (q): work of one token's attention to one other token, over all layers. The default
+    fits small models; a running learner derives its own from the model's shape. masked: all pairs
+    of the row are computed, not only those that attend to each other.
+    """
+
+    quadratic: float = 1e-3
+    masked: bool = True
+
+    def __call__(self, prompt: int, completions: Sequence[int]) -> float:
+        tokens = sum(completions)
+        length = prompt + tokens
+        pairs = float(length**2)
+        if not self.masked:
+            pairs = (prompt**2 + sum(n**2 for n in completions)) / 2 + prompt * tokens
+        return length + self.quadratic * pairs
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """What a group contributes: the completions that are trained, with their advantages."""
+
+    meta: GroupMeta
+    completions: tuple[tuple[int, float], ...]
+
+    @property
+    def lengths(self) -> list[int]:
+        return [self.meta.completion_tokens[i] for i, _ in self.completions]
+
+
+def shaped_rewards(
+    meta: GroupMeta, scores: ScoreMeta, algorithm: AlgorithmConfig, max_tokens: int
+) -> list[float | None]:
+    """The rewards that advantages are made of: with the length penalty, None without tokens.
+
+    Raises ValueError when sizes and scores do not belong together.
+    """
+    _check_pair(meta, scores)
+    return [
+        # A completion without tokens has no action to reinforce, whatever its reward.
+        None
+        if reward is None or tokens == 0
+        else reward + overlong_penalty(tokens, max_tokens, algorithm.overlong_buffer)
+        for reward, tokens in zip(scores.totals, meta.completion_tokens, strict=True)
+    ]
+
+
+def _choose(
+    meta: GroupMeta, rewards: Sequence[float | None], algorithm: AlgorithmConfig, std: float | None
+) -> _Chosen:
+    values = advantages(rewards, algorithm.baseline, algorithm.scale, std)
+    return _Chosen(
+        meta,
+        tuple(
+            (i, value)
+            for i, value in enumerate(values)
+            # A cut completion stays in its group's statistics: it was cut for being long.
+            if value is not None and not (algorithm.mask_truncated and meta.truncated[i])
+        ),
+    )
+
+
+def _carries_gradient(chosen: _Chosen) -> bool:
+    return any(value != 0.0 for _, value in chosen.completions)
+
+
+def informative(
+    meta: GroupMeta, scores: ScoreMeta, algorithm: AlgorithmConfig, max_tokens: int
+) -> bool:
+    """Whether the policy gradient of this group can be anything but zero."""
+    rewards = shaped_rewards(meta, scores, algorithm, max_tokens)
+    return _carries_gradient(_choose(meta, rewards, algorithm, 1.0))
+
+
+def plan_step(
+    groups: Sequence[tuple[GroupMeta, ScoreMeta]],
+    algorithm: AlgorithmConfig,
+    *,
+    ranks: int,
+    micro_batch_tokens: int,
+    max_tokens: int,
+    logit_chunk_tokens: int = 1024,
+    cost: RowCost | None = None,
+    share_prompts: bool = True,
+) -> StepPlan:
+    """Plan one step. Pure: the same input gives the same plan.
+
+    micro_batch_tokens: budget of a forward pass, padding counted; a single row that exceeds it gets
+    a forward pass of its own. max_tokens: the longest completion the run allows. share_prompts:
+    whether the model can compute a prompt once for several completions.
+
+    Raises ValueError when a group's sizes and scores do not belong together.
+    """
+    row_cost = cost if cost is not None else RowCost()
+    shaped = [
+        (meta, shaped_rewards(meta, scores, algorithm, max_tokens)) for meta, scores in groups
+    ]
+    kept: list[tuple[GroupMeta, list[float | None]]] = []
+    filtered = failed = groups_filtered = groups_failed = 0
+    for meta, rewards in shaped:
+        # The batch's standard deviation is that of the groups that are kept; it moves no zero.
+        chosen = _choose(meta, rewards, algorithm, 1.0)
+        scored = advantages(rewards, "mean", "none")
+        failed += scored.count(None)
+        usable = len(scored) - scored.count(None)
+        if not usable:
+            groups_failed += 1
+        elif not chosen.completions or (
+            algorithm.drop_zero_variance and not _carries_gradient(chosen)
+        ):
+            filtered += usable
+            groups_filtered += 1
+        else:
+            filtered += usable - len(chosen.completions)
+            kept.append((meta, rewards))
+
+    std = None
+    if algorithm.scale == "batch" and kept:
+        values = [
+            value
+            for _, rewards in kept
+            for value, used in zip(rewards, advantages(rewards, "mean", "none"), strict=True)
+            if value is not None and used is not None
+        ]
+        std = standard_deviation(values)
+    trained = [_choose(meta, rewards, algorithm, std) for meta, rewards in kept]
+    shares = [trained] * algorithm.updates_per_step if trained else []
+    if algorithm.update_on == "share":
+        count = min(algorithm.updates_per_step, len(trained))
+        shares = [trained[start::count] for start in range(count)]
+
+    updates: list[Shards] = []
+    rows_of_update: list[list[Row]] = []
+    for share in shares:
+        if updates and algorithm.update_on == "all":
+            updates.append(updates[0])
+            rows_of_update.append(rows_of_update[0])
+            continue
+        rows = _rows(share, algorithm, max_tokens, micro_batch_tokens, row_cost, share_prompts)
+        rows_of_update.append(rows)
+        updates.append(_shards(rows, ranks, micro_batch_tokens, logit_chunk_tokens, row_cost))
+    return StepPlan(
+        updates=tuple(updates),
+        trained=sum(len(chosen.completions) for chosen in trained),
+        filtered=filtered,
+        failed=failed,
+        groups_trained=len(trained),
+        groups_filtered=groups_filtered,
+        groups_failed=groups_failed,
+        trained_tokens=sum(sum(chosen.lengths) for share in shares for chosen in share),
+        row_tokens=sum(row.length for rows in rows_of_update for row in rows),
+        padded_tokens=sum(
+            batch.padded_tokens for shards in updates for shard in shards for batch in shard
+        ),
+    )
+
+
+def _rows(
+    share: Sequence[_Chosen],
+    algorithm: AlgorithmConfig,
+    max_tokens: int,
+    budget: int,
+    cost: RowCost,
+    share_prompts: bool,
+) -> list[Row]:
+    """The rows of one update, every completion with its weight in the update's loss."""
+    weights = token_weights([chosen.lengths for chosen in share], algorithm.aggregation, max_tokens)
+    rows: list[Row] = []
+    for chosen, group_weights in zip(share, weights, strict=True):
+        meta = chosen.meta
+        pieces = [
+            Piece(meta.completion_ids[i], meta.completion_tokens[i], value, weight)
+            for (i, value), weight in zip(chosen.completions, group_weights, strict=True)
+        ]
+        rows += _rows_of_group(meta, pieces, budget, cost, share_prompts)
+    return rows
+
+
+def score_batches(
+    groups: Sequence[GroupMeta],
+    *,
+    ranks: int,
+    micro_batch_tokens: int,
+    logit_chunk_tokens: int = 1024,
+    cost: RowCost | None = None,
+    share_prompts: bool = True,
+) -> Shards:
+    """Forward passes over every completion that has tokens, for scoring alone."""
+    row_cost = cost if cost is not None else RowCost()
+    rows: list[Row] = []
+    for meta in groups:
+        pieces = [
+            Piece(completion_id, tokens, 0.0, 1.0)
+            for completion_id, tokens in zip(
+                meta.completion_ids, meta.completion_tokens, strict=True
+            )
+            if tokens
+        ]
+        rows += _rows_of_group(meta, pieces, micro_batch_tokens, row_cost, share_prompts)
+    return _shards(rows, ranks, micro_batch_tokens, logit_chunk_tokens, row_cost)
+
+
+def _check_pair(meta: GroupMeta, scores: ScoreMeta) -> None:
+    if meta.group_id != scores.group_id:
+        raise ValueError(f"group {meta.group_id} was paired with the scores of {scores.group_id}")
+    counts = (len(meta.completion_ids), len(meta.completion_tokens), len(scores.totals))
+    if len(set(counts)) != 1:
+        raise ValueError(f"group {meta.group_id}: {counts} ids, lengths and rewards differ")
+    if meta.prompt_tokens < 1:
+        raise ValueError(f"group {meta.group_id}: an empty prompt predicts nothing")
+
+
+def _rows_of_group(
+    meta: GroupMeta, pieces: list[Piece], budget: int, cost: RowCost, share_prompts: bool
+) -> list[Row]:
+    """Split a group into the number of rows with the least work, or into one a completion.
+
+    Fewer rows repeat the prompt less often; longer rows pay more attention to tokens that the mask
+    then hides. Within a number of rows, the longest completions are dealt first, each to the
+    shortest row.
+    """
+    best: list[list[Piece]] = []
+    best_work = float("inf")
+    for count in range(1 if share_prompts else len(pieces), len(pieces) + 1):
+        bins: list[list[Piece]] = [[] for _ in range(count)]
+        lengths = [meta.prompt_tokens] * count
+        for piece in sorted(pieces, key=lambda piece: -piece.tokens):
+            shortest = lengths.index(min(lengths))
+            bins[shortest].append(piece)
+            lengths[shortest] += piece.tokens
+        fits = all(length <= budget or len(b) == 1 for length, b in zip(lengths, bins, strict=True))
+        work = sum(cost(meta.prompt_tokens, [piece.tokens for piece in b]) for b in bins)
+        if fits and work < best_work:
+            best, best_work = bins, work
+    return [Row(meta.group_id, meta.prompt_tokens, tuple(pieces)) for pieces in best]
+
+
+def _shards(
+    rows: list[Row], ranks: int, budget: int, chunk_tokens: int, cost: RowCost
+) -> tuple[tuple[MicroBatch, ...], ...]:
+    """Deal the rows to the ranks by work, pack each rank's rows, level the counts."""
+    by_rank: list[list[Row]] = [[] for _ in range(ranks)]
+    work = [0.0] * ranks
+    for row in sorted(rows, key=lambda row: -row.length):
+        least = work.index(min(work))
+        by_rank[least].append(row)
+        work[least] += cost(row.prompt_tokens, [piece.tokens for piece in row.pieces])
+
+    packed = [_pack(rank_rows, budget) for rank_rows in by_rank]
+    count = max(len(batches) for batches in packed)
+    for batches in packed:
+        batches += [()] * (count - len(batches))
+    # The output layer runs equally often on all ranks; the fullest decides how often.
+    chunks = [
+        max(
+            1,
+            *(
+                -(-sum(row.completion_tokens for row in batches[i]) // chunk_tokens)
+                for batches in packed
+            ),
+        )
+        for i in range(count)
+    ]
+    return tuple(
+        tuple(MicroBatch(batches[i], chunks[i]) for i in range(count)) for batches in packed
+    )
+
+
+def _pack(rows: list[Row], budget: int) -> list[tuple[Row, ...]]:
+    """Rows of similar length together, longest first, padding counted in the budget."""
+    batches: list[list[Row]] = []
+    for row in sorted(rows, key=lambda row: -row.length):
+        # Sorted: the first row of a batch is its longest.
+        if batches and (len(batches[-1]) + 1) * _padded(batches[-1][0].length) <= budget:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return [tuple(batch) for batch in batches]

@@ -1,0 +1,71 @@
+"""What a learner rank is built from, and what it answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from learner.config import AlgorithmConfig, LearnerConfig
+from learner.grpo import LossStats
+
+
+@dataclass(frozen=True)
+class LearnerSpec:
+    """Everything a rank is built from.
+
+    model_path: a Hugging Face folder, or a hub id. temperature, max_tokens: of the rollouts.
+    threads: CPU threads of the rank. shm_dir: where rank 0 publishes weights; removed when it ends.
+    log_dir: where the rank's output goes; None leaves it with Ray's. total_steps: of the whole run,
+    where the learning rate's schedule ends.
+    """
+
+    model_path: str
+    dtype: Literal["bfloat16", "float32"]
+    learner: LearnerConfig
+    algorithm: AlgorithmConfig
+    temperature: float
+    max_tokens: int
+    rank: int
+    world_size: int
+    device: Literal["cpu", "cuda"]
+    threads: int
+    seed: int
+    shm_dir: str
+    log_dir: str | None = None
+    total_steps: int = 1
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the driver needs to know of the model.
+
+    attention_work: work of one token's attention to one other token over all layers, relative to
+    one token's matrix products. masked_attention: all pairs of a row are computed, not only those
+    that attend to each other. shares_prompts: whether a prompt can be computed once for several
+    completions.
+    """
+
+    parameters: int
+    attention_work: float
+    masked_attention: bool
+    shares_prompts: bool
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """What one rank saw of one optimizer update. grad_norm is global and before clipping."""
+
+    stats: LossStats
+    applied: bool
+    grad_norm: float
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class RankResult:
+    """What one rank saw of one step. steps_done: steps with an update that was applied."""
+
+    rank: int
+    updates: tuple[UpdateResult, ...]
+    steps_done: int
+    seconds: float
