@@ -16,6 +16,9 @@ from typing import Any
 import torch
 
 TREE = "cohort_tree"
+# Queries of a plain sequence that are computed together: later ones see all keys before them, and
+# of their scores only those within the block can be hidden.
+CAUSAL_BLOCK = 512
 
 
 @dataclass(frozen=True)
@@ -69,20 +72,26 @@ def _row(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, row: RowShape, length: int
 ) -> torch.Tensor:
     """One row: q [H, L, D], k and v [K, L, D] -> [L, H, D]."""
-    heads, groups, end = q.shape[0], k.shape[0], row.prompt
+    heads, groups = q.shape[0], k.shape[0]
+    # A prompt and one completion are a plain sequence.
+    end = row.prompt + (row.completions[0] if len(row.completions) == 1 else 0)
     # Query heads that share a key head are stacked: no key is ever copied.
     q = q.unflatten(0, (groups, heads // groups))
     k1, v1 = k[:, :end], v[:, :end]
-    bias = _causal_bias(end, q)
-    weights = (_grouped(q[:, :, :end], k1.transpose(1, 2)) + bias).softmax(-1)
-    parts = [_grouped(weights, v1)]
-    if row.completions:
+    parts = []
+    for start in range(0, end, CAUSAL_BLOCK):
+        stop = min(start + CAUSAL_BLOCK, end)
+        scores = _grouped(q[:, :, start:stop], k1[:, :stop].transpose(1, 2))
+        weights = (scores + _causal_bias(stop - start, stop, q)).softmax(-1)
+        parts.append(_grouped(weights, v1[:, :stop]))
+    if len(row.completions) > 1:
         tokens = sum(row.completions)
         part = slice(end, end + tokens)
         stack = _Stack(row.completions, q.device)
         q2, k2, v2 = (stack(x[..., part, :]) for x in (q, k, v))
         over_prompt = _grouped(q[:, :, part], k1.transpose(1, 2))
-        over_own = _grouped(q2, k2.transpose(-1, -2)) + _causal_bias(stack.longest, q)
+        bias = _causal_bias(stack.longest, stack.longest, q)
+        over_own = _grouped(q2, k2.transpose(-1, -2)) + bias
         # One softmax over both: every completion token's scores side by side.
         scores = torch.cat([over_prompt, stack.undo(over_own)], -1)
         weights = scores.softmax(-1)
@@ -97,9 +106,10 @@ def _grouped(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (a.flatten(-3, -2) @ b).unflatten(-2, a.shape[-3:-1])
 
 
-def _causal_bias(n: int, like: torch.Tensor) -> torch.Tensor:
-    """[n, n]: 0 where a query may look, -inf where it may not."""
-    return torch.full((n, n), -math.inf, dtype=like.dtype, device=like.device).triu(1)
+def _causal_bias(queries: int, keys: int, like: torch.Tensor) -> torch.Tensor:
+    """[queries, keys], the last query at the last key: 0 where it may look, -inf where not."""
+    hidden = torch.full((queries, keys), -math.inf, dtype=like.dtype, device=like.device)
+    return hidden.triu(1 + keys - queries)
 
 
 class _Stack:

@@ -11,13 +11,18 @@ TREES = {
     "even": Tree((RowShape(5, (3, 3, 3)), RowShape(2, (6, 6))), 14),
     "uneven": Tree((RowShape(5, (1, 7, 4)), RowShape(9, (2,)), RowShape(1, (3, 1))), 20),
     "prompt alone": Tree((RowShape(7),), 7),
+    "one completion": Tree((RowShape(4, (9,)), RowShape(1, (3,))), 14),
     "padded": Tree((RowShape(3, (2, 5)), RowShape(4, (1,))), 32),
 }
 
 
 @pytest.mark.parametrize("name", list(TREES))
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
-def test_output_and_gradients_equal_the_masked_softmax(name: str, kv_heads: int) -> None:
+@pytest.mark.parametrize("block", [3, 512])
+def test_output_and_gradients_equal_the_masked_softmax(
+    name: str, kv_heads: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("learner.attention.CAUSAL_BLOCK", block)
     tree, heads, dim = TREES[name], 4, 8
     generator = torch.Generator().manual_seed(0)
     rows = len(tree.rows)
