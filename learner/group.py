@@ -153,17 +153,23 @@ class LearnerGroup:
 
     def plan(self, groups: Sequence[ScoredRef]) -> StepPlan:
         """How the next step would be carried out; see `plan_step`."""
-        learner = self.spec.learner
         return plan_step(
             [(group.meta, group.scores) for group in groups],
             self.spec.algorithm,
-            ranks=self.spec.world_size,
-            micro_batch_tokens=learner.micro_batch_tokens,
             max_tokens=self.spec.max_tokens,
-            logit_chunk_tokens=learner.logit_chunk_tokens,
-            cost=RowCost(self.facts.attention_work, self.facts.masked_attention),
-            share_prompts=self.facts.shares_prompts,
+            **self._limits(),
         )
+
+    def _limits(self) -> dict[str, Any]:
+        """What bounds and shapes every forward pass of this learner."""
+        learner = self.spec.learner
+        return {
+            "ranks": self.spec.world_size,
+            "micro_batch_tokens": learner.micro_batch_tokens,
+            "logit_chunk_tokens": learner.logit_chunk_tokens,
+            "cost": RowCost(self.facts.attention_work, self.facts.masked_attention),
+            "share_prompts": self.facts.shares_prompts,
+        }
 
     async def step(self, groups: Sequence[ScoredRef]) -> StepResult:
         """One step on these groups: `algorithm.updates_per_step` optimizer updates.
@@ -204,15 +210,8 @@ class LearnerGroup:
 
     async def _with_kl_in_rewards(self, groups: Sequence[ScoredRef]) -> list[ScoredRef]:
         """The groups with `kl_coef` times their KL to the reference taken off their rewards."""
-        learner, coefficient = self.spec.learner, self.spec.algorithm.kl_coef
-        shards = score_batches(
-            [group.meta for group in groups],
-            ranks=self.spec.world_size,
-            micro_batch_tokens=learner.micro_batch_tokens,
-            logit_chunk_tokens=learner.logit_chunk_tokens,
-            cost=RowCost(self.facts.attention_work, self.facts.masked_attention),
-            share_prompts=self.facts.shares_prompts,
-        )
+        coefficient = self.spec.algorithm.kl_coef
+        shards = score_batches([group.meta for group in groups], **self._limits())
         refs = {group.meta.group_id: group.ref for group in groups}
         calls = [
             worker.reference_kl.remote(batches, _refs_of(batches, refs))
@@ -238,7 +237,7 @@ class LearnerGroup:
         ]
 
     async def publish(self, remote: bool = False) -> WeightsInfo:
-        """Publish the current weights; the version is the number of optimizer steps applied.
+        """Publish the current weights; the version is the number of steps applied.
 
         The version published before stays available. What is older must have no readers any more:
         every engine has pulled the version after it, or was given up. remote: also through

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import TypeGuard
 
 import torch
 
@@ -24,7 +25,7 @@ STD_FLOOR = 1e-6
 MAX_LOG_RATIO = 20.0
 
 
-def valid(reward: float | None) -> bool:
+def valid(reward: float | None) -> TypeGuard[float]:
     """Whether a reward takes part: None and what is not finite does not."""
     return reward is not None and math.isfinite(reward)
 
@@ -55,7 +56,7 @@ def advantages(
 
     Raises ValueError for scale="batch" without `batch_std`.
     """
-    chosen = [r for r in rewards if r is not None and math.isfinite(r)]
+    chosen = [r for r in rewards if valid(r)]
     n = len(chosen)
     if n < 2:
         return [None] * len(rewards)
@@ -70,7 +71,7 @@ def advantages(
         if batch_std is None:
             raise ValueError("scale='batch' needs batch_std")
         factor /= max(batch_std, STD_FLOOR)
-    return [(r - mean) * factor if r is not None and math.isfinite(r) else None for r in rewards]
+    return [(r - mean) * factor if valid(r) else None for r in rewards]
 
 
 def overlong_penalty(tokens: int, max_tokens: int, buffer: float) -> float:

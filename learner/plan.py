@@ -20,7 +20,7 @@ from typing import Any
 
 from actors.records import GroupMeta, ScoreMeta
 from learner.config import AlgorithmConfig
-from learner.grpo import advantages, overlong_penalty, standard_deviation, token_weights
+from learner.grpo import advantages, overlong_penalty, standard_deviation, token_weights, valid
 
 # Rows are padded to a multiple of this, so that the same shapes come back step after step. On CPUs
 # a matrix product compiles a kernel for every new shape and keeps it: new shapes in every step cost
@@ -244,29 +244,22 @@ def plan_step(
 
     std = None
     if algorithm.scale == "batch" and kept:
-        values = [
-            value
-            for _, rewards in kept
-            for value, used in zip(rewards, advantages(rewards, "mean", "none"), strict=True)
-            if value is not None and used is not None
-        ]
-        std = standard_deviation(values)
+        std = standard_deviation([r for _, rewards in kept for r in rewards if valid(r)])
     trained = [_choose(meta, rewards, algorithm, std) for meta, rewards in kept]
-    shares = [trained] * algorithm.updates_per_step if trained else []
+    # Groups are divided over this many updates, all of which are made this many times.
+    count, repeats = 1, algorithm.updates_per_step
     if algorithm.update_on == "share":
-        count = min(algorithm.updates_per_step, len(trained))
-        shares = [trained[start::count] for start in range(count)]
-
-    updates: list[Shards] = []
-    rows_of_update: list[list[Row]] = []
-    for share in shares:
-        if updates and algorithm.update_on == "all":
-            updates.append(updates[0])
-            rows_of_update.append(rows_of_update[0])
-            continue
-        rows = _rows(share, algorithm, max_tokens, micro_batch_tokens, row_cost, share_prompts)
-        rows_of_update.append(rows)
-        updates.append(_shards(rows, ranks, micro_batch_tokens, logit_chunk_tokens, row_cost))
+        count, repeats = repeats, 1
+    count = min(count, len(trained))
+    shares = [trained[start::count] for start in range(count)]
+    rows = [
+        _rows(share, algorithm, max_tokens, micro_batch_tokens, row_cost, share_prompts)
+        for share in shares
+    ]
+    updates = [
+        _shards(of_share, ranks, micro_batch_tokens, logit_chunk_tokens, row_cost)
+        for of_share in rows
+    ] * repeats
     return StepPlan(
         updates=tuple(updates),
         trained=sum(len(chosen.completions) for chosen in trained),
@@ -275,8 +268,8 @@ def plan_step(
         groups_trained=len(trained),
         groups_filtered=groups_filtered,
         groups_failed=groups_failed,
-        trained_tokens=sum(sum(chosen.lengths) for share in shares for chosen in share),
-        row_tokens=sum(row.length for rows in rows_of_update for row in rows),
+        trained_tokens=repeats * sum(sum(chosen.lengths) for chosen in trained),
+        row_tokens=repeats * sum(row.length for of_share in rows for row in of_share),
         padded_tokens=sum(
             batch.padded_tokens for shards in updates for shard in shards for batch in shard
         ),
