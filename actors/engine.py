@@ -93,11 +93,13 @@ class Engine:
             # tokens of every engine, for microseconds afterwards.
             os.environ["TORCHDYNAMO_DISABLE"] = "1"
         if spec.device == "cpu":
-            os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, spec.cores))
             # A weight update allocates and frees a whole model.
             os.environ["GLIBC_TUNABLES"] = KEEP_HEAP
-            # Ray sets this to the actor's reserved share; the engine's threads follow its cores.
+            # On CPUs vLLM runs the model in a process of its own behind the engine's, only to give
+            # it OpenMP's variables. The engine's has them from here: a third less time to start.
+            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
             os.environ["OMP_NUM_THREADS"] = str(len(spec.cores))
+            os.environ["GOMP_CPU_AFFINITY"] = " ".join(map(str, spec.cores))
             options = {
                 "kv_cache_memory_bytes": int(spec.kv_cache_gib * GIB),
                 "block_size": CPU_BLOCK_TOKENS,

@@ -265,6 +265,20 @@ def test_requests_in_flight_survive_updates(served: Served) -> None:
     assert all(before <= meta.weight_versions[1] <= served.version for meta in metas)
 
 
+def test_an_engine_computes_on_the_cores_it_was_given(served: Served) -> None:
+    served.sync(served.publish(served.model()))
+    served.generate("cores", tokens(8, 1))
+    engines = [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if " ".join(process.info["cmdline"] or []).startswith("VLLM::EngineCore")
+    ]
+    assert engines
+    for engine in engines:
+        # `start` gives core 0; without binding it would be every core of the machine.
+        assert engine.cpu_affinity() == [0]
+
+
 def test_two_engines_side_by_side_never_give_copies(tmp_path: Path) -> None:
     """Different prompts' seeds differ, whichever engine; one prompt is the same on both."""
     folder = tiny_llama(tmp_path / "model")

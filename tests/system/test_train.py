@@ -179,12 +179,12 @@ def wait_for(path: Path, text: str, process: subprocess.Popen[str], timeout: flo
 def test_killed_engines_are_replaced_and_sigterm_saves(
     cohort: Cohort, nothing_left: Callable[[], None]
 ) -> None:
-    """kill -9, in the middle of training, of the only engine's worker, then of its actor; the run
+    """kill -9, in the middle of training, of the only engine's process, then of its actor; the run
     goes on. Then a polite signal: it saves and leaves."""
     run = cohort.folder / "lost"
     process = cohort.start(run__dir=run, run__steps=500)
     log = cohort.folder / "out.log"
-    for step, victim in ((2, "VLLM::Worker"), (10, "ray::RolloutActor")):
+    for step, victim in ((2, "VLLM::EngineCore"), (10, "ray::RolloutActor")):
         wait_for(log, f"step {step:3}/500", process)
         [found] = [p for p in psutil.Process(process.pid).children(recursive=True)
                    if titled(p, victim)]  # fmt: skip
