@@ -127,7 +127,7 @@ def compare_losses(out: Path) -> str:
                 pieces = [piece for row in batch.rows for piece in row.pieces]
                 advantages.update({piece.completion_id: piece.advantage for piece in pieces})
                 logprobs, _ = policy(
-                    tensors.input_ids_BL, tensors.position_ids_BL, tensors.mask_B1LL,
+                    tensors.input_ids_N, tensors.position_ids_N, tensors.tree,
                     tensors.predict_T, tensors.target_T, 1.0, batch.chunks,
                 )  # fmt: skip
                 loss, _ = policy_loss(

@@ -104,9 +104,9 @@ def tensors_of(shape: tuple[int, int, int, int], vocabulary: int) -> Any:
     )
     generator = torch.Generator().manual_seed(0)
     return (
-        torch.randint(0, vocabulary, (rows, length), generator=generator),
-        position.repeat(rows, 1),
-        Tree((RowShape(prompt, (size,) * count),) * rows, length),
+        torch.randint(0, vocabulary, (rows * length,), generator=generator),
+        position.repeat(rows),
+        Tree((RowShape(prompt, (size,) * count),) * rows),
         predict,
         torch.randint(0, vocabulary, (len(predict),), generator=generator),
     )

@@ -48,20 +48,19 @@ def child(vocabulary: int, tokens: int, way: str) -> dict[str, Any]:
     rows = tokens // length
     ids = torch.randint(0, vocabulary, (rows, length + 1))
     position = torch.arange(length + 1).repeat(rows, 1)
-    tree = Tree((RowShape(1, (length,)),) * rows, length + 1)
     predict = torch.cat([torch.arange(length) + row * (length + 1) for row in range(rows)])
     target = ids[:, 1:].flatten()
 
     def run(n: int) -> None:
         rows_, tokens_ = n // length, n
-        part = (ids[:rows_], position[:rows_], Tree(tree.rows[:rows_], tree.length))
+        tree = Tree((RowShape(1, (length,)),) * rows_)
+        part = (ids[:rows_].flatten(), position[:rows_].flatten(), tree, predict[:tokens_])
         if way == "all at once":
-            hidden = policy._hidden(*part).flatten(0, 1)[predict[:tokens_]]
-            logprobs = model.lm_head(hidden).float().log_softmax(-1)
+            logprobs = model.lm_head(policy._hidden(*part)).float().log_softmax(-1)
             scores = logprobs.gather(1, target[:tokens_, None])
         else:
             chunks = -(-tokens_ // int(way.split()[-1]))
-            scores, _ = policy(*part, predict[:tokens_], target[:tokens_], 1.0, chunks)
+            scores, _ = policy(*part, target[:tokens_], 1.0, chunks)
         scores.sum().backward()
 
     # What the model, its gradients and the libraries need is there after one row.

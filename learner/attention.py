@@ -5,6 +5,8 @@ mask over a row of L tokens that is L * L scores, most of them hidden when compl
 Here only the parts that are not hidden are computed: the prompt over itself, all completions over
 the prompt, every completion over itself; the last two share a softmax. They are plain matrix
 products: torch's fused attention for CPUs takes two to twenty times as long on such parts.
+
+Rows lie one after another without padding: only attention needs to know where one ends.
 """
 
 from __future__ import annotations
@@ -21,25 +23,48 @@ TREE = "cohort_tree"
 CAUSAL_BLOCK = 512
 
 
+# Rows up to this length are computed together, padded, under a mask: their parts are too small.
+MASKED_ROW_LENGTH = 256
+
+
 @dataclass(frozen=True)
 class RowShape:
-    """Tokens of a row: of its prompt, then of each completion. Padding comes after them."""
+    """Tokens of a row: of its prompt, then of each completion."""
 
     prompt: int
     completions: tuple[int, ...] = ()
 
+    @property
+    def length(self) -> int:
+        return self.prompt + sum(self.completions)
+
 
 @dataclass(frozen=True)
 class Tree:
-    """The rows of one micro-batch, all padded to `length`."""
+    """Who attends to whom among the N tokens of a micro-batch, whose rows lie one after another."""
 
     rows: tuple[RowShape, ...]
-    length: int
 
-    def mask(self, device: torch.device) -> torch.Tensor:
-        """[B, 1, L, L] bool, True = query attends to key. Padding attends to itself alone."""
+    @property
+    def longest(self) -> int:
+        return max(row.length for row in self.rows)
+
+    def places(self, length: int, device: torch.device) -> torch.Tensor:
+        """[N] int64: where each token lies when rows are padded to `length`, flattened."""
+        return torch.cat(
+            [
+                torch.arange(b * length, b * length + row.length, device=device)
+                for b, row in enumerate(self.rows)
+            ]
+        )
+
+    def mask(self, length: int, device: torch.device) -> torch.Tensor:
+        """[B, 1, L, L] bool, True = query attends to key, of rows padded to L = `length`.
+
+        Padding attends to itself alone.
+        """
         # Nobody may attend to nothing: a softmax over nothing would be nan.
-        mask = torch.eye(self.length, dtype=torch.bool, device=device)
+        mask = torch.eye(length, dtype=torch.bool, device=device)
         mask_B1LL = mask.repeat(len(self.rows), 1, 1, 1)
         for b, row in enumerate(self.rows):
             start = row.prompt
@@ -56,49 +81,82 @@ def _causal(n: int, device: torch.device) -> torch.Tensor:
     return torch.ones(n, n, dtype=torch.bool, device=device).tril()
 
 
-def tree_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tree: Tree, scale: float
-) -> torch.Tensor:
-    """softmax(scale * q k^T) v over a Tree. q [B, H, L, D]; k, v [B, K, L, D]; K divides H.
+class TreeAttention:
+    """softmax(scale * q k^T) v over a Tree. What all layers have in common is made here, once."""
 
-    Returns [B, L, H, D]; padding gives zeros.
-    """
-    q = q * scale
-    rows = [_row(q[b], k[b], v[b], row, tree.length) for b, row in enumerate(tree.rows)]
-    return torch.stack(rows)
+    def __init__(self, tree: Tree, like: torch.Tensor) -> None:
+        """like: has the device and dtype of the model's activations."""
+        self._lengths = [row.length for row in tree.rows]
+        self._short = [b for b, n in enumerate(self._lengths) if n <= MASKED_ROW_LENGTH]
+        self._long = {b: _Row(row, like) for b, row in enumerate(tree.rows) if b not in self._short}
+        if self._short:
+            short = Tree(tuple(tree.rows[b] for b in self._short))
+            mask_B1LL = short.mask(short.longest, like.device)
+            self._bias_B11LL = torch.zeros_like(mask_B1LL, dtype=like.dtype).masked_fill_(
+                ~mask_B1LL, -math.inf
+            )[:, None]
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """q [H, M, D]; k, v [K, M, D]; K divides H; M >= N. Returns [M, H, D], zeros behind N."""
+        total = sum(self._lengths)
+        heads, groups = q.shape[0], k.shape[0]
+        # Query heads that share a key head are stacked: no key is ever copied.
+        q = (q * scale).unflatten(0, (groups, heads // groups))
+        rows = [x[..., :total, :].split(self._lengths, -2) for x in (q, k, v)]
+        outputs = {b: row(*(x[b] for x in rows)) for b, row in self._long.items()}
+        if self._short:
+            padded = [_lay_side_by_side([x[b] for b in self._short]) for x in rows]
+            scores = _grouped(padded[0], padded[1].transpose(-1, -2)) + self._bias_B11LL
+            together = _grouped(scores.softmax(-1), padded[2])
+            for b, output in zip(self._short, together, strict=True):
+                outputs[b] = output[..., : self._lengths[b], :]
+        out = torch.cat([outputs[b] for b in range(len(self._lengths))], -2)
+        out = out.flatten(0, 1).transpose(0, 1)
+        return torch.nn.functional.pad(out, (0, 0, 0, 0, 0, q.shape[-2] - total))
 
 
-def _row(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, row: RowShape, length: int
-) -> torch.Tensor:
-    """One row: q [H, L, D], k and v [K, L, D] -> [L, H, D]."""
-    heads, groups = q.shape[0], k.shape[0]
-    # A prompt and one completion are a plain sequence.
-    end = row.prompt + (row.completions[0] if len(row.completions) == 1 else 0)
-    # Query heads that share a key head are stacked: no key is ever copied.
-    q = q.unflatten(0, (groups, heads // groups))
-    k1, v1 = k[:, :end], v[:, :end]
-    parts = []
-    for start in range(0, end, CAUSAL_BLOCK):
-        stop = min(start + CAUSAL_BLOCK, end)
-        scores = _grouped(q[:, :, start:stop], k1[:, :stop].transpose(1, 2))
-        weights = (scores + _causal_bias(stop - start, stop, q)).softmax(-1)
-        parts.append(_grouped(weights, v1[:, :stop]))
-    if len(row.completions) > 1:
-        tokens = sum(row.completions)
-        part = slice(end, end + tokens)
-        stack = _Stack(row.completions, q.device)
-        q2, k2, v2 = (stack(x[..., part, :]) for x in (q, k, v))
-        over_prompt = _grouped(q[:, :, part], k1.transpose(1, 2))
-        bias = _causal_bias(stack.longest, stack.longest, q)
-        over_own = _grouped(q2, k2.transpose(-1, -2)) + bias
-        # One softmax over both: every completion token's scores side by side.
-        scores = torch.cat([over_prompt, stack.undo(over_own)], -1)
-        weights = scores.softmax(-1)
-        own = stack.undo(_grouped(stack(weights[..., end:]), v2))
-        parts.append(_grouped(weights[..., :end], v1) + own)
-    out = torch.cat(parts, 2).flatten(0, 1).transpose(0, 1)
-    return torch.nn.functional.pad(out, (0, 0, 0, 0, 0, length - out.shape[0]))
+def _lay_side_by_side(rows: list[torch.Tensor]) -> torch.Tensor:
+    """Rows [..., n, D] of several lengths -> [B, ..., longest, D], padded with zeros."""
+    by_token = [row.movedim(-2, 0) for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(by_token, batch_first=True).movedim(1, -2)
+
+
+class _Row:
+    """One row, in parts."""
+
+    def __init__(self, row: RowShape, like: torch.Tensor) -> None:
+        # A prompt and one completion are a plain sequence.
+        self.end = row.prompt + (row.completions[0] if len(row.completions) == 1 else 0)
+        self.blocks = [
+            (start, min(start + CAUSAL_BLOCK, self.end))
+            for start in range(0, self.end, CAUSAL_BLOCK)
+        ]
+        self.biases = [_causal_bias(stop - start, stop, like) for start, stop in self.blocks]
+        self.stack: _Stack | None = None
+        if len(row.completions) > 1:
+            self.stack = _Stack(row.completions, like)
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """q [K, R, n, D], scaled; k and v [K, n, D] -> [K, R, n, D]."""
+        end = self.end
+        k1, v1 = k[:, :end], v[:, :end]
+        parts = []
+        for (start, stop), bias in zip(self.blocks, self.biases, strict=True):
+            scores = _grouped(q[:, :, start:stop], k1[:, :stop].transpose(1, 2))
+            parts.append(_grouped((scores + bias).softmax(-1), v1[:, :stop]))
+        if self.stack is not None:
+            stack, q2 = self.stack, q[:, :, end:]
+            over_prompt = _grouped(q2, k1.transpose(1, 2))
+            keys = stack(k[:, end:]).transpose(-1, -2)
+            over_own = _grouped(stack(q2), keys) + stack.bias
+            # One softmax over both: every completion token's scores side by side.
+            scores = torch.cat([over_prompt, stack.undo(over_own)], -1)
+            weights = scores.softmax(-1)
+            own = stack.undo(_grouped(stack(weights[..., end:]), stack(v[:, end:])))
+            parts.append(_grouped(weights[..., :end], v1) + own)
+        return torch.cat(parts, -2)
 
 
 def _grouped(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -118,11 +176,13 @@ class _Stack:
     Padding comes last, where causal attention hides it from all that is not padding.
     """
 
-    def __init__(self, lengths: tuple[int, ...], device: torch.device) -> None:
+    def __init__(self, lengths: tuple[int, ...], like: torch.Tensor) -> None:
         self.shape = (len(lengths), max(lengths))
         self.longest = max(lengths)
+        self.bias = _causal_bias(self.longest, self.longest, like)
         self.even = min(lengths) == self.longest
         if not self.even:
+            device = like.device
             each = torch.tensor(lengths, device=device)[:, None]
             offsets = torch.arange(self.longest, device=device)[None]
             used = offsets < each
@@ -148,13 +208,16 @@ def tree_attention_forward(
     value: torch.Tensor,
     _mask: torch.Tensor | None,
     *,
-    tree: Tree,
+    tree: TreeAttention,
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface. The caller sees to it that no window or cap applies."""
+    """transformers' attention interface, for a batch of one row that holds all others.
+
+    The caller sees to it that no window or cap applies.
+    """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return tree_attention(query, key, value, tree, scale), None
+    return tree(query[0], key[0], value[0], scale)[None], None
 
 
 def register() -> None:

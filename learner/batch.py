@@ -14,16 +14,16 @@ from learner.plan import MicroBatch
 
 @dataclass(frozen=True)
 class BatchTensors:
-    """One micro-batch. B rows, L tokens in the longest, T completion tokens in all rows.
+    """One micro-batch. N tokens in all its rows, one after another; T of them of completions.
 
-    input_ids_BL, position_ids_BL: int64. tree: which tokens attend to which.
-    predict_T: index into the flattened B*L positions whose hidden state predicts token t;
-    target_T: that token. behaviour_T, advantage_T, weight_T: float32. sequence_T: int64, which
-    completion of the micro-batch token t belongs to, in the order of rows and pieces.
+    input_ids_N, position_ids_N: int64. tree: which tokens attend to which.
+    predict_T: which of the N tokens has the hidden state that predicts token t; target_T: token t.
+    behaviour_T, advantage_T, weight_T: float32. sequence_T: int64, which completion of the
+    micro-batch token t belongs to, in the order of rows and pieces.
     """
 
-    input_ids_BL: torch.Tensor
-    position_ids_BL: torch.Tensor
+    input_ids_N: torch.Tensor
+    position_ids_N: torch.Tensor
     tree: Tree
     predict_T: torch.Tensor
     target_T: torch.Tensor
@@ -45,13 +45,12 @@ def build_micro_batch(batch: MicroBatch, groups: Mapping[str, ScoredGroup]) -> B
 
     Raises ValueError when a group or completion is missing or has another length than planned.
     """
-    rows, length = batch.rows, batch.length
-    if not rows:
+    if not batch.rows:
         one = torch.zeros(1)
         return BatchTensors(
-            input_ids_BL=torch.zeros(1, 1, dtype=torch.long),
-            position_ids_BL=torch.zeros(1, 1, dtype=torch.long),
-            tree=Tree((RowShape(1),), 1),
+            input_ids_N=torch.zeros(1, dtype=torch.long),
+            position_ids_N=torch.zeros(1, dtype=torch.long),
+            tree=Tree((RowShape(1),)),
             predict_T=torch.zeros(1, dtype=torch.long),
             target_T=torch.zeros(1, dtype=torch.long),
             behaviour_T=one,
@@ -59,16 +58,15 @@ def build_micro_batch(batch: MicroBatch, groups: Mapping[str, ScoredGroup]) -> B
             weight_T=one,
             sequence_T=torch.zeros(1, dtype=torch.long),
         )
-    shape = (len(rows), length)
-    # The value of padding is never looked at: lengths alone decide what counts.
-    input_ids_BL = torch.zeros(shape, dtype=torch.long)
-    position_ids_BL = torch.zeros(shape, dtype=torch.long)
+    input_ids: list[torch.Tensor] = []
+    position_ids: list[torch.Tensor] = []
     predict: list[torch.Tensor] = []
     target: list[torch.Tensor] = []
     behaviour: list[torch.Tensor] = []
     advantage: list[torch.Tensor] = []
     weight: list[torch.Tensor] = []
-    for b, row in enumerate(rows):
+    start = 0
+    for row in batch.rows:
         if row.group_id not in groups:
             raise ValueError(f"group {row.group_id} is planned on this rank but was not sent to it")
         group = groups[row.group_id].group
@@ -79,9 +77,10 @@ def build_micro_batch(batch: MicroBatch, groups: Mapping[str, ScoredGroup]) -> B
                 f"group {row.group_id}: prompt of {len(group.prompt.token_ids)} tokens, "
                 f"{prompt} were planned"
             )
-        input_ids_BL[b, :prompt] = torch.tensor(group.prompt.token_ids)
-        position_ids_BL[b, :prompt] = torch.arange(prompt)
-        start = prompt
+        input_ids.append(torch.tensor(group.prompt.token_ids))
+        position_ids.append(torch.arange(prompt))
+        first = start
+        start += prompt
         for piece in row.pieces:
             if piece.completion_id not in by_id:
                 raise ValueError(f"completion {piece.completion_id} is not in group {row.group_id}")
@@ -92,26 +91,27 @@ def build_micro_batch(batch: MicroBatch, groups: Mapping[str, ScoredGroup]) -> B
                     f"completion {completion.id}: {len(completion.token_ids)} tokens, "
                     f"{n} were planned"
                 )
-            end = start + n
             ids = torch.from_numpy(completion.token_ids.astype("int64"))
-            input_ids_BL[b, start:end] = ids
-            position_ids_BL[b, start:end] = torch.arange(prompt, prompt + n)
+            input_ids.append(ids)
+            position_ids.append(torch.arange(prompt, prompt + n))
             # A token is predicted by the one before it; the first of a completion by the last of
             # the prompt, wherever in the row the completion lies.
-            before = torch.arange(start - 1, end - 1)
-            before[0] = prompt - 1
-            predict.append(b * length + before)
+            before = torch.arange(start - 1, start + n - 1)
+            before[0] = first + prompt - 1
+            predict.append(before)
             target.append(ids)
             behaviour.append(torch.from_numpy(completion.logprobs.astype("float32")))
             advantage.append(torch.full((n,), piece.advantage))
             weight.append(torch.full((n,), piece.weight))
-            start = end
+            start += n
     return BatchTensors(
-        input_ids_BL=input_ids_BL,
-        position_ids_BL=position_ids_BL,
+        input_ids_N=torch.cat(input_ids),
+        position_ids_N=torch.cat(position_ids),
         tree=Tree(
-            tuple(RowShape(row.prompt_tokens, tuple(p.tokens for p in row.pieces)) for row in rows),
-            length,
+            tuple(
+                RowShape(row.prompt_tokens, tuple(piece.tokens for piece in row.pieces))
+                for row in batch.rows
+            )
         ),
         predict_T=torch.cat(predict),
         target_T=torch.cat(target),
@@ -119,6 +119,6 @@ def build_micro_batch(batch: MicroBatch, groups: Mapping[str, ScoredGroup]) -> B
         advantage_T=torch.cat(advantage),
         weight_T=torch.cat(weight),
         sequence_T=torch.repeat_interleave(
-            torch.tensor([piece.tokens for row in rows for piece in row.pieces])
+            torch.tensor([piece.tokens for row in batch.rows for piece in row.pieces])
         ),
     )

@@ -14,10 +14,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from learner.attention import TREE, RowShape, Tree, register
+from learner.attention import TREE, RowShape, Tree, TreeAttention, register
+from learner.plan import padded_length
 
-# Shorter rows than this are computed under a mask on CPUs: the parts would be too small.
-TREE_ROW_LENGTH = 256
 # Rows up to this length: where a mask is needed on a CPU, plain matrix products beat the fused
 # kernel, whose strength is that it never writes the L x L scores.
 EAGER_ROW_LENGTH = 512
@@ -165,8 +164,8 @@ class PolicyModel(nn.Module):
 
     def forward(
         self,
-        input_ids_BL: torch.Tensor,
-        position_ids_BL: torch.Tensor,
+        input_ids_N: torch.Tensor,
+        position_ids_N: torch.Tensor,
         tree: Tree,
         predict_T: torch.Tensor,
         target_T: torch.Tensor,
@@ -175,11 +174,10 @@ class PolicyModel(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs of target_T, each predicted by the hidden state at predict_T, and entropies.
 
-        predict_T indexes the flattened B*L positions. Returns ([T] float32, [T] float32), both with
-        gradient, in nats, of softmax(logits / temperature).
+        predict_T indexes the N tokens. Returns ([T] float32, [T] float32), both with gradient, in
+        nats, of softmax(logits / temperature).
         """
-        hidden_BLH = self._hidden(input_ids_BL, position_ids_BL, tree)
-        hidden_TH = hidden_BLH.flatten(0, 1).index_select(0, predict_T)
+        hidden_TH = self._hidden(input_ids_N, position_ids_N, tree, predict_T)
         parts = list(
             zip(hidden_TH.tensor_split(chunks), target_T.tensor_split(chunks), strict=True)
         )
@@ -205,34 +203,67 @@ class PolicyModel(nn.Module):
         return logprobs_N, entropy_N
 
     def _hidden(
-        self, input_ids_BL: torch.Tensor, position_ids_BL: torch.Tensor, tree: Tree
+        self,
+        input_ids_N: torch.Tensor,
+        position_ids_N: torch.Tensor,
+        tree: Tree,
+        predict_T: torch.Tensor,
     ) -> torch.Tensor:
-        """The last hidden states, [B, L, H]."""
-        if not self.shares_prompts:
+        """The last hidden states of the tokens predict_T, [T, H]."""
+        device = input_ids_N.device
+        if self._computes_in_parts(position_ids_N):
+            padding = (0, padded_length(len(input_ids_N)) - len(input_ids_N))
+            ids_1N, position_1N = (
+                nn.functional.pad(x, padding)[None] for x in (input_ids_N, position_ids_N)
+            )
+            like = torch.empty(0, dtype=self._dtype(), device=device)
+            hidden_1NH = self._base(
+                ids_1N, TREE, position_ids=position_1N, tree=TreeAttention(tree, like)
+            )
+            return hidden_1NH[0].index_select(0, predict_T)
+        # Padding is never looked at: lengths alone decide what counts.
+        length = padded_length(tree.longest)
+        places_N = tree.places(length, device)
+        ids_BL, position_BL = (
+            x.new_zeros(len(tree.rows) * length).index_copy_(0, places_N, x).view(-1, length)
+            for x in (input_ids_N, position_ids_N)
+        )
+        if self.shares_prompts:
+            implementation = self._masked_attention(device, length)
+            masks = self._masks(tree.mask(length, device), position_BL, implementation)
+            hidden_BLH = self._base(
+                ids_BL, implementation, position_ids=position_BL, attention_mask=masks
+            )
+        else:
             # Every row is one sequence, padded behind its end: what the model does by itself.
-            return self.model.base_model(input_ids=input_ids_BL, use_cache=False).last_hidden_state
-        implementation = self._attention_for(input_ids_BL, position_ids_BL)
-        if self.model.config._attn_implementation != implementation:
-            self.model.set_attn_implementation(implementation)
-        where: dict[str, Any] = {"tree": tree}
-        if implementation != TREE:
-            mask_B1LL = tree.mask(input_ids_BL.device)
-            where = {"attention_mask": self._masks(mask_B1LL, position_ids_BL, implementation)}
-        return self.model.base_model(
-            input_ids=input_ids_BL, position_ids=position_ids_BL, use_cache=False, **where
-        ).last_hidden_state
+            hidden_BLH = self._base(ids_BL, None)
+        return hidden_BLH.flatten(0, 1).index_select(0, places_N[predict_T])
 
-    def _attention_for(self, input_ids_BL: torch.Tensor, position_ids_BL: torch.Tensor) -> str:
-        on_cpu, length = input_ids_BL.device.type == "cpu", input_ids_BL.shape[1]
-        wanted = self.attention == "tree" or (on_cpu and length > TREE_ROW_LENGTH)
-        if self.can_tree and wanted and not self._window_bites(position_ids_BL):
-            return TREE
+    def _base(
+        self, input_ids_BL: torch.Tensor, attention: str | None, **where: Any
+    ) -> torch.Tensor:
+        """The model without its output layer: [B, L, H]. attention: None leaves the model's own."""
+        if attention is not None and self.model.config._attn_implementation != attention:
+            self.model.set_attn_implementation(attention)
+        output = self.model.base_model(input_ids=input_ids_BL, use_cache=False, **where)
+        return output.last_hidden_state
+
+    def _dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    def _computes_in_parts(self, position_ids_N: torch.Tensor) -> bool:
+        wanted = self.attention == "tree" or (
+            self.attention == "auto" and position_ids_N.device.type == "cpu"
+        )
+        return self.can_tree and wanted and not self._window_bites(position_ids_N)
+
+    def _masked_attention(self, device: torch.device, length: int) -> str:
         if self.attention in ("sdpa", "eager"):
             return self.attention
-        return "eager" if on_cpu and length <= EAGER_ROW_LENGTH else "sdpa"
+        return "eager" if device.type == "cpu" and length <= EAGER_ROW_LENGTH else "sdpa"
 
-    def _window_bites(self, position_ids_BL: torch.Tensor) -> bool:
-        return self.window is not None and int(position_ids_BL.max()) >= self.window
+    def _window_bites(self, position_ids: torch.Tensor) -> bool:
+        return self.window is not None and int(position_ids.max()) >= self.window
 
     def _masks(
         self, mask_B1LL: torch.Tensor, position_ids_BL: torch.Tensor, implementation: str
@@ -255,9 +286,8 @@ class PolicyModel(nn.Module):
     def _mask(self, mask_B1LL: torch.Tensor, implementation: str) -> torch.Tensor:
         if implementation == "sdpa":
             return mask_B1LL
-        dtype = next(self.model.parameters()).dtype
-        bias_B1LL = torch.zeros(mask_B1LL.shape, dtype=dtype, device=mask_B1LL.device)
-        return bias_B1LL.masked_fill_(~mask_B1LL, torch.finfo(dtype).min)
+        bias_B1LL = torch.zeros_like(mask_B1LL, dtype=self._dtype())
+        return bias_B1LL.masked_fill_(~mask_B1LL, torch.finfo(bias_B1LL.dtype).min)
 
     @torch.no_grad()
     def self_check(self, temperature: float) -> None:
@@ -281,15 +311,14 @@ class PolicyModel(nn.Module):
         logits = self.model(input_ids=alone[None], use_cache=False).logits[0, prompt - 1 : -1]
         theirs = (logits.float() / temperature).log_softmax(-1).gather(1, target[:, None])[:, 0]
         # Log-probs of arbitrary tokens are around -10; bfloat16 keeps 8 bits of a logit.
-        precise = next(self.model.parameters()).dtype == torch.float32
+        precise = self._dtype() == torch.float32
         limit = 1e-3 if precise else 0.5
 
         def error(row: torch.Tensor, position: torch.Tensor, shape: RowShape) -> float:
             predict = torch.arange(len(row) - second - 1, len(row) - 1, device=device)
             predict[0] = prompt - 1
-            tree = Tree((shape,), len(row))
             try:
-                ours, _ = self(row[None], position[None], tree, predict, target, temperature)
+                ours, _ = self(row, position, Tree((shape,)), predict, target, temperature)
             except (TypeError, ValueError, RuntimeError):
                 return math.inf  # takes no positions, or no attention of ours
             return float((ours - theirs).abs().max())
@@ -297,7 +326,7 @@ class PolicyModel(nn.Module):
         shared = RowShape(prompt, (first, second))
         configured = self.attention
         if self.can_tree:
-            self.attention = "tree"  # auto would not take it for a row this short
+            self.attention = "tree"  # auto would not take it on a GPU
             self.can_tree = error(ids, position, shared) <= limit
             self.attention = configured
         if configured == "tree" and not self.can_tree:

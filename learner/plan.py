@@ -22,9 +22,10 @@ from actors.records import GroupMeta, ScoreMeta
 from learner.config import AlgorithmConfig
 from learner.grpo import advantages, overlong_penalty, standard_deviation, token_weights, valid
 
-# Rows are padded to a multiple of this, so that the same shapes come back step after step. On CPUs
-# a matrix product compiles a kernel for every new shape and keeps it: new shapes in every step cost
-# a tenth of the time, and what is kept tears the heap into pieces that grow without end.
+# The tokens of a forward pass are padded to a multiple of this, so that the same shapes come back
+# step after step. On CPUs a matrix product compiles a kernel for every new shape and keeps it: new
+# shapes in every step cost a tenth of the time, and what is kept tears the heap into pieces that
+# grow without end.
 LENGTH_MULTIPLE = 32
 
 
@@ -67,7 +68,8 @@ class Row:
         return self.prompt_tokens + self.completion_tokens
 
 
-def _padded(length: int) -> int:
+def padded_length(length: int) -> int:
+    """The next multiple of LENGTH_MULTIPLE."""
     return -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
 
 
@@ -81,15 +83,8 @@ class MicroBatch:
 
     rows: tuple[Row, ...]
     chunks: int
-
-    @property
-    def length(self) -> int:
-        """Tokens that every row is padded to."""
-        return _padded(max((row.length for row in self.rows), default=0))
-
-    @property
-    def padded_tokens(self) -> int:
-        return len(self.rows) * self.length
+    # What the model computes, with padding.
+    padded_tokens: int = 0
 
 
 # Of one update: for each rank its micro-batches, equally many.
@@ -128,8 +123,9 @@ class RowCost:
     """Estimated work of a row, in units of one token's matrix products: tokens + q * pairs.
 
     quadratic (q): work of one token's attention to one other token, over all layers. The default
-    fits small models; a running learner derives its own from the model's shape. masked: all pairs
-    of the row are computed, not only those that attend to each other.
+    fits small models; a running learner derives its own from the model's shape. masked: rows are
+    padded to the longest of their micro-batch, and all pairs of a row are computed, not only those
+    that attend to each other; otherwise rows lie one after another.
     """
 
     quadratic: float = 1e-3
@@ -142,6 +138,12 @@ class RowCost:
         if not self.masked:
             pairs = (prompt**2 + sum(n**2 for n in completions)) / 2 + prompt * tokens
         return length + self.quadratic * pairs
+
+    def padded_tokens(self, rows: Sequence[Row]) -> int:
+        """Tokens that one forward pass over these rows computes."""
+        if self.masked:
+            return len(rows) * padded_length(max((row.length for row in rows), default=0))
+        return padded_length(sum(row.length for row in rows))
 
 
 @dataclass(frozen=True)
@@ -367,7 +369,7 @@ def _shards(
         by_rank[least].append(row)
         work[least] += cost(row.prompt_tokens, [piece.tokens for piece in row.pieces])
 
-    packed = [_pack(rank_rows, budget) for rank_rows in by_rank]
+    packed = [_pack(rank_rows, budget, cost) for rank_rows in by_rank]
     count = max(len(batches) for batches in packed)
     for batches in packed:
         batches += [()] * (count - len(batches))
@@ -383,16 +385,18 @@ def _shards(
         for i in range(count)
     ]
     return tuple(
-        tuple(MicroBatch(batches[i], chunks[i]) for i in range(count)) for batches in packed
+        tuple(
+            MicroBatch(batches[i], chunks[i], cost.padded_tokens(batches[i])) for i in range(count)
+        )
+        for batches in packed
     )
 
 
-def _pack(rows: list[Row], budget: int) -> list[tuple[Row, ...]]:
+def _pack(rows: list[Row], budget: int, cost: RowCost) -> list[tuple[Row, ...]]:
     """Rows of similar length together, longest first, padding counted in the budget."""
     batches: list[list[Row]] = []
     for row in sorted(rows, key=lambda row: -row.length):
-        # Sorted: the first row of a batch is its longest.
-        if batches and (len(batches[-1]) + 1) * _padded(batches[-1][0].length) <= budget:
+        if batches and cost.padded_tokens([*batches[-1], row]) <= budget:
             batches[-1].append(row)
         else:
             batches.append([row])

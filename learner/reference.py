@@ -55,8 +55,8 @@ class ReferencePolicy:
     def logprobs(self, tensors: BatchTensors, temperature: float, chunks: int) -> torch.Tensor:
         """[T] float32, of the same tokens at the same temperature as the policy's."""
         logprobs_T, _ = self._forward(
-            tensors.input_ids_BL,
-            tensors.position_ids_BL,
+            tensors.input_ids_N,
+            tensors.position_ids_N,
             tensors.tree,
             tensors.predict_T,
             tensors.target_T,

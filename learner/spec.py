@@ -40,9 +40,9 @@ class ModelFacts:
     """What the driver needs to know of the model.
 
     attention_work: work of one token's attention to one other token over all layers, relative to
-    one token's matrix products. masked_attention: all pairs of a row are computed, not only those
-    that attend to each other. shares_prompts: whether a prompt can be computed once for several
-    completions.
+    one token's matrix products. masked_attention: rows are padded, and all pairs of a row computed,
+    not only those that attend to each other. shares_prompts: whether a prompt can be computed once
+    for several completions.
     """
 
     parameters: int

@@ -224,8 +224,8 @@ class LearnerWorker:
 
     def _policy(self, tensors: BatchTensors, chunks: int) -> Any:
         return self.engine(
-            tensors.input_ids_BL,
-            tensors.position_ids_BL,
+            tensors.input_ids_N,
+            tensors.position_ids_N,
             tensors.tree,
             tensors.predict_T,
             tensors.target_T,
@@ -305,11 +305,10 @@ class LearnerWorker:
             raise ValueError(f"a sequence of {n} tokens has no log-probs")
         ids = torch.tensor(token_ids, device=self.device)
         position = torch.arange(n, device=self.device)
-        tree = Tree((RowShape(n),), n)
         chunks = -(-(n - 1) // self.spec.learner.logit_chunk_tokens)
         with torch.no_grad():
             logprobs, _ = self.engine(
-                ids[None], position[None], tree, position[:-1], ids[1:], 1.0, chunks
+                ids, position, Tree((RowShape(n),)), position[:-1], ids[1:], 1.0, chunks
             )
         return logprobs.tolist()
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from actors.records import ScoredGroup
+from learner.attention import Tree
 from learner.batch import build_micro_batch
 from learner.config import AlgorithmConfig
 from learner.plan import MicroBatch, Piece, RowCost, StepPlan, informative, plan_step, score_batches
@@ -143,7 +144,7 @@ def test_rank_without_rows_gets_empty_micro_batches() -> None:
 
 
 def test_tensors_against_brute_force() -> None:
-    """Mask, positions and targets, one position at a time."""
+    """Who sees whom, positions and targets, one token at a time."""
     groups = [
         scored_group("a", [0.0, 1.0, 2.0], [3, 1, 4], prompt_tokens=5),
         scored_group("b", [0.0, 1.0], [2, 2], prompt_tokens=1),
@@ -152,9 +153,8 @@ def test_tensors_against_brute_force() -> None:
     (batch,) = found.updates[0][0]
     by_id = {g.group.id: g for g in groups}
     tensors = build_micro_batch(batch, by_id)
-    _, longest = tensors.input_ids_BL.shape
-    seen = 0
-    for b, row in enumerate(batch.rows):
+    seen = start = 0
+    for row, shape in zip(batch.rows, tensors.tree.rows, strict=True):
         group = by_id[row.group_id].group
         owners: list[object] = ["prompt"] * row.prompt_tokens
         tokens = list(group.prompt.token_ids)
@@ -165,27 +165,30 @@ def test_tensors_against_brute_force() -> None:
             owners += [piece.completion_id] * piece.tokens
             tokens += ids.tolist()
             positions += range(row.prompt_tokens, row.prompt_tokens + piece.tokens)
-        padding = longest - len(tokens)
-        assert tensors.input_ids_BL[b].tolist() == tokens + [0] * padding
-        assert tensors.position_ids_BL[b].tolist() == positions + [0] * padding
-        owners += [f"padding {i}" for i in range(padding)]
-        mask = tensors.tree.mask(torch.device("cpu"))
-        for q in range(longest):
-            for k in range(longest):
+        assert tensors.input_ids_N[start : start + row.length].tolist() == tokens
+        assert tensors.position_ids_N[start : start + row.length].tolist() == positions
+        assert shape.length == row.length
+        padded = row.length + 3
+        owners += [f"padding {i}" for i in range(3)]
+        mask = Tree((shape,)).mask(padded, torch.device("cpu"))
+        for q in range(padded):
+            for k in range(padded):
                 sees = k <= q and owners[k] in ("prompt", owners[q])
                 sees = sees if not str(owners[q]).startswith("padding") else k == q
-                assert bool(mask[b, 0, q, k]) == sees, (b, q, k)
+                assert bool(mask[0, 0, q, k]) == sees, (row, q, k)
         for piece in row.pieces:
             completion = completions[piece.completion_id]
             for t in range(piece.tokens):
                 at = owners.index(piece.completion_id) + t
                 before = at - 1 if t else row.prompt_tokens - 1
-                assert int(tensors.predict_T[seen]) == b * longest + before
+                assert int(tensors.predict_T[seen]) == start + before
                 assert int(tensors.target_T[seen]) == completion.token_ids[t]
                 assert tensors.behaviour_T[seen] == completion.logprobs[t]
                 assert tensors.advantage_T[seen] == pytest.approx(piece.advantage)
                 assert tensors.weight_T[seen] == pytest.approx(piece.weight)
                 seen += 1
+        start += row.length
+    assert start == len(tensors.input_ids_N)
     assert seen == len(tensors.target_T) == found.trained_tokens
 
 
@@ -227,19 +230,22 @@ def test_work_is_level_over_ranks() -> None:
     assert max(work) / min(work) < 1.1
 
 
-def test_shapes_come_back() -> None:
-    """Rows of many different lengths become tensors of few."""
-    shapes = set()
+@pytest.mark.parametrize("masked", [True, False])
+def test_shapes_come_back(masked: bool) -> None:
+    """Rows of many different lengths are computed in few shapes."""
+    sizes = set()
     for tokens in range(1, 90):
-        group = scored_group("a", [0.0, 1.0], [tokens, 1], prompt_tokens=7)
-        plan = plan_step(
-            [metas(group)], AlgorithmConfig(), ranks=1, micro_batch_tokens=1000, max_tokens=100
-        )
-        [batch] = plan.updates[0][0]
-        shape = build_micro_batch(batch, {"a": group}).input_ids_BL.shape
-        assert plan.padded_tokens == shape[0] * shape[1] >= plan.row_tokens
-        shapes.add(tuple(shape))
-    assert {shape[1] for shape in shapes} <= {32, 64, 96, 128}
+        groups = [
+            scored_group("a", [0.0, 1.0], [tokens, 1], prompt_tokens=7),
+            scored_group("b", [0.0, 1.0], [1, 1], prompt_tokens=7),
+        ]
+        cost = RowCost(masked=masked)
+        [batch] = plan(groups, micro_batch_tokens=1000, cost=cost).updates[0][0]
+        longest, other = 7 + tokens + 1, 9
+        needed = 2 * longest if masked else longest + other
+        assert needed <= batch.padded_tokens < needed + (64 if masked else 32)
+        sizes.add(batch.padded_tokens)
+    assert sizes == ({64, 128, 192, 256} if masked else {32, 64, 96, 128})
 
 
 def pieces_of(found: StepPlan, update: int = 0) -> dict[str, Piece]:

@@ -36,7 +36,7 @@ def groups() -> list[ScoredGroup]:
 
 
 def one_batch(scored: list[ScoredGroup]) -> tuple[list[str], BatchTensors]:
-    """All groups in one padded micro-batch, each prompt once; and the ids in tensor order."""
+    """All groups in one micro-batch, each prompt once; and the ids in tensor order."""
     plan = plan_step(
         [metas(g) for g in scored],
         AlgorithmConfig(),
@@ -53,8 +53,8 @@ def one_batch(scored: list[ScoredGroup]) -> tuple[list[str], BatchTensors]:
 
 def score(policy: PolicyModel, tensors: BatchTensors, chunks: int) -> Any:
     return policy(
-        tensors.input_ids_BL,
-        tensors.position_ids_BL,
+        tensors.input_ids_N,
+        tensors.position_ids_N,
         tensors.tree,
         tensors.predict_T,
         tensors.target_T,
@@ -63,15 +63,35 @@ def score(policy: PolicyModel, tensors: BatchTensors, chunks: int) -> Any:
     )
 
 
+LENGTH = 32
+
+
+def padded_hidden(policy: PolicyModel, tensors: BatchTensors, attention: str) -> torch.Tensor:
+    """The hidden states that predict, from the model's own forward over rows padded to LENGTH."""
+    ids, positions = torch.zeros(2, len(tensors.tree.rows), LENGTH, dtype=torch.long)
+    places = tensors.tree.places(LENGTH, torch.device("cpu"))
+    ids.view(-1)[places] = tensors.input_ids_N
+    positions.view(-1)[places] = tensors.position_ids_N
+    masks = policy._masks(tensors.tree.mask(LENGTH, torch.device("cpu")), positions, attention)
+    policy.model.set_attn_implementation(attention)
+    output = policy.model.base_model(input_ids=ids, position_ids=positions, attention_mask=masks)
+    return output.last_hidden_state.flatten(0, 1)[places[tensors.predict_T]]
+
+
 def gradients(model: Any) -> dict[str, torch.Tensor]:
     found = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad()
     return found
 
 
-@pytest.mark.parametrize("attention", ["tree", "eager", "sdpa"])
+@pytest.mark.parametrize(
+    ("attention", "masked"), [("tree", 0), ("tree", 14), ("tree", 256), ("eager", 0), ("sdpa", 0)]
+)
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_equal_single_sequences(kind: str, attention: Any) -> None:
+def test_rows_equal_single_sequences(
+    kind: str, attention: Any, masked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("learner.attention.MASKED_ROW_LENGTH", masked)
     model = tiny_model(kind)
     if kind == "gemma2" and attention != "eager":
         with pytest.raises(UnsupportedModel, match="attention scores"):
@@ -101,9 +121,10 @@ def test_rows_equal_single_sequences(kind: str, attention: Any) -> None:
 @pytest.mark.parametrize("chunks", [1, 4, 50])
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_equal_the_reference(
-    kind: str, chunks: int, gradient_checkpointing: bool
+    kind: str, chunks: int, gradient_checkpointing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every parameter's gradient, whatever the number of parts of the output layer."""
+    monkeypatch.setattr("learner.attention.MASKED_ROW_LENGTH", 0 if chunks == 1 else 256)
     model = tiny_model(kind)
     scored = groups()
     model.set_attn_implementation("eager")
@@ -111,7 +132,7 @@ def test_gradients_equal_the_reference(
     expected_loss.backward()
     expected = gradients(model)
     _, tensors = one_batch(scored)
-    attention: Any = "tree" if chunks == 4 and kind != "gemma2" else "auto"
+    attention: Any = "eager" if chunks == 4 or kind == "gemma2" else "tree"
     policy = PolicyModel(model, attention, gradient_checkpointing)
     logprobs, entropy = score(policy, tensors, chunks)
     loss, _ = policy_loss(
@@ -132,13 +153,9 @@ def test_gradients_equal_the_reference(
 def test_entropy_is_that_of_the_tempered_distribution() -> None:
     model = tiny_model("llama-tied")
     _, tensors = one_batch(groups())
-    _, entropy = score(PolicyModel(model), tensors, 2)
-    model.set_attn_implementation("sdpa")
-    hidden = model.model(
-        input_ids=tensors.input_ids_BL,
-        position_ids=tensors.position_ids_BL,
-        attention_mask=tensors.tree.mask(torch.device("cpu")),
-    ).last_hidden_state.flatten(0, 1)[tensors.predict_T]
+    policy = PolicyModel(model)
+    _, entropy = score(policy, tensors, 2)
+    hidden = padded_hidden(policy, tensors, "sdpa")
     logits = model.lm_head(hidden) / TEMPERATURE
     expected = torch.distributions.Categorical(logits=logits).entropy()
     torch.testing.assert_close(entropy, expected, atol=1e-5, rtol=1e-5)
@@ -152,17 +169,17 @@ def test_dropout_is_off_under_gradient_checkpointing() -> None:
     assert torch.equal(first, second)
 
 
-def test_other_completions_and_padding_do_not_matter() -> None:
-    """The same completion alone, and in a padded batch with others whose tokens change."""
+def test_other_completions_do_not_matter() -> None:
+    """The same completion beside others whose tokens change."""
     policy = PolicyModel(tiny_model("llama-tied"))
     alone = scored_group("a", [1.0, 0.0, 0.5], [3, 9, 1], prompt_tokens=6)
     ids, tensors = one_batch([alone])
     start = sum(3 if i == "a/0" else 9 if i == "a/1" else 1 for i in ids[: ids.index("a/0")])
     base, _ = score(policy, tensors, 1)
-    changed = tensors.input_ids_BL.clone()
+    changed = tensors.input_ids_N.clone()
     position = 6 + sum({"a/0": 3, "a/1": 9, "a/2": 1}[i] for i in ids[: ids.index("a/1")])
-    changed[0, position : position + 9] = 5
-    other, _ = score(policy, BatchTensors(**{**vars(tensors), "input_ids_BL": changed}), 1)
+    changed[position : position + 9] = 5
+    other, _ = score(policy, BatchTensors(**{**vars(tensors), "input_ids_N": changed}), 1)
     torch.testing.assert_close(other[start : start + 3], base[start : start + 3])
     assert not torch.equal(other, base)
 
@@ -254,13 +271,7 @@ def test_entropy_has_its_gradient(kind: str, chunks: int) -> None:
         loss.backward()
         found = gradients(model)
         model.zero_grad()
-        hidden = model.base_model(
-            input_ids=tensors.input_ids_BL,
-            position_ids=tensors.position_ids_BL,
-            attention_mask=policy._masks(
-                tensors.tree.mask(torch.device("cpu")), tensors.position_ids_BL, "eager"
-            ),
-        ).last_hidden_state.flatten(0, 1)[tensors.predict_T]
+        hidden = padded_hidden(policy, tensors, "eager")
         logits = model.get_output_embeddings()(hidden)
         if policy.scale.cap is not None:
             logits = (logits / policy.scale.cap).tanh() * policy.scale.cap
