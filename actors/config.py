@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field
 
 
@@ -29,6 +31,11 @@ class ActorsConfig(BaseModel):
     compile: bool = Field(
         False, description="torch.compile in the engine: faster steps, a much longer start."
     )
+    quantization: Literal["none", "fp8"] = Field(
+        "none",
+        description="fp8: the engine's linear layers in float8, quantized again at every weight "
+        "update. On CPUs it is emulated, for trying out.",
+    )
     start_timeout_s: float = Field(300, gt=0, description="Longest wait for an engine to start.")
     group_timeout_s: float = Field(
         600, gt=0, description="Longest wait for one group; then it is generated elsewhere."
@@ -38,5 +45,6 @@ class ActorsConfig(BaseModel):
         None,
         gt=0,
         description="Largest mean |log-prob difference| between engine and learner on the probe "
-        "sequence after a weight update. Empty: 0.5 in bfloat16, 0.01 in float32.",
+        "sequence after a weight update. Empty: 0.5 in bfloat16, 0.1 in float16, 0.01 in float32, "
+        "1 where either computes in float8.",
     )

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -40,6 +40,7 @@ class EngineSpec:
     gpu_memory: float
     tensor_parallel: int
     compile: bool
+    quantization: Literal["none", "fp8"]
     seed: int
     cores: tuple[int, ...] = ()
 
@@ -110,6 +111,12 @@ class Engine:
             }
         else:
             options = {"gpu_memory_utilization": spec.gpu_memory}
+        if spec.quantization == "fp8":
+            options["quantization"] = "fp8_per_tensor"
+            if spec.device == "cpu":
+                from actors import float8
+
+                options["quantization"] = float8.EMULATED
 
         from vllm.config import WeightTransferConfig
         from vllm.engine.arg_utils import AsyncEngineArgs

@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from actors.config import ActorsConfig
-from learner.config import SECTION_PRESETS, AlgorithmConfig, LearnerConfig
+from learner.config import SECTION_PRESETS, AlgorithmConfig, Dtype, LearnerConfig
 from rewards.config import RewardsConfig, TaskConfig
 
 
@@ -49,9 +49,10 @@ class ModelConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     path: str = Field(description="A Hugging Face folder, or a hub id when the hub is reachable.")
-    dtype: Literal["bfloat16", "float32"] = Field(
+    dtype: Dtype = Field(
         "bfloat16",
-        description="Precision of engine and learner alike. Master weights are always float32.",
+        description="Precision of engine and learner alike; float16 trains with loss scaling. "
+        "Master weights are always float32.",
     )
     max_length: int | None = Field(
         None, ge=8, description="Prompt plus completion, tokens. Empty: as far as needed."
@@ -324,6 +325,15 @@ def contradictions(config: Config) -> list[str]:
         if isinstance(value, float) and not math.isfinite(value)
     ]
     problems += config.algorithm.contradictions() + config.learner.contradictions()
+    if config.model.dtype == "float16" and config.learner.zero_stage == 0:
+        problems.append(
+            "model.dtype=float16 needs learner.zero_stage=1 or more: without ZeRO, scaled "
+            "gradients add up in float16, where they overflow"
+        )
+    if config.model.dtype == "float16" and config.learner.float8 != "off":
+        problems.append(
+            f"learner.float8={config.learner.float8} needs model.dtype=bfloat16 or float32"
+        )
     prompts, group = config.task.prompts_per_step, config.task.group_size
     if config.algorithm.update_on == "share" and config.algorithm.updates_per_step > prompts:
         problems.append(

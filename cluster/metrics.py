@@ -124,6 +124,7 @@ def step_metrics(
         "learner/reference_kl": result.reference_kl,
         "learner/updates": result.updates,
         "learner/learning_rate": result.learning_rate,
+        "learner/loss_scale": result.loss_scale,
         "learner/tokens_per_s": result.tokens / times.train,
         "learner/skipped_steps": counters.skipped_steps,
         "mismatch/k3_kl": result.k3_kl,

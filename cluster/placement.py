@@ -20,6 +20,7 @@ CPU_ENGINE, CPU_RANK = 0.6, 0.4
 ENGINE_OVERHEAD = int(1.6 * GIB)
 RANK_OVERHEAD = int(1.3 * GIB)
 REWARD_OVERHEAD = int(0.25 * GIB)
+WIDTH = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,13 @@ def this_machine() -> Resources:
     )
 
 
+def float16_on_this_cpu() -> bool:
+    """Whether DeepSpeed trains in float16 on this machine's CPU."""
+    import torch
+
+    return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+
+
 def connected_cluster() -> Resources:
     """Resources of the Ray cluster this driver is connected to."""
     import ray
@@ -114,6 +122,11 @@ def plan(config: Config, have: Resources, parameters: int) -> Placement:
             problems.append(
                 f"learner.offload={config.learner.offload}: moves state from GPUs to main memory, "
                 "where it is already on CPU machines; set it to none"
+            )
+        if config.model.dtype == "float16" and not float16_on_this_cpu():
+            problems.append(
+                "model.dtype=float16: this CPU has no float16 arithmetic (avx512_fp16), and "
+                "DeepSpeed refuses to do without; use bfloat16 or float32"
             )
         need = memory_needed(config, parameters)
         total = sum(need.values())
@@ -155,6 +168,12 @@ def plan(config: Config, have: Resources, parameters: int) -> Placement:
     return placement
 
 
+def checkpoint_bytes(config: Config, parameters: int) -> int:
+    """Estimated size on disk: weights for transformers, and again for DeepSpeed with float32
+    master weights and two moments."""
+    return (2 * WIDTH[config.model.dtype] + 12) * parameters
+
+
 def memory_needed(config: Config, parameters: int) -> dict[str, int]:
     """Estimated bytes of host memory on CPU machines, by kind of process.
 
@@ -162,7 +181,7 @@ def memory_needed(config: Config, parameters: int) -> dict[str, int]:
     weights and gradients and, in float32, master weights and two moments, the latter three divided
     over the ranks from ZeRO stage 1 on, gradients from 2, weights from 3.
     """
-    width = 2 if config.model.dtype == "bfloat16" else 4
+    width = WIDTH[config.model.dtype]
     engine = parameters * width * 2 + int(config.actors.kv_cache_gib * GIB) + ENGINE_OVERHEAD
     ranks, stage = config.learner.workers, config.learner.zero_stage
     optimizer = 12 * parameters / (ranks if stage >= 1 else 1)

@@ -22,6 +22,7 @@ from cluster.placement import (
     Placement,
     PlacementError,
     Resources,
+    checkpoint_bytes,
     connected_cluster,
     cpu_environment,
     plan,
@@ -31,7 +32,7 @@ from cluster.prepare import Prepared, RunError, claim_run_dir, first_probe, prep
 from cluster.scribe import Scribe
 from cluster.stream import GroupStream
 from cluster.tracking import Tracker, write_atomically
-from learner.checkpoint import Checkpoints, latest, load_state
+from learner.checkpoint import CheckpointError, Checkpoints, latest, load_state
 from learner.group import LearnerError, LearnerGroup
 from learner.spec import LearnerSpec
 from rewards.pool import RewardPool
@@ -39,11 +40,14 @@ from rewards.tasks import Taken, TaskError, take_prompts
 from rewards.worker import RewardActor
 
 CONNECT_TIMEOUT_S = 10
-# Engine and learner use different kernels: the gap is about 0.1 in bfloat16, below 1e-4 in float32.
-PROBE_TOLERANCE = {"bfloat16": 0.5, "float32": 0.01}
+# Engine and learner use different kernels: the gap is about 0.1 in bfloat16, an eighth of that in
+# float16, below 1e-4 in float32.
+PROBE_TOLERANCE = {"bfloat16": 0.5, "float16": 0.1, "float32": 0.01}
+FLOAT8_PROBE_TOLERANCE = 1.0
 
 
 EXPECTED_ERRORS = (
+    CheckpointError,
     ConfigError,
     LearnerError,
     PlacementError,
@@ -105,8 +109,18 @@ def engine_spec(prepared: Prepared, placement: Placement) -> EngineSpec:
         gpu_memory=config.actors.gpu_memory,
         tensor_parallel=config.actors.tensor_parallel,
         compile=config.actors.compile,
+        quantization=config.actors.quantization,
         seed=config.run.seed,
     )
+
+
+def probe_tolerance(config: Config) -> float:
+    """How far engine and learner may be apart on the probe sequence, nats a token."""
+    if config.actors.probe_tolerance is not None:
+        return config.actors.probe_tolerance
+    if config.actors.quantization != "none" or config.learner.float8 != "off":
+        return FLOAT8_PROBE_TOLERANCE
+    return PROBE_TOLERANCE[config.model.dtype]
 
 
 def make_pool(
@@ -196,7 +210,12 @@ async def _train_in(prepared: Prepared, folder: Path, console: Console) -> int:
     import ray
 
     config = prepared.config
-    checkpoints = Checkpoints(folder / "checkpoints", config.run.keep_checkpoints)
+    checkpoints = Checkpoints(
+        folder / "checkpoints",
+        config.run.keep_checkpoints,
+        checkpoint_bytes(config, prepared.parameters),
+    )
+    checkpoints.require_space()
     resume_from = latest(folder / "checkpoints") if config.run.resume else None
     saved = load_state(resume_from) if resume_from else None
     if saved and saved["step"] >= config.run.steps:
@@ -260,7 +279,7 @@ async def _train_in(prepared: Prepared, folder: Path, console: Console) -> int:
             checkpoints=checkpoints,
             several_nodes=sum(node["Alive"] for node in ray.nodes()) > 1,
             probe_ids=first_probe(prepared),
-            probe_tolerance=config.actors.probe_tolerance or PROBE_TOLERANCE[config.model.dtype],
+            probe_tolerance=probe_tolerance(config),
             stop=asyncio.Event(),
             step=first_step,
             counters=Counters.resumed(saved["counters"])

@@ -33,22 +33,40 @@ class CheckpointError(Exception):
 
 
 class Checkpoints:
-    """The checkpoint folder of one run. One process, the driver, uses it at a time."""
+    """The checkpoint folder of one run. One process, the driver, uses it at a time.
 
-    def __init__(self, folder: str | Path, keep: int) -> None:
+    expected_bytes: size of one checkpoint, about.
+    """
+
+    def __init__(self, folder: str | Path, keep: int, expected_bytes: int = 0) -> None:
         self.folder = Path(folder)
         self.keep = keep
+        self.expected_bytes = expected_bytes
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in self.folder.glob("tmp-*"):
             shutil.rmtree(leftover)
 
     def begin(self, step: int) -> Path:
-        """A fresh folder for the ranks to write into; `commit` makes it a checkpoint."""
+        """A fresh folder for the ranks to write into; `commit` makes it a checkpoint.
+
+        Raises CheckpointError when it would not fit on the disk.
+        """
+        self.require_space()
         temporary = self._temporary(step)
         if temporary.exists():
             shutil.rmtree(temporary)
         temporary.mkdir()
         return temporary
+
+    def require_space(self) -> None:
+        """Raise CheckpointError unless one more checkpoint fits: old ones go after it is there."""
+        free = shutil.disk_usage(self.folder).free
+        if free < self.expected_bytes:
+            raise CheckpointError(
+                f"{self.folder}: a checkpoint takes about {self.expected_bytes / 2**30:.1f} GiB, "
+                f"and {free / 2**30:.1f} GiB are free on this disk: make room there, lower "
+                "run.keep_checkpoints, or choose another run.dir"
+            )
 
     def commit(self, step: int, state: dict[str, Any]) -> Path:
         """Add the driver's state, make everything durable, give it its name, drop old ones.

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+Dtype = Literal["bfloat16", "float16", "float32"]
+
 
 class LearnerConfig(BaseModel):
     """The DeepSpeed learner: ranks, memory, optimizer."""
@@ -49,6 +51,11 @@ class LearnerConfig(BaseModel):
         default_factory=dict,
         description="Merged into DeepSpeed's configuration, as {zero_optimization: "
         "{reduce_bucket_size: 1e8}}; what Cohort itself decides is refused.",
+    )
+    float8: Literal["off", "tensorwise", "rowwise"] = Field(
+        "off",
+        description="Matrix products of the linear layers in float8 (torchao), one scale for each "
+        "tensor or each row. On CPUs it is emulated, for trying out.",
     )
     attention: Literal["auto", "tree", "sdpa", "eager"] = Field(
         "auto",

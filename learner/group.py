@@ -34,12 +34,12 @@ class StepResult:
 
     version: steps applied so far, this one included. applied: False when no update's gradient was
     finite, or when no group was left to train on (then tokens is 0). updates: optimizer updates
-    that were tried. loss, grad_norm: means over them, the norm before clipping. learning_rate: of
-    the last. k3_kl: estimate of KL(engine || learner), nats per token, engine_ratio: mean of
-    learner / engine probability, logprob_abs_max: largest |learner - engine| log-prob; all three
-    raw. corrected_fraction: tokens whose weight the correction changed from that ratio.
-    reference_kl: k3 estimate of KL(policy || reference), nats per token. seconds: of the slowest
-    rank.
+    that were tried. loss, grad_norm: means over them, the norm before clipping. learning_rate,
+    loss_scale: of the last. k3_kl: estimate of KL(engine || learner), nats per token,
+    engine_ratio: mean of learner / engine probability, logprob_abs_max: largest |learner - engine|
+    log-prob; all three raw. corrected_fraction: tokens whose weight the correction changed from
+    that ratio. reference_kl: k3 estimate of KL(policy || reference), nats per token. seconds: of
+    the slowest rank.
     """
 
     version: int
@@ -49,6 +49,7 @@ class StepResult:
     loss: float
     grad_norm: float
     learning_rate: float
+    loss_scale: float
     entropy: float
     clip_fraction: float
     k3_kl: float
@@ -85,6 +86,7 @@ def pool(
         loss=stats.loss / count,
         grad_norm=sum(update.grad_norm for update in first) / count,
         learning_rate=first[-1].learning_rate if first else 0.0,
+        loss_scale=first[-1].loss_scale if first else 1.0,
         entropy=stats.entropy / tokens,
         clip_fraction=stats.clipped / tokens,
         k3_kl=stats.k3 / tokens,

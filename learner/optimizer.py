@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from learner.config import LearnerConfig
+from learner.config import Dtype, LearnerConfig
 
 
 def lr_at(update: int, learner: LearnerConfig, total_updates: int) -> float:
@@ -27,13 +27,24 @@ def lr_at(update: int, learner: LearnerConfig, total_updates: int) -> float:
     return peak * (learner.lr_final + (1.0 - learner.lr_final) * falling)
 
 
-def deepspeed_config(
-    learner: LearnerConfig, dtype: Literal["bfloat16", "float32"]
-) -> dict[str, Any]:
+# DeepSpeed's names of the precisions that have a float32 copy of the weights beside them.
+SHORT_NAMES = {"bfloat16": "bf16", "float16": "fp16"}
+# Dynamic loss scaling (Micikevicius et al. 2018, arXiv 1710.03740): halved when a gradient is not
+# finite, doubled after a window of updates without.
+LOSS_SCALING = {
+    "loss_scale": 0,
+    "initial_scale_power": 16,
+    "loss_scale_window": 200,
+    "hysteresis": 1,
+    "min_loss_scale": 1,
+}
+
+
+def deepspeed_config(learner: LearnerConfig, dtype: Dtype) -> dict[str, Any]:
     """The DeepSpeed configuration of a run.
 
     Master weights are float32 in every combination: the model itself in float32, a copy that
-    DeepSpeed keeps in bfloat16.
+    DeepSpeed keeps in bfloat16 and float16.
     """
     stage = learner.zero_stage
     config: dict[str, Any] = {
@@ -56,12 +67,14 @@ def deepspeed_config(
             config[key] = {**config.get(key, {}), **value}
         else:
             config[key] = value
-    if dtype == "bfloat16":
-        config["bf16"] = {"enabled": True}
-        # Sums of bfloat16 gradients, over micro-batches and over ranks, lose what is small.
+    if dtype != "float32":
+        config[SHORT_NAMES[dtype]] = {"enabled": True}
+        # Sums of short gradients, over micro-batches and over ranks, lose what is small.
         config["communication_data_type"] = "fp32"
         if stage > 0:
             config["data_types"] = {"grad_accum_dtype": "fp32"}
+        if dtype == "float16":
+            config["fp16"] |= LOSS_SCALING
     elif stage == 0:
         config["gradient_clipping"] = 0.0  # ClippingAdamW does it
     return config
@@ -70,7 +83,7 @@ def deepspeed_config(
 def client_optimizer(
     parameters: Iterable[torch.nn.Parameter],
     learner: LearnerConfig,
-    dtype: Literal["bfloat16", "float32"],
+    dtype: Dtype,
 ) -> torch.optim.AdamW:
     """The AdamW that DeepSpeed wraps, or uses as it is in float32 without ZeRO."""
     kind = ClippingAdamW if dtype == "float32" and learner.zero_stage == 0 else torch.optim.AdamW

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import xxhash
 
 from learner.batch import BatchTensors
+from learner.config import Dtype
 from learner.logprobs import PolicyModel
+from learner.optimizer import SHORT_NAMES
 from learner.weights import gather_named_weights, named_tensors, shared_buckets, whole
 
 REFERENCE_FILE = "reference.safetensors"
@@ -25,9 +27,7 @@ class ReferencePolicy:
     become the policy; until then it is what `fingerprint` (xxh3-128 of its tensors) names.
     """
 
-    def __init__(
-        self, policy: PolicyModel, zero_stage: int, dtype: Literal["bfloat16", "float32"]
-    ) -> None:
+    def __init__(self, policy: PolicyModel, zero_stage: int, dtype: Dtype) -> None:
         self._policy = policy.requires_grad_(False)
         self._stage = zero_stage
         self.refreshed = False
@@ -45,8 +45,8 @@ class ReferencePolicy:
                 "steps_per_print": None,
                 "zero_optimization": {"stage": 3},
             }
-            if dtype == "bfloat16":
-                config["bf16"] = {"enabled": True}
+            if dtype != "float32":
+                config[SHORT_NAMES[dtype]] = {"enabled": True}
             self._forward, *_ = deepspeed.initialize(
                 model=policy, config=config, dist_init_required=False
             )

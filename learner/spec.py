@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from learner.config import AlgorithmConfig, LearnerConfig
+from learner.config import AlgorithmConfig, Dtype, LearnerConfig
 from learner.grpo import LossStats
 
 
@@ -20,7 +20,7 @@ class LearnerSpec:
     """
 
     model_path: str
-    dtype: Literal["bfloat16", "float32"]
+    dtype: Dtype
     learner: LearnerConfig
     algorithm: AlgorithmConfig
     temperature: float
@@ -53,12 +53,17 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """What one rank saw of one optimizer update. grad_norm is global and before clipping."""
+    """What one rank saw of one optimizer update.
+
+    grad_norm: global, before clipping. loss_scale: the factor on a float16 loss that was used
+    last, 1 in other precisions.
+    """
 
     stats: LossStats
     applied: bool
     grad_norm: float
     learning_rate: float
+    loss_scale: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import shutil
@@ -112,6 +113,10 @@ class LearnerWorker:
         parameters = sum(p.numel() for p in self.policy.parameters())
         self.model = self.policy.model
         self.policy.self_check(spec.temperature)
+        if spec.learner.float8 != "off":
+            from learner.float8 import convert
+
+            convert(self.model, spec.learner.float8, self.device)
         self.engine = self._deepspeed_engine()
         if spec.algorithm.kl_coef > 0:
             from learner.reference import ReferencePolicy
@@ -128,7 +133,11 @@ class LearnerWorker:
         from learner.weights import check_names
 
         self.model_folder = _resolve(self.spec.model_path)
-        dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[self.spec.dtype]
+        dtype = {
+            "bfloat16": torch.bfloat16,
+            "float16": torch.float16,
+            "float32": torch.float32,
+        }[self.spec.dtype]
         model = AutoModelForCausalLM.from_pretrained(self.model_folder, dtype=dtype)
         check_names(model)
         attention = self.spec.learner.attention
@@ -201,19 +210,39 @@ class LearnerWorker:
     ) -> UpdateResult:
         from learner.optimizer import lr_at
 
-        stats = LossStats()
-        for place, batch in enumerate(batches):
-            stats += self._accumulate(batch, by_id, memo, place)
         spec = self.spec
         total = spec.total_steps * spec.algorithm.updates_per_step
         learning_rate = lr_at(self.updates_done + 1, spec.learner, total)
         for param_group in self.engine.optimizer.param_groups:
             param_group["lr"] = learning_rate
-        self.engine.step()
-        applied = self.engine.was_step_applied()
+        while True:
+            loss_scale = self._loss_scale()
+            stats = LossStats()
+            for place, batch in enumerate(batches):
+                stats += self._accumulate(batch, by_id, memo, place)
+            self.engine.step()
+            applied = self.engine.was_step_applied()
+            # DeepSpeed halved the scale: the same update again, so that no batch is lost to it.
+            if applied or self._loss_scale() == loss_scale or not self._finite_everywhere(stats):
+                break
         self.updates_done += applied
         norm = float(self.engine.get_global_grad_norm())
-        return UpdateResult(stats, applied, norm, learning_rate)
+        return UpdateResult(stats, applied, norm, learning_rate, loss_scale)
+
+    def _loss_scale(self) -> float:
+        """The factor on the loss that keeps small float16 gradients from vanishing."""
+        if self.spec.dtype != "float16":
+            return 1.0
+        return float(self.engine.optimizer.loss_scaler.loss_scale)
+
+    def _finite_everywhere(self, stats: LossStats) -> bool:
+        """Whether every rank's loss is finite. If not, no scale will help."""
+        import torch
+        import torch.distributed as dist
+
+        finite = torch.tensor(float(math.isfinite(stats.loss)), device=self.device)
+        dist.all_reduce(finite, dist.ReduceOp.MIN)
+        return bool(finite)
 
     def _fetch(self, groups: Sequence[Any]) -> list[ScoredGroup]:
         import ray

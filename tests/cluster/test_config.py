@@ -165,6 +165,11 @@ def test_r1_sets_its_published_group_and_learning_rate(tmp_path: Path) -> None:
         (["algorithm.updates_per_step=9", "algorithm.update_on=share"], "updates_per_step=9"),
         (["algorithm.dual_clip=0.5"], "algorithm.dual_clip"),
         (["learner.offload=all"], "learner.offload=all needs learner.zero_stage=3"),
+        (["model.dtype=float16", "learner.zero_stage=0"], "needs learner.zero_stage=1 or more"),
+        (
+            ["model.dtype=float16", "learner.float8=rowwise"],
+            "needs model.dtype=bfloat16 or float32",
+        ),
         (["learner.deepspeed={fp16: {enabled: true}}"], "learner.deepspeed.fp16: decided by"),
         (["learner.deepspeed={zero_optimization: {stage: 3}}"], "use learner.zero_stage"),
         (["actors.top_p=0.9"], "actors.top_p: unknown key; refused in training"),

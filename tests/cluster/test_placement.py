@@ -50,6 +50,19 @@ def test_what_does_not_fit_is_said_with_numbers_and_keys(
         plan(config(**sections), LAPTOP, SMALL_MODEL)
 
 
+@pytest.mark.parametrize("able", [True, False])
+def test_float16_needs_a_cpu_that_knows_it(able: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.placement.float16_on_this_cpu", lambda: able)
+    wanted = config(model={"path": "m", "dtype": "float16"})
+    if able:
+        assert plan(wanted, LAPTOP, SMALL_MODEL).device == "cpu"
+        return
+    with pytest.raises(PlacementError, match=r"model\.dtype=float16: this CPU .* use bfloat16"):
+        plan(wanted, LAPTOP, SMALL_MODEL)
+    # GPUs have it.
+    assert plan(wanted, Resources(16, 8, 500 * GIB), SMALL_MODEL).device == "cuda"
+
+
 def test_gpus_are_counted_for_engines_and_ranks() -> None:
     wanted = config(actors={"count": 2, "tensor_parallel": 2}, learner={"workers": 4})
     node = Resources(cpus=64, gpus=8, memory=500 * GIB)

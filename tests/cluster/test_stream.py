@@ -146,11 +146,11 @@ def result(**changes: Any) -> StepResult:
     return StepResult(
         **{
             "version": 1, "applied": True, "updates": 1, "nonfinite_in_a_row": 0, "loss": 0.5,
-            "grad_norm": 1.0, "learning_rate": 1e-6, "entropy": 1.0, "clip_fraction": 0.0,
-            "k3_kl": 0.0, "engine_ratio": 1.0, "logprob_abs_max": 0.1, "corrected_fraction": 0.0,
-            "reference_kl": 0.0, "tokens": 20, "seconds": 1.0, "trained": 4, "filtered": 2,
-            "failed": 0, "groups_trained": 2, "groups_filtered": 1, "groups_failed": 0,
-            "row_tokens": 30, "padded_tokens": 40, "micro_batches": 1,
+            "grad_norm": 1.0, "learning_rate": 1e-6, "loss_scale": 1.0, "entropy": 1.0,
+            "clip_fraction": 0.0, "k3_kl": 0.0, "engine_ratio": 1.0, "logprob_abs_max": 0.1,
+            "corrected_fraction": 0.0, "reference_kl": 0.0, "tokens": 20, "seconds": 1.0,
+            "trained": 4, "filtered": 2, "failed": 0, "groups_trained": 2, "groups_filtered": 1,
+            "groups_failed": 0, "row_tokens": 30, "padded_tokens": 40, "micro_batches": 1,
             **changes,
         }
     )  # fmt: skip

@@ -31,6 +31,16 @@ def test_latest_and_state(tmp_path: Path) -> None:
     assert load_state(found) == {"step": 10, "cursor": [1, 2]}
 
 
+def test_a_full_disk_is_said_before_anything_is_written(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2, expected_bytes=1 << 60)
+    with pytest.raises(CheckpointError, match=r"takes about 1073741824\.0 GiB, and .* are free"):
+        checkpoints.begin(3)
+    assert list(tmp_path.iterdir()) == []
+    roomy = Checkpoints(tmp_path, keep=2, expected_bytes=10)
+    roomy.require_space()
+    save(roomy, 3)
+
+
 def test_keeps_the_newest(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=2)
     for step in (5, 10, 15, 20):

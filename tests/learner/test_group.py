@@ -111,12 +111,16 @@ def test_float32_optimizer_clips_and_leaves_out_what_is_not_finite() -> None:
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_deepspeed_never_scales_or_divides(stage: Any, dtype: Any) -> None:
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_deepspeed_never_averages(stage: Any, dtype: Any) -> None:
     config = deepspeed_config(LearnerConfig(zero_stage=stage), dtype)
     assert config["gradient_accumulation_steps"] == 1
     assert config["managed_gradient_accumulation"] is False
     assert ("bf16" in config) == (dtype == "bfloat16")
+    assert ("fp16" in config) == (dtype == "float16")
+    if dtype == "float16":
+        # 0: dynamic.
+        assert (config["fp16"]["loss_scale"], config["fp16"]["hysteresis"]) == (0, 1)
 
 
 def test_memory_options_reach_deepspeed_and_change_nothing_else() -> None:

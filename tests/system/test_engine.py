@@ -99,6 +99,7 @@ def start(folder: Path, *logs: Path, **options: Any) -> list[Any]:
             "gpu_memory": 0.5,
             "tensor_parallel": 1,
             "compile": False,
+            "quantization": "none",
             "seed": 0,
             **options,
         },
@@ -306,6 +307,56 @@ def test_two_engines_side_by_side_never_give_copies(tmp_path: Path) -> None:
         time.sleep(0.1)
 
 
+def e4m3(x: torch.Tensor, dim: int | None = None) -> torch.Tensor:
+    """x at the precision of float8, with one scale, or one along `dim`."""
+    peak = x.abs().max() if dim is None else x.abs().amax(dim, keepdim=True)
+    return (x * (448 / peak)).to(torch.float8_e4m3fn).to(x.dtype) * (peak / 448)
+
+
+def in_float8(model: Any) -> Any:
+    """A tiny Llama as a float8 engine computes it: layers that it fuses share a scale."""
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        for fused in (
+            (attention.q_proj, attention.k_proj, attention.v_proj),
+            (attention.o_proj,),
+            (mlp.gate_proj, mlp.up_proj),
+            (mlp.down_proj,),
+        ):
+            weights = e4m3(torch.cat([linear.weight.data for linear in fused]))
+            for linear, weight in zip(
+                fused, weights.split([linear.out_features for linear in fused]), strict=True
+            ):
+                linear.weight.data.copy_(weight)
+                linear.register_forward_pre_hook(lambda _, args: (e4m3(args[0], dim=-1),))
+    return model
+
+
+def test_float8_rollouts_are_rounded_again_at_every_update(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path / "model")
+    [actor] = start(folder, tmp_path / "logs", quantization="fp8")
+    assert not isinstance(actor, Failure), actor
+    served = Served(actor, folder, tmp_path)
+    ids = tokens(40, 3)
+    for seed in (1, 2):
+        model = perturbed(served.model(), seed)
+        served.sync(served.publish(model))
+        _, group = served.generate(f"float8-{seed}", ids)
+        plain, rough = [], []
+        for completion in group.completions:
+            n = len(completion.token_ids)
+            sequence = ids + completion.token_ids.tolist()
+            plain.append(np.abs(logprobs(model, sequence)[-n:] - completion.logprobs))
+        model = in_float8(model)
+        for completion in group.completions:
+            n = len(completion.token_ids)
+            sequence = ids + completion.token_ids.tolist()
+            rough.append(np.abs(logprobs(model, sequence)[-n:] - completion.logprobs))
+        far, near = np.concatenate(plain).mean(), np.concatenate(rough).mean()
+        # What is left are activations on the edge between two values of float8.
+        assert near < far / 5, (near, far)
+
+
 def test_an_engine_that_cannot_start_carries_its_own_last_words(tmp_path: Path) -> None:
     folder = tiny_llama(tmp_path / "model")
     state = load_file(folder / "model.safetensors")
@@ -313,7 +364,7 @@ def test_an_engine_that_cannot_start_carries_its_own_last_words(tmp_path: Path) 
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     [answer] = start(folder, tmp_path / "logs")
     assert isinstance(answer, Failure)
-    # Said by the worker process, two levels below the actor.
+    # Said by the engine's process, below the actor.
     assert "Attempted to load weight" in answer.message, answer.message
     assert "64" in answer.message
 
