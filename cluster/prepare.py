@@ -5,6 +5,7 @@ Nothing here needs Ray, an engine or a learner; nothing is written except the ru
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,8 +88,12 @@ def inspect_model(config: Config) -> tuple[str, int, int]:
 
     Raises RunError when there is no such model.
     """
+    import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    # transformers imports torchao, which finds fault with its own parts for GPUs.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     given = config.model.path
     folder = expand(given)
     local = folder.is_dir()
@@ -99,8 +104,6 @@ def inspect_model(config: Config) -> tuple[str, int, int]:
     path = str(folder.resolve()) if local else given
     try:
         model_config = AutoConfig.from_pretrained(path)
-        import torch
-
         # On the meta device: shapes without memory.
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(model_config)
