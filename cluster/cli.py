@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,6 +45,7 @@ def _config(path: Path, overrides: list[str]) -> Config:
 
 def _expecting(work: Callable[[], Any]) -> Any:
     """Run work; turn errors that are meant for people into one message and exit code 1."""
+    from cluster.report.build import ReportError
     from cluster.run import EXPECTED_ERRORS
     from cluster.submit import SubmitError
     from learner.checkpoint import CheckpointError
@@ -53,7 +55,7 @@ def _expecting(work: Callable[[], Any]) -> Any:
         return work()
     except ConfigError as error:
         raise _fail(str(error), 2) from None
-    except (*EXPECTED_ERRORS, CheckpointError, RewardLoadError, SubmitError) as error:
+    except (*EXPECTED_ERRORS, CheckpointError, ReportError, RewardLoadError, SubmitError) as error:
         raise _fail(str(error), 1) from None
 
 
@@ -134,6 +136,41 @@ def export(
         return export_checkpoint(run_dir, out)
 
     typer.echo(f"model written to {_expecting(work)}")
+
+
+@app.command()
+def report(
+    run_dir: Annotated[Path, typer.Argument(help="A run directory, also of a run that goes on.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The page. Empty: RUN_DIR/report.html.")
+    ] = None,
+    steps: Annotated[
+        int, typer.Option(min=1, help="Steps, evenly spread, whose completions are shown.")
+    ] = 40,
+    groups: Annotated[int, typer.Option(min=1, help="Groups shown of each of these steps.")] = 4,
+    prompts: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Prompts shown at several steps. 0: none, and reads only those steps."
+        ),
+    ] = 6,
+    max_mb: Annotated[
+        float, typer.Option(min=0.1, help="Largest size of the page; long texts are cut to fit.")
+    ] = 10.0,
+) -> None:
+    """Write a page about a run: curves, completions with rewards and advantages, times.
+
+    One HTML file that needs no network and no server.
+    """
+
+    def work() -> Path:
+        from cluster.report.completions import Limits
+        from cluster.report.page import write_report
+
+        limits = Limits(steps=steps, groups=groups, prompts=prompts)
+        return write_report(run_dir, out, limits, max_mb, datetime.now(UTC))
+
+    typer.echo(f"page written to {_expecting(work)}")
 
 
 @app.command(context_settings=EXTRA)

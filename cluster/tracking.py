@@ -180,6 +180,8 @@ def write_rollouts(
     """Write a step's completions to folder/step-NNNNNN.jsonl, one a line; returns the rows."""
     rows = rollout_rows(step, scored_groups)
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    # Half a surrogate pair, which a dataset may hold, has no UTF-8; as an escape it is JSON.
+    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
     write_atomically(folder / f"step-{step:06d}.jsonl", text)
     return rows
 

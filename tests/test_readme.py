@@ -23,6 +23,7 @@ RUN_BY = {
     "cohort keys": ("tests/test_readme.py", 'invoke(app, ["keys"])'),
     "cohort eval": ("tests/system/test_train.py", 'cohort_command("eval"'),
     "cohort export": ("tests/system/test_train.py", 'cohort_command("export"'),
+    "cohort report": ("tests/cluster/test_report.py", '"report"'),
     "cohort submit": ("tests/system/test_submit.py", "submit("),
 }
 
@@ -62,7 +63,7 @@ def test_keys_named_in_the_readme_exist() -> None:
     sections = {key.split(".")[0] for key in known}
     named = set(re.findall(r"`([a-z]+\.[a-z_]+)`", (ROOT / "README.md").read_text()))
     keys = {name for name in named if name.split(".")[0] in sections and "." in name}
-    files = {"config.yaml", "metrics.jsonl"}
+    files = {"config.yaml", "metrics.jsonl", "report.html"}
     assert len(keys) > 15
     assert not {k for k in keys - known - files if not (ROOT / k).exists()}
 

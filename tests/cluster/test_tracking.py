@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,16 @@ def test_rollouts_hold_every_completion(tmp_path: Path) -> None:
     }
     assert rows[0]["errors"] == []
     assert returned == rows
+
+
+def test_text_that_has_no_utf8_is_kept(tmp_path: Path) -> None:
+    scored = scored_group(0, (1.0, 0.0))
+    prompt = replace(scored.group.prompt, content="half a pair: \ud800, \\ud800")
+    scored = replace(scored, group=replace(scored.group, prompt=prompt))
+    returned = write_rollouts(tmp_path, 0, [scored])
+    lines = (tmp_path / "step-000000.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == returned
+    assert returned[0]["prompt"] == prompt.content
 
 
 def test_table_takes_from_every_group_first() -> None:

@@ -1,0 +1,216 @@
+"""A run directory, read into plain records of bounded size: everything that the page shows.
+
+Long runs are sampled, files are read line by line, and the run may still be growing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from actors.config import ActorsConfig
+from cluster.config import ModelConfig, RunConfig
+from cluster.report.completions import Advantages, Completions, Limits, choose_completions
+from cluster.report.curves import Chart, Curves, Tile, choose_charts, curves, numeric, tiles
+from cluster.tracking import read_metrics
+from learner.config import AlgorithmConfig
+from rewards.config import TaskConfig
+
+STEP_FOLDER = re.compile(r"step-(\d{1,15})")
+
+Section = TypeVar("Section", bound=BaseModel)
+
+
+class ReportError(Exception):
+    """No page can be made; the message says why, and what to change."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is known of the run as a whole; None where its config.yaml does not tell.
+
+    seconds: wall clock of all finished steps. checkpoint: steps done in the last complete one.
+    written: when metrics.jsonl last grew; made: when the run was read. Both in UTC.
+    """
+
+    name: str
+    folder: str
+    model: str | None
+    task: str | None
+    preset: str | None
+    steps_done: int
+    steps_total: int | None
+    checkpoint: int | None
+    seconds: float
+    written: str
+    made: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything on the page. notes: what was sampled, left out or could not be known."""
+
+    run: Run
+    tiles: tuple[Tile, ...]
+    curves: Curves
+    charts: tuple[Chart, ...]
+    completions: Completions
+    notes: tuple[str, ...]
+
+
+def build(run_dir: Path, limits: Limits, now: datetime) -> Report:
+    """Read a run directory, finished or still growing.
+
+    Raises ReportError for a folder that is no run directory, and for damaged metrics.
+    """
+    metrics = run_dir / "metrics.jsonl"
+    if not metrics.is_file():
+        raise ReportError(f"{run_dir} is not a run directory: it holds no metrics.jsonl")
+    rows = _metrics(metrics)
+    written = datetime.fromtimestamp(metrics.stat().st_mtime, UTC)
+
+    tree, problems = _config(run_dir / "config.yaml")
+    run = _section(tree, "run", RunConfig, problems)
+    model = _section(tree, "model", ModelConfig, problems)
+    task = _section(tree, "task", TaskConfig, problems)
+    actors = _section(tree, "actors", ActorsConfig, problems)
+    algorithm = _section(tree, "algorithm", AlgorithmConfig, problems)
+
+    advantages = Advantages(algorithm, actors.max_tokens) if algorithm and actors else None
+    completions = choose_completions(run_dir / "rollouts", limits, advantages)
+    drawn = curves(rows)
+    return Report(
+        run=Run(
+            name=run_dir.resolve().name,
+            folder=str(run_dir),
+            model=model.path if model else None,
+            task=task.name if task else None,
+            preset=algorithm.preset if algorithm else None,
+            steps_done=rows[-1]["step"] + 1 if rows else 0,
+            steps_total=run.steps if run else None,
+            checkpoint=_checkpoint(run_dir / "checkpoints"),
+            seconds=sum(numeric(row, "time/step") or 0.0 for row in rows),
+            written=_time(written),
+            made=_time(now),
+        ),
+        tiles=tiles(rows, actors.max_tokens if actors else None),
+        curves=drawn,
+        charts=choose_charts([series.key for series in drawn.series]),
+        completions=completions,
+        notes=(
+            *problems,
+            *_curve_notes(drawn, len(rows)),
+            *_completion_notes(completions, limits, algorithm if advantages else None),
+        ),
+    )
+
+
+def _metrics(file: Path) -> list[dict[str, Any]]:
+    """The rows in order of steps; of a step that was written twice the later one."""
+    try:
+        rows = read_metrics(file)
+    except ValueError as error:
+        raise ReportError(f"{file} is damaged: {error}") from error
+    except OSError as error:
+        raise ReportError(f"cannot read {file}: {error.strerror}") from error
+    by_step = {}
+    for number, row in enumerate(rows, start=1):
+        step = row.get("step") if isinstance(row, dict) else None
+        if not isinstance(step, int) or step < 0:
+            raise ReportError(f"{file} is damaged: line {number} has no step")
+        by_step[step] = row
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def _config(file: Path) -> tuple[Mapping[str, Any], list[str]]:
+    """The config's sections, unchecked, and what is wrong with the file."""
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}, ["There is no config.yaml: the run's length and advantages are not known."]
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return {}, ["config.yaml is not YAML: the run's length and advantages are not known."]
+    return (tree if isinstance(tree, dict) else {}), []
+
+
+def _section(
+    tree: Mapping[str, Any], name: str, kind: type[Section], problems: list[str]
+) -> Section | None:
+    """One section by itself: a run of another version may differ in a section that no one needs."""
+    if name not in tree:
+        return None
+    try:
+        return kind.model_validate(tree[name])
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join([name, *(str(part) for part in first["loc"])])
+        problems.append(
+            f"config.yaml does not fit this version of Cohort ({where}: {first['msg']}); what "
+            f"depends on its section {name} is left out."
+        )
+        return None
+
+
+def _checkpoint(folder: Path) -> int | None:
+    done = [
+        int(match[1])
+        for mark in folder.glob("step-*/COMPLETE")
+        if (match := STEP_FOLDER.fullmatch(mark.parent.name))
+    ]
+    return max(done, default=None)
+
+
+def _time(moment: datetime) -> str:
+    return moment.astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def _curve_notes(drawn: Curves, steps: int) -> list[str]:
+    if drawn.steps_per_point == 1:
+        return []
+    return [
+        f"{steps:,} steps are drawn as {len(drawn.steps):,} points: each is the mean of "
+        f"{drawn.steps_per_point} steps, and the band behind it spans their extremes."
+    ]
+
+
+def _completion_notes(
+    shown: Completions, limits: Limits, algorithm: AlgorithmConfig | None
+) -> list[str]:
+    if not shown.recorded:
+        return ["There are no rollouts: rollouts/ holds no step-*.jsonl."]
+    notes = [
+        f"Completions: {len(shown.steps):,} of {shown.recorded:,} recorded steps, evenly spread, "
+        f"with up to {limits.groups} groups each, evenly spread (--steps, --groups). "
+        + (
+            f"Besides, up to {limits.prompts} prompts that came at several steps, each at up to "
+            f"{limits.visits} of them (--prompts)."
+            if limits.prompts
+            else "Prompts that came at several steps were not looked for (--prompts 0)."
+        )
+    ]
+    if algorithm is None:
+        notes.append("Advantages are not shown: they follow from the config, which is not known.")
+    else:
+        notes.append(
+            "Advantages are computed again from the recorded rewards, as the learner does with "
+            f"algorithm.baseline={algorithm.baseline}, algorithm.scale={algorithm.scale} and the "
+            "rest of this run's config; rollouts/ does not record them."
+        )
+        if algorithm.kl_in == "reward" and algorithm.kl_coef > 0:
+            notes.append(
+                "algorithm.kl_in=reward: the KL that the learner takes off the advantage of each "
+                "token is not in the advantages shown."
+            )
+    if shown.unread:
+        notes.append(
+            f"{shown.unread:,} lines of the steps shown could not be read and are left out: still "
+            "being written, or damaged."
+        )
+    return notes

@@ -1,0 +1,198 @@
+"""Which completions are shown: evenly spread steps and groups, and prompts that came again."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cluster.report.samples import (
+    LONGEST_TEXT,
+    Sample,
+    Text,
+    prompt_key,
+    read_groups,
+    read_rows,
+    shorten,
+    with_advantages,
+)
+from learner.config import AlgorithmConfig
+
+STEP_FILE = re.compile(r"step-(\d{1,15})\.jsonl")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much of the completions is shown.
+
+    steps: sampled steps. groups: of each. prompts: that came at several steps (0 looks for none,
+    and reads no file but those of the sampled steps), each at no more than `visits` steps.
+    """
+
+    steps: int = 40
+    groups: int = 4
+    prompts: int = 6
+    visits: int = 8
+
+
+@dataclass(frozen=True)
+class Message:
+    """A part of a prompt; a prompt that is plain text has one without a role."""
+
+    role: str
+    content: Text
+
+
+@dataclass(frozen=True)
+class Group:
+    """A group of one step. prompt: its place in `Completions.prompts`."""
+
+    step: int
+    prompt: int
+    prompt_tokens: int
+    functions: tuple[str, ...]
+    samples: tuple[Sample, ...]
+
+
+@dataclass(frozen=True)
+class StepView:
+    """A sampled step. groups: places in `Completions.groups`; of: how many groups the step has."""
+
+    step: int
+    groups: tuple[int, ...]
+    of: int
+
+
+@dataclass(frozen=True)
+class Completions:
+    """Each prompt and each group once.
+
+    steps: in order. recurring: for each prompt that came again its groups, in order of steps.
+    recorded: how many steps there are files of. unread: lines of the shown steps that are left out.
+    """
+
+    prompts: tuple[tuple[Message, ...], ...] = ()
+    groups: tuple[Group, ...] = ()
+    steps: tuple[StepView, ...] = ()
+    recurring: tuple[tuple[int, ...], ...] = ()
+    recorded: int = 0
+    unread: int = 0
+
+
+@dataclass(frozen=True)
+class Advantages:
+    """What advantages are computed from, besides the rewards of a step."""
+
+    algorithm: AlgorithmConfig
+    max_tokens: int
+
+
+def spread(items: Sequence[T], count: int) -> list[T]:
+    """At most `count` of the items, evenly spread: the last one, and from two on the first one."""
+    if len(items) <= count:
+        return list(items)
+    if count < 2:
+        return list(items[len(items) - count :])
+    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
+
+
+def choose_completions(folder: Path, limits: Limits, advantages: Advantages | None) -> Completions:
+    """Read rollouts/ as far as needed. advantages: None leaves them out."""
+    files = _step_files(folder)
+    visits = _recurring(files, limits) if limits.prompts else {}
+    sampled = spread(list(files), limits.steps)
+    again: dict[int, set[bytes]] = {}
+    for key, steps in visits.items():
+        for step in steps:
+            again.setdefault(step, set()).add(key)
+
+    prompts: dict[bytes, tuple[Message, ...]] = {}
+    places: dict[bytes, int] = {}
+    groups: list[Group] = []
+    views: list[StepView] = []
+    met: dict[bytes, list[int]] = {key: [] for key in visits}
+    unread = 0
+    for step in sorted({*sampled, *again}):
+        try:
+            raw, damaged = read_groups(files[step])
+        except FileNotFoundError:
+            continue  # a resumed run removes the steps that it does again
+        unread += damaged
+        if advantages is not None:
+            raw = with_advantages(raw, advantages.algorithm, advantages.max_tokens)
+        wanted = set(spread(range(len(raw)), limits.groups)) if step in sampled else set()
+        missing = set(again.get(step, ()))
+        shown = []
+        for place, group in enumerate(raw):
+            recurs = group.key in missing
+            if not recurs and place not in wanted:
+                continue
+            if group.key not in prompts:
+                places[group.key] = len(prompts)
+                prompts[group.key] = _messages(group.prompt)
+            if recurs:
+                missing.remove(group.key)
+                met[group.key].append(len(groups))
+            shown.append(len(groups))
+            groups.append(
+                Group(step, places[group.key], group.prompt_tokens, group.functions, group.samples)
+            )
+        if step in sampled:
+            views.append(StepView(step, tuple(shown), len(raw)))
+    return Completions(
+        prompts=tuple(prompts.values()),
+        groups=tuple(groups),
+        steps=tuple(views),
+        recurring=tuple(tuple(visited) for visited in met.values() if len(visited) > 1),
+        recorded=len(files),
+        unread=unread,
+    )
+
+
+def _step_files(folder: Path) -> dict[int, Path]:
+    """The files of rollouts/ by step, in order; none when the folder is not there."""
+    names = {file: STEP_FILE.fullmatch(file.name) for file in folder.glob("step-*.jsonl")}
+    return dict(sorted((int(match[1]), file) for file, match in names.items() if match))
+
+
+def _recurring(files: Mapping[int, Path], limits: Limits) -> dict[bytes, list[int]]:
+    """The prompts that came at most steps, and at which; the earliest first among equals."""
+    visits: dict[bytes, list[int]] = {}
+    for step, file in files.items():
+        for key in _prompts_of(file):
+            visits.setdefault(key, []).append(step)
+    several = [key for key, steps in visits.items() if len(steps) > 1]
+    several.sort(key=lambda key: -len(visits[key]))
+    return {key: spread(visits[key], limits.visits) for key in several[: limits.prompts]}
+
+
+def _prompts_of(file: Path) -> list[bytes]:
+    """The prompts of a step, each once, in order."""
+    keys: dict[str, bytes] = {}
+    try:
+        for row in read_rows(file):
+            if row is not None and "prompt" in row and str(row.get("group_id")) not in keys:
+                keys[str(row.get("group_id"))] = prompt_key(row["prompt"])
+    except FileNotFoundError:
+        return []
+    return list(dict.fromkeys(keys.values()))
+
+
+def _messages(prompt: Any) -> tuple[Message, ...]:
+    """A prompt for people, whatever its form."""
+    if isinstance(prompt, list) and all(
+        isinstance(message, dict) and isinstance(message.get("content"), str) for message in prompt
+    ):
+        return tuple(
+            Message(str(message.get("role", "")), _text(message["content"])) for message in prompt
+        )
+    return (Message("", _text(prompt if isinstance(prompt, str) else json.dumps(prompt))),)
+
+
+def _text(text: str) -> Text:
+    return shorten(Text(text), LONGEST_TEXT)

@@ -1,0 +1,109 @@
+"""The page: one HTML file with its data, style and script inside, which loads nothing.
+
+Completions are untrusted text. They reach the page as JSON without a single `<`, the script shows
+them as text nodes, and the page's own policy lets no other script run and nothing be loaded.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import math
+import re
+from dataclasses import fields, is_dataclass
+from datetime import datetime
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from cluster.report.build import Report, ReportError, build
+from cluster.report.completions import Limits
+from cluster.report.samples import LONGEST_TEXT, Text, shorten
+from cluster.tracking import write_atomically
+
+# A page that cannot keep this much of each text is not worth looking at.
+SHORTEST_TEXT = 200
+
+
+def write_report(
+    run_dir: Path, out: Path | None, limits: Limits, max_mb: float, now: datetime
+) -> Path:
+    """Write the page of a run to `out`, by default report.html in the run directory.
+
+    max_mb: largest size of the page, in 1e6 bytes; long texts lose their middle to fit.
+
+    Raises ReportError when run_dir is no run, its metrics are damaged, the page cannot be made to
+    fit or cannot be written.
+    """
+    page = render(build(run_dir, limits, now), int(max_mb * 1e6))
+    target = out if out is not None else run_dir / "report.html"
+    if target.is_dir():
+        raise ReportError(f"cannot write {target}: it is a folder; name a file with --out")
+    try:
+        write_atomically(target, page)
+    except OSError as error:
+        raise ReportError(
+            f"cannot write {target} ({error.strerror}): name another file with --out"
+        ) from error
+    return target
+
+
+def render(report: Report, max_bytes: int) -> str:
+    """The page, of at most `max_bytes` in UTF-8: texts are shortened until it fits.
+
+    Raises ReportError when they would have to be shorter than SHORTEST_TEXT.
+    """
+    limit = LONGEST_TEXT
+    while True:
+        page = _page(report, limit)
+        size = len(page.encode())
+        if size <= max_bytes:
+            return page
+        if limit == SHORTEST_TEXT:
+            raise ReportError(
+                f"the page would have {size / 1e6:.1f} MB with texts cut to {SHORTEST_TEXT} "
+                "characters: lower --steps, --groups or --prompts, or raise --max-mb "
+                f"(now {max_bytes / 1e6:g})"
+            )
+        limit = max(SHORTEST_TEXT, limit * 2 // 3)
+
+
+def _page(report: Report, limit: int) -> str:
+    cut = () if limit == LONGEST_TEXT else (f"Texts are cut to {limit:,} characters (--max-mb).",)
+    data = json.dumps(
+        {**_plain(report, limit), "notes": [*report.notes, *cut]},
+        allow_nan=False,
+        separators=(",", ":"),
+    )
+    script = _asset("page.js")
+    parts = {
+        # The name of a folder may hold what UTF-8 cannot.
+        "title": html.escape(report.run.name).encode("ascii", "xmlcharrefreplace").decode(),
+        "style": _asset("page.css"),
+        "script": script,
+        "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        # Nothing in it can end the script element, or begin a comment or a tag.
+        "data": data.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"),
+    }
+    # In one pass, so that what is filled in is never filled in again.
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _asset("page.html"))
+
+
+def _asset(name: str) -> str:
+    return (resources.files("cluster.report") / name).read_text(encoding="utf-8")
+
+
+def _plain(value: Any, limit: int) -> Any:
+    """Dataclasses as JSON holds them, texts cut to `limit` characters, numbers to six digits."""
+    if isinstance(value, Text):
+        text = shorten(value, limit)
+        return [text.head, text.left_out, text.tail] if text.left_out else text.head
+    if is_dataclass(value):
+        return {f.name: _plain(value.__dict__[f.name], limit) for f in fields(value)}
+    if isinstance(value, tuple | list):
+        return [_plain(item, limit) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
