@@ -169,7 +169,7 @@ def _with_wishes(rng: random.Random, query: Query, count: int) -> Query:
 
 
 def _budget(rng: random.Random, solution: Solution, shape: Level) -> int:
-    """The least cost and the level's slack, rounded up to 5 dollars (10 from 500 on)."""
+    """The least cost and the level's slack, rounded up: to 5 dollars from 100 on, 10 from 500."""
     wanted = solution.cost * (1 + rng.uniform(*shape.slack))
-    step = 5 if wanted < 500 else 10
+    step = 1 if wanted < 100 else 5 if wanted < 500 else 10
     return -int(-wanted // step) * step

@@ -4,8 +4,8 @@
                "meals": ["Blue Bowl"], "sights": ["Kinkakuji"]}, ...]}
 
 `city`, `meals` and `sights` are required in every day. `travel` (the mode of transport on the day
-of a change of city) and `hotel` (none on the last day) may be left out, null or "". There is no place
-for prices: what a plan costs is computed, never believed.
+of a change of city) and `hotel` (none on the last day) may be left out, null or "". There is no
+place for prices: what a plan costs is computed, never believed.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ so each is solved on its own and the routes are enumerated. Nothing is approxima
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -90,13 +90,12 @@ class Search:
         self.query = query
         self.city_of = {city.name: city for city in query.country.cities}
         self.hotel = lru_cache(None)(self._hotel)
+        self.meals = lru_cache(None)(self._meals)
         self.day_sights = lru_cache(None)(self._cheapest_days)
 
     def fixed(self, route: Route) -> Fixed | None:
         """The cheapest legs, hotels and meals of a route, or None where a rule forbids it."""
         query = self.query
-        legs = self._legs(route)
-        meals = self._meals(route)
         hotels: list[Hotel | None] = []
         cost = 0
         for number, (city, days) in enumerate(route, start=1):
@@ -107,10 +106,14 @@ class Search:
                 return None
             hotels.append(hotel)
             cost += nights * query.rooms * hotel.price if hotel else 0
-        if legs is None or meals is None:
+        legs = self._legs(route)
+        # Routes with the same stays in another order eat the same.
+        eaten = self.meals(tuple(sorted(route)))
+        if legs is None or eaten is None:
             return None
-        each = sum(leg.price for leg in legs) + sum(item.price for stay in meals for item in stay)
-        return Fixed(route, legs, tuple(hotels), meals, cost + query.party * each)
+        meals = tuple(eaten[city] for city, _ in route)
+        cost += query.party * (_price(legs) + total_price(meals))
+        return Fixed(route, legs, tuple(hotels), meals, cost)
 
     def _hotel(self, city: str, nights: int) -> Hotel | None:
         query = self.query
@@ -142,9 +145,9 @@ class Search:
                 best = tuple(legs)
         return best
 
-    def _meals(self, route: Route) -> tuple[tuple[Restaurant, ...], ...] | None:
-        """The cheapest different restaurants, each asked cuisine among them."""
-        quota = {city: days * self.query.meals_per_day for city, days in route}
+    def _meals(self, stays: Route) -> dict[str, tuple[Restaurant, ...]] | None:
+        """For each city the cheapest different restaurants, each asked cuisine among them."""
+        quota = {city: days * self.query.meals_per_day for city, days in stays}
         offered = {
             city: sorted(self.city_of[city].restaurants, key=lambda item: item.price)
             for city in quota
@@ -154,18 +157,18 @@ class Search:
             [item for item in everything if cuisine in item.cuisines]
             for cuisine in self.query.cuisines
         ]
-        best: tuple[tuple[Restaurant, ...], ...] | None = None
+        best: dict[str, tuple[Restaurant, ...]] | None = None
         for forced in itertools.product(*choices):
-            stays = []
+            eaten: dict[str, tuple[Restaurant, ...]] = {}
             for city, count in quota.items():
                 must = list(dict.fromkeys(item for item in forced if item.city == city))
                 rest = [item for item in offered[city] if item not in must]
                 if len(must) > count or len(must) + len(rest) < count:
                     break
-                stays.append(tuple(must + rest[: count - len(must)]))
+                eaten[city] = tuple(must + rest[: count - len(must)])
             else:
-                if best is None or total_price(stays) < total_price(best):
-                    best = tuple(stays)
+                if best is None or total_price(eaten.values()) < total_price(best.values()):
+                    best = eaten
         return best
 
     def cheapest_sights(self, route: Route) -> SightDays | None:
@@ -195,13 +198,12 @@ class Search:
         return min(ways.values(), key=_price, default=None)
 
 
-def _price(items: tuple[Leg, ...] | tuple[Sight, ...] | list[Leg] | list[Sight]) -> int:
+def _price(items: Iterable[Leg] | Iterable[Sight]) -> int:
     return sum(item.price for item in items)
 
 
-def total_price(
-    groups: tuple[tuple[Restaurant, ...], ...] | list[tuple[Restaurant, ...]] | SightDays,
-) -> int:
+def total_price(groups: Iterable[Iterable[Restaurant]] | Iterable[Iterable[Sight]]) -> int:
+    """Dollars a person for all items of all groups."""
     return sum(item.price for group in groups for item in group)
 
 
