@@ -196,3 +196,33 @@ def test_a_missing_way_lowers_the_coverage_and_hides_its_price() -> None:
     assert found.coverage == 11 / 12
     # All hard rules hold, but the unpaid journey must not earn for staying in the budget.
     assert found.hard_passed and found.hard_share == 0
+
+
+COVERAGE: list[tuple[Callable[[Days], Any], float]] = [
+    (lambda d: d[1].update(meals=["Alba Cup"]), 11 / 12),  # again
+    (lambda d: d[1].update(meals=["Bern Spoon"]), 11 / 12),  # elsewhere
+    (lambda d: d[1].update(meals=["Alba Knife"]), 11 / 12),  # nowhere
+    (lambda d: d[1].update(hotel="Bern Inn"), 11 / 12),
+    (lambda d: d[1].update(meals=["Alba Fork", "Alba Spoon"]), 12 / 13),
+    (lambda d: d[1].update(sights=["Alba Park", "Alba Museum"]), 1.0),
+    (lambda d: d[1].update(sights=["Alba Park", "Alba Museum", "x"]), 12 / 13),
+    (lambda d: d[3].update(hotel="Bern Inn"), 12 / 13),
+    (lambda d: d[3].update(travel="train"), 12 / 13),
+    (lambda d: d.append({"city": "Bern", "meals": ["Bern Spoon"], "sights": []}), 12 / 14),
+    (lambda d: d.pop(3), 10 / 12),
+    (lambda d: [d.pop() for _ in range(3)], 3 / 11),
+]
+
+
+@pytest.mark.parametrize(("change", "expected"), COVERAGE)
+def test_coverage_by_hand(change: Callable[[Days], Any], expected: float) -> None:
+    # Four days of a meal and a sight, three nights, one journey: twelve bookings.
+    assert judge(changed(change)).coverage == expected
+
+
+def test_names_are_compared_without_case_width_and_spaces() -> None:
+    wide = "".join(chr(ord(c) + 0xFEE0) if c != " " else c for c in "Alba Cup")
+    assert judge(changed(lambda d: d[0].update(meals=[wide], city=" ALBA "))).passed
+    for name in (wide, "alba  cup", "ALBA CUP"):
+        again = changed(lambda d, name=name: d[1].update(meals=[name]))
+        assert failed(judge(again)) == {"diverse_restaurants"}
