@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -167,6 +168,13 @@ def test_no_training_query_of_any_seed_is_held_out_under_another() -> None:
         for index in range(50):
             assert split_of(from_columns(task.train_row(index).columns["query"])) == "train"
             assert split_of(from_columns(task.eval_row(index).columns["query"])) == "eval"
+
+
+def test_another_wording_does_not_change_the_side_of_a_query() -> None:
+    for index in range(20):
+        query = make_query(0, 1, "eval", index)
+        for wording in range(4):
+            assert split_of(dataclasses.replace(query, wording=wording)) == "eval"
 
 
 @pytest.mark.parametrize(
