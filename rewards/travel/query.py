@@ -1,0 +1,110 @@
+"""A customer's query: what is asked for, and the closed world it may be booked from.
+
+The structured fields are what is judged; prompt.py turns them into words.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from rewards.travel.places import CULTURE
+from rewards.travel.world import ROOM_SLEEPS, City, Country, Hotel, Leg, Restaurant, Sight
+
+
+class QueryError(ValueError):
+    """A query that cannot be read or made; the message names the field to change."""
+
+
+@dataclass(frozen=True)
+class Query:
+    """What a customer wants.
+
+    country: the tables of the prompt, and all that may be booked. party: persons. budget: dollars
+    for all of them. interests: tags of sights; "culture" stands for all of places.CULTURE.
+    cities: those that must be visited; only asked where the country has more than one. start: the
+    city of the first day. room: the type of every room. house_rule: what every hotel must allow.
+    cuisines: each to be eaten at least once. avoid: a mode of transport.
+    first_weekday: of day 1, 0 is Monday. wording: which paraphrase is used; it changes no rule.
+    """
+
+    country: Country
+    days: int
+    party: int
+    budget: int
+    interests: tuple[str, ...]
+    meals_per_day: int = 1
+    max_sights: int = 2
+    first_weekday: int = 0
+    cities: tuple[str, ...] = ()
+    start: str | None = None
+    room: str | None = None
+    house_rule: str | None = None
+    cuisines: tuple[str, ...] = ()
+    avoid: str | None = None
+    level: int = 0
+    wording: int = 0
+
+    def weekday(self, day: int) -> int:
+        """The weekday of a day, the first one being day 0."""
+        return (self.first_weekday + day) % 7
+
+    @property
+    def has_closing_days(self) -> bool:
+        return any(sight.closed for city in self.country.cities for sight in city.sights)
+
+    @property
+    def several_cities(self) -> bool:
+        return len(self.country.cities) > 1
+
+    @property
+    def rooms(self) -> int:
+        """Hotel rooms that the party needs."""
+        return -(-self.party // ROOM_SLEEPS)
+
+
+def matches(sight: Sight, interest: str) -> bool:
+    """Whether a sight is what an interest asks for."""
+    if interest == "culture":
+        return any(tag in CULTURE for tag in sight.tags)
+    return interest in sight.tags
+
+
+def to_columns(query: Query) -> dict[str, Any]:
+    """The query as plain JSON values, for a dataset column."""
+    # Through JSON: tuples become lists, as they will be after a file was written and read.
+    columns: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(query)))
+    return columns
+
+
+def from_columns(columns: dict[str, Any]) -> Query:
+    """The query of a dataset column. Raises QueryError when it is not one."""
+    try:
+        values = dict(columns)
+        country = values.pop("country")
+        return Query(country=_country(country), **{k: _frozen(v) for k, v in values.items()})
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise QueryError(f"the column 'query' does not hold a travel query: {error!r}") from error
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _record(cls: type, values: dict[str, Any]) -> Any:
+    return cls(**{name: _frozen(value) for name, value in values.items()})
+
+
+def _country(values: dict[str, Any]) -> Country:
+    cities = tuple(
+        City(
+            city["name"],
+            tuple(_record(Hotel, item) for item in city["hotels"]),
+            tuple(_record(Restaurant, item) for item in city["restaurants"]),
+            tuple(_record(Sight, item) for item in city["sights"]),
+        )
+        for city in values["cities"]
+    )
+    return Country(values["name"], cities, tuple(_record(Leg, leg) for leg in values["legs"]))
