@@ -14,7 +14,7 @@ class TaskConfig(BaseModel):
 
     name: str = Field(
         "addition",
-        description="A built-in task (addition, jsonl), or module:Class, or path.py:Class.",
+        description="A built-in task (addition, jsonl, travel), or module:Class, or path.py:Class.",
     )
     data: str | None = Field(None, description="Training rows of the jsonl task.")
     eval_data: str | None = Field(

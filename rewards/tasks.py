@@ -220,7 +220,12 @@ def _content_problem(content: Any) -> str | None:
 
 # Loading ------------------------------------------------------------------------------------------
 
-BUILT_IN: dict[str, type] = {"addition": AdditionTask, "jsonl": JsonlTask}
+# By path, like tasks of one's own: a task's module is imported when it is wanted.
+BUILT_IN = {
+    "addition": "rewards.tasks:AdditionTask",
+    "jsonl": "rewards.tasks:JsonlTask",
+    "travel": "rewards.travel.task:TravelTask",
+}
 
 
 def load_task(config: TaskConfig, seed: int) -> Task:
@@ -248,9 +253,8 @@ def load_task(config: TaskConfig, seed: int) -> Task:
 
 
 def _task_class(name: str) -> type:
-    if name in BUILT_IN:
-        return BUILT_IN[name]
-    if ":" not in name:
+    path = BUILT_IN.get(name, name)
+    if ":" not in path:
         near = difflib.get_close_matches(name, BUILT_IN, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise TaskError(
@@ -258,7 +262,7 @@ def _task_class(name: str) -> type:
             f"(built in: {', '.join(BUILT_IN)}; your own: module:Class or path.py:Class)"
         )
     try:
-        found = load_attribute(resolve_path(name, Path.cwd()))
+        found = load_attribute(resolve_path(path, Path.cwd()))
     except RewardLoadError as error:
         raise TaskError(f"task.name={name}: {error}") from error
     if not inspect.isclass(found):
