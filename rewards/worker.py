@@ -38,8 +38,6 @@ BOOT = (
     "import sys; sys.path[:] = sys.argv[3:]; "
     "from rewards.child import main; main(int(sys.argv[1]), int(sys.argv[2]))"
 )
-
-
 # Metrics of the totals; a function of such a name would overwrite them.
 TOTAL_METRICS = frozenset({"mean", "std", "zero_variance_fraction", "error_rate"})
 

@@ -12,6 +12,7 @@ from actors.records import Completion, Group, Prompt
 from rewards.adapters import from_openrlhf, from_verl, load_reward
 from rewards.base import judge
 from rewards.config import RewardFunctionConfig, RewardsConfig
+from rewards.tasks import TaskError
 from rewards.worker import RewardActor, reward_specs
 
 CHAT = [{"role": "user", "content": "2 + 2?"}]
@@ -158,3 +159,13 @@ def test_the_config_reaches_the_adapter_in_the_child(verl: Path) -> None:
     assert scored is not None
     assert scored.totals == meta.totals == (2.0, 1.5)  # type: ignore[union-attr]
     assert scored.parts == {"compute_score/acc": (1.0, 0.0)}
+
+
+def test_names_are_metrics_and_options_are_plain(tmp_path: Path) -> None:
+    functions = ["a.py:mean", "b.py:mean", "c.py:error_rate"]
+    specs = reward_specs(None, RewardsConfig(functions=functions), tmp_path)  # type: ignore[arg-type]
+    # reward/mean and reward/error_rate are the step's own metrics.
+    assert [spec.name for spec in specs] == ["mean_2", "mean_3", "error_rate_2"]
+    odd = RewardFunctionConfig(path="a:f", options={"since": tmp_path})
+    with pytest.raises(TaskError, match="options of a:f must be plain values"):
+        reward_specs(None, RewardsConfig(functions=[odd]))  # type: ignore[arg-type]
