@@ -18,13 +18,17 @@ Messages = list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question. `columns` holds every other dataset column; rewards receive them by name."""
+    """One question. `columns` holds every other dataset column; rewards receive them by name.
+
+    text: the prompt as the model reads it, chat template rendered; None when it was not kept.
+    """
 
     id: str
     token_ids: tuple[int, ...]
     content: Messages | str
     columns: dict[str, Any] = field(default_factory=dict)
     epoch: int = 0
+    text: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,9 @@ class ScoredGroup:
 
     by_function: name -> G values; None where the function does not apply or failed.
     totals: G weighted sums; None where no function gave a value, or one failed.
+    parts: "function/part" -> G numbers that the function returned besides its value.
+    extra: "function/name" -> G entries for people (texts, numbers, None).
+    sample_s: G entries, seconds that the calls which judged the completion took.
     """
 
     group: Group
@@ -85,6 +92,9 @@ class ScoredGroup:
     totals: tuple[float | None, ...]
     errors: tuple[RewardError, ...] = ()
     latency_s: float = 0.0
+    parts: dict[str, tuple[float | None, ...]] = field(default_factory=dict)
+    extra: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    sample_s: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -103,13 +113,19 @@ class GroupMeta:
 
 @dataclass(frozen=True)
 class ScoreMeta:
-    """What the driver knows of a group's rewards."""
+    """What the driver knows of a group's rewards.
+
+    parts, sample_s: as in ScoredGroup. metrics: "function/name" -> what the function logged.
+    """
 
     group_id: str
     totals: tuple[float | None, ...]
     by_function: dict[str, tuple[float | None, ...]]
     errors: tuple[RewardError, ...]
     seconds: float
+    parts: dict[str, tuple[float | None, ...]] = field(default_factory=dict)
+    metrics: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    sample_s: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -102,6 +103,7 @@ def step_metrics(
     """
     rewards = [r for group in batch.groups for r in group.scores.totals if r is not None]
     tokens = sum(sum(group.meta.completion_tokens) for group in batch.groups)
+    seconds = [s for group in batch.groups for s in group.scores.sample_s]
     truncated = [flag for group in batch.groups for flag in group.meta.truncated]
     # The step trains version `trained_version`; every optimizer step makes a new one.
     trained_version = version - result.applied
@@ -111,6 +113,7 @@ def step_metrics(
         "reward/mean": _mean(rewards),
         "reward/std": _std(rewards),
         "reward/zero_variance_fraction": _mean([_same(g.scores.totals) for g in batch.groups]),
+        "reward/error_rate": reward_errors(batch)[0],
         "rollout/completion_tokens": _mean(
             [count for group in batch.groups for count in group.meta.completion_tokens]
         ),
@@ -141,6 +144,9 @@ def step_metrics(
         "time/train": times.train,
         "time/sync": times.sync,
         "time/wait": times.wait,
+        "time/reward_p50": quantile(seconds, 0.5),
+        "time/reward_p99": quantile(seconds, 0.99),
+        "time/reward_max": max(seconds, default=math.nan),
         "samples/admitted": counters.admitted,
         "samples/trained": counters.trained,
         "samples/filtered": counters.filtered,
@@ -155,7 +161,28 @@ def step_metrics(
             if value is not None
         ]
         metrics[f"reward/{name}"] = _mean(values)
-    return metrics
+    return metrics | logged_metrics(batch)
+
+
+def logged_metrics(batch: Batch) -> dict[str, float]:
+    """What reward functions logged themselves, and how often each failed, by cause.
+
+    A function may log other names in another step: these are not in every row.
+    """
+    parts: dict[str, list[float]] = {}
+    errors: Counter[str] = Counter()
+    for group in batch.groups:
+        for name, row in group.scores.parts.items():
+            parts.setdefault(f"reward_part/{name}", []).extend(v for v in row if v is not None)
+        for name, values in group.scores.metrics.items():
+            parts.setdefault(f"reward_metric/{name}", []).extend(values)
+        errors.update(f"reward_errors/{e.function}/{e.cause}" for e in group.scores.errors)
+    return {name: _mean(values) for name, values in parts.items()} | dict(errors)
+
+
+def quantile(values: list[float], share: float) -> float:
+    """The smallest value that is not below `share` of the values; NaN without any."""
+    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)] if values else math.nan
 
 
 def _same(totals: tuple[float | None, ...]) -> bool:

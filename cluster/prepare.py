@@ -58,7 +58,8 @@ def prepare(config: Config) -> Prepared:
     task = load_task(config.task, config.run.seed)
     specs = reward_specs(task, config.rewards)
     # Loads every function in a child process, as the reward actors will: a wrong path ends here.
-    RewardActor(specs, config.rewards.timeout_s).close()
+    limits = config.rewards
+    RewardActor(specs, limits.timeout_s, memory_bytes=limits.memory_bytes).close()
     longest_allowed = (config.model.max_length or context) - config.actors.max_tokens
     if config.model.max_length and config.model.max_length > context:
         raise RunError(

@@ -37,7 +37,7 @@ from learner.group import LearnerError, LearnerGroup
 from learner.spec import LearnerSpec
 from rewards.pool import RewardPool
 from rewards.tasks import Taken, TaskError, take_prompts
-from rewards.worker import RewardActor
+from rewards.worker import RewardActor, longest_score_s
 
 CONNECT_TIMEOUT_S = 10
 # Engine and learner use different kernels: the gap is about 0.1 in bfloat16, an eighth of that in
@@ -149,11 +149,12 @@ def make_rewards(prepared: Prepared, placement: Placement) -> RewardPool:
     actors = [
         ray.remote(RewardActor)
         .options(max_restarts=-1, **placement.reward)
-        .remote(prepared.rewards, config.timeout_s)
+        .remote(prepared.rewards, config.timeout_s, memory_bytes=config.memory_bytes)
         for _ in range(config.workers)
     ]
-    # Every function may take its whole deadline, and its child may have to be started again.
-    return RewardPool(actors, timeout_s=(config.timeout_s + 60) * len(prepared.rewards) + 30)
+    group_size = prepared.config.task.group_size
+    bound = longest_score_s(config.timeout_s, len(prepared.rewards), group_size)
+    return RewardPool(actors, timeout_s=bound + 30)
 
 
 async def start_learner(

@@ -8,6 +8,7 @@ whole difference between synchronous and overlapped training.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from cluster.config import Config
 from learner.plan import ScoredRef, informative
 from rewards.pool import RewardPool
 from rewards.tasks import Taken
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ class GroupStream:
         self._steps: dict[int, list[asyncio.Task[_Produced]]] = {}
         self._started: dict[int, float] = {}
         self._cursors: dict[int, int] = {}
+        self._errors_shown: set[tuple[str, str]] = set()
         self._next = first_step
         self.cursor = cursor
         self.admitted = 0
@@ -112,7 +116,21 @@ class GroupStream:
         now = time.monotonic()
         if not isinstance(scores, ScoreMeta):
             return _Produced(scores, generated_at, now)
+        self._show_errors(scores)
         return _Produced(ScoredRef(meta, scores, scored), generated_at, now)
+
+    def _show_errors(self, scores: ScoreMeta) -> None:
+        """The first error of every kind, in its own words; metrics count all of them."""
+        for error in scores.errors:
+            if (error.function, error.cause) not in self._errors_shown:
+                self._errors_shown.add((error.function, error.cause))
+                logger.warning(
+                    "reward function %s (%s) on %s; its like is only counted from now on:\n%s",
+                    error.function,
+                    error.cause,
+                    error.completion_id,
+                    error.message,
+                )
 
     async def take(self, step: int) -> Batch:
         """Wait for every group of a step. A group that failed is a Failure in the batch.

@@ -27,6 +27,7 @@ STEP_KEYS = (
     "reward/mean",
     "reward/std",
     "reward/zero_variance_fraction",
+    "reward/error_rate",
     "rollout/completion_tokens",
     "rollout/tokens_per_s",
     "rollout/truncated_fraction",
@@ -47,12 +48,19 @@ STEP_KEYS = (
     "time/train",
     "time/sync",
     "time/wait",
+    "time/reward_p50",
+    "time/reward_p99",
+    "time/reward_max",
     "samples/admitted",
     "samples/trained",
     "samples/filtered",
     "samples/failed",
 )
-"""Keys of every row of metrics.jsonl. `step` counts from 0; `time/*` are seconds of one step."""
+"""Keys of every row of metrics.jsonl. `step` counts from 0; `time/*` are seconds of one step.
+
+`time/reward_p50`, `_p99` and `_max` are over the completions of the step: how long the calls took
+that judged each. The other times are the step's, and add up to `time/step`.
+"""
 
 Mode = Literal["online", "offline", "disabled"]
 
@@ -158,6 +166,9 @@ def rollout_rows(step: int, scored_groups: Sequence[ScoredGroup]) -> list[dict[s
                     "by_function": {
                         name: plain(name, values[i]) for name, values in scored.by_function.items()
                     },
+                    "parts": {name: plain(name, row[i]) for name, row in scored.parts.items()},
+                    "extra": {name: row[i] for name, row in scored.extra.items()},
+                    "reward_s": scored.sample_s[i] if scored.sample_s else None,
                     "errors": [
                         {"function": e.function, "cause": e.cause, "message": e.message}
                         for e in scored.errors

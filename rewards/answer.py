@@ -8,6 +8,7 @@ from decimal import Decimal
 from typing import Any
 
 from rewards.base import completion_texts
+from rewards.extract import AnswerIn, answer_of
 
 # ASCII digits only: "12", "-5", "+5", "1,234", "12.0", ".5".
 NUMBER = re.compile(r"[-+]?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)", re.ASCII)
@@ -68,6 +69,41 @@ def exact_number(
         question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
         echo = len(text) <= MAX_CHARACTERS and text.strip() == question.strip()
         scores.append(float(not echo and final_number(text) == expected))
+    return scores
+
+
+def boxed_answer(completions: Sequence[Any], answer: Sequence[Any], **_: Any) -> list[float | None]:
+    r"""1.0 where the last `\boxed{...}` holds `answer` (see `same_text`), else 0.0."""
+    return _compared(completions, answer, "boxed")
+
+
+def tagged_answer(
+    completions: Sequence[Any], answer: Sequence[Any], **_: Any
+) -> list[float | None]:
+    """1.0 where the one `<answer>...</answer>` holds `answer` (see `same_text`), else 0.0."""
+    return _compared(completions, answer, "tags")
+
+
+def same_text(said: str, known: str) -> bool:
+    """Whether two answers are the same number in ASCII digits, or else the same text.
+
+    Case and the amount of whitespace do not count. Two empty texts are no answer.
+    """
+    left, right = parse_number(said.strip()), parse_number(known.strip())
+    if left is not None and right is not None:
+        return left == right
+    said, known = " ".join(said.split()).casefold(), " ".join(known.split()).casefold()
+    return said == known != ""
+
+
+def _compared(
+    completions: Sequence[Any], answer: Sequence[Any], answer_in: AnswerIn
+) -> list[float | None]:
+    scores: list[float | None] = []
+    for text, known in zip(completion_texts(completions), answer, strict=True):
+        said = answer_of(text, answer_in)
+        right = said is not None and same_text(said, str(known))
+        scores.append(None if known is None else float(right))
     return scores
 
 

@@ -2,14 +2,19 @@
 
 A reward function has TRL's signature:
 
-    def f(prompts, completions, completion_ids, **columns) -> list[float | None]
+    def f(prompts, completions, completion_ids, log_extra, log_metric, **columns)
+        -> list[float | None]
 
 It may be `async def`. It gets only the keyword arguments it names, or all of them if it takes
-`**kwargs`. Every argument is a list with one entry a completion: `prompts` and `completions` are
-strings, or lists of messages when the dataset's prompt is a list of messages (a completion is then
-`[{"role": "assistant", "content": text}]`); `completion_ids` are token ids; a dataset column has
-the same value n times. Arguments are to be read, not changed: entries may share one object.
-The result has one number a completion, or None where the function does not apply.
+`**kwargs`. Every argument but the last two is a list with one entry a completion: `prompts` and
+`completions` are strings, or lists of messages when the dataset's prompt is a list of messages (a
+completion is then `[{"role": "assistant", "content": text}]`); `completion_ids` are token ids; a
+dataset column has the same value n times. Arguments are to be read, not changed: entries may share
+one object. A function that names `prompt_texts` gets the prompts as the model read them.
+`log_extra(column, values)` and `log_metric(name, value)` are functions, see `rewards.results`,
+which also says what may be returned besides numbers and None.
+
+A class is constructed once a process, with the function's options; its instance is called.
 
 This module is what a reward child process imports: it must stay light.
 """
@@ -18,43 +23,40 @@ from __future__ import annotations
 
 import asyncio
 import difflib
+import functools
 import hashlib
 import importlib
 import importlib.util
 import inspect
-import math
 import os
 import platform
 import sys
-import traceback
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
-
-import numpy as np
+from typing import Any
 
 from actors.records import Group, RewardError
+from rewards.results import Log, Verdict, error_tail, failed, read_result
 
 RewardFunction = Callable[..., Any]
-Cause = Literal["raised", "timeout", "wrong_length", "wrong_type", "died"]
 
 # Names the signature itself uses; a dataset column may not have them.
-RESERVED_COLUMNS = ("prompts", "completions", "completion_ids")
-MAX_MESSAGE = 2000
+RESERVED_COLUMNS = (
+    "prompts",
+    "completions",
+    "completion_ids",
+    "log_extra",
+    "log_metric",
+    "prompt_texts",
+)
+
+
+BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
 class RewardLoadError(ValueError):
     """A path cannot be loaded; the message names the path and what is missing."""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What one function said about one group: n values, None where it did not apply or failed."""
-
-    values: tuple[float | None, ...]
-    errors: tuple[RewardError, ...] = ()
 
 
 # Loading ------------------------------------------------------------------------------------------
@@ -90,16 +92,46 @@ def load_attribute(path: str) -> Any:
     return vars(module)[name]
 
 
-def load_function(path: str) -> RewardFunction:
+def load_function(path: str, options: Mapping[str, Any] | None = None) -> RewardFunction:
     """The reward function that `module:function` or `path/to/file.py:function` names.
 
-    Raises RewardLoadError as `load_attribute` does, and for something that is not a function.
+    options: keyword arguments that it gets at every call, or its class's constructor once.
+
+    Raises RewardLoadError as `load_attribute` does, for something that is not a function, for an
+    option that it does not have, and for a class that cannot be constructed.
     """
     found = load_attribute(path)
-    if not callable(found) or inspect.isclass(found):
-        kind = "a class" if inspect.isclass(found) else f"of type {type(found).__name__}"
-        raise RewardLoadError(f"'{path}' is {kind}, not a function")
-    return found
+    given = dict(options or {})
+    is_class = inspect.isclass(found)
+    if not callable(found) or (is_class and not any("__call__" in vars(c) for c in found.__mro__)):
+        what = "a class" if is_class else f"of type {type(found).__name__}"
+        hint = " (an object that is called needs __call__)" if is_class else ""
+        raise RewardLoadError(f"'{path}' is {what}, not a function{hint}")
+    _check_options(path, found, given)
+    if not is_class:
+        return functools.partial(found, **given) if given else found
+    try:
+        return found(**given)
+    # A boundary to code of others.
+    except Exception as error:
+        raise RewardLoadError(f"'{path}' cannot be constructed:\n{error_tail(error)}") from error
+
+
+def _check_options(path: str, found: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    parameters = inspect.signature(found).parameters.values()
+    known = [item.name for item in parameters if item.kind is not item.VAR_KEYWORD]
+    known = [name for name in known if name not in RESERVED_COLUMNS]
+    open_ended = any(item.kind is item.VAR_KEYWORD for item in parameters)
+    for name in options:
+        if name in RESERVED_COLUMNS or (name not in known and not open_ended):
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known) or 'none'}"
+            raise RewardLoadError(f"'{path}': unknown option '{name}'; {hint}")
+    if inspect.isclass(found):
+        for item in parameters:
+            required = item.default is item.empty and item.kind in BY_NAME
+            if required and item.name not in options:
+                raise RewardLoadError(f"'{path}': option '{item.name}' is required")
 
 
 def _is_file(location: str) -> bool:
@@ -150,11 +182,6 @@ def _import_failed(path: str, location: str, error: BaseException) -> str:
     return f"'{path}': importing {location} failed:\n{error_tail(error)}"
 
 
-def error_tail(error: BaseException, limit: int = MAX_MESSAGE) -> str:
-    """The last `limit` characters of an exception's traceback, the exception itself included."""
-    return "".join(traceback.format_exception(error)).strip()[-limit:]
-
-
 # Judging ------------------------------------------------------------------------------------------
 
 
@@ -163,36 +190,59 @@ def completion_texts(completions: Sequence[Any]) -> list[str]:
     return [item if isinstance(item, str) else str(item[-1]["content"]) for item in completions]
 
 
-def arguments(function: RewardFunction, group: Group) -> dict[str, Any]:
+def arguments(
+    function: RewardFunction, group: Group, log: Log, columns: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """The keyword arguments that `function` accepts, for all completions of the group.
 
+    columns: argument -> the dataset column that it gets, where their names differ.
     Raises TypeError when the function needs a column that the rows do not have.
     """
     n = len(group.completions)
     content = group.prompt.content
-    offered: dict[str, Any] = {name: [value] * n for name, value in group.prompt.columns.items()}
+    row = dict(group.prompt.columns)
+    shown = ", ".join(row) or "none"
+    for argument, column in (columns or {}).items():
+        if column not in group.prompt.columns:
+            raise TypeError(f"the rows have no column {column}; their columns: {shown}")
+        row[argument] = group.prompt.columns[column]
+    offered: dict[str, Any] = {name: [value] * n for name, value in row.items()}
     offered["prompts"] = [content] * n
     offered["completions"] = [
         item.text if isinstance(content, str) else [{"role": "assistant", "content": item.text}]
         for item in group.completions
     ]
     offered["completion_ids"] = [item.token_ids.tolist() for item in group.completions]
+    offered["log_extra"] = log.log_extra
+    offered["log_metric"] = log.log_metric
+    # Options are given already; a column of the same name must not replace them.
+    fixed = function.keywords if isinstance(function, functools.partial) else {}
+    offered = {name: value for name, value in offered.items() if name not in fixed}
     parameters = inspect.signature(function).parameters.values()
     if any(item.kind is item.VAR_KEYWORD for item in parameters):
         accepted = offered
     else:
         accepted = {item.name: offered[item.name] for item in parameters if item.name in offered}
+    if any(item.name == "prompt_texts" for item in parameters):
+        accepted["prompt_texts"] = [_prompt_text(group)] * n
     missing = [
         item.name
         for item in parameters
-        if item.default is item.empty
-        and item.kind in (item.POSITIONAL_OR_KEYWORD, item.KEYWORD_ONLY)
-        and item.name not in offered
+        if item.default is item.empty and item.kind in BY_NAME and item.name not in accepted
     ]
     if missing:
-        columns = ", ".join(group.prompt.columns) or "none"
-        raise TypeError(f"the rows have no column {', '.join(missing)}; their columns: {columns}")
+        raise TypeError(f"the rows have no column {', '.join(missing)}; their columns: {shown}")
     return accepted
+
+
+def _prompt_text(group: Group) -> str:
+    """The prompt as the model read it."""
+    prompt = group.prompt
+    if prompt.text is not None:
+        return prompt.text
+    if isinstance(prompt.content, str):
+        return prompt.content
+    raise TypeError("this function needs the rendered prompt, and the prompt has no text")
 
 
 def judge(
@@ -200,70 +250,31 @@ def judge(
     name: str,
     group: Group,
     run: Callable[[Coroutine[Any, Any, Any]], Any] = asyncio.run,
+    columns: Mapping[str, str] | None = None,
 ) -> Verdict:
     """Call `function` on the group and check what it returns; never raises for its mistakes.
 
     run: runs the coroutine of an `async` function. A long-lived caller passes one that keeps its
-    event loop, so that clients that the function caches stay usable.
+    event loop, so that clients that the function caches stay usable. columns: see `arguments`.
 
-    An exception ("raised"), a result that is not a list ("wrong_type") and one of another length
-    ("wrong_length") fail every completion; a value that is not a finite number or None
-    ("wrong_type") fails its completion only.
+    An exception ("raised") fails every completion; for results see `rewards.results`.
     """
+    log = Log()
     try:
-        result = function(**arguments(function, group))
+        result = function(**arguments(function, group, log, columns))
         if inspect.isawaitable(result):
             result = run(_await(result))
+        return read_result(name, group, result, log)
     # A boundary to code of others: whatever it raises becomes a value that the run counts.
+    except MemoryError as error:
+        message = f"{error_tail(error)} (rewards.memory_gb bounds its process)"
+        return failed(name, group, "raised", message, broke=True)
     except (Exception, SystemExit, asyncio.CancelledError) as error:  # noqa: BLE001
-        return failed(name, group, "raised", error_tail(error))
-    if not isinstance(result, (list, tuple, np.ndarray)):
-        kind = type(result).__name__
-        return failed(
-            name, group, "wrong_type", f"returned a {kind}, not a list of numbers or None"
-        )
-    if len(result) != len(group.completions):
-        message = f"returned {len(result)} values for {len(group.completions)} completions"
-        return failed(name, group, "wrong_length", message)
-    values: list[float | None] = []
-    errors: list[RewardError] = []
-    for item, completion in zip(result, group.completions, strict=True):
-        value = None if item is None else _number(item)
-        values.append(value)
-        if item is not None and value is None:
-            message = f"returned {_shown(item)}, not a finite number or None"
-            errors.append(RewardError(name, completion.id, "wrong_type", message))
-    return Verdict(tuple(values), tuple(errors))
-
-
-def failed(name: str, group: Group, cause: Cause, message: str) -> Verdict:
-    """The verdict of a function that gave no value for any completion of the group."""
-    short = message[-MAX_MESSAGE:]
-    return Verdict(
-        (None,) * len(group.completions),
-        tuple(RewardError(name, completion.id, cause, short) for completion in group.completions),
-    )
+        return failed(name, group, "raised", error_tail(error), broke=True)
 
 
 async def _await(result: Any) -> Any:
     return await result
-
-
-def _number(value: Any) -> float | None:
-    if not isinstance(value, (bool, int, float, np.bool_, np.integer, np.floating)):
-        return None
-    try:
-        number = float(value)
-    except OverflowError:
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _shown(value: Any) -> str:
-    # Only plain values are printed: repr() of anything else is foreign code, of any length.
-    if isinstance(value, (float, np.floating, str)):
-        return f"{str(value)[:80]!r} ({type(value).__name__})"
-    return f"a {type(value).__name__}"
 
 
 def combine(

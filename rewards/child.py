@@ -1,8 +1,8 @@
 """The process in which reward functions run: loads them once, judges on its main thread.
 
 It talks to its reward actor over one socket. Frames are a length (8 bytes, big-endian) and a body.
-In: the list of (name, path) as JSON, then for each call the function's index (4 bytes) and a
-pickled Group. Out: JSON only, because the parent must not unpickle what foreign code may forge.
+In: what to load as JSON, then for each call the function's index (4 bytes) and a pickled Group.
+Out: JSON only, because the parent must not unpickle what foreign code may forge.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import ctypes
 import json
 import os
 import pickle
+import resource
 import signal
 import socket
 import struct
@@ -101,12 +102,18 @@ def main(descriptor: int, parent: int) -> None:
     connection = socket.socket(fileno=descriptor)
     connection.set_inheritable(False)
     # The death signal is set: only now the imports that take time.
-    from rewards.base import RewardLoadError, error_tail, judge, load_function
+    from rewards.adapters import load_reward
+    from rewards.base import RewardLoadError, judge
+    from rewards.results import error_tail, to_json
 
     with contextlib.suppress(EOFError), asyncio.Runner() as runner:
-        specs = [tuple(spec) for spec in json.loads(receive(connection))]
+        hello = json.loads(receive(connection))
+        _bound_memory(hello["memory_bytes"])
+        loaded = []
         try:
-            functions = [(name, load_function(path)) for name, path in specs]
+            for spec in hello["functions"]:
+                function = load_reward(spec["path"], spec["kind"], spec["options"])
+                loaded.append((function, spec["name"], spec["columns"]))
         except RewardLoadError as error:
             _reply(connection, {"error": str(error)})
             return
@@ -115,17 +122,23 @@ def main(descriptor: int, parent: int) -> None:
         while True:
             frame = memoryview(receive(connection))
             (index,) = struct.unpack(">I", frame[:4])
-            name, function = functions[index]
+            function, name, columns = loaded[index]
             try:
                 group = pickle.loads(frame[4:])
             except Exception as error:  # noqa: BLE001  columns may hold objects of foreign code
                 _reply(connection, {"failed": f"cannot unpickle the group: {error_tail(error)}"})
                 continue
-            verdict = judge(function, name, group, run=runner.run)
+            verdict = judge(function, name, group, run=runner.run, columns=columns)
             # An alarm that the function left behind must not hit the next group.
             signal.setitimer(signal.ITIMER_REAL, 0)
-            errors = [[item.completion_id, item.cause, item.message] for item in verdict.errors]
-            _reply(connection, {"values": verdict.values, "errors": errors})
+            _reply(connection, to_json(verdict))
+
+
+def _bound_memory(limit: int | None) -> None:
+    """Make allocations beyond `limit` bytes fail, here and in every process started from here."""
+    if limit is not None:
+        # Not RLIMIT_AS: libraries reserve far more addresses than they ever use.
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
 def _reply(connection: socket.socket, body: dict[str, Any]) -> None:

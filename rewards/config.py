@@ -37,12 +37,28 @@ class TaskConfig(BaseModel):
 
 
 class RewardFunctionConfig(BaseModel):
-    """One reward function and its weight in the total."""
+    """One reward function, its weight in the total, and what it is given."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    path: str = Field(description="module:function or path.py:function.")
+    path: str = Field(description="module:function or path.py:function; a class is constructed.")
     weight: float = Field(1.0, description="Factor of this function in the total reward.")
+    kind: Literal["trl", "verl", "openrlhf"] = Field(
+        "trl",
+        description="Its signature: TRL's, verl's compute_score, OpenRLHF's reward_func.",
+    )
+    options: dict[str, Any] = Field(default_factory=dict, description="Its keyword arguments.")
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="Argument: dataset column, where the names differ."
+    )
+    secrets: list[str] = Field(
+        default_factory=list,
+        description="Environment variables with secrets that the reward children may see.",
+    )
+    whole_group: bool = Field(
+        False,
+        description="It compares completions: a group that fails is not judged one by one.",
+    )
 
 
 class RewardsConfig(BaseModel):
@@ -55,8 +71,18 @@ class RewardsConfig(BaseModel):
         None, description="Reward functions by dotted path. Empty: the task's own."
     )
     timeout_s: float = Field(
-        30, gt=0, description="Deadline for one function on one group; then its child is killed."
+        30,
+        gt=0,
+        description="Deadline for one function on one group; then its child is killed, and the "
+        "completions are judged one by one, in as much time again.",
+    )
+    memory_gb: float | None = Field(
+        4, gt=0, description="Memory (GiB) that a reward child may use; null: no bound."
     )
     max_error_rate: float = Field(
         0.1, ge=0, le=1, description="Share of failed scores in a step above which the run stops."
     )
+
+    @property
+    def memory_bytes(self) -> int | None:
+        return None if self.memory_gb is None else int(self.memory_gb * 2**30)

@@ -347,7 +347,8 @@ class PromptRenderer:
             token_ids = self._chat(row.content, where)
         if not token_ids:
             raise TaskError(f"{where}: the prompt has no tokens")
-        return Prompt(f"{epoch}-{row.id}", token_ids, row.content, row.columns, epoch)
+        text = self._tokenizer.decode(token_ids)
+        return Prompt(f"{epoch}-{row.id}", token_ids, row.content, row.columns, epoch, text)
 
     def _plain(self, text: str) -> tuple[int, ...]:
         # A text that already starts with the special token must not get a second one.

@@ -15,35 +15,48 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from actors.records import Failure, Group, RewardError, ScoredGroup, ScoreMeta
-from rewards.base import RewardLoadError, Verdict, combine, failed, resolve_path
+from actors.records import Failure, Group, ScoredGroup, ScoreMeta
+from rewards.base import RewardLoadError, combine, resolve_path
 from rewards.child import receive, send
 from rewards.config import RewardFunctionConfig, RewardsConfig
+from rewards.results import Verdict, failed, from_json, merged
 from rewards.tasks import Task, TaskError
 
 # Loading a function may import torch or read a model; it is not a hang before this.
 START_TIMEOUT_S = 120.0
 KILL_TIMEOUT_S = 10.0
+# A completion that is judged alone gets at least this (or the whole deadline, if that is less).
+ALONE_S = 1.0
 MAX_REPLY = 64 << 20
 SECRET = re.compile(r"(TOKEN|SECRET|KEY|PASSWORD|PASSWD|CREDENTIALS)$", re.IGNORECASE)
 BOOT = (
     "import sys; sys.path[:] = sys.argv[3:]; "
     "from rewards.child import main; main(int(sys.argv[1]), int(sys.argv[2]))"
 )
+# Metrics of the totals; a function of such a name would overwrite them.
+TOTAL_METRICS = frozenset({"mean", "std", "zero_variance_fraction", "error_rate"})
 
 
 @dataclass(frozen=True)
 class RewardSpec:
-    """A reward function: a unique name for metrics, where to load it, its factor in the total."""
+    """A reward function: a unique name for metrics, where to load it, its factor in the total.
+
+    The rest is as in RewardFunctionConfig.
+    """
 
     name: str
     path: str
     weight: float = 1.0
+    kind: str = "trl"
+    options: dict[str, Any] = field(default_factory=dict)
+    columns: dict[str, str] = field(default_factory=dict)
+    secrets: tuple[str, ...] = ()
+    whole_group: bool = False
 
 
 def reward_specs(task: Task, config: RewardsConfig, base: Path | None = None) -> list[RewardSpec]:
@@ -65,19 +78,41 @@ def reward_specs(task: Task, config: RewardsConfig, base: Path | None = None) ->
         entry = RewardFunctionConfig(path=item, weight=1.0) if isinstance(item, str) else item
         stem = name = entry.path.rpartition(":")[2]
         number = 1
-        while name in {spec.name for spec in specs}:
+        while name in TOTAL_METRICS | {spec.name for spec in specs}:
             number += 1
             name = f"{stem}_{number}"
         path = resolve_path(entry.path, base or Path.cwd())
-        specs.append(RewardSpec(name, path, entry.weight))
+        try:
+            json.dumps(entry.options)
+        except TypeError as error:
+            raise TaskError(
+                f"rewards.functions: the options of {entry.path} must be plain values: {error}"
+            ) from error
+        given = entry.model_dump(exclude={"path", "weight", "secrets"})
+        specs.append(RewardSpec(name, path, entry.weight, secrets=tuple(entry.secrets), **given))
     if all(spec.weight == 0 for spec in specs):
         raise TaskError("every reward function has weight 0: there is nothing to learn from")
     return specs
 
 
-def scrubbed_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment without variables whose names say that they hold a secret."""
-    return {name: value for name, value in environment.items() if not SECRET.search(name)}
+def scrubbed_environment(
+    environment: Mapping[str, str], allowed: Collection[str] = ()
+) -> dict[str, str]:
+    """The environment without variables whose names say that they hold a secret.
+
+    allowed: names that stay nevertheless.
+    """
+    return {
+        name: value
+        for name, value in environment.items()
+        if name in allowed or not SECRET.search(name)
+    }
+
+
+def longest_score_s(timeout_s: float, functions: int, group_size: int) -> float:
+    """Seconds within which `RewardActor.score` answers, however its functions behave."""
+    alone = 2 * max(timeout_s, group_size * ALONE_S)
+    return functions * (timeout_s + alone + START_TIMEOUT_S + 2 * KILL_TIMEOUT_S)
 
 
 class RewardActor:
@@ -85,10 +120,14 @@ class RewardActor:
 
     Keep max_concurrency at 1: there is one child process, and it judges one group at a time. The
     child runs the functions on its main thread (so signal.alarm works), in a session and process
-    group of its own, without secrets in its environment, its output thrown away. A function that
-    exceeds `timeout_s` on a group is ended by SIGKILL of that process group, and a new child takes
-    over; so is a child that died. The kernel ties the child's life to the thread that created it:
-    use the actor from one thread.
+    group of its own, without secrets in its environment, its output thrown away, its memory
+    bounded to `memory_bytes`. A function that exceeds `timeout_s` on a group is ended by SIGKILL of
+    that process group, and a new child takes over; so is a child that died. The kernel ties the
+    child's life to the thread that created it: use the actor from one thread.
+
+    A call that hangs, dies or raises is repeated for each completion alone (except for functions
+    that compare completions: `whole_group`), so that one completion costs only its own score. All
+    of these share as much time again, each at most `timeout_s`; see `longest_score_s`.
 
     Raises RewardLoadError from the constructor when a function cannot be loaded.
     """
@@ -98,11 +137,13 @@ class RewardActor:
         specs: Sequence[RewardSpec],
         timeout_s: float,
         start_timeout_s: float = START_TIMEOUT_S,
+        memory_bytes: int | None = None,
     ) -> None:
         self._specs = tuple(specs)
         self._timeout_s = timeout_s
         self._start_timeout_s = start_timeout_s
-        self._child: _Child | None = _Child(self._specs, start_timeout_s)
+        self._memory_bytes = memory_bytes
+        self._child: _Child | None = self._start()
 
     def score(self, group: Group) -> tuple[ScoreMeta | Failure, ScoredGroup | None]:
         """Judge a group with every function; for num_returns=2.
@@ -113,24 +154,30 @@ class RewardActor:
         started = time.monotonic()
         what = f"score {group.id}"
         try:
-            payload = pickle.dumps(group, protocol=pickle.HIGHEST_PROTOCOL)
+            payload = _pickled(group)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             return Failure("data", what, f"cannot pickle the group: {error}"), None
-        by_function: dict[str, tuple[float | None, ...]] = {}
-        errors: list[RewardError] = []
-        for index, spec in enumerate(self._specs):
-            try:
-                verdict = self._judge(index, spec.name, group, payload)
-            except (RewardLoadError, OSError) as error:
-                return Failure("infra", what, f"cannot start a reward child: {error}"), None
-            by_function[spec.name] = verdict.values
-            errors += verdict.errors
+        verdicts: dict[str, Verdict] = {}
+        sample_s = [0.0] * len(group.completions)
+        try:
+            for index, spec in enumerate(self._specs):
+                verdicts[spec.name], seconds = self._judge(index, group, payload)
+                sample_s = [a + b for a, b in zip(sample_s, seconds, strict=True)]
+        except (RewardLoadError, OSError) as error:
+            return Failure("infra", what, f"cannot start a reward child: {error}"), None
+        by_function = {name: verdict.values for name, verdict in verdicts.items()}
+        errors = tuple(error for verdict in verdicts.values() for error in verdict.errors)
         weights = {spec.name: spec.weight for spec in self._specs}
         ids = [completion.id for completion in group.completions]
         totals = combine(ids, by_function, weights, errors)
-        seconds = time.monotonic() - started
-        scored = ScoredGroup(group, by_function, totals, tuple(errors), seconds)
-        return ScoreMeta(group.id, totals, by_function, scored.errors, seconds), scored
+        parts = {f"{f}/{key}": row for f, v in verdicts.items() for key, row in v.parts.items()}
+        extra = {f"{f}/{key}": row for f, v in verdicts.items() for key, row in v.extra.items()}
+        logged = {f"{f}/{key}": row for f, v in verdicts.items() for key, row in v.metrics.items()}
+        took = time.monotonic() - started
+        times = tuple(sample_s)
+        scored = ScoredGroup(group, by_function, totals, errors, took, parts, extra, times)
+        meta = ScoreMeta(group.id, totals, by_function, errors, took, parts, logged, times)
+        return meta, scored
 
     def ping(self) -> str:
         """A sign of life that says where the actor runs."""
@@ -146,43 +193,96 @@ class RewardActor:
             self._child.kill()
             self._child = None
 
-    def _judge(self, index: int, name: str, group: Group, payload: bytes) -> Verdict:
+    def _start(self) -> _Child:
+        return _Child(self._specs, self._start_timeout_s, self._memory_bytes)
+
+    def _judge(self, index: int, group: Group, payload: bytes) -> tuple[Verdict, Sequence[float]]:
+        """The verdict of function `index`, and the seconds that judging each completion took."""
+        verdict, seconds = self._call(index, group, payload, self._timeout_s)
+        n = len(group.completions)
+        if not verdict.broke or n == 1 or self._specs[index].whole_group:
+            return verdict, [seconds] * n
+        verdict, alone = self._judge_alone(index, group)
+        return verdict, [seconds + more for more in alone]
+
+    def _judge_alone(self, index: int, group: Group) -> tuple[Verdict, list[float]]:
+        """As `_judge`, one completion after the other, each with its share of what time is left."""
+        n = len(group.completions)
+        left = max(self._timeout_s, n * ALONE_S)
+        give_up = time.monotonic() + 2 * left
+        verdicts: list[Verdict] = []
+        times: list[float] = []
+        for done, completion in enumerate(group.completions):
+            alone = replace(group, completions=(completion,))
+            name = self._specs[index].name
+            if time.monotonic() > give_up:
+                # New children are slow to start here.
+                message = f"{name}: no time was left to judge it alone (rewards.timeout_s)"
+                verdict, seconds = failed(name, alone, "timeout", message), 0.0
+            else:
+                share = min(self._timeout_s, max(ALONE_S, left / (n - done)))
+                verdict, seconds = self._call(index, alone, _pickled(alone), share)
+            left -= seconds
+            verdicts.append(verdict)
+            times.append(seconds)
+        return merged(verdicts), times
+
+    def _call(
+        self, index: int, group: Group, payload: bytes, timeout_s: float
+    ) -> tuple[Verdict, float]:
+        """One call of function `index` in the child, and how long it took."""
         # A child that died between two groups is no fault of this one.
         if self._child is not None and not self._child.alive():
             self.close()
         if self._child is None:
-            self._child = _Child(self._specs, self._start_timeout_s)
+            self._child = self._start()
+        name = self._specs[index].name
+        began = time.monotonic()
         try:
-            reply = self._child.call(index, payload, self._timeout_s)
+            reply = self._child.call(index, payload, timeout_s)
+            seconds = time.monotonic() - began
+            if "failed" in reply:
+                return failed(name, group, "raised", str(reply["failed"])), seconds
+            return from_json(name, reply, len(group.completions)), seconds
         except TimeoutError:
+            seconds = time.monotonic() - began
             self._replace()
-            message = f"{name}: no answer within {self._timeout_s:g} s (rewards.timeout_s)"
-            return failed(name, group, "timeout", message)
-        except (EOFError, OSError, ValueError, KeyError, TypeError) as error:
+            message = f"{name}: no answer within {timeout_s:.3g} s (rewards.timeout_s)"
+            return failed(name, group, "timeout", message, broke=True), seconds
+        except (EOFError, OSError, ValueError, TypeError) as error:
             # OSError: broken pipe. The others: a reply that is not ours.
+            seconds = time.monotonic() - began
             ending = self._replace()
-            return failed(name, group, "died", f"{name}: its process {ending} ({error})")
-        if isinstance(reply, str):
-            return failed(name, group, "raised", reply)
-        values, items = reply
-        if len(values) != len(group.completions):
-            return failed(name, group, "died", f"{name}: its process sent a garbled reply")
-        return Verdict(tuple(values), tuple(RewardError(name, *item) for item in items))
+            message = f"{name}: its process {ending} ({error})"
+            return failed(name, group, "died", message, broke=True), seconds
 
     def _replace(self) -> str:
         """Kill the child and start another; says how the old one ended."""
         assert self._child is not None
         child, self._child = self._child, None
         ending = child.kill()
-        self._child = _Child(self._specs, self._start_timeout_s)
+        self._child = self._start()
         return ending
+
+
+def _pickled(group: Group) -> bytes:
+    return pickle.dumps(group, protocol=pickle.HIGHEST_PROTOCOL)
 
 
 class _Child:
     """One child process and the socket to it."""
 
-    def __init__(self, specs: Sequence[RewardSpec], start_timeout_s: float) -> None:
+    def __init__(
+        self, specs: Sequence[RewardSpec], start_timeout_s: float, memory_bytes: int | None
+    ) -> None:
         deadline = time.monotonic() + start_timeout_s
+        secrets = {name for spec in specs for name in spec.secrets}
+        unset = sorted(secrets - set(os.environ))
+        if unset:
+            raise RewardLoadError(
+                f"{', '.join(unset)}: not set in the environment of {platform.node()}, and named "
+                "in the secrets of rewards.functions"
+            )
         self._socket, theirs = socket.socketpair()
         # What the child says before it is ready explains why it never was.
         with theirs, tempfile.TemporaryFile() as words:
@@ -198,13 +298,14 @@ class _Child:
                 stdin=subprocess.DEVNULL,
                 stdout=words,
                 stderr=words,
-                env=scrubbed_environment(os.environ),
+                env=scrubbed_environment(os.environ, secrets),
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )
             theirs.close()
             try:
-                hello = json.dumps([(spec.name, spec.path) for spec in specs])
+                functions = [asdict(spec) for spec in specs]
+                hello = json.dumps({"functions": functions, "memory_bytes": memory_bytes})
                 send(self._socket, hello.encode(), deadline)
                 reply = json.loads(receive(self._socket, deadline, self.alive, MAX_REPLY))
             except (EOFError, OSError) as error:
@@ -235,18 +336,18 @@ class _Child:
             return False
         return ended is None
 
-    def call(self, index: int, payload: bytes, timeout_s: float) -> tuple[list[Any], Any] | str:
-        """The values and errors of function `index` on a pickled group, or why it got no group.
+    def call(self, index: int, payload: bytes, timeout_s: float) -> dict[str, Any]:
+        """What function `index` said about a pickled group; see `rewards.child`.
 
-        Raises TimeoutError, EOFError and OSError for a child that does not answer, ValueError,
-        KeyError or TypeError for an answer that is not ours.
+        Raises TimeoutError, EOFError and OSError for a child that does not answer, ValueError or
+        TypeError for an answer that is not ours.
         """
         deadline = time.monotonic() + timeout_s
         send(self._socket, struct.pack(">I", index) + payload, deadline)
         reply = json.loads(receive(self._socket, deadline, self.alive, MAX_REPLY))
-        if "failed" in reply:
-            return str(reply["failed"])
-        return list(reply["values"]), reply["errors"]
+        if not isinstance(reply, dict):
+            raise ValueError("a garbled reply")
+        return reply
 
     def kill(self) -> str:
         """SIGKILL the child's whole process group, and wait for it; says how the child ended."""

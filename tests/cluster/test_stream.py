@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from actors.records import Failure, GroupMeta, Prompt, RewardError, ScoreMeta
 from cluster.config import Config
 from cluster.loop import TrainingError, check_failures
-from cluster.metrics import Counters, StepTimes, reward_errors, step_metrics
+from cluster.metrics import Counters, StepTimes, logged_metrics, reward_errors, step_metrics
 from cluster.stream import Batch, GroupStream
 from cluster.tracking import STEP_KEYS
 from learner.group import StepResult
@@ -154,6 +155,95 @@ def result(**changes: Any) -> StepResult:
             **changes,
         }
     )  # fmt: skip
+
+
+def test_a_group_is_scored_while_others_are_still_generated() -> None:
+    done = asyncio.Event()
+    scored: list[str] = []
+
+    class OneIsSlow(Pool):
+        async def _one(self, request: Any) -> Any:
+            result = await super()._one(request)
+            if request.group_id == "0:0-2":
+                # Ends only when all the other groups of the step have their scores.
+                await asyncio.wait_for(done.wait(), 10)
+            return result
+
+    class Noting(Rewards):
+        async def score(self, group: str) -> Any:
+            result = await super().score(group)
+            scored.append(group.removeprefix("tokens of "))
+            if len(scored) == 3:
+                done.set()
+            return result
+
+    async def main() -> Any:
+        stream = stream_of(OneIsSlow(), Noting())
+        await stream.admit(0)
+        return await stream.take(0)
+
+    assert len(asyncio.run(main()).groups) == 4
+    assert scored[3] == "0:0-2"
+
+
+def test_an_error_is_shown_once_for_each_function_and_cause(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Failing(Rewards):
+        async def score(self, group: str) -> Any:
+            meta, name = await super().score(group)
+            errors = tuple(
+                RewardError("f", f"c/{i}", cause, f"Traceback of {cause}")
+                for cause in ("raised", "timeout")
+                for i in range(2)
+            )
+            return replace(meta, errors=errors), name
+
+    async def main() -> Batch:
+        stream = stream_of(Pool(), Failing())
+        await stream.admit(1)
+        await stream.take(0)
+        return await stream.take(1)
+
+    with caplog.at_level(logging.WARNING):
+        batch = asyncio.run(main())
+    assert sorted("timeout" in text for text in caplog.messages) == [False, True]
+    assert any("f (raised) on c/0" in text and "Traceback" in text for text in caplog.messages)
+    counts = logged_metrics(batch)
+    assert counts == {"reward_errors/f/raised": 8, "reward_errors/f/timeout": 8}
+
+
+def test_what_functions_log_is_pooled_over_the_step() -> None:
+    class Logging(Rewards):
+        async def score(self, group: str) -> Any:
+            meta, name = await super().score(group)
+            number = float(meta.group_id.rsplit("-", 1)[1])
+            more: dict[str, Any] = {"f/late": (1.0, 1.0)} if number == 3 else {}
+            return (
+                replace(
+                    meta,
+                    parts={"f/part": (number, None), **more},
+                    metrics={"f/calls": (1.0,) * int(number)},
+                    sample_s=(number, number / 10),
+                ),
+                name,
+            )
+
+    async def main() -> Batch:
+        stream = stream_of(Pool(), Logging())
+        await stream.admit(0)
+        return await stream.take(0)
+
+    batch = asyncio.run(main())
+    times = StepTimes(step=10.0, generate=4.0, reward=1.0, train=3.0, sync=1.5)
+    metrics = step_metrics(batch, result(), times, Counters(), version=5, probe_gap=0.0, restarts=0)
+    assert metrics["reward_part/f/part"] == 1.5
+    assert metrics["reward_part/f/late"] == 1.0
+    assert metrics["reward_metric/f/calls"] == 1.0
+    assert metrics["reward/error_rate"] == 0.0
+    # 0, 0, 0.1, 0.2, 0.3, 1, 2, 3
+    assert metrics["time/reward_p50"] == 0.2
+    assert metrics["time/reward_p99"] == metrics["time/reward_max"] == 3.0
 
 
 def test_a_group_that_failed_is_counted_not_dropped() -> None:

@@ -79,6 +79,9 @@ def scored_group(number: int, rewards: tuple[float | None, ...]) -> ScoredGroup:
             for i, reward in enumerate(rewards)
             if reward is None
         ),
+        parts={"exact/close": tuple(0.5 for _ in rewards)},
+        extra={"exact/found": tuple(f"found {i}" for i in range(len(rewards)))},
+        sample_s=tuple(i / 4 for i in range(len(rewards))),
     )
 
 
@@ -191,6 +194,9 @@ def test_rollouts_hold_every_completion(tmp_path: Path) -> None:
         "completion": "answer 1\n",
         "reward": None,
         "by_function": {"exact": None, "format": 0.0},
+        "parts": {"exact/close": 0.5},
+        "extra": {"exact/found": "found 1"},
+        "reward_s": 0.25,
         "errors": [{"function": "exact", "cause": "raised", "message": "boom"}],
         "finish_reason": "stop",
         "weight_versions": [4, 5],

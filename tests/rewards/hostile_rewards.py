@@ -115,6 +115,55 @@ def segfault(completions: list[str]) -> list[float]:
     return [1.0] * len(completions)
 
 
+def terminate(completions: list[str]) -> list[float]:
+    if completions[0] == "die":
+        os.killpg(0, signal.SIGTERM)
+    return [1.0] * len(completions)
+
+
+def interrupt(completions: list[str]) -> list[float]:
+    if completions[0] == "die":
+        raise KeyboardInterrupt
+    return [1.0] * len(completions)
+
+
+def memory_bomb(completions: list[str]) -> list[float]:
+    if completions[0] == "bomb":
+        held = []
+        while True:
+            held.append(b"x" * (64 << 20))
+    return [1.0] * len(completions)
+
+
+def log_bomb(completions: list[str], log_extra: Any, log_metric: Any) -> list[float]:
+    log_extra("text", ["x" * 10_000_000] * len(completions))
+    if completions[0] == "bomb":
+        for number in range(10**6):
+            log_metric(f"metric {number}", 1)
+    return [1.0] * len(completions)
+
+
+def raise_for_bad(completions: list[str]) -> dict[str, Any]:
+    for text in completions:
+        if text == "bad":
+            raise ValueError("a bad text")
+    sizes = [len(text) for text in completions]
+    return {
+        "score": sizes,
+        "half": [size / 2 for size in sizes],
+        "shown": [text.upper() for text in completions],
+    }
+
+
+def logs(
+    completions: list[str], truth: list[int], log_extra: Any, log_metric: Any, scale: int = 1
+) -> list[int]:
+    sizes = [len(text) for text in completions]
+    log_extra("size", sizes)
+    log_metric("longest", max(sizes))
+    return [scale * value for value in truth]
+
+
 def close_everything(completions: list[str]) -> list[float]:
     if completions[0] == "die":
         os.closerange(3, 256)

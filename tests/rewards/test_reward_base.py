@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 
 from actors.records import Completion, Group, Prompt, RewardError
 from rewards.base import RewardLoadError, combine, judge, load_function, resolve_path
+from rewards.results import from_json, to_json
 
 
 def make_group(content: Any = "Q", n: int = 3, **columns: Any) -> Group:
@@ -40,6 +43,9 @@ def test_string_prompts_give_string_completions_and_repeated_columns() -> None:
         return [0.0] * 3
 
     judge(reward, "reward", make_group("Q", answer=7, level="easy"))
+    # As in TRL, functions that log are among the arguments.
+    assert callable(seen.pop("log_extra"))
+    assert callable(seen.pop("log_metric"))
     assert seen == {
         "prompts": ["Q", "Q", "Q"],
         "completions": ["text 0", "text 1", "text 2"],
@@ -148,6 +154,173 @@ def test_async_function() -> None:
         return [float(len(completion)) for completion in completions]
 
     assert judge(reward, "reward", make_group()).values == (6.0, 6.0, 6.0)
+
+
+# Parts and logs
+
+
+def test_a_dict_of_lists_gives_values_and_parts() -> None:
+    verdict = judge(
+        lambda: {
+            "score": np.array([1.0, 0.0, 0.5]),
+            "format": [True, False, None],
+            "found": ["a", None, 3],
+            "late": [0.5, float("nan"), 1],
+        },
+        "reward",
+        make_group(),
+    )
+    assert verdict.errors == ()
+    assert verdict.values == (1.0, 0.0, 0.5)
+    assert verdict.parts == {"format": (1.0, 0.0, None), "late": (0.5, None, 1.0)}
+    assert verdict.extra == {"found": ("a", None, 3.0)}
+
+
+def test_a_list_of_dicts_gives_values_and_parts() -> None:
+    results = [{"score": 1.0, "acc": True, "pred": "7"}, None, {"score": None, "acc": False}]
+    verdict = judge(lambda: results, "reward", make_group())
+    assert verdict.values == (1.0, None, None)
+    assert verdict.parts == {"acc": (1.0, None, 0.0)}
+    assert verdict.extra == {"pred": ("7", None, None)}
+    assert results[0] == {"score": 1.0, "acc": True, "pred": "7"}
+
+
+def test_exceptions_in_the_list_fail_their_completions_only() -> None:
+    verdict = judge(
+        lambda: [1.0, TimeoutError("too slow"), ValueError("no judge")], "f", make_group()
+    )
+    assert verdict.values == (1.0, None, None)
+    assert [(e.completion_id, e.cause) for e in verdict.errors] == [
+        ("c1", "timeout"),
+        ("c2", "raised"),
+    ]
+    assert "too slow" in verdict.errors[0].message
+    # The call gave an answer: there is nothing to gain from judging one by one.
+    assert not verdict.broke
+
+
+@pytest.mark.parametrize(
+    ("result", "cause", "words"),
+    [
+        ({"score": [1.0, 1.0]}, "wrong_length", "returned 2 values for 3"),
+        ({"score": [1.0] * 3, "part": [1.0]}, "wrong_length", "part: 1 values for 3"),
+        ({"score": [1.0] * 3, "part": 1.0}, "wrong_length", "part: None values"),
+        ({"score": 1.0}, "wrong_type", "a float, not a list"),
+        ({"reward": [1.0] * 3}, "wrong_type", "without 'score'"),
+        ([{"acc": 1.0}, 1.0, 1.0], "wrong_type", "without 'score'"),
+        ({"score": [1.0] * 3, 7: [1.0] * 3}, "raised", "the name must be a text"),
+        ([{"score": 1.0, "x" * 101: 1.0}] * 3, "raised", "1 to 100 characters"),
+    ],
+)
+def test_dicts_that_are_wrong(result: Any, cause: str, words: str) -> None:
+    verdict = judge(lambda: result, "reward", make_group())
+    assert (verdict.errors[0].cause, verdict.values[0]) == (cause, None)
+    assert words in verdict.errors[0].message
+
+
+def test_log_extra_and_log_metric() -> None:
+    def reward(completions: list[str], log_extra: Any, log_metric: Any) -> list[float]:
+        log_extra("solution", ["x" * 5000, None, {1: 2}])
+        for index in range(3):  # adds up, as in TRL
+            log_extra("index", [index])
+            log_metric("tries", np.float32(index))
+        return [1.0] * len(completions)
+
+    verdict = judge(reward, "reward", make_group())
+    assert verdict.errors == ()
+    assert verdict.extra == {"solution": ("x" * 2000, None, "{1: 2}"), "index": (0, 1, 2)}
+    assert verdict.metrics == {"tries": (0.0, 1.0, 2.0)}
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda log: log.log_extra("a", [1]), "log_extra a: 1 values for 3 completions"),
+        (lambda log: log.log_metric("a", float("nan")), "not a finite number"),
+        (lambda log: log.log_metric("a", "1"), "not a finite number"),
+        (lambda log: log.log_metric(None, 1), "the name must be a text"),
+        (lambda log: [log.log_metric(f"m{i}", 1) for i in range(65)], "more than 64 names"),
+    ],
+)
+def test_logs_that_are_wrong_fail_loudly(call: Any, words: str) -> None:
+    def reward(log_extra: Any, log_metric: Any) -> list[float]:
+        call(SimpleNamespace(log_extra=log_extra, log_metric=log_metric))
+        return [1.0] * 3
+
+    verdict = judge(reward, "reward", make_group())
+    assert verdict.values == (None,) * 3
+    assert words in verdict.errors[0].message
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        {},
+        [],
+        {"values": [1.0], "errors": [], "parts": {}, "extra": {}, "metrics": {}, "broke": False},
+        {"values": ["x", 1, 1], "errors": [], "parts": {}, "extra": {}, "metrics": {}, "broke": 0},
+        {"values": [1] * 3, "errors": [1], "parts": {}, "extra": {}, "metrics": {}, "broke": 0},
+        {"values": [1] * 3, "errors": [], "parts": 3, "extra": {}, "metrics": {}, "broke": 0},
+        {
+            "values": [1] * 3,
+            "errors": [],
+            "parts": {"a": [1]},
+            "extra": {},
+            "metrics": {},
+            "broke": 0,
+        },
+    ],
+)
+def test_a_forged_reply_is_refused(reply: Any) -> None:
+    with pytest.raises(ValueError, match="a garbled reply"):
+        from_json("f", reply, 3)
+
+
+def test_a_verdict_survives_json() -> None:
+    def reward(log_extra: Any, log_metric: Any) -> dict[str, Any]:
+        log_extra("shown", ["a", None, 1])
+        log_metric("tries", 2)
+        return {"score": [1.0, None, "x"], "part": [1, None, 0.5]}
+
+    verdict = judge(reward, "f", make_group())
+    assert from_json("f", json.loads(json.dumps(to_json(verdict))), 3) == verdict
+
+
+# Options and columns
+
+
+def test_options_are_given_and_win_over_columns(tmp_path: Path) -> None:
+    file = tmp_path / "scaled.py"
+    file.write_text(
+        "def reward(completions, answer, scale=1, **kwargs):\n"
+        "    return [scale * value for value in answer]\n"
+        "class Reward:\n"
+        "    def __init__(self, base, step=1):\n"
+        "        self.value, self.step = base, step\n"
+        "    def __call__(self, completions):\n"
+        "        self.value += self.step\n"
+        "        return [self.value] * len(completions)\n"
+        "class Broken(Reward):\n"
+        "    def __init__(self):\n"
+        "        raise OSError('no sandbox here')\n"
+    )
+    function = load_function(f"{file}:reward", {"scale": 3})
+    assert judge(function, "f", make_group(answer=2, scale=100)).values == (6.0,) * 3
+    renamed = judge(function, "f", make_group(gold=5), columns={"answer": "gold"})
+    assert renamed.values == (15.0,) * 3
+    lost = judge(function, "f", make_group(gold=5), columns={"answer": "golden"})
+    assert "no column golden; their columns: gold" in lost.errors[0].message
+    one = load_function(f"{file}:Reward", {"base": 5})
+    assert judge(one, "f", make_group()).values == (6.0,) * 3
+    assert judge(one, "f", make_group()).values == (7.0,) * 3
+    for path, options, words in [
+        ("Reward", {}, "option 'base' is required"),
+        ("Reward", {"base": 1, "stepp": 2}, "unknown option 'stepp'; did you mean step?"),
+        ("Broken", {}, "cannot be constructed:.*no sandbox here"),
+        ("reward", {"prompts": 1}, "unknown option 'prompts'"),
+    ]:
+        with pytest.raises(RewardLoadError, match=f"(?s){words}"):
+            load_function(f"{file}:{path}", options)
 
 
 # Totals

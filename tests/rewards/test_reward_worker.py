@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 
 from actors.records import Completion, Failure, Group, Prompt, ScoredGroup, ScoreMeta
 from rewards.base import RewardLoadError
-from rewards.worker import RewardActor, RewardSpec, scrubbed_environment
+from rewards.worker import RewardActor, RewardSpec, longest_score_s, scrubbed_environment
 
 HOSTILE = Path(__file__).parent / "hostile_rewards.py"
 MakeActor = Callable[..., RewardActor]
@@ -140,6 +141,33 @@ def test_secrets_stay_out_of_the_child(
     assert scrubbed_environment({"A_TOKEN": "1", "PATH": "2"}) == {"PATH": "2"}
 
 
+def test_secrets_that_a_function_names_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_API_KEY", "1")
+    monkeypatch.setenv("OTHER_API_KEY", "1")
+    path = f"{HOSTILE}:variable_is_set"
+    actor = RewardActor([RewardSpec("f", path, secrets=("JUDGE_API_KEY",))], 20)
+    assert score(actor, make_group("a", variable="JUDGE_API_KEY")).totals == (1.0,)
+    assert score(actor, make_group("a", variable="OTHER_API_KEY")).totals == (0.0,)
+    actor.close()
+    monkeypatch.delenv("JUDGE_API_KEY")
+    with pytest.raises(RewardLoadError, match="JUDGE_API_KEY: not set in the environment of"):
+        RewardActor([RewardSpec("f", path, secrets=("JUDGE_API_KEY",))], 20)
+
+
+def test_options_columns_and_logs_travel_through_the_child() -> None:
+    spec = RewardSpec("f", f"{HOSTILE}:logs", options={"scale": 3}, columns={"truth": "answer"})
+    actor = RewardActor([spec], 20)
+    meta, scored = actor.score(make_group("a", "bb", answer=2))
+    assert isinstance(meta, ScoreMeta)
+    assert scored is not None
+    assert scored.totals == (6.0, 6.0)
+    assert scored.extra == {"f/size": (1, 2)}
+    assert meta.metrics == {"f/longest": (2.0,)}
+    assert meta.parts == scored.parts == {}
+    assert len(meta.sample_s) == 2
+    actor.close()
+
+
 # Mistakes
 
 
@@ -182,9 +210,11 @@ def test_a_hang_is_ended_and_the_next_group_is_scored(make_actor: MakeActor, fun
     started = time.monotonic()
     scored = score(actor, make_group("hang", "a"))
     assert time.monotonic() - started < 4
-    assert causes(scored) == [(function, "c0", "timeout"), (function, "c1", "timeout")]
+    # It costs the completion that hangs, not the rest of its group.
+    assert causes(scored) == [(function, "c0", "timeout")]
     assert "0.5 s (rewards.timeout_s)" in scored.errors[0].message
-    assert scored.by_function["length"] == (4.0, 1.0)
+    assert scored.by_function == {"length": (4.0, 1.0), function: (None, 1.0)}
+    assert scored.totals == (None, 2.0)
     assert gone(child)
     assert score(actor, make_group("a", "b")).totals == (2.0, 2.0)
     assert actor.pids()[1] != child
@@ -193,8 +223,66 @@ def test_a_hang_is_ended_and_the_next_group_is_scored(make_actor: MakeActor, fun
 def test_functions_after_a_hang_still_score_the_group(make_actor: MakeActor) -> None:
     actor = make_actor("hang", "length", timeout_s=0.5)
     scored = score(actor, make_group("hang", "a"))
-    assert scored.by_function == {"hang": (None, None), "length": (4.0, 1.0)}
-    assert scored.totals == (None, None)
+    assert scored.by_function == {"hang": (None, 1.0), "length": (4.0, 1.0)}
+    assert scored.totals == (None, 2.0)
+    # Both waited for the group's deadline, the first one for its own too.
+    assert scored.sample_s[0] > 1 > scored.sample_s[1] > 0.5
+
+
+def test_a_function_that_compares_is_never_called_with_part_of_a_group() -> None:
+    spec = RewardSpec("hang", f"{HOSTILE}:hang", whole_group=True)
+    actor = RewardActor([spec], 0.5)
+    scored = score(actor, make_group("hang", "a", "b"))
+    assert causes(scored) == [("hang", f"c{i}", "timeout") for i in range(3)]
+    actor.close()
+
+
+def test_a_raise_costs_only_its_completion_but_its_parts_stay_in_place(
+    make_actor: MakeActor,
+) -> None:
+    scored = score(make_actor("raise_for_bad"), make_group("a", "bad", "ccc"))
+    assert causes(scored) == [("raise_for_bad", "c1", "raised")]
+    assert scored.totals == (1.0, None, 3.0)
+    assert scored.parts == {"raise_for_bad/half": (0.5, None, 1.5)}
+    assert scored.extra == {"raise_for_bad/shown": ("A", None, "CCC")}
+
+
+def test_a_group_that_hangs_throughout_ends_in_bound(make_actor: MakeActor) -> None:
+    actor = make_actor("hang", timeout_s=1)
+    started = time.monotonic()
+    scored = score(actor, make_group("hang", "hang"))
+    # 1 s together and 1 s each; three new children.
+    assert 3 <= time.monotonic() - started < 7
+    assert causes(scored) == [("hang", f"c{i}", "timeout") for i in range(2)]
+    assert longest_score_s(1, 1, 2) > 7
+
+
+def test_many_hanging_samples_end_in_bound_with_every_worker_alive() -> None:
+    """Ten groups of one on two workers; tests/system has 100 on four, on Ray."""
+    waiting = [make_group("hang") for _ in range(10)]
+    spec, found, alive = RewardSpec("hang", f"{HOSTILE}:hang"), [], []
+
+    def work() -> None:
+        # A child belongs to the thread that started it.
+        actor = RewardActor([spec], 0.2)
+        while True:
+            try:
+                group = waiting.pop()
+            except IndexError:
+                break
+            found.extend(score(actor, group).errors)
+        alive.append(score(actor, make_group("a")).totals)
+        actor.close()
+
+    started = time.monotonic()
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert time.monotonic() - started < 30
+    assert [error.cause for error in found] == ["timeout"] * 10
+    assert alive == [(1.0,), (1.0,)]
 
 
 def test_the_processes_a_hanging_function_started_go_with_it(
@@ -229,6 +317,8 @@ def test_a_stopped_child_does_not_block_a_large_group(make_actor: MakeActor) -> 
         ("exit_hard", "exited with code 3"),
         ("die_with_heir", "exited with code 4"),
         ("segfault", "was killed by SIGSEGV"),
+        ("terminate", "was killed by SIGTERM"),
+        ("interrupt", "its process"),
         ("close_everything", "its process"),
         ("forge_reply", "its process"),
     ],
@@ -242,10 +332,33 @@ def test_a_death_is_reported_and_the_child_replaced(
     started = time.monotonic()
     scored = score(actor, make_group("die", "a"))
     assert time.monotonic() - started < 5
-    assert causes(scored) == [(function, "c0", "died"), (function, "c1", "died")]
+    assert causes(scored) == [(function, "c0", "died")]
     assert words in scored.errors[0].message
+    assert scored.totals == (None, 1.0)
     assert gone(child)
     assert score(actor, make_group("a", "b")).totals == (1.0, 1.0)
+
+
+def test_a_memory_bomb_is_an_error_that_names_the_key() -> None:
+    specs = [RewardSpec(name, f"{HOSTILE}:{name}") for name in ("length", "memory_bomb")]
+    actor = RewardActor(specs, 20, memory_bytes=1 << 29)
+    child = actor.pids()[1]
+    assert child is not None
+    scored = score(actor, make_group("bomb", "a"))
+    assert causes(scored) == [("memory_bomb", "c0", "raised")]
+    assert "MemoryError" in scored.errors[0].message
+    assert "rewards.memory_gb" in scored.errors[0].message
+    assert scored.totals == (None, 2.0)
+    assert actor.pids()[1] == child
+    actor.close()
+
+
+def test_a_huge_result_costs_the_child_not_the_actor(make_actor: MakeActor) -> None:
+    actor = make_actor("log_bomb")
+    scored = score(actor, make_group("bomb", "a"))
+    assert causes(scored) == [("log_bomb", "c0", "raised")]
+    assert "more than 64 names" in scored.errors[0].message
+    assert max(len(text) for text in scored.extra["log_bomb/text"] if text) == 2000
 
 
 def test_a_child_killed_between_groups_costs_nothing(make_actor: MakeActor) -> None:

@@ -349,6 +349,7 @@ def test_messages_are_rendered_once_with_one_bos(tokenizer: Any) -> None:
     row = Row("r7", user("one two"), {"answer": 3})
     prompt = PromptRenderer(tokenizer, 64).render(row, 2, 120)
     assert prompt == Prompt("2-r7", (1, 2, 5, 6, 4), user("one two"), {"answer": 3}, 2)
+    assert prompt.text == "<s> <user> one two <assistant>"
 
 
 @pytest.mark.parametrize("text", ["one two", "<s> one two", "<s>one two"])

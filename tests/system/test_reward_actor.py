@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import time
@@ -16,8 +17,9 @@ import ray
 
 from actors.records import Completion, Group, Prompt, ScoredGroup, ScoreMeta
 from rewards.config import RewardsConfig, TaskConfig
+from rewards.pool import RewardPool
 from rewards.tasks import load_task
-from rewards.worker import RewardActor, RewardSpec, reward_specs
+from rewards.worker import RewardActor, RewardSpec, longest_score_s, reward_specs
 
 pytestmark = pytest.mark.system
 
@@ -28,6 +30,12 @@ def hang(completions):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if completions[0][0]["content"] == "hang":
         ctypes.PyDLL(None).sleep(60)
+    return [1.0] * len(completions)
+
+def hang_each(completions):
+    for completion in completions:
+        if completion[0]["content"] == "hang":
+            time.sleep(60)
     return [1.0] * len(completions)
 
 def alarm_works(completions):
@@ -117,12 +125,39 @@ def test_a_hang_is_ended_and_no_process_is_left(hang_file: Path) -> None:
         started = time.monotonic()
         meta, _scored = score(actor, make_group("Q", ["hang", "a"]))
         assert time.monotonic() - started < 10
-        assert [error.cause for error in meta.errors] == ["timeout", "timeout"]
+        assert [(error.completion_id, error.cause) for error in meta.errors] == [("c0", "timeout")]
+        assert meta.totals == (None, 1.0)
         meta, _scored = score(actor, make_group("Q", ["a", "b"]))
         assert meta.totals == (1.0, 1.0)
     assert ended(child)
     assert len(psutil.Process(pid).children()) == 1
     ray.kill(actor)
+
+
+def test_a_hundred_hanging_samples_on_four_workers(hang_file: Path) -> None:
+    """Groups of five, all hanging, among groups that do not; every worker lives on."""
+    actors = [make_actor([RewardSpec("hang", f"{hang_file}:hang_each")], 0.5) for _ in range(4)]
+    pool = RewardPool(actors, longest_score_s(0.5, 1, 5))
+
+    async def main() -> list[Any]:
+        await pool.check(60)
+        groups = [make_group("Q", ["hang"] * 5) for _ in range(20)]
+        groups += [make_group("Q", ["a"] * 5) for _ in range(4)]
+        return list(await asyncio.gather(*(pool.score(group) for group in groups)))
+
+    before = [ray.get(actor.pids.remote(), timeout=60)[0] for actor in actors]
+    started = time.monotonic()
+    metas = [meta for meta, _ in asyncio.run(main())]
+    # 5 groups a worker, of 0.5 s and five times 0.5 s; the rest is six new children a group.
+    assert time.monotonic() - started < 90
+    causes = [error.cause for meta in metas[:20] for error in meta.errors]
+    assert causes == ["timeout"] * 100
+    assert all(meta.totals == (1.0,) * 5 for meta in metas[20:])
+    after = [ray.get(actor.pids.remote(), timeout=60) for actor in actors]
+    assert [pid for pid, _ in after] == before
+    assert all(child is not None and not ended(child) for _, child in after)
+    for actor in actors:
+        ray.kill(actor)
 
 
 @pytest.mark.parametrize("busy", [False, True])

@@ -1,0 +1,117 @@
+"""Mathematical answers, compared by value: fractions, roots, sets, intervals, equations.
+
+The comparison is math-verify's (https://github.com/huggingface/Math-Verify, Apache-2.0), which
+TRL, verl and Open-R1 use too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rewards.answer import parse_number, same_text
+from rewards.base import completion_texts
+from rewards.extract import AnswerIn, answer_of, last_boxed
+
+
+class MathAnswer:
+    """1.0 where the completion's answer equals the column `answer` in value, else 0.0.
+
+    answer_in: "boxed" (the last LaTeX box) or "tags" (`<answer>...</answer>`, once). timeout_s:
+    whole seconds for reading one answer, and again for comparing it.
+
+    An answer that takes longer is an error ("timeout"), not a 0: whether it is right is not known.
+    That bound is SIGALRM's and needs a main thread, as reward children have; rewards.timeout_s
+    ends what it cannot interrupt. None where the row has no answer. Where the right answer is a
+    plain number, an expression that stands in the question ("2 + 10") is no answer to it.
+
+    Raises ImportError when math-verify is not installed.
+    """
+
+    def __init__(self, answer_in: AnswerIn = "boxed", timeout_s: int = 5) -> None:
+        try:
+            from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+            from math_verify.errors import TimeoutException
+        except ImportError as error:
+            raise ImportError(
+                "math-verify is not installed: pip install math-verify[antlr4_13_2]"
+            ) from error
+        answer_of("", answer_in)
+        if not isinstance(timeout_s, int) or timeout_s < 1:
+            raise ValueError(f"timeout_s must be a whole number of seconds, got {timeout_s!r}")
+        self._answer_in = answer_in
+        self._timeout_s = timeout_s
+        self._parse, self._verify, self._late = parse, verify, TimeoutException
+        boxed = LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)
+        self._said = [boxed]
+        self._known = [boxed, ExprExtractionConfig()]
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        answer: Sequence[Any],
+        **_: Any,
+    ) -> list[float | Exception | None]:
+        texts = completion_texts(completions)
+        questions = completion_texts(prompts)
+        return [
+            None if known is None else self._score(question, text, str(known))
+            for question, text, known in zip(questions, texts, answer, strict=True)
+        ]
+
+    def _score(self, question: str, text: str, known: str) -> float | Exception:
+        said = answer_of(text, self._answer_in)
+        if said is None:
+            return 0.0
+        said, known = _bare(said), _bare(known)
+        if same_text(said, known):
+            return 1.0
+        if parse_number(known) is not None and _squeezed(said) in _squeezed(question):
+            return 0.0
+        try:
+            expected = self._read(known, self._known)
+            return float(bool(expected) and self._equal(expected, self._read(said, self._said)))
+        except self._late as error:
+            return TimeoutError(f"the answer {said[:80]!r} took too long: {error!s:.80}")
+        except MemoryError:
+            return MemoryError(f"the answer {said[:80]!r} took too much memory")
+
+    def _read(self, text: str, how: list[Any]) -> list[Any]:
+        try:
+            return list(
+                self._parse(
+                    f"\\boxed{{{text}}}",
+                    extraction_config=how,
+                    extraction_mode="first_match",
+                    parsing_timeout=self._timeout_s,
+                    raise_on_error=True,
+                )
+            )
+        except MemoryError:
+            raise
+        except Exception:  # noqa: BLE001  what sympy cannot read is no answer
+            return []
+
+    def _equal(self, expected: list[Any], said: list[Any]) -> bool:
+        try:
+            return bool(
+                said
+                and self._verify(
+                    expected, said, timeout_seconds=self._timeout_s, raise_on_error=True
+                )
+            )
+        except MemoryError:
+            raise
+        except Exception:  # noqa: BLE001  what sympy cannot compare is not shown to be equal
+            return False
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+def _bare(answer: str) -> str:
+    """The answer without dollar signs and its own box around it."""
+    inner = last_boxed(answer)
+    return (answer if inner is None else inner).strip().strip("$").strip()

@@ -1,0 +1,171 @@
+"""verl's and OpenRLHF's reward functions, as their users wrote them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actors.records import Completion, Group, Prompt
+from rewards.adapters import from_openrlhf, from_verl, load_reward
+from rewards.base import judge
+from rewards.config import RewardFunctionConfig, RewardsConfig
+from rewards.tasks import TaskError
+from rewards.worker import RewardActor, reward_specs
+
+CHAT = [{"role": "user", "content": "2 + 2?"}]
+
+VERL = """
+def compute_score(data_source, solution_str, ground_truth, extra_info=None, bonus=0):
+    extra_info["seen"] = True
+    if solution_str == "crash":
+        raise KeyError("what is that")
+    right = solution_str == ground_truth
+    if data_source == "plain":
+        return float(right) + bonus
+    return {"score": float(right) + bonus, "acc": right, "pred": solution_str}
+
+async def compute_score_async(data_source, solution_str, ground_truth, extra_info=None):
+    if solution_str == "crash":
+        raise KeyError("what is that")
+    return float(solution_str == ground_truth)
+"""
+
+OPENRLHF = """
+import numpy as np
+
+def reward_func(queries, prompts, labels, **kwargs):
+    texts = [query[len(prompt):] for query, prompt in zip(queries, prompts) if prompt in query]
+    rewards = np.array([float(text == label) for text, label in zip(texts, labels)])
+    return {
+        "rewards": rewards,
+        "scores": rewards / 2,
+        "extra_logs": {"accuracy": rewards.mean(), "length": np.array([len(t) for t in texts])},
+    }
+"""
+
+
+def make_group(*texts: str, text: str | None = "<user>2 + 2?<assistant>", **columns: Any) -> Group:
+    completions = tuple(
+        Completion(f"c{i}", "p", np.arange(2), np.zeros(2, np.float32), "stop", i, (0, 0), t)
+        for i, t in enumerate(texts)
+    )
+    return Group("g", Prompt("p", (1,), CHAT, columns, text=text), completions)
+
+
+@pytest.fixture
+def verl(tmp_path: Path) -> Path:
+    file = tmp_path / "verl_reward.py"
+    file.write_text(VERL)
+    return file
+
+
+def test_verl_numbers_dicts_and_exceptions(verl: Path) -> None:
+    function = load_reward(f"{verl}:compute_score", "verl", {"bonus": 1})
+    group = make_group("4", "5", "crash", ground_truth="4", data_source="gsm8k")
+    verdict = judge(function, "f", group)
+    assert verdict.values == (2.0, 1.0, None)
+    assert verdict.parts == {"acc": (1.0, 0.0, None)}
+    assert verdict.extra == {"pred": ("4", "5", None)}
+    assert [(e.completion_id, e.cause) for e in verdict.errors] == [("c2", "raised")]
+    assert "what is that" in verdict.errors[0].message
+
+
+def test_verl_rows_of_its_own_layout_stay_unchanged(verl: Path) -> None:
+    columns = {
+        "data_source": "plain",
+        "reward_model": {"style": "rule", "ground_truth": "4"},
+        "extra_info": {"index": 1},
+    }
+    group = make_group("4", "5", **columns)
+    function = load_reward(f"{verl}:compute_score", "verl", {})
+    assert judge(function, "f", group).values == (1.0, 0.0)
+    assert columns["extra_info"] == {"index": 1}
+
+
+def test_verl_async(verl: Path) -> None:
+    function = load_reward(f"{verl}:compute_score_async", "verl", {})
+    verdict = judge(function, "f", make_group("4", "crash", "5", ground_truth="4"))
+    assert verdict.values == (1.0, None, 0.0)
+    assert verdict.errors[0].cause == "raised"
+
+
+def test_verl_without_a_right_answer_says_which_key_to_set() -> None:
+    verdict = judge(from_verl(lambda **_: 1.0), "f", make_group("4", answer="4"))
+    assert "columns: {ground_truth: COLUMN}" in verdict.errors[0].message
+    renamed = judge(
+        from_verl(lambda ground_truth, **_: float(ground_truth)),
+        "f",
+        make_group("4", answer="4"),
+        columns={"ground_truth": "answer"},
+    )
+    assert renamed.values == (4.0,)
+
+
+def test_openrlhf_gets_the_rendered_prompt_and_its_logs_are_kept(tmp_path: Path) -> None:
+    file = tmp_path / "openrlhf_reward.py"
+    file.write_text(OPENRLHF)
+    function = load_reward(f"{file}:reward_func", "openrlhf", {})
+    verdict = judge(function, "f", make_group("4", "15", label="4"))
+    assert verdict.errors == ()
+    assert verdict.values == (1.0, 0.0)
+    assert verdict.parts == {"scores": (0.5, 0.0), "length": (1.0, 2.0)}
+    assert verdict.metrics == {"accuracy": (0.5,)}
+
+
+def test_openrlhf_arguments_as_lists_and_tensors() -> None:
+    torch = pytest.importorskip("torch")
+    seen: dict[str, Any] = {}
+
+    def reward_func(queries: Any, prompts: Any, labels: Any, **kwargs: Any) -> Any:
+        seen.update(queries=queries, prompts=prompts, labels=labels, **kwargs)
+        return torch.tensor([0.5, 1.5])
+
+    group = make_group("a", "b", answer=4)
+    mapped = judge(from_openrlhf(reward_func), "f", group, columns={"labels": "answer"})
+    assert mapped.values == (0.5, 1.5)
+    assert seen == {
+        "queries": ["<user>2 + 2?<assistant>a", "<user>2 + 2?<assistant>b"],
+        "prompts": ["<user>2 + 2?<assistant>"] * 2,
+        "labels": [4, 4],
+    }
+    judge(from_openrlhf(reward_func), "f", group)
+    assert seen["labels"] == ["", ""]
+
+
+def test_a_prompt_without_its_text_cannot_be_given_to_openrlhf() -> None:
+    verdict = judge(from_openrlhf(lambda **_: [1.0]), "f", make_group("a", text=None))
+    assert "needs the rendered prompt" in verdict.errors[0].message
+
+
+def test_the_config_reaches_the_adapter_in_the_child(verl: Path) -> None:
+    config = RewardsConfig(
+        functions=[
+            RewardFunctionConfig(
+                path="verl_reward.py:compute_score",
+                kind="verl",
+                weight=0.5,
+                options={"bonus": 3},
+                columns={"ground_truth": "answer"},
+            )
+        ]
+    )
+    (spec,) = reward_specs(None, config, verl.parent)  # type: ignore[arg-type]
+    actor = RewardActor([spec], 20)
+    meta, scored = actor.score(make_group("4", "5", answer="4"))
+    actor.close()
+    assert scored is not None
+    assert scored.totals == meta.totals == (2.0, 1.5)  # type: ignore[union-attr]
+    assert scored.parts == {"compute_score/acc": (1.0, 0.0)}
+
+
+def test_names_are_metrics_and_options_are_plain(tmp_path: Path) -> None:
+    functions = ["a.py:mean", "b.py:mean", "c.py:error_rate"]
+    specs = reward_specs(None, RewardsConfig(functions=functions), tmp_path)  # type: ignore[arg-type]
+    # reward/mean and reward/error_rate are the step's own metrics.
+    assert [spec.name for spec in specs] == ["mean_2", "mean_3", "error_rate_2"]
+    odd = RewardFunctionConfig(path="a:f", options={"since": tmp_path})
+    with pytest.raises(TaskError, match="options of a:f must be plain values"):
+        reward_specs(None, RewardsConfig(functions=[odd]))  # type: ignore[arg-type]

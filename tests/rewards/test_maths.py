@@ -1,0 +1,150 @@
+"""math-verify behind our extraction: values are compared, sprays and copies score nothing."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actors.records import Completion, Group, Prompt
+from rewards.maths import MathAnswer
+from rewards.worker import RewardActor, RewardSpec
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("math_verify") is None, reason="math-verify is not installed"
+)
+
+QUESTION = "What is 2 + 10? Put the answer in \\boxed{}."
+
+
+@pytest.fixture(scope="module")
+def boxed() -> MathAnswer:
+    return MathAnswer(timeout_s=1)
+
+
+def score(judge: MathAnswer, text: str, answer: Any = "12", question: Any = QUESTION) -> Any:
+    return judge([question], [text], [answer])[0]
+
+
+@pytest.mark.parametrize(
+    ("said", "answer"),
+    [
+        ("12", 12),
+        ("12.0", "12"),
+        (r"\frac{24}{2}", "12"),
+        (r"\text{12}", "12"),
+        (r"12\text{ cm}", "12"),
+        ("x=12", "12"),
+        ("0.5", r"\frac{1}{2}"),
+        (r"\frac12", "1/2"),
+        (r"2\sqrt{2}", r"\sqrt{8}"),
+        ("(1, 2)", "(1,2)"),
+        (r"\{2,1\}", r"\{1,2\}"),
+        ("1+x^2", "x^2+1"),
+        ("1234", "1,234"),
+        ("Friday", r"\text{Friday}"),
+        ("72", "$72$"),
+        ("7", r"so \boxed{7}"),
+    ],
+)
+def test_right(boxed: MathAnswer, said: str, answer: Any) -> None:
+    assert score(boxed, f"so \\boxed{{{said}}}", answer) == 1.0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "12",
+        "the answer is 12",
+        r"\boxed{}",
+        r"\boxed{12",
+        r"\boxed{13}",
+        r"\boxed{-12}",
+        r"\boxed{12} \boxed{13}",
+        r"\boxed{12, 13}",
+        r"\boxed{1,2,12}",
+        r"\boxed{12 or 13}",
+        r"\boxed{12 \text{ or } 13}",
+        r"\boxed{12;13}",
+        r"\boxed{12 13}",
+        r"\boxed{[12,13]}",
+        r"\boxed{12 \le 13}",
+        r"\boxed{x>11}",
+        r"\boxed{12\pm 1}",
+        r"\boxed{\infty}",
+        r"\boxed{x}",
+        r"\boxed{*}",
+        r"\boxed{١٢}",
+        r"\boxed{１２}",
+        r"\boxed{¹²}",
+        QUESTION,
+        r"\boxed{2 + 10}",
+        r"\boxed{2+10}",
+        " ".join(f"\\boxed{{{n}}}" for n in range(20)),
+        "\\boxed{" + ",".join(map(str, range(100))) + "}",
+        "\\boxed{" * 150_000,
+        "12 " * 350_000,
+    ],
+)
+def test_wrong(boxed: MathAnswer, text: str) -> None:
+    started = time.perf_counter()
+    assert score(boxed, text) == 0.0
+    assert time.perf_counter() - started < 2.5
+
+
+def test_an_ordered_pair_keeps_its_order(boxed: MathAnswer) -> None:
+    assert score(boxed, r"\boxed{(2,1)}", "(1,2)") == 0.0
+
+
+def test_tags_and_rows_without_an_answer() -> None:
+    judge = MathAnswer(answer_in="tags")
+    assert score(judge, r"<think>\boxed{3}</think><answer>$\frac{24}{2}$</answer>") == 1.0
+    assert score(judge, r"<answer>\boxed{12}</answer>") == 1.0
+    assert score(judge, r"\boxed{12}") == 0.0
+    assert score(judge, "<answer>12</answer>", None) is None
+    messages = [{"role": "user", "content": QUESTION}]
+    reply = [{"role": "assistant", "content": "<answer>12</answer>"}]
+    assert judge([messages], [reply], ["12"]) == [1.0]
+
+
+@pytest.mark.parametrize("said", ["9^{9^{9^9}}", "10^{10^{10}}", "100000000!", "(" * 900])
+def test_what_takes_too_long_is_an_error_not_a_zero(boxed: MathAnswer, said: str) -> None:
+    started = time.perf_counter()
+    found = score(boxed, f"\\boxed{{{said}}}")
+    assert time.perf_counter() - started < 4
+    assert isinstance(found, TimeoutError)
+    assert len(str(found)) < 300
+
+
+def test_an_alarm_does_not_stay_behind(boxed: MathAnswer) -> None:
+    score(boxed, r"\boxed{9^{9^{9^9}}}")
+    time.sleep(1.2)
+
+
+@pytest.mark.parametrize("options", [{"answer_in": "text"}, {"timeout_s": 0}, {"timeout_s": 0.5}])
+def test_bad_options(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        MathAnswer(**options)
+
+
+def test_the_bound_holds_in_the_reward_child() -> None:
+    """A known right answer scores 1 beside one that never ends."""
+    texts = [r"\boxed{9^{9^{9^9}}}", r"\boxed{\frac{24}{2}}", r"\boxed{13}"]
+    completions = tuple(
+        Completion(f"c{i}", "p", np.arange(2), np.zeros(2, np.float32), "stop", i, (0, 0), text)
+        for i, text in enumerate(texts)
+    )
+    group = Group("g", Prompt("p", (1,), QUESTION, {"answer": "12"}), completions)
+    spec = RewardSpec("maths", "rewards.maths:MathAnswer", options={"timeout_s": 1})
+    actor = RewardActor([spec], 20, memory_bytes=2 << 30)
+    child = actor.pids()[1]
+    _, scored = actor.score(group)
+    assert scored is not None
+    assert scored.totals == (None, 1.0, 0.0)
+    assert [(e.completion_id, e.cause) for e in scored.errors] == [("c0", "timeout")]
+    assert actor.pids()[1] == child
+    actor.close()
