@@ -29,6 +29,9 @@ def lr_at(update: int, learner: LearnerConfig, total_updates: int) -> float:
 
 # DeepSpeed's names of the precisions that have a float32 copy of the weights beside them.
 SHORT_NAMES = {"bfloat16": "bf16", "float16": "fp16"}
+# Gradients that ranks reduce at a time. ZeRO-3 holds a float32 buffer of this many, always;
+# DeepSpeed's 500 million are 2 GB a rank.
+REDUCE_BUCKET = 50_000_000
 # Dynamic loss scaling (Micikevicius et al. 2018, arXiv 1710.03740): halved when a gradient is not
 # finite, doubled after a window of updates without.
 LOSS_SCALING = {
@@ -56,7 +59,11 @@ def deepspeed_config(learner: LearnerConfig, dtype: Dtype) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
-        "zero_optimization": {"stage": stage, "overlap_comm": False},
+        "zero_optimization": {
+            "stage": stage,
+            "overlap_comm": False,
+            "reduce_bucket_size": REDUCE_BUCKET,
+        },
     }
     if learner.offload != "none":
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}

@@ -11,8 +11,6 @@ from rewards.travel.prompt import messages
 from rewards.travel.query import from_columns, to_columns
 from rewards.travel.scores import evaluate, travelplanner_metrics
 
-WATCHED = ("schema", "commonsense", "hard", "passed", "culture", "interests", "balance")
-
 
 class TravelTask:
     """Trips to plan. Options: level (1, the easiest, to 5), train_size (2000), eval_size (200).
@@ -21,13 +19,7 @@ class TravelTask:
     column is `query`. No query is in both splits, whatever the seeds.
     """
 
-    rewards = (
-        RewardFunctionConfig(path="rewards.travel.reward:itinerary", weight=1.0),
-        *(
-            RewardFunctionConfig(path=f"rewards.travel.reward:{name}", weight=0.0)
-            for name in WATCHED
-        ),
-    )
+    rewards = (RewardFunctionConfig(path="rewards.travel.reward:itinerary"),)
 
     def __init__(
         self, seed: int, level: int = 1, train_size: int = 2000, eval_size: int = 200

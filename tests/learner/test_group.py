@@ -125,6 +125,7 @@ def test_deepspeed_never_averages(stage: Any, dtype: Any) -> None:
 
 def test_memory_options_reach_deepspeed_and_change_nothing_else() -> None:
     plain = deepspeed_config(LearnerConfig(zero_stage=3), "bfloat16")
+    del plain["zero_optimization"]["reduce_bucket_size"]
     given = {"zero_optimization": {"reduce_bucket_size": 1000}, "memory_breakdown": True}
     learner = LearnerConfig(zero_stage=3, offload="all", deepspeed=given)
     found = deepspeed_config(learner, "bfloat16")

@@ -197,7 +197,7 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
 # the reward functions
 
 
-def test_every_function_of_the_task_judges_a_group() -> None:
+def test_the_reward_of_the_task_judges_a_group_and_logs_its_parts() -> None:
     task = make_task(level=2)
     row = task.train_row(0)
     solution = cheapest(from_columns(row.columns["query"]))
@@ -208,26 +208,25 @@ def test_every_function_of_the_task_judges_a_group() -> None:
         for n, text in enumerate(texts)
     )
     group = Group("g", Prompt("p", (1,), row.content, row.columns), completions)
-    values = {}
-    for spec in task.rewards:
-        name = spec.path.rpartition(":")[2]
-        verdict = judge_group(load_function(spec.path), name, group)
-        assert not verdict.errors
-        values[name] = verdict.values
-    assert values["itinerary"][0] is not None and values["itinerary"][0] >= 1
-    assert values["itinerary"][1:] == (0.0, 0.125)
-    assert values["schema"] == (1.0, 0.0, 1.0)
-    assert values["commonsense"] == values["hard"] == values["passed"] == (1.0, 0.0, 0.0)
-    assert values["balance"] == (1.0, 0.0, 0.0)
-    assert [spec.weight for spec in task.rewards] == [1.0] + [0.0] * 7
+    [spec] = task.rewards
+    verdict = judge_group(load_function(spec.path), "itinerary", group)
+    assert not verdict.errors
+    assert verdict.values[0] is not None and verdict.values[0] >= 1
+    assert verdict.values[1:] == (0.0, 0.125)
+    parts = verdict.parts
+    assert parts["schema"] == (1.0, 0.0, 1.0)
+    assert parts["commonsense"] == parts["hard"] == parts["passed"] == (1.0, 0.0, 0.0)
+    assert parts["rule_budget"] == parts["balance"] == (1.0, 0.0, 0.0)
+    assert set(parts) >= {"coverage", "culture", "interests"}
     assert RewardsConfig().functions is None
 
 
 def test_a_row_without_a_query_does_not_apply() -> None:
     columns = [None, to_columns(QUERY)]
-    texts = [json.dumps(PLAN)] * 2
-    assert reward.itinerary(texts, columns) == [None, judge(PLAN).total]
-    assert reward.passed(texts, columns) == [None, 1.0]
+    missing, found = reward.itinerary([json.dumps(PLAN)] * 2, columns)
+    assert missing is None
+    assert found is not None
+    assert found["score"] == judge(PLAN).total
 
 
 def test_a_broken_query_is_an_error_of_the_data() -> None:
@@ -235,17 +234,6 @@ def test_a_broken_query_is_an_error_of_the_data() -> None:
         reward.itinerary(["{}"], [{"days": 3}])
     with pytest.raises(QueryError, match="does not hold a travel query"):
         reward.itinerary(["{}"], ["text"])  # type: ignore[list-item]
-
-
-def test_every_part_is_logged() -> None:
-    logged: dict[str, float] = {}
-    reward.itinerary([json.dumps(PLAN), ""], [to_columns(QUERY)] * 2, logged.__setitem__)
-    assert logged["travel/schema"] == logged["travel/passed"] == 0.5
-    assert logged["travel/rule_budget"] == logged["travel/rule_open"] == 0.5
-    assert set(logged) >= {
-        f"travel/{name}"
-        for name in ("coverage", "commonsense", "hard", "culture", "interests", "balance")
-    }
 
 
 def test_soft_scores_by_hand() -> None:
