@@ -115,7 +115,7 @@ def test_tags_and_rows_without_an_answer() -> None:
 def test_what_takes_too_long_is_an_error_not_a_zero(boxed: MathAnswer, said: str) -> None:
     started = time.perf_counter()
     found = score(boxed, f"\\boxed{{{said}}}")
-    assert time.perf_counter() - started < 10
+    assert time.perf_counter() - started < 4
     assert isinstance(found, TimeoutError)
     assert len(str(found)) < 300
 
