@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from quickstart import ROOT, machine
+from quickstart import ROOT, save
 
 from actors.records import Completion, Group, GroupMeta, Prompt, ScoredGroup, ScoreMeta
 from learner.batch import build_micro_batch
@@ -197,7 +196,6 @@ def main() -> None:
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "benchmark-critic")
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     results = []
     for stage in options.stages:
@@ -206,12 +204,7 @@ def main() -> None:
             ranks = measure(stage, options.ranks, critic)
             results.append({"stage": stage, "critic": critic, "ranks": ranks})
     ray.shutdown()
-    (options.out / "results.json").write_text(
-        json.dumps({"machine": machine(), "results": results}, indent=1)
-    )
-    text = table(results)
-    (options.out / "results.md").write_text(text)
-    print(text)
+    save(options.out, table(results), results=results)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ script does that itself on CPUs.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -22,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from quickstart import ROOT, machine
+from quickstart import ROOT, save
 
 MODEL = Path.home() / ".cache" / "cohort" / "models" / "SmolLM2-135M-Instruct"
 # name: prompt tokens, completions, tokens of each, rows.
@@ -201,13 +200,7 @@ def main() -> None:
 
     torch.set_num_threads(options.threads)
     results = measure(build(options), options)
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "results.json").write_text(
-        json.dumps({"machine": machine(), "attention": options.attention, "results": results})
-    )
-    text = table(results)
-    (options.out / "results.md").write_text(text)
-    print(text)
+    save(options.out, table(results), attention=options.attention, results=results)
 
 
 if __name__ == "__main__":

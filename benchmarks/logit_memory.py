@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from quickstart import ROOT, machine
+from quickstart import ROOT, save
 
 VOCABULARIES = (49_152, 151_936)
 TOKENS = (1024, 4096, 8192)
@@ -111,13 +111,7 @@ def main() -> None:
                 if done.returncode:
                     sys.exit(done.stderr)
                 results.append(json.loads(done.stdout.splitlines()[-1]))
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "results.json").write_text(
-        json.dumps({"machine": machine(), "results": results}, indent=1)
-    )
-    text = table(results)
-    (options.out / "results.md").write_text(text)
-    print(text)
+    save(options.out, table(results), results=results)
 
 
 if __name__ == "__main__":

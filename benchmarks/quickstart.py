@@ -45,6 +45,14 @@ def machine() -> dict[str, str]:
     }
 
 
+def save(out: Path, tables: str, **raw: Any) -> None:
+    """Write results.json, with the machine, and results.md into a folder; print the tables."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "results.json").write_text(json.dumps({"machine": machine(), **raw}, indent=1))
+    (out / "results.md").write_text(tables)
+    print(tables)
+
+
 def cohort(*arguments: object, log: Path) -> tuple[str, float]:
     """Run a command; its output and seconds."""
     began = time.monotonic()
