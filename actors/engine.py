@@ -7,9 +7,10 @@ API. vllm is imported inside functions: importing this module costs nothing.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ GIB = 1024**3
 # would compute a short prompt once per completion instead of once per group.
 CPU_BLOCK_TOKENS = 32
 CPU_BATCH_TOKENS = 4096
+LIVENESS_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,20 @@ class Engine:
         await llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
         return cls(llm, spec, stop_ids)
 
+    async def _answer(self, call: Awaitable[Any]) -> Any:
+        """What vLLM answers. Its own calls to an engine that dies meanwhile wait for ever.
+
+        Raises EngineError soon after the engine's process has died.
+        """
+        task = asyncio.ensure_future(call)
+        try:
+            while not (await asyncio.wait({task}, timeout=LIVENESS_S))[0]:
+                if self._llm.errored:
+                    raise EngineError("vLLM's engine process has died")
+            return task.result()
+        finally:
+            task.cancel()
+
     def _sampling(self, spec: SamplingSpec, greedy: bool = False) -> Any:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -183,25 +199,25 @@ class Engine:
 
         prompt = TokensPrompt(prompt_token_ids=list(token_ids))
         try:
-            return await self._llm.add_request(request_id, prompt, self._sampling(spec, greedy))
+            return await self._answer(
+                self._llm.add_request(request_id, prompt, self._sampling(spec, greedy))
+            )
         except VLLMClientError as error:
             raise ValueError(f"{request_id}: {error}") from error
 
     async def finish(self, queue: Any, seed: int) -> list[RawSample]:
         """Wait until every completion of a group is done."""
-        output = await queue.get()
-        while not output.finished:
-            output = await queue.get()
+        output = await self._answer(_finished(queue))
         return [_raw_sample(item, seed + index) for index, item in enumerate(output.outputs)]
 
     @asynccontextmanager
     async def paused(self) -> AsyncIterator[None]:
         """Freeze scheduling; requests in flight stay and go on afterwards, also after an error."""
-        await self._llm.pause_generation(mode="keep", clear_cache=False)
+        await self._answer(self._llm.pause_generation(mode="keep", clear_cache=False))
         try:
             yield
         finally:
-            await self._llm.resume_generation()
+            await self._answer(self._llm.resume_generation())
 
     async def update_weights(self, path: str, names: list[str], digest: str, version: int) -> None:
         """Load a published file; requests in flight go on with the new weights.
@@ -212,14 +228,13 @@ class Engine:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         async with self.paused():
-            await self._llm.start_weight_update()
-            await self._llm.update_weights(
-                WeightTransferUpdateRequest(
-                    update_info={"path": path, "names": names, "fingerprint": digest}
-                )
+            update = WeightTransferUpdateRequest(
+                update_info={"path": path, "names": names, "fingerprint": digest}
             )
-            await self._llm.finish_weight_update(str(version))
-            if not await self._llm.reset_prefix_cache(reset_running_requests=True):
+            await self._answer(self._llm.start_weight_update())
+            await self._answer(self._llm.update_weights(update))
+            await self._answer(self._llm.finish_weight_update(str(version)))
+            if not await self._answer(self._llm.reset_prefix_cache(reset_running_requests=True)):
                 raise EngineError("vLLM could not reset its prefix cache after the weight update")
 
     async def score(self, token_ids: list[int], request_id: str) -> list[float]:
@@ -233,14 +248,18 @@ class Engine:
         parameters = SamplingParams(
             max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False
         )
-        queue = await self._llm.add_request(
-            request_id, TokensPrompt(prompt_token_ids=token_ids), parameters
-        )
-        output = await queue.get()
-        while not output.finished:
-            output = await queue.get()
+        prompt = TokensPrompt(prompt_token_ids=token_ids)
+        queue = await self._answer(self._llm.add_request(request_id, prompt, parameters))
+        output = await self._answer(_finished(queue))
         scored = output.prompt_logprobs[1:]
         return [entry[token].logprob for entry, token in zip(scored, token_ids[1:], strict=True)]
+
+
+async def _finished(queue: Any) -> Any:
+    output = await queue.get()
+    while not output.finished:
+        output = await queue.get()
+    return output
 
 
 def _raw_sample(item: Any, seed: int) -> RawSample:

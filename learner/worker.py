@@ -147,10 +147,12 @@ class LearnerWorker:
         import deepspeed
         from deepspeed.utils import logger
 
+        from learner import extensions
         from learner.optimizer import client_optimizer, deepspeed_config
 
         logger.setLevel("ERROR")
         spec = self.spec
+        extensions.load(spec.device)
         deepspeed.init_distributed(
             "nccl" if spec.device == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
         )

@@ -6,12 +6,25 @@ TRL, verl and Open-R1 use too.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import logging
+import signal
+from collections.abc import Callable, Sequence
+from typing import Any, Never, TypeVar
 
 from rewards.answer import parse_number, same_text
 from rewards.base import completion_texts
 from rewards.extract import AnswerIn, answer_of, last_boxed
+
+T = TypeVar("T")
+ALARM_AGAIN_S = 0.1
+
+
+def _not_about_timeouts(record: logging.LogRecord) -> bool:
+    return "Timeout is disabled" not in record.getMessage()
+
+
+class _Late(BaseException):
+    """Not an Exception: parsers catch those."""
 
 
 class MathAnswer:
@@ -31,7 +44,6 @@ class MathAnswer:
     def __init__(self, answer_in: AnswerIn = "boxed", timeout_s: int = 5) -> None:
         try:
             from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
-            from math_verify.errors import TimeoutException
         except ImportError as error:
             raise ImportError(
                 "math-verify is not installed: pip install math-verify[antlr4_13_2]"
@@ -41,7 +53,9 @@ class MathAnswer:
             raise ValueError(f"timeout_s must be a whole number of seconds, got {timeout_s!r}")
         self._answer_in = answer_in
         self._timeout_s = timeout_s
-        self._parse, self._verify, self._late = parse, verify, TimeoutException
+        self._parse, self._verify = parse, verify
+        for module in ("parser", "grader"):
+            logging.getLogger(f"math_verify.{module}").addFilter(_not_about_timeouts)
         boxed = LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)
         self._said = [boxed]
         self._known = [boxed, ExprExtractionConfig()]
@@ -72,39 +86,60 @@ class MathAnswer:
         try:
             expected = self._read(known, self._known)
             return float(bool(expected) and self._equal(expected, self._read(said, self._said)))
-        except self._late as error:
-            return TimeoutError(f"the answer {said[:80]!r} took too long: {error!s:.80}")
+        except _Late:
+            return TimeoutError(f"the answer {said[:80]!r} took over {self._timeout_s} s")
         except MemoryError:
             return MemoryError(f"the answer {said[:80]!r} took too much memory")
 
     def _read(self, text: str, how: list[Any]) -> list[Any]:
-        try:
-            return list(
-                self._parse(
-                    f"\\boxed{{{text}}}",
-                    extraction_config=how,
-                    extraction_mode="first_match",
-                    parsing_timeout=self._timeout_s,
-                    raise_on_error=True,
+        def parse() -> list[Any]:
+            try:
+                return list(
+                    self._parse(
+                        f"\\boxed{{{text}}}",
+                        extraction_config=how,
+                        extraction_mode="first_match",
+                        parsing_timeout=None,
+                        raise_on_error=True,
+                    )
                 )
-            )
-        except MemoryError:
-            raise
-        except Exception:  # noqa: BLE001  what sympy cannot read is no answer
-            return []
+            except MemoryError:
+                raise
+            except Exception:  # noqa: BLE001  what sympy cannot read is no answer
+                return []
+
+        return _bounded(parse, self._timeout_s)
 
     def _equal(self, expected: list[Any], said: list[Any]) -> bool:
+        def verify() -> bool:
+            try:
+                return bool(self._verify(expected, said, timeout_seconds=None, raise_on_error=True))
+            except MemoryError:
+                raise
+            except Exception:  # noqa: BLE001  what sympy cannot compare is not shown to be equal
+                return False
+
+        return bool(said) and _bounded(verify, self._timeout_s)
+
+
+def _bounded(call: Callable[[], T], seconds: int) -> T:
+    """What the call returns, or _Late. math-verify's own alarm rings once, and is lost where it
+    rings inside a handler of every error."""
+
+    def ring(*_: Any) -> Never:
+        raise _Late
+
+    before = signal.signal(signal.SIGALRM, ring)
+    try:
         try:
-            return bool(
-                said
-                and self._verify(
-                    expected, said, timeout_seconds=self._timeout_s, raise_on_error=True
-                )
-            )
-        except MemoryError:
-            raise
-        except Exception:  # noqa: BLE001  what sympy cannot compare is not shown to be equal
-            return False
+            signal.setitimer(signal.ITIMER_REAL, seconds, ALARM_AGAIN_S)
+            return call()
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    finally:
+        # Again, for an alarm that rang in the line above.
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _squeezed(text: str) -> str:

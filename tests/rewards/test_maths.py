@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -148,3 +149,9 @@ def test_the_bound_holds_in_the_reward_child() -> None:
     assert [(e.completion_id, e.cause) for e in scored.errors] == [("c0", "timeout")]
     assert actor.pids()[1] == child
     actor.close()
+
+
+def test_outside_a_main_thread_it_says_so(boxed: MathAnswer) -> None:
+    """There is no alarm there, and an answer that nobody read must not be worth 0."""
+    with ThreadPoolExecutor() as threads, pytest.raises(ValueError, match="main thread"):
+        threads.submit(score, boxed, r"\boxed{\frac{24}{2}}").result()

@@ -296,6 +296,22 @@ def test_two_engines_side_by_side_never_give_copies(tmp_path: Path) -> None:
     assert sample(first, "a", 1000) == sample(second, "a", 1000)
     assert sample(first, "b", 1000) != sample(second, "b", 2000)
 
+    # The engine's process dies while it is asked for something: the actor says so, soon.
+    [engine] = [
+        process
+        for process in psutil.Process(ray.get(actors[1].place.remote()).pid).children(
+            recursive=True
+        )
+        if " ".join(process.cmdline()).startswith("VLLM::EngineCore")
+    ]
+    engine.suspend()
+    update = actors[1].sync.remote(second.publish(second.model()), [5, 6, 7])
+    assert not ray.wait([update], timeout=1)[0]
+    engine.kill()
+    answer = ray.get(update, timeout=20)
+    assert isinstance(answer, Failure)
+    assert "died" in answer.message
+
     # SIGKILL of an actor: its engine's processes go with it.
     victim = psutil.Process(ray.get(actors[0].place.remote()).pid)
     family = victim.children(recursive=True)

@@ -1,0 +1,40 @@
+"""DeepSpeed's compiled part, built or loaded by one process of a machine at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sys
+from pathlib import Path
+
+
+def use_folder(device: str) -> Path:
+    """Where compiled parts are kept from now on, in this process: a folder of our own, a new one
+    for every combination of versions. Below $TORCH_EXTENSIONS_DIR when that is set."""
+    import deepspeed
+    import torch
+
+    root = os.environ.get("TORCH_EXTENSIONS_DIR", "~/.cache/cohort/extensions")
+    python = f"py{sys.version_info.major}.{sys.version_info.minor}"
+    name = f"{python}-torch{torch.__version__}-deepspeed{deepspeed.__version__}-{device}"
+    folder = Path(root).expanduser() / name
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
+    return folder
+
+
+def load(device: str) -> None:
+    """Load what DeepSpeed's communication needs, compiling it the first time.
+
+    torch marks a build by a file, which stays behind when its process is killed, and then every
+    later one waits for it. Here the kernel holds the lock and drops it with the process: who has
+    it knows that a file of torch's is left over.
+    """
+    from deepspeed.comm.torch import build_shm_op
+
+    folder = use_folder(device)
+    with (folder / "cohort.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for left in folder.glob("*/lock"):
+            left.unlink(missing_ok=True)
+        build_shm_op()

@@ -1,0 +1,41 @@
+"""DeepSpeed's compiled part survives the death of the process that builds it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.system
+
+LOAD = "from learner import extensions; extensions.load('cpu'); print('loaded')"
+
+
+def test_a_lock_that_a_killed_build_left_stops_nobody() -> None:
+    found = "from learner import extensions; print(extensions.use_folder('cpu'))"
+    folder = Path(python(found)[-1]) / "deepspeed_shm_comm"
+    folder.mkdir(exist_ok=True)
+    left = folder / "lock"
+    left.touch()
+    assert python(LOAD)[-1] == "loaded"
+    assert not left.exists()
+
+
+def test_two_at_a_time() -> None:
+    both = [
+        subprocess.Popen([sys.executable, "-c", LOAD], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    for process in both:
+        out, _ = process.communicate(timeout=240)
+        assert process.returncode == 0
+        assert out.splitlines()[-1] == "loaded"
+
+
+def python(code: str) -> list[str]:
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=True
+    )
+    return result.stdout.splitlines()
