@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -117,6 +118,10 @@ def evaluate(
     typer.echo(f"sampled x {report.samples:<6} reward {report.sampled_reward:.3f}")
     for k, value in report.pass_at.items():
         typer.echo(f"pass@{k:<11} {value:.3f}")
+    for name, value in report.task_greedy.items():
+        typer.echo(
+            f"{name:<22} greedy {value:.3f}  sampled {report.task_sampled.get(name, math.nan):.3f}"
+        )
     if report.failed_scores:
         typer.echo(f"{report.failed_scores} scores failed and count as unsolved", err=True)
     if output is not None:

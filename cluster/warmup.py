@@ -127,9 +127,7 @@ def demonstration(prepared: Prepared, row: Row, epoch: int) -> ScoredRef | None:
     if text is None:
         return None
     if not isinstance(text, str):
-        raise TaskError(
-            f"row {row.id}: a demonstration must be a text or None, not a {type(text).__name__}"
-        )
+        raise TaskError(f"row {row.id}: a demonstration must be a text or None, got {text!r}")
     prompt = prepared.renderer.render(row, epoch)
     token_ids = prepared.renderer.continuation(text)
     longest = prepared.renderer.max_prompt_tokens

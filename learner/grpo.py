@@ -310,7 +310,7 @@ def cross_entropy_loss(
     if entropy_T is not None:
         entropy = float(torch.where(mask_T, entropy_T.detach(), 0.0).sum())
     return loss, LossStats(
-        tokens=tokens, loss=float(loss), entropy=entropy, engine_ratio=float(tokens)
+        tokens=tokens, loss=float(loss.detach()), entropy=entropy, engine_ratio=float(tokens)
     )
 
 
