@@ -220,15 +220,12 @@ async def _warm_up(
         cores = int(this_machine().cpus)
         learner = await start_learner(prepared, placement, log_dir, cores)
         stop = asyncio.Event()
-        caught = stop_on_signals(stop, console, "leaving after this step, nothing is written")
+        caught = stop_on_signals(stop, console, "leaving after the step in hand")
         held_out = _held_out(prepared)
         before = await held_out_loss(learner, held_out)
         console.note(f"held-out loss {before:.4f} on {len(held_out)} demonstrations")
         batch, began = first, time.monotonic()
         for step in range(given.steps):
-            if stop.is_set():
-                console.note(f"stopped after step {step} of {given.steps}; nothing was written")
-                return 128 + caught[0]
             step_began = time.monotonic()
             result = await learner.step(batch)
             if step + 1 < given.steps:
@@ -236,6 +233,9 @@ async def _warm_up(
             now = time.monotonic()
             eta = (now - began) / (step + 1) * (given.steps - step - 1)
             console.note(step_line(step + 1, given.steps, result, now - step_began, eta))
+            if stop.is_set():
+                console.note(f"stopped after step {step + 1} of {given.steps}; nothing was written")
+                return 128 + caught[0]
         after = await held_out_loss(learner, held_out)
         console.note(f"held-out loss {before:.4f} -> {after:.4f}")
         with new_folder(out) as folder:

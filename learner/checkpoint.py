@@ -156,8 +156,11 @@ def export(run_dir: str | Path, out: str | Path) -> Path:
 
 
 def require_free(out: str | Path) -> None:
-    """Raise CheckpointError unless a folder can be made at `out`: nothing there, or it is empty."""
-    out = Path(out)
+    """Raise CheckpointError unless `out` can be made: nothing is there, or an empty folder."""
+    out = Path(out).absolute()
+    parent = next(folder for folder in out.parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise CheckpointError(f"{out} cannot be made: {parent} is no folder that can be written")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} exists and is not an empty folder")
 

@@ -84,7 +84,7 @@ def test_loss_and_gradients_are_those_of_torch(kind: str, budget: int, ranks: in
         )  # fmt: skip
         loss.backward()
         stats += found
-    assert stats.loss == pytest.approx(float(expected), rel=1e-5)
+    assert stats.loss == pytest.approx(expected.item(), rel=1e-5)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-6, rtol=1e-4)
     # The engine's log-probs are nan: nothing that is logged may show it.

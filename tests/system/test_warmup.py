@@ -31,7 +31,7 @@ def start(cohort: Cohort, out: Path, *flags: str) -> subprocess.Popen[str]:
 
 def test_warmup(cohort: Cohort, nothing_left: Callable[[], None]) -> None:
     """Twice the same weights. A run on two ranks that is stopped writes nothing."""
-    flags = ("--steps", "8", "--batch-size", "16", "--learning-rate", "1e-2")
+    flags = ("--steps", "60", "--batch-size", "16", "--learning-rate", "3e-3")
     outs = [cohort.folder / "warm-a", cohort.folder / "warm-b"]
     stopped = cohort.folder / "stopped"
     runs = [start(cohort, out, *flags) for out in outs]
