@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -117,10 +118,41 @@ def evaluate(
     typer.echo(f"sampled x {report.samples:<6} reward {report.sampled_reward:.3f}")
     for k, value in report.pass_at.items():
         typer.echo(f"pass@{k:<11} {value:.3f}")
+    for name, value in report.task_greedy.items():
+        typer.echo(
+            f"{name:<22} greedy {value:.3f}  sampled {report.task_sampled.get(name, math.nan):.3f}"
+        )
     if report.failed_scores:
         typer.echo(f"{report.failed_scores} scores failed and count as unsolved", err=True)
     if output is not None:
         output.write_text(json.dumps(asdict(report), indent=2) + "\n")
+
+
+@app.command(context_settings=EXTRA)
+def warmup(
+    context: typer.Context,
+    config: ConfigArgument,
+    out: Annotated[Path, typer.Argument(help="The folder to make; must not exist or be empty.")],
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 100,
+    batch_size: Annotated[int, typer.Option(min=1, help="Demonstrations of one step.")] = 32,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-5,
+    examples: Annotated[
+        int, typer.Option(min=0, help="Training rows they are taken from. 0: all.")
+    ] = 0,
+) -> None:
+    """Teach a model the task's demonstrations; OUT is a model folder to train from.
+
+    Example: cohort warmup deploy/configs/travel.yaml runs/warm --steps 60 learner.workers=2
+    """
+
+    def work() -> int:
+        from cluster.warmup import WarmUp, check_overrides, run_warmup
+
+        check_overrides(context.args)
+        given = WarmUp(steps, batch_size, learning_rate, examples)
+        return asyncio.run(run_warmup(_config(config, context.args), given, out))
+
+    raise typer.Exit(_expecting(work))
 
 
 @app.command()

@@ -325,6 +325,11 @@ def contradictions(config: Config) -> list[str]:
         if isinstance(value, float) and not math.isfinite(value)
     ]
     problems += config.algorithm.contradictions() + config.learner.contradictions()
+    if config.algorithm.objective == "cross_entropy":
+        problems.append(
+            "algorithm.objective=cross_entropy learns from demonstrations, not from rewards: leave "
+            "it out and run `cohort warmup`, which sets it, then train from what that writes"
+        )
     if config.model.dtype == "float16" and config.learner.zero_stage == 0:
         problems.append(
             "model.dtype=float16 needs learner.zero_stage=1 or more: without ZeRO, scaled "

@@ -6,11 +6,12 @@ import asyncio
 import math
 import shutil
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from actors.records import Failure, SamplingSpec, ScoreMeta, derive_seed
+from actors.records import Failure, Group, SamplingSpec, ScoreMeta, derive_seed
 from actors.rollout import Request
 from cluster.config import Config
 from cluster.console import Console
@@ -18,11 +19,17 @@ from cluster.placement import plan
 from cluster.prepare import RunError, prepare
 from cluster.run import connect, make_pool, make_rewards, shut_down
 from learner.checkpoint import latest
+from rewards.base import error_tail
+from rewards.tasks import Measures, Row, Task
 
 
 @dataclass(frozen=True)
 class Report:
-    """Scores on held-out prompts. pass_at: k -> unbiased estimate from `samples` each."""
+    """Scores on held-out prompts. pass_at: k -> unbiased estimate from `samples` each.
+
+    task_greedy, task_sampled: the task's own metrics, of greedy completions and of all samples;
+    empty for a task without any.
+    """
 
     model: str
     prompts: int
@@ -32,6 +39,8 @@ class Report:
     sampled_reward: float
     pass_at: dict[int, float]
     failed_scores: int
+    task_greedy: dict[str, float] = field(default_factory=dict)
+    task_sampled: dict[str, float] = field(default_factory=dict)
 
 
 def pass_at_k(samples: int, solved: int, k: int) -> float:
@@ -99,23 +108,45 @@ async def evaluate(config: Config, model: Path | None, console: Console) -> Repo
             for kind in ("greedy", "sampled")
         ]
         tasks = await pool.generate(requests)
-        scores = await asyncio.gather(*(_score(rewards, task) for task in tasks))
+        judged = await asyncio.gather(*(_score(rewards, task) for task in tasks))
     finally:
         shut_down(pool, rewards, None)
         ray.shutdown()
     shutil.rmtree(log_dir, ignore_errors=True)
-    greedy, sampled = scores[0::2], scores[1::2]
-    return _report(config, greedy, sampled, samples)
+    greedy, sampled = judged[0::2], judged[1::2]
+    return replace(
+        _report(config, [s for s, _ in greedy], [s for s, _ in sampled], samples),
+        task_greedy=task_metrics(task, rows, [texts for _, texts in greedy]),
+        task_sampled=task_metrics(task, rows, [texts for _, texts in sampled]),
+    )
 
 
-async def _score(rewards: Any, generating: Any) -> ScoreMeta:
+def task_metrics(
+    task: Task, rows: Sequence[Row], texts: Sequence[Sequence[str]]
+) -> dict[str, float]:
+    """The task's own metrics over all completions of each row; empty when it has none.
+
+    Raises RunError with the task's traceback when it fails.
+    """
+    if not isinstance(task, Measures):
+        return {}
+    repeated = [row for row, several in zip(rows, texts, strict=True) for _ in several]
+    flat = [text for several in texts for text in several]
+    try:
+        return task.metrics(repeated, flat)
+    except Exception as error:
+        raise RunError(f"{type(task).__name__}.metrics failed:\n{error_tail(error)}") from error
+
+
+async def _score(rewards: Any, generating: Any) -> tuple[ScoreMeta, list[str]]:
     meta, group = await generating
     if isinstance(meta, Failure):
         raise RunError(f"{meta.what}: {meta.message}")
     scores, _ = await rewards.score(group)
     if isinstance(scores, Failure):
         raise RunError(f"{scores.what}: {scores.message}")
-    return scores
+    completions: Group = await group
+    return scores, [completion.text for completion in completions.completions]
 
 
 def _report(

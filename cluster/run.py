@@ -287,7 +287,7 @@ async def _train_in(prepared: Prepared, folder: Path, console: Console) -> int:
             if saved
             else Counters(group_size=config.task.group_size),
         )
-        caught = stop_on_signals(run)
+        caught = stop_on_signals(run.stop, console, "saving, then leaving")
         console.stage("publishing the first weights")
         await train(run)
         exit_code = 128 + caught[0] if caught else 0
@@ -311,18 +311,19 @@ def draw_from(prepared: Prepared) -> Any:
     return draw
 
 
-def stop_on_signals(run: Run) -> list[int]:
-    """First Ctrl-C or SIGTERM: finish the step in hand and save. A second one leaves at once."""
+def stop_on_signals(stop: asyncio.Event, console: Console, what: str) -> list[int]:
+    """First Ctrl-C or SIGTERM: set `stop` and say what follows. A second one leaves at once.
+
+    Returns a list that will hold the signal's number.
+    """
     caught: list[int] = []
 
     def on_signal(number: int) -> None:
         if caught:
             os._exit(128 + number)
         caught.append(number)
-        run.console.note(
-            f"{signal.Signals(number).name}: saving, then leaving; once more leaves at once"
-        )
-        run.stop.set()
+        console.note(f"{signal.Signals(number).name}: {what}; once more leaves at once")
+        stop.set()
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):

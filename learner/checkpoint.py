@@ -19,6 +19,8 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -148,18 +150,38 @@ def export(run_dir: str | Path, out: str | Path) -> Path:
     checkpoint = latest(folder)
     if checkpoint is None:
         raise CheckpointError(f"no complete checkpoint in {folder}")
-    out = Path(out)
+    with new_folder(out) as temporary:
+        shutil.copytree(checkpoint / HF_FOLDER, temporary, dirs_exist_ok=True)
+    return Path(out)
+
+
+def require_free(out: str | Path) -> None:
+    """Raise CheckpointError unless `out` can be made: nothing is there, or an empty folder."""
+    out = Path(out).absolute()
+    parent = next(folder for folder in out.parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise CheckpointError(f"{out} cannot be made: {parent} is no folder that can be written")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} exists and is not an empty folder")
+
+
+@contextmanager
+def new_folder(out: str | Path) -> Iterator[Path]:
+    """A folder to fill that becomes `out` when the block ends, or goes when it raises.
+
+    Raises CheckpointError as `require_free` does.
+    """
+    out = Path(out).absolute()
+    require_free(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    temporary.mkdir()
     try:
-        shutil.copytree(checkpoint / HF_FOLDER, temporary)
+        yield temporary
         # Replaces an empty folder, and nothing else.
         os.rename(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return out
 
 
 def _step(path: Path) -> int:

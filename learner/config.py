@@ -203,10 +203,11 @@ class AlgorithmConfig(BaseModel):
         ge=0,
         description="How often a step may draw new prompts in place of groups without gradient.",
     )
-    objective: Literal["clip", "cispo", "dppo_tv"] = Field(
+    objective: Literal["clip", "cispo", "dppo_tv", "cross_entropy"] = Field(
         "clip",
         description="clip: PPO's; cispo: every token, its weight capped at 1 + clip_high; dppo_tv: "
-        "tokens whose probability moved by more than clip_low / clip_high give nothing.",
+        "tokens whose probability moved by more than clip_low / clip_high give nothing. "
+        "cross_entropy: demonstrations; `cohort warmup` sets it.",
     )
     ratio: Literal["token", "sequence"] = Field(
         "token", description="Ratio of each token, or the geometric mean over its completion."
@@ -313,4 +314,26 @@ class AlgorithmConfig(BaseModel):
             problems.append(
                 f"algorithm.sequence_mask={list(self.sequence_mask)} must be [low, high]"
             )
+        if self.objective == "cross_entropy":
+            problems += [
+                f"algorithm.{key}={getattr(self, key)} does not apply to "
+                f"algorithm.objective=cross_entropy: set it to {needed}"
+                for key, needed in CROSS_ENTROPY_NEEDS.items()
+                if getattr(self, key) != needed
+            ]
         return problems
+
+
+# Demonstrations have no rewards, no engine that sampled them, and one update each. Baseline, scale,
+# clipping and the correction have nothing to work on.
+CROSS_ENTROPY_NEEDS: dict[str, Any] = {
+    "aggregation": "token",
+    "kl_coef": 0.0,
+    "entropy_coef": 0.0,
+    "overlong_buffer": 0.0,
+    "mask_truncated": False,
+    "dynamic_sampling_rounds": 0,
+    "updates_per_step": 1,
+    "sequence_mask": None,
+    "negative_mask": None,
+}

@@ -261,10 +261,22 @@ class LearnerGroup:
 
         Raises LearnerError when the last step was not finite: what led to it may be in the weights.
         """
-        if self.nonfinite_in_a_row:
-            raise LearnerError("no checkpoint is written after a step that was not finite")
+        self._require_finite()
         calls = [w.save.remote(str(folder)) for w in self._workers]
         await self._all("saving a checkpoint", calls)
+
+    async def export(self, folder: str | Path) -> None:
+        """Write the policy alone, as a Hugging Face folder; made if needed.
+
+        Raises LearnerError when the last step was not finite.
+        """
+        self._require_finite()
+        calls = [w.export.remote(str(folder)) for w in self._workers]
+        await self._all("writing the model", calls)
+
+    def _require_finite(self) -> None:
+        if self.nonfinite_in_a_row:
+            raise LearnerError("no checkpoint is written after a step that was not finite")
 
     async def load(self, folder: str | Path) -> int:
         """Restore a checkpoint; returns the optimizer steps it had done.

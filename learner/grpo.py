@@ -74,6 +74,19 @@ def advantages(
     return [(r - mean) * factor if valid(r) else None for r in rewards]
 
 
+def group_advantages(
+    rewards: Sequence[float | None], algorithm: AlgorithmConfig, batch_std: float | None = None
+) -> list[float | None]:
+    """The advantages that `algorithm` gives one group; see `advantages`.
+
+    A demonstration counts 1 whatever its reward, and may be the only one of its group; None or a
+    reward that is not finite leaves it out.
+    """
+    if algorithm.objective == "cross_entropy":
+        return [1.0 if valid(reward) else None for reward in rewards]
+    return advantages(rewards, algorithm.baseline, algorithm.scale, batch_std)
+
+
 def overlong_penalty(tokens: int, max_tokens: int, buffer: float) -> float:
     """Soft length penalty added to the reward, in [-1, 0] (DAPO, arXiv 2503.14476, eq. 13).
 
@@ -281,6 +294,26 @@ class LossStats:
         return LossStats(**sums, log_ratio_abs_max=peak)
 
 
+def cross_entropy_loss(
+    logprobs_T: torch.Tensor, weights_T: torch.Tensor, entropy_T: torch.Tensor | None = None
+) -> tuple[torch.Tensor, LossStats]:
+    """Minus the weighted log-likelihood of demonstration tokens, and its statistics.
+
+    With the weights of `token_weights(..., "token", ...)` and all tokens of the step it is the mean
+    negative log-likelihood, nats a token. A weight of 0 masks a token out. No engine sampled these
+    tokens, so what compares with one says that there is no difference.
+    """
+    mask_T = weights_T > 0
+    loss = -(weights_T * torch.where(mask_T, logprobs_T, 0.0)).sum()
+    tokens = int(mask_T.sum())
+    entropy = 0.0
+    if entropy_T is not None:
+        entropy = float(torch.where(mask_T, entropy_T.detach(), 0.0).sum())
+    return loss, LossStats(
+        tokens=tokens, loss=float(loss.detach()), entropy=entropy, engine_ratio=float(tokens)
+    )
+
+
 def policy_loss(
     logprobs_T: torch.Tensor,
     behaviour_T: torch.Tensor,
@@ -303,7 +336,11 @@ def policy_loss(
 
     With `algorithm.anchor` = learner the ratio is pi / pi_old and the engine's mismatch is put
     right by a weight; with engine it is pi / mu, which holds the mismatch already.
+
+    `algorithm.objective` = cross_entropy looks at none of that: see `cross_entropy_loss`.
     """
+    if algorithm.objective == "cross_entropy":
+        return cross_entropy_loss(logprobs_T, weights_T, entropy_T)
     mask_T = weights_T > 0
 
     def clean(values_T: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,13 @@ from typing import Any
 
 from actors.records import GroupMeta, ScoreMeta
 from learner.config import AlgorithmConfig
-from learner.grpo import advantages, overlong_penalty, standard_deviation, token_weights, valid
+from learner.grpo import (
+    group_advantages,
+    overlong_penalty,
+    standard_deviation,
+    token_weights,
+    valid,
+)
 
 # The tokens of a forward pass are padded to a multiple of this, so that the same shapes come back
 # step after step. On CPUs a matrix product compiles a kernel for every new shape and keeps it: new
@@ -97,7 +103,7 @@ class StepPlan:
 
     trained + filtered + failed = all samples that came in. filtered: their group's rewards are all
     equal, or they were cut and `algorithm.mask_truncated` leaves them out. failed: no valid reward,
-    no tokens, or a group with fewer than two valid rewards. trained_tokens, row_tokens and
+    no tokens, or alone in its group (unless it is a demonstration). trained_tokens, row_tokens and
     padded_tokens count what all updates see.
     """
 
@@ -178,7 +184,7 @@ def shaped_rewards(
 def _choose(
     meta: GroupMeta, rewards: Sequence[float | None], algorithm: AlgorithmConfig, std: float | None
 ) -> _Chosen:
-    values = advantages(rewards, algorithm.baseline, algorithm.scale, std)
+    values = group_advantages(rewards, algorithm, std)
     return _Chosen(
         meta,
         tuple(
@@ -230,7 +236,7 @@ def plan_step(
     for meta, rewards in shaped:
         # The batch's standard deviation is that of the groups that are kept; it moves no zero.
         chosen = _choose(meta, rewards, algorithm, 1.0)
-        scored = advantages(rewards, "mean", "none")
+        scored = group_advantages(rewards, algorithm, 1.0)
         failed += scored.count(None)
         usable = len(scored) - scored.count(None)
         if not usable:

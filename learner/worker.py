@@ -382,20 +382,27 @@ class LearnerWorker:
         )
         if not saved:
             raise CheckpointError(f"DeepSpeed did not save into {target}")
-        state = self._whole_state()
+        self.export(str(target / HF_FOLDER))
         if self.reference is not None and self.reference.refreshed:
             self.reference.save(target, write=self.spec.rank == 0)
         if self.spec.rank != 0:
             return
-        self.model.save_pretrained(target / HF_FOLDER, state_dict=state)
-        for pattern in COMPANION_FILES:
-            for file in self.model_folder.glob(pattern):
-                if file.is_file():
-                    shutil.copy(file, target / HF_FOLDER / file.name)
         facts = {"steps_done": self.steps_done, **_must_match(self.spec)}
         if self.reference is not None:
             facts["reference"] = self.reference.fingerprint
         (target / LEARNER_FILE).write_text(json.dumps(facts, indent=1))
+
+    def export(self, folder: str) -> None:
+        """Rank 0 writes the policy as a Hugging Face folder, with tokenizer and chat template."""
+        state = self._whole_state()
+        if self.spec.rank != 0:
+            return
+        target = Path(folder)
+        self.model.save_pretrained(target, state_dict=state)
+        for pattern in COMPANION_FILES:
+            for file in self.model_folder.glob(pattern):
+                if file.is_file():
+                    shutil.copy(file, target / file.name)
 
     def _whole_state(self) -> dict[str, Any]:
         """Rank 0: a copy of all weights in main memory, tied ones sharing theirs."""

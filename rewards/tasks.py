@@ -63,6 +63,27 @@ class Task(Protocol):
         """Row `index` of the held-out split, always the same."""
 
 
+@runtime_checkable
+class Demonstrates(Protocol):
+    """A task that can show how it is done, for `cohort warmup`."""
+
+    def demonstration(self, row: Row, epoch: int) -> str | None:
+        """A good answer to a row of this task, as the model should write it; None: has none.
+
+        The same for the same row and epoch. A task that knows several answers gives others in
+        other epochs (counted from 0). `cohort warmup` learns from training rows; of held-out rows
+        it only measures the likelihood.
+        """
+
+
+@runtime_checkable
+class Measures(Protocol):
+    """A task with metrics of its own, which `cohort eval` reports."""
+
+    def metrics(self, rows: Sequence[Row], completions: Sequence[str]) -> dict[str, float]:
+        """Metrics by name over held-out rows; one completion for each row, rows may repeat."""
+
+
 # Built-in tasks -----------------------------------------------------------------------------------
 
 
@@ -103,6 +124,10 @@ class AdditionTask:
 
     def eval_row(self, index: int) -> Row:
         return self._row(self._eval[index])
+
+    def demonstration(self, row: Row, epoch: int) -> str:  # noqa: ARG002
+        """The sum, which is the only answer."""
+        return str(row.columns["answer"])
 
     @staticmethod
     def _row(pair: tuple[int, int]) -> Row:
@@ -349,6 +374,18 @@ class PromptRenderer:
             raise TaskError(f"{where}: the prompt has no tokens")
         text = self._tokenizer.decode(token_ids)
         return Prompt(f"{epoch}-{row.id}", token_ids, row.content, row.columns, epoch, text)
+
+    def continuation(self, text: str) -> tuple[int, ...]:
+        """The tokens with which the model would say `text` and stop after a prompt.
+
+        Raises TaskError when the tokenizer has no end-of-sequence token.
+        """
+        # By itself: the template ends before the answer, and so does the last token of the prompt.
+        token_ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        end = self._tokenizer.eos_token_id
+        if end is None:
+            raise TaskError("the model's tokenizer has no end-of-sequence token to stop at")
+        return (*token_ids, end)
 
     def _plain(self, text: str) -> tuple[int, ...]:
         # A text that already starts with the special token must not get a second one.

@@ -22,6 +22,7 @@ RUN_BY = {
     "cohort train": ("tests/system/test_train.py", "cohort.train("),
     "cohort keys": ("tests/test_readme.py", 'invoke(app, ["keys"])'),
     "cohort eval": ("tests/system/test_train.py", 'cohort_command("eval"'),
+    "cohort warmup": ("tests/system/test_warmup.py", '"warmup"'),
     "cohort export": ("tests/system/test_train.py", 'cohort_command("export"'),
     "cohort report": ("tests/cluster/test_report.py", '"report"'),
     "cohort submit": ("tests/system/test_submit.py", "submit("),

@@ -4,33 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Iterator
 
-from actors.records import Messages, derive_seed
 from rewards.travel.booking import book, cost
-from rewards.travel.generate import make_query
-from rewards.travel.plan import Day, Plan, to_json
-from rewards.travel.prompt import messages
+from rewards.travel.plan import Day, Plan
 from rewards.travel.query import Query, matches
 from rewards.travel.solver import cheapest
 from rewards.travel.world import City, Country, Sight
 
 # How much a price may be off, in dollars, when a plan is sought: the first that fits the budget.
 NOISE = (200, 100, 50, 20, 5, 0)
-
-
-def demonstrations(
-    level: int, seed: int, count: int, train_size: int = 2000
-) -> Iterator[tuple[Messages, str]]:
-    """`count` pairs of prompt messages and a completion that breaks no rule.
-
-    The queries are the first training rows of `TravelTask(seed, level, train_size)`, from the start
-    again when they are used up; each time around they get other plans.
-    """
-    for number in range(count):
-        query = make_query(seed, level, "train", number % train_size)
-        rng = random.Random(derive_seed(seed, "demonstration", level, number))
-        yield messages(query), to_json(varied_plan(query, rng))
 
 
 def varied_plan(query: Query, rng: random.Random) -> Plan:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 
+from actors.records import derive_seed
 from rewards.config import RewardFunctionConfig
 from rewards.tasks import Row, TaskError
+from rewards.travel.demonstrations import varied_plan
 from rewards.travel.generate import LEVELS, Split, make_query
+from rewards.travel.plan import to_json
 from rewards.travel.prompt import messages
 from rewards.travel.query import from_columns, to_columns
 from rewards.travel.scores import evaluate, travelplanner_metrics
@@ -47,6 +51,12 @@ class TravelTask:
 
     def eval_row(self, index: int) -> Row:
         return self._row("eval", index, self._eval_size)
+
+    def demonstration(self, row: Row, epoch: int) -> str:
+        """A plan that breaks no rule; in another epoch another one."""
+        seed = derive_seed(self._seed, "demonstration", row.id, epoch)
+        plan = varied_plan(from_columns(row.columns["query"]), random.Random(seed))
+        return to_json(plan)
 
     def metrics(self, rows: Sequence[Row], completions: Sequence[str]) -> dict[str, float]:
         """TravelPlanner's published metrics; one completion for each row."""

@@ -11,13 +11,15 @@ from collections.abc import Iterator
 import pytest
 from travel_trips import COST, QUERY, failed, judge
 
+from rewards.tasks import Demonstrates
 from rewards.travel.best import best_soft
-from rewards.travel.demonstrations import demonstrations, varied_plan
+from rewards.travel.demonstrations import varied_plan
 from rewards.travel.generate import LEVELS, make_query
 from rewards.travel.plan import Day, Plan, to_json
 from rewards.travel.query import Query, from_columns, to_columns
 from rewards.travel.scores import evaluate
 from rewards.travel.solver import cheapest, routes
+from rewards.travel.task import TravelTask
 from rewards.travel.world import Sizes, make_world
 
 COUNT = 200
@@ -168,24 +170,16 @@ def test_routes() -> None:
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_demonstrations_pass_and_vary(level: int) -> None:
-    shown = list(demonstrations(level, 3, 24, train_size=6))
-    queries = [make_query(3, level, "train", index % 6) for index in range(24)]
-    for query, (messages, text) in zip(queries, shown, strict=True):
-        assert query.country.name in messages[0]["content"]
-        assert evaluate(query, text).passed
-    # Four plans for each query, and never the same one every time.
-    assert all(len({text for _, text in shown[index::6]}) > 1 for index in range(6))
-    assert list(demonstrations(level, 3, 24, train_size=6)) == shown
-    assert list(demonstrations(level, 4, 6)) != shown[:6]
-
-
-def test_demonstrations_are_of_training_queries_only() -> None:
-    prompts = {messages[0]["content"] for messages, _ in demonstrations(1, 0, 50)}
-    from rewards.travel.task import TravelTask
-
-    task = TravelTask(seed=0, level=1, train_size=50, eval_size=200)
-    assert prompts == {task.train_row(index).content[0]["content"] for index in range(50)}
-    assert not prompts & {task.eval_row(index).content[0]["content"] for index in range(200)}
+    task = TravelTask(seed=3, level=level, train_size=6, eval_size=2)
+    assert isinstance(task, Demonstrates)
+    for row in [task.train_row(index) for index in range(6)] + [task.eval_row(0)]:
+        shown = [task.demonstration(row, epoch) for epoch in range(4)]
+        query = from_columns(row.columns["query"])
+        assert all(evaluate(query, text).passed for text in shown)
+        # Four plans for a query, and never the same one every time.
+        assert len(set(shown)) > 1
+        again = TravelTask(seed=3, level=level)
+        assert [again.demonstration(row, epoch) for epoch in range(4)] == shown
 
 
 @pytest.mark.parametrize("level", LEVELS)

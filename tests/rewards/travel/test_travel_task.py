@@ -285,7 +285,6 @@ def in_another_process(code: str, hash_seed: str) -> str:
 DIGEST = """
 import hashlib
 from rewards.travel.best import best_soft
-from rewards.travel.demonstrations import demonstrations
 from rewards.travel.generate import LEVELS
 from rewards.travel.query import from_columns
 from rewards.travel.task import TravelTask
@@ -294,7 +293,7 @@ parts = [repr(make_world(7))]
 for level in LEVELS:
     task = TravelTask(7, level)
     rows = [task.train_row(0), task.train_row(1), task.eval_row(0)]
-    parts += [repr(rows), repr(list(demonstrations(level, 7, 3)))]
+    parts += [repr(rows), *(task.demonstration(row, 1) for row in rows)]
     if level < 5:
         parts.append(repr(best_soft(from_columns(rows[0].columns["query"]))))
 print(hashlib.blake2b("".join(parts).encode()).hexdigest())

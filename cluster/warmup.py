@@ -1,0 +1,279 @@
+"""`cohort warmup`: cross-entropy on a task's demonstrations, before reinforcement.
+
+The same learner, packing, precision and optimizer as in `cohort train`; no engine and no rewards.
+What it writes is a Hugging Face folder, which `model.path` of a training run can name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from actors.records import (
+    Completion,
+    Group,
+    GroupMeta,
+    Prompt,
+    ScoredGroup,
+    ScoreMeta,
+    derive_seed,
+)
+from cluster.config import Config, ConfigError, compact, parse_overrides
+from cluster.console import Console, duration
+from cluster.placement import plan, this_machine
+from cluster.prepare import Prepared, prepare
+from cluster.run import check_reachable, connect, ray_address, start_learner, stop_on_signals
+from learner.checkpoint import new_folder, require_free
+from learner.config import AlgorithmConfig
+from learner.group import LearnerGroup, StepResult
+from learner.plan import ScoredRef
+from rewards.tasks import Demonstrates, Row, TaskError, sample_rows
+
+# Held-out demonstrations whose likelihood is measured before and after.
+HELD_OUT = 32
+# Config keys that mean something in training, and the flag that stands for them here.
+FLAGS = {
+    "run.steps": "--steps",
+    "task.prompts_per_step": "--batch-size",
+    "learner.learning_rate": "--learning-rate",
+}
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """steps of batch_size demonstrations each; examples: training rows to take them from, 0: all.
+
+    learning_rate: the peak; its schedule and the optimizer are those of the config's learner.
+    """
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    examples: int = 0
+
+
+def check_overrides(overrides: list[str]) -> None:
+    """Raise ConfigError for a key that a flag of this command stands for."""
+    for key in parse_overrides(overrides):
+        if key in FLAGS:
+            raise ConfigError(f"{key} is the training's: use {FLAGS[key]} for the warm-up")
+        if key.startswith("algorithm."):
+            raise ConfigError(f"{key} is the training's: the warm-up is plain cross-entropy")
+
+
+def warmup_config(config: Config, given: WarmUp) -> Config:
+    """The config of the learner: cross-entropy at temperature 1 with the warm-up's own numbers.
+
+    Raises ConfigError for a learning rate that is none.
+    """
+    if not 0 < given.learning_rate < math.inf:
+        raise ConfigError(f"--learning-rate must be above 0, got {given.learning_rate:g}")
+    learner = config.learner.model_copy(update={"learning_rate": given.learning_rate})
+    return config.model_copy(
+        update={
+            "algorithm": AlgorithmConfig(objective="cross_entropy"),
+            "learner": learner,
+            "run": config.run.model_copy(update={"steps": given.steps}),
+            "actors": config.actors.model_copy(update={"temperature": 1.0}),
+        }
+    )
+
+
+def demonstrations(prepared: Prepared, examples: int) -> Iterator[ScoredRef]:
+    """Endless demonstrations on training rows, each a group of one: the same for the same seed.
+
+    Every epoch holds each of the rows once, in an order of its own. Rows without a demonstration
+    are passed over, and so are those too long for the run where task.overlong is drop.
+
+    Raises TaskError: a task without demonstrations, one that is too long.
+    """
+    task, seed = prepared.task, prepared.config.run.seed
+    size = task.train_size()
+    rows = [row for _, row in sample_rows(task, seed, 0, min(examples or size, size))]
+    epoch = 0
+    while True:
+        found = 0
+        for row in rows:
+            shown = demonstration(prepared, row, epoch)
+            if shown is not None:
+                found += 1
+                yield shown
+        if not found:
+            raise _none_there(prepared)
+        epoch += 1
+        random.Random(derive_seed(seed, "warmup", epoch)).shuffle(rows)
+
+
+def demonstration(prepared: Prepared, row: Row, epoch: int) -> ScoredRef | None:
+    """The row's prompt with its demonstration as the only completion; None where there is none.
+
+    The completion is what the model would generate: the text's own tokens and the end-of-sequence
+    token. It has no behaviour log-probs: NaN, so that nothing could use them unseen.
+    """
+    config = prepared.config
+    if not isinstance(prepared.task, Demonstrates):
+        raise _none_there(prepared)
+    text = prepared.task.demonstration(row, epoch)
+    if text is None:
+        return None
+    if not isinstance(text, str):
+        raise TaskError(f"row {row.id}: a demonstration must be a text or None, got {text!r}")
+    prompt = prepared.renderer.render(row, epoch)
+    token_ids = prepared.renderer.continuation(text)
+    longest = prepared.renderer.max_prompt_tokens
+    too_long = len(token_ids) > config.actors.max_tokens
+    if too_long and config.task.overlong == "error":
+        raise TaskError(
+            f"row {row.id}: its demonstration has {len(token_ids)} tokens, more than "
+            f"actors.max_tokens={config.actors.max_tokens}: raise that, or set task.overlong=drop"
+        )
+    if too_long or (longest is not None and len(prompt.token_ids) > longest):
+        return None
+    return _as_group(prompt, token_ids, text)
+
+
+def _as_group(prompt: Prompt, token_ids: tuple[int, ...], text: str) -> ScoredRef:
+    completion = Completion(
+        id=f"{prompt.id}/shown",
+        prompt_id=prompt.id,
+        token_ids=np.array(token_ids, dtype=np.int64),
+        logprobs=np.full(len(token_ids), math.nan, dtype=np.float32),
+        finish_reason="stop",
+        seed=0,
+        weight_versions=(0, 0),
+        text=text,
+    )
+    meta = GroupMeta(
+        group_id=prompt.id,
+        prompt_tokens=len(prompt.token_ids),
+        completion_ids=(completion.id,),
+        completion_tokens=(len(token_ids),),
+        truncated=(False,),
+        weight_versions=(0, 0),
+        actor="demonstration",
+        seconds=0.0,
+    )
+    # The reward's value plays no part; that there is one says that the completion is trained.
+    group = ScoredGroup(Group(prompt.id, prompt, (completion,)), {}, totals=(1.0,))
+    return ScoredRef(meta, ScoreMeta(prompt.id, group.totals, {}, (), 0.0), group)
+
+
+def _none_there(prepared: Prepared) -> TaskError:
+    return TaskError(
+        f"task.name={prepared.config.task.name} has no demonstrations to learn from: its class "
+        "needs a method demonstration(row, epoch) that returns a text; see Demonstrates in "
+        "rewards/tasks.py"
+    )
+
+
+async def run_warmup(config: Config, given: WarmUp, out: Path) -> int:
+    """Check, start the learner, train, write `out`. Returns the exit code: 0, or 130/143 when
+    stopped, and then nothing was written.
+
+    Raises one of cluster.run.EXPECTED_ERRORS when it cannot start or go on.
+    """
+    require_free(out)
+    config = warmup_config(config, given)
+    prepared = prepare(config)
+    batches = demonstrations(prepared, given.examples)
+    first = list(islice(batches, given.batch_size))  # what is wrong with a task shows here
+    if address := ray_address(config):
+        check_reachable(address)
+    else:
+        plan(config, this_machine(), prepared.parameters)
+    with Console(given.steps, "plain") as console:
+        console.header(f"cohort warmup: {out}\n{compact(config)}")
+        # The ranks' logs live as long as they may be needed for an error message.
+        log_dir = Path(tempfile.mkdtemp(prefix="cohort-warmup-"))
+        code = await _warm_up(prepared, given, first, batches, out, log_dir, console)
+        shutil.rmtree(log_dir, ignore_errors=True)
+        return code
+
+
+async def _warm_up(
+    prepared: Prepared,
+    given: WarmUp,
+    first: list[ScoredRef],
+    later: Iterator[ScoredRef],
+    out: Path,
+    log_dir: Path,
+    console: Console,
+) -> int:
+    import ray
+
+    config = prepared.config
+    console.stage("starting Ray")
+    placement = plan(config, connect(config), prepared.parameters)
+    learner: LearnerGroup | None = None
+    try:
+        console.stage(f"starting {config.learner.workers} learner rank(s)")
+        cores = int(this_machine().cpus)
+        learner = await start_learner(prepared, placement, log_dir, cores)
+        stop = asyncio.Event()
+        caught = stop_on_signals(stop, console, "leaving after the step in hand")
+        held_out = _held_out(prepared)
+        before = await held_out_loss(learner, held_out)
+        console.note(f"held-out loss {before:.4f} on {len(held_out)} demonstrations")
+        batch, began = first, time.monotonic()
+        for step in range(given.steps):
+            step_began = time.monotonic()
+            result = await learner.step(batch)
+            if step + 1 < given.steps:
+                batch = list(islice(later, given.batch_size))
+            now = time.monotonic()
+            eta = (now - began) / (step + 1) * (given.steps - step - 1)
+            console.note(step_line(step + 1, given.steps, result, now - step_began, eta))
+            if stop.is_set():
+                console.note(f"stopped after step {step + 1} of {given.steps}; nothing was written")
+                return 128 + caught[0]
+        after = await held_out_loss(learner, held_out)
+        console.note(f"held-out loss {before:.4f} -> {after:.4f}")
+        with new_folder(out) as folder:
+            await learner.export(folder)
+        peak = sum(rank["peak_rss_bytes"] for rank in await learner.memory())
+        console.note(f"peak memory: learner {peak / 2**30:.1f} GiB")
+        console.note(f"model written to {out}; train from it with model.path={out}")
+        return 0
+    finally:
+        if learner is not None:
+            learner.kill()
+        ray.shutdown()
+
+
+def step_line(step: int, steps: int, result: StepResult, seconds: float, eta_s: float) -> str:
+    """One step on one line. tokens/s: of prompts and demonstrations together."""
+    width = len(str(steps))
+    skipped = "" if result.applied else "  not finite: left out"
+    return (
+        f"step {step:>{width}}/{steps}  loss {result.loss:.4f}  grad {result.grad_norm:.2f}"
+        f"  lr {result.learning_rate:.1e}  {seconds:.1f} s"
+        f"  tokens/s {result.row_tokens / seconds:.0f}  eta {duration(eta_s)}{skipped}"
+    )
+
+
+def _held_out(prepared: Prepared) -> list[ScoredRef]:
+    count = min(HELD_OUT, prepared.task.eval_size())
+    shown = (demonstration(prepared, prepared.task.eval_row(i), 0) for i in range(count))
+    return [item for item in shown if item is not None]
+
+
+async def held_out_loss(learner: LearnerGroup, shown: Sequence[ScoredRef]) -> float:
+    """Mean negative log-likelihood of demonstrations in nats a token; NaN without any."""
+    total, tokens = 0.0, 0
+    for item in shown:
+        group = item.ref.group
+        ids = group.completions[0].token_ids.tolist()
+        logprobs = await learner.logprobs([*group.prompt.token_ids, *ids])
+        total -= math.fsum(logprobs[-len(ids) :])
+        tokens += len(ids)
+    return total / tokens if tokens else math.nan
