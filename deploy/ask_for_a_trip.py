@@ -38,7 +38,7 @@ def answers(url: str, model: str | None, query: Query, **sampling: Any) -> list[
 
 
 def table(evaluations: list[Evaluation]) -> str:
-    """A line a sample: total, cost, each part; then why there is no plan, or the rules it breaks."""
+    """A line a sample: total, cost, parts; then why there is no plan, or which rules it breaks."""
     lines = [f"{'#':>3} {'total':>6} {'cost':>6} " + " ".join(f"{part:>11}" for part in PARTS)]
     for number, item in enumerate(evaluations, start=1):
         price = "-" if item.cost is None else f"${item.cost}"
@@ -60,7 +60,7 @@ def itinerary(query: Query, text: str) -> str:
     lines = []
     for number, booked in enumerate(booking, start=1):
         weekday = WEEKDAYS[query.weekday(number - 1)]
-        lines.append(f"Day {number}, {weekday}, {booked.day.city}")
+        lines.append(f"Day {number}, {weekday}, {_printable(booked.day.city)}")
         lines += [f"  {what:<7} {shown}" for what, shown in _bookings(booked)]
     lines.append(f"In all ${cost(query, booking):,} of ${query.budget:,}, for {query.party}")
     return "\n".join(lines)
@@ -79,8 +79,13 @@ def _bookings(booked: BookedDay) -> list[tuple[str, str]]:
     for what, name, item in found:
         price = "not in the tables" if item is None else f"${item.price}"
         tags = f" ({', '.join(item.tags)})" if what == "sight" and item is not None else ""
-        rows.append((what, f"{name}: {price}{tags}"))
+        rows.append((what, f"{_printable(name)}: {price}{tags}"))
     return rows
+
+
+def _printable(name: str) -> str:
+    """A model may write what a terminal would obey."""
+    return "".join(letter if letter.isprintable() else "?" for letter in name)
 
 
 def main(
