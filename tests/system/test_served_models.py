@@ -15,10 +15,11 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -70,15 +71,12 @@ def serving(model: Path, log: Path, *options: str) -> Iterator[str]:
     finally:
         server.terminate()
         try:
-            server.wait(20)
-        except subprocess.TimeoutExpired:
-            pass
+            with suppress(subprocess.TimeoutExpired):
+                server.wait(20)
         finally:
             # Its session: the server and the engine that it started.
-            try:
+            with suppress(ProcessLookupError):
                 os.killpg(server.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
             server.wait(10)
 
 
@@ -221,14 +219,21 @@ def test_a_reward_model_is_asked_once_and_its_refusals_are_errors(pooling: str) 
     assert "`other` does not exist" in str(error)
 
 
-def test_a_server_that_died_is_an_error_and_never_a_score(
-    tmp_path: Path, chat: str, pooling: str
+def test_a_server_that_dies_is_an_error_and_never_a_score(
+    pooling: str, reward_folder: Path
 ) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        gone = f"http://127.0.0.1:{free.getsockname()[1]}"
-    assert healthy(chat) and healthy(pooling)
-    for function in (judge(gone, retries=1), RewardModel(gone, "tiny", retries=1)):
-        (error,) = ask(function, "hello")
-        assert isinstance(error, ConnectionError)
-        assert gone.removeprefix("http://") in str(error)
+    function = RewardModel(pooling, "tiny", retries=1)
+    known = ask(function, "known")
+    (server,) = [
+        process
+        for process in psutil.process_iter()
+        if process.ppid() == os.getpid() and str(reward_folder) in process.cmdline()
+    ]
+    server.kill()
+    server.wait(10)
+    error, same = ask(function, "new", "known")
+    assert isinstance(error, ConnectionError)
+    assert pooling.removeprefix("http://") in str(error)
+    assert [same] == known
+    (error,) = ask(judge(pooling, retries=1), "hello")
+    assert isinstance(error, ConnectionError)
