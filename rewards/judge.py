@@ -123,7 +123,8 @@ class LLMJudge:
     def _read(self, content: str | None) -> Grade:
         """The verdict in a reply; raises ValueError when there is none."""
         try:
-            said = json.loads(content or "")
+            # Not strict: xgrammar lets raw control characters into strings.
+            said = json.loads(content or "", strict=False)
             grade, reason = said["score"], said["reason"]
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"the judge did not reply with a verdict: {content!r:.200}") from error
@@ -131,7 +132,7 @@ class LLMJudge:
         if not whole or not self._low <= grade <= self._high:
             raise ValueError(f"the judge's score is not {self._low} to {self._high}: {grade!r:.80}")
         share = (grade - self._low) / (self._high - self._low)
-        return {"score": share, "grade": grade, "reason": str(reason)}
+        return {"score": share, "grade": grade, "reason": unicode_text(str(reason))}
 
     def _messages(self, question: str, text: str, reference: Any) -> list[dict[str, str]]:
         # The mark depends on the text, so that the text cannot hold it.

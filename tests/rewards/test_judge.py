@@ -128,6 +128,11 @@ def test_a_reply_without_a_verdict_is_an_error(server: Server, reply: Reply) -> 
     assert len(server.requests) == 1
 
 
+def test_control_characters_and_half_surrogates_in_a_reason(server: Server) -> None:
+    server.reply = lambda *_: says('{"reason":"a\x00\x1a\n\\ud800","score":10}')
+    assert ask(make(server), "a") == [{"score": 1.0, "grade": 10, "reason": "a\x00\x1a\n?"}]
+
+
 def test_a_reply_that_is_cut_says_so(server: Server) -> None:
     cut = says('{"reason": "' + "\n" * 500)
     cut[1]["choices"][0]["finish_reason"] = "length"

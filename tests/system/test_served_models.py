@@ -16,6 +16,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from rewards.child import die_with_parent
 from rewards.judge import LLMJudge
 from rewards.reward_model import RewardModel
 from tests.models import tiny_reward_model
@@ -58,7 +60,13 @@ def serving(model: Path, log: Path, *options: str) -> Iterator[str]:
     }
     with log.open("w") as out:
         server = subprocess.Popen(
-            command, env=environment, stdout=out, stderr=out, start_new_session=True
+            command,
+            env=environment,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+            # Also when the tests are killed.
+            preexec_fn=partial(die_with_parent, os.getpid()),
         )
     try:
         url = f"http://127.0.0.1:{port}"
