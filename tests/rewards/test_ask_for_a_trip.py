@@ -48,6 +48,7 @@ def test_the_best_of_several_answers_is_shown(server: Server) -> None:
     assert done.returncode == 0, done.stderr
     (request,) = server.requests
     assert request["n"] == 3
+    assert "seed" not in request
     assert JAPAN in request["messages"][0]["content"]
     lines = done.stdout.splitlines()
     assert lines[0] == JAPAN

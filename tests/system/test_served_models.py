@@ -243,8 +243,9 @@ def test_a_server_that_dies_is_an_error_and_never_a_score(
     known = ask(function, "known")
     (server,) = [
         process
-        for process in psutil.process_iter()
-        if process.ppid() == os.getpid() and str(reward_folder) in process.cmdline()
+        for process in psutil.process_iter(["ppid", "cmdline"])
+        if process.info["ppid"] == os.getpid()
+        and str(reward_folder) in (process.info["cmdline"] or ())
     ]
     server.kill()
     server.wait(10)
