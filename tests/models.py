@@ -15,6 +15,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -79,6 +80,25 @@ def tiny_llama(
     )
     torch.manual_seed(seed)
     return _save(LlamaForCausalLM(config), tokenizer, folder, dtype)
+
+
+def tiny_reward_model(folder: Path, *, seed: int = 0) -> Path:
+    """A Llama that ends in one number, in float32."""
+    tokenizer = tiny_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=MAX_LENGTH,
+        initializer_range=SPREAD,
+        num_labels=1,
+        **_special_tokens(tokenizer),
+    )
+    torch.manual_seed(seed)
+    return _save(LlamaForSequenceClassification(config), tokenizer, folder, torch.float32)
 
 
 def tiny_qwen2(

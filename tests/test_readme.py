@@ -25,6 +25,14 @@ RUN_BY = {
     "cohort warmup": ("tests/system/test_warmup.py", '"warmup"'),
     "cohort export": ("tests/system/test_train.py", 'cohort_command("export"'),
     "cohort report": ("tests/cluster/test_report.py", '"report"'),
+    ".venv/bin/python -m vllm.entrypoints.launchers.api_server.entry": (
+        "tests/system/test_served_models.py",
+        '"-m", "vllm.entrypoints.launchers.api_server.entry"',
+    ),
+    ".venv/bin/python deploy/ask_for_a_trip.py": (
+        "tests/rewards/test_ask_for_a_trip.py",
+        '"deploy/ask_for_a_trip.py"',
+    ),
     "cohort submit": ("tests/system/test_submit.py", "submit("),
 }
 

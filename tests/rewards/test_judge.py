@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import threading
 import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import numpy as np
 import pytest
+from model_server import Reply, Server, grade, says
 
 from actors.records import Completion, Group, Prompt
 from rewards.base import RewardLoadError
@@ -19,80 +16,10 @@ from rewards.judge import LLMJudge
 from rewards.worker import RewardActor, RewardSpec
 
 KEY = "sk-very-secret"
-Reply = tuple[int, Any]
-
-
-class Server(ThreadingHTTPServer):
-    """Answers chat completions by `reply(request, how many times this request came)`."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.reply: Callable[[dict[str, Any], int], Reply] = lambda *_: grade(7)
-        self.requests: list[dict[str, Any]] = []
-        self.headers: list[str] = []
-        self.lock = threading.Lock()
-        self.now = self.most = 0
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/v1"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_POST(self) -> None:
-        server = self.server
-        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        assert self.path == "/v1/chat/completions"
-        with server.lock:
-            server.requests.append(request)
-            server.headers.append(self.headers["Authorization"])
-            count = server.requests.count(request)
-            server.now += 1
-            server.most = max(server.most, server.now)
-        status, body = server.reply(request, count)
-        data = json.dumps(body).encode()
-        with server.lock:
-            server.now -= 1
-        try:
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-        except (BrokenPipeError, ConnectionResetError):
-            return  # the judge gave up
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
-def says(content: Any) -> Reply:
-    message = {"role": "assistant", "content": content}
-    choice = {"index": 0, "finish_reason": "stop", "message": message}
-    return 200, {
-        "id": "x", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]
-    }  # fmt: skip
-
-
-def grade(score: Any, reason: str = "because") -> Reply:
-    return says(json.dumps({"reason": reason, "score": score}))
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    with Server() as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-        thread.start()
-        yield server
-        server.shutdown()
 
 
 def make(server: Server, **options: Any) -> LLMJudge:
-    return LLMJudge(base_url=server.url, model="m", criteria="Is it polite?", **options)
+    return LLMJudge(base_url=server.url + "/v1", model="m", criteria="Is it polite?", **options)
 
 
 def ask(judge: LLMJudge, *texts: str, **columns: Any) -> list[Any]:
@@ -106,6 +33,7 @@ def test_grades_are_scaled_and_explained(server: Server) -> None:
         {"score": 1.0, "grade": 10, "reason": "so it is"},
         {"score": 0.25, "grade": 4, "reason": "so it is"},
     ]
+    assert server.paths == {"/v1/chat/completions"}
     request = server.requests[0]
     assert request["model"] == "m"
     assert request["temperature"] == 0.0
@@ -200,6 +128,31 @@ def test_a_reply_without_a_verdict_is_an_error(server: Server, reply: Reply) -> 
     assert len(server.requests) == 1
 
 
+def test_control_characters_and_half_surrogates_in_a_reason(server: Server) -> None:
+    server.reply = lambda *_: says('{"reason":"a\x00\x1a\n\\ud800","score":10}')
+    assert ask(make(server), "a") == [{"score": 1.0, "grade": 10, "reason": "a\x00\x1a\n?"}]
+
+
+def test_a_reply_that_is_cut_says_so(server: Server) -> None:
+    cut = says('{"reason": "' + "\n" * 500)
+    cut[1]["choices"][0]["finish_reason"] = "length"
+    server.reply = lambda *_: cut
+    (error,) = ask(make(server, max_tokens=99), "a")
+    assert isinstance(error, ValueError)
+    assert "cut at max_tokens=99" in str(error)
+    assert len(str(error)) < 500
+
+
+def test_the_reason_is_bounded_where_it_is_asked_for(server: Server) -> None:
+    ask(make(server), "a")
+    ask(make(server, max_reason=40), "a")
+    first, second = (
+        request["response_format"]["json_schema"]["schema"]["properties"]["reason"]
+        for request in server.requests
+    )
+    assert (first, second) == ({"type": "string"}, {"type": "string", "maxLength": 40})
+
+
 def test_a_judge_that_hangs_or_is_gone(server: Server) -> None:
     def hang(request: dict[str, Any], _: int) -> Reply:
         time.sleep(0 if "quick" in user(request) else 3)
@@ -213,7 +166,8 @@ def test_a_judge_that_hangs_or_is_gone(server: Server) -> None:
     assert quick["score"] == 1.0
     gone = LLMJudge(base_url="http://127.0.0.1:9/v1", model="m", criteria="c", retries=0)
     (error,) = ask(gone, "a")
-    assert "Connection error" in str(error)
+    assert isinstance(error, ConnectionError)
+    assert "127.0.0.1:9" in str(error)
 
 
 def test_empty_echoed_and_huge_completions(server: Server) -> None:
@@ -248,7 +202,7 @@ def test_the_key_travels_to_the_child_and_nowhere_else(
     )
     group = Group("g", Prompt("p", (1,), "Q"), completions)
     options = {
-        "base_url": server.url,
+        "base_url": server.url + "/v1",
         "model": "m",
         "criteria": "c",
         "api_key_env": "JUDGE_API_KEY",
@@ -273,7 +227,8 @@ def test_the_key_travels_to_the_child_and_nowhere_else(
 
 
 @pytest.mark.parametrize(
-    ("options", "words"), [({"low": 10}, "low=10"), ({"concurrency": 0}, "at")]
+    ("options", "words"),
+    [({"low": 10}, "low=10"), ({"concurrency": 0}, "at"), ({"max_reason": 0}, "max_reason")],
 )
 def test_bad_options(server: Server, options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
