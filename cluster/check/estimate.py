@@ -105,16 +105,16 @@ def expected_equal(passed: Sequence[tuple[int, int]], size: int) -> float:
     biased, and without bias nothing can be said of a size above the samples. So the prompts' p are
     taken to follow a Beta distribution; its mean and its concentration are averaged over what they
     may be after what was seen (Jeffreys' prior on the mean; a priori each order of magnitude of the
-    concentration from 0.1 to 1000 is as likely).
+    concentration from 0.01 to 1000 is as likely).
     """
     seen = Counter(passed)
-    steps_mean, steps_concentration = 64, 17
+    steps_mean, steps_concentration = 64, 21
     total = weights = 0.0
     grid: list[tuple[float, float, float]] = []
     for i in range(steps_mean):
         mean = math.sin(math.pi / 2 * (i + 0.5) / steps_mean) ** 2
         for j in range(steps_concentration):
-            concentration = 10 ** (-1 + 4 * j / (steps_concentration - 1))
+            concentration = 10 ** (-2 + 5 * j / (steps_concentration - 1))
             a, b = mean * concentration, (1 - mean) * concentration
             likelihood = sum(
                 count * (_log_beta(a + c, b + n - c) - _log_beta(a, b))

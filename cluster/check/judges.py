@@ -77,9 +77,9 @@ class Judges:
         ids = [completion.id for completion in group.completions]
         totals = combine(ids, by_function, weights, errors)
         seconds = {name: meta.seconds for name, meta in metas.items()}
-        return Judged(
-            ScoreMeta(group.id, totals, by_function, errors, sum(seconds.values())), seconds
-        )
+        parts = {key: row for meta in metas.values() for key, row in meta.parts.items()}
+        took = sum(seconds.values())
+        return Judged(ScoreMeta(group.id, totals, by_function, errors, took, parts), seconds)
 
 
 def check_rewards(

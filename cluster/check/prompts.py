@@ -20,8 +20,10 @@ LONGEST_COLUMN = 120
 
 @dataclass(frozen=True)
 class Lengths:
-    """longest: tokens of the longest prompt that is used. max_length: of a prompt and its completion.
-    overlong: prompts that are left out."""
+    """longest: tokens of the longest prompt that is used; max_length: with its completion.
+
+    overlong: how many prompts are left out.
+    """
 
     longest: int
     max_length: int

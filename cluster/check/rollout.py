@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import shutil
+import statistics
 import tempfile
 import time
 from collections.abc import Sequence
@@ -93,7 +94,9 @@ def check_completions(config: Config, generated: Generated, judges: Judges, stag
         f"started in {generated.start_s:.1f} s"
     )
     judged = [judges.judge(group) for group in generated.groups]
-    for group, item in list(zip(generated.groups, judged, strict=True))[:SHOWN_GROUPS]:
+    # Where rewards differ most, a person sees best what they reward.
+    pairs = sorted(zip(generated.groups, judged, strict=True), key=_different, reverse=True)
+    for group, item in pairs[:SHOWN_GROUPS]:
         _show(group, item, stage)
     _check_lengths(config, generated, stage)
     scores = [
@@ -105,6 +108,12 @@ def check_completions(config: Config, generated: Generated, judges: Judges, stag
     _check_totals(config, scores, stage)
     _check_signal(config, generated.metas, scores, stage)
     _check_times(config, generated, judged, stage)
+
+
+def _different(pair: tuple[Group, Judged]) -> float:
+    """How far the rewards of a group are apart."""
+    known = [total for total in pair[1].scores.totals if total is not None]
+    return statistics.pstdev(known) if known else 0.0
 
 
 def _show(group: Group, judged: Judged, stage: Stage) -> None:
@@ -123,6 +132,10 @@ def _show(group: Group, judged: Judged, stage: Stage) -> None:
         completion = group.completions[place]
         cut = " (cut)" if completion.finish_reason == "length" else ""
         text = bounded(repr(completion.text), LONGEST_TEXT)
+        by_function = judged.scores.by_function
+        parts = ", ".join(f"{name} {shown(values[place])}" for name, values in by_function.items())
+        if len(by_function) > 1:
+            text = f"({parts})  {text}"
         stage.say(
             f"  reward {shown(totals[place]):>5}  {len(completion.token_ids):>5} tokens{cut}"
             f"  {text}"
@@ -163,6 +176,12 @@ def _functions(judges: Judges, judged: Sequence[Judged], stage: Stage) -> None:
             f"  {spec.name:<{width}}  mean {shown(mean(values))}, {span}{none}; "
             f"{1000 * took / samples:.1f} ms each"
         )
+    parts: dict[str, list[float | None]] = {}
+    for item in judged:
+        for name, row in item.scores.parts.items():
+            parts.setdefault(name, []).extend(row)
+    for name, numbers in parts.items():
+        stage.say(f"  part {name}: mean {shown(mean(numbers))}")
 
 
 def _check_totals(config: Config, scores: Sequence[ScoreMeta], stage: Stage) -> None:
@@ -205,8 +224,8 @@ def _check_signal(
     )
     low, high = wilson(flat, len(metas))
     stage.say(
-        f"groups without signal (all rewards equal): {flat} of {len(metas)}; in the run's first "
-        f"steps {low:.0%} to {high:.0%} (95 %, Wilson)"
+        f"groups without signal (all rewards equal): {flat} of {len(metas)}, so in the run's first "
+        f"steps {low:.0%} to {high:.0%} (Wilson, 95 %)"
     )
     size = config.task.group_size
     passed = two_valued([meta.totals for meta in scores])
@@ -223,7 +242,7 @@ def _check_signal(
                 f", or raise task.group_size (see above), at most {config.actors.max_concurrent}"
             )
     share = flat / len(metas)
-    if share > 0.5:
+    if share > 0.5 and len({total for meta in scores for total in meta.totals}) > 1:
         stage.warn(
             f"{share:.0%} of the groups carry no signal, and their generation is wasted: choose a "
             f"task that is solved between 10 and 80 % of the time{wider}; "
@@ -241,9 +260,9 @@ def _check_times(
     judging = sum(item.scores.seconds for item in judged) * share / workers
     how = "" if share == 1 else f", scaled from {len(generated.groups)} prompts"
     stage.say(
-        f"a step of {prompts} prompts: generation about {generating:.1f} s, rewards "
-        f"{judging:.1f} s on {workers} worker(s){how}; first calls are slower than later ones; the "
-        "learner's part is not measured here"
+        f"a step of {prompts} prompts: generation about {generating:.1f} s, rewards about "
+        f"{judging:.1f} s on {workers} worker(s){how} (first calls are the slowest; the learner's "
+        "part is not measured here)"
     )
     if judging > generating:
         wanted = math.ceil(judging * workers / generating)

@@ -35,6 +35,7 @@ class Found:
     prompts: Sequence[Prompt] = ()
     lengths: Lengths | None = None
     placement: Placement | None = None
+    connected: bool = False
 
 
 def check(config: Config, print_line: Callable[[str], None], prompts: int) -> int:
@@ -64,7 +65,10 @@ def check(config: Config, print_line: Callable[[str], None], prompts: int) -> in
         if found.model and found.prompts:
             _rewards_and_completions(config, sheet, found, found.model, prompts)
     finally:
-        _leave_ray()
+        if found.connected:
+            import ray
+
+            ray.shutdown()
     return sheet.conclude()
 
 
@@ -73,7 +77,10 @@ def _resources(config: Config, found: Found, stage: Stage) -> Placement:
     address = ray_address(config)
     if address:
         check_reachable(address)
-    have = connect(config) if address else this_machine()
+        have = connect(config)
+        found.connected = True
+    else:
+        have = this_machine()
     placement = check_machine(config, found.model, found.lengths, have, not address, stage)
     if found.resumed is not None:
         spec = learner_spec(_prepared(config, found), placement, Path(), int(have.cpus))
@@ -106,8 +113,9 @@ def _completions(config: Config, found: Found, judges: Judges, count: int, stage
     step, cursor = (found.resumed.step, found.resumed.cursor) if found.resumed else (0, 0)
     taken = take_prompts(found.task, found.renderer, config.run.seed, cursor, count)
     stage.say(f"starting {config.actors.count} engine(s)")
-    if not ray_address(config):
+    if not found.connected:
         connect(config)
+        found.connected = True
     made = asyncio.run(generate(_prepared(config, found), found.placement, taken.prompts, step))
     check_completions(config, made, judges, stage)
 
@@ -131,7 +139,7 @@ def _prepared(config: Config, found: Found) -> Prepared:
 def chosen(config: Config) -> str:
     """The keys that differ from their default, one line a section."""
     lines = []
-    for section, values in config.model_dump(mode="json").items():
+    for section, values in config.model_dump().items():
         fields = SECTIONS[section].model_fields
         body = " ".join(
             f"{key}={value}"
@@ -141,10 +149,3 @@ def chosen(config: Config) -> str:
         if body:
             lines.append(f"{section:<9}  {body}")
     return "\n".join(lines)
-
-
-def _leave_ray() -> None:
-    import ray
-
-    if ray.is_initialized():
-        ray.shutdown()
