@@ -108,7 +108,7 @@ def expected_equal(passed: Sequence[tuple[int, int]], size: int) -> float:
     concentration from 0.01 to 1000 is as likely).
     """
     seen = Counter(passed)
-    steps_mean, steps_concentration = 64, 21
+    steps_mean, steps_concentration = 64, 61
     total = weights = 0.0
     grid: list[tuple[float, float, float]] = []
     for i in range(steps_mean):

@@ -310,7 +310,7 @@ def test_rewards_of_many_values_are_counted_as_a_run_does(judge: Path) -> None:
             [["7", "2"]] * 4,
             "slow",
             {"seconds": 0.2, "prompts_per_step": 4},
-            "rewards.workers=5 would keep up",
+            "would keep up, where there are cores",
         ),
     ],
 )
