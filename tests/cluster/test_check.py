@@ -100,7 +100,6 @@ def test_a_good_config(model: Path, tmp_path: Path) -> None:
         ({"actors": {"kv_cache_gib": 1e-5}}, "actors.kv_cache_gib=1e-05 cannot hold one sequence"),
         ({"rewards": {"functions": ["nothing.py:f"]}}, "nothing.py"),
         ({"cluster": {"address": "127.0.0.1:1"}}, "cluster.address=127.0.0.1:1: cannot connect"),
-        ({"run": {"dir": "/proc/cohort/run"}}, "run.dir=/proc/cohort/run cannot be written"),
     ],
 )
 def test_what_could_not_work(
@@ -111,6 +110,12 @@ def test_what_could_not_work(
     last = text.splitlines()[-2:]
     assert last[0].startswith("PROBLEM") and "1 problem." in last[1], text
     assert message in text
+
+
+def test_a_folder_where_nobody_may_write(model: Path) -> None:
+    code, text = checked(model, Path("/proc/cohort/run"))
+    assert code == 1
+    assert "PROBLEM: run.dir=/proc/cohort/run cannot be written" in text
 
 
 def test_several_problems_are_told_at_once(model: Path, judge: Path, tmp_path: Path) -> None:
@@ -190,7 +195,7 @@ def test_a_model_with_fewer_tokens_than_its_tokenizer(tmp_path: Path) -> None:
 
 
 def test_leaks_and_long_prompts(model: Path, tmp_path: Path) -> None:
-    rows = [{"prompt": f"{i} " * (900 if i == 3 else 5), "answer": i} for i in range(20)]
+    rows = [{"prompt": f"{i} " * (2000 if i == 3 else 5), "answer": i} for i in range(20)]
     held_out = [{"prompt": "5 " * 5, "answer": 5}, {"prompt": "new", "answer": 1}]
     for name, part in (("train", rows), ("eval", held_out)):
         text = "".join(json.dumps(row) + "\n" for row in part)
