@@ -76,6 +76,31 @@ def train(context: typer.Context, config: ConfigArgument) -> None:
     raise typer.Exit(_expecting(work))
 
 
+@app.command(context_settings=EXTRA)
+def check(
+    context: typer.Context,
+    config: ConfigArgument,
+    generate: Annotated[
+        bool, typer.Option(help="Start the engines and judge what they generate.")
+    ] = True,
+    prompts: Annotated[
+        int, typer.Option(min=1, help="Prompts that completions are generated for.")
+    ] = 8,
+) -> None:
+    """Try everything that a run needs, say what to change; exit code 1 when it could not work.
+
+    Nothing is trained and nothing is written to run.dir.
+    """
+    resolved = _config(config, context.args)
+
+    def work() -> int:
+        from cluster.check.run import check as check_run
+
+        return check_run(resolved, typer.echo, prompts if generate else 0)
+
+    raise typer.Exit(_expecting(work))
+
+
 @app.command("eval", context_settings=EXTRA)
 def evaluate(
     context: typer.Context,

@@ -174,20 +174,31 @@ def checkpoint_bytes(config: Config, parameters: int) -> int:
     return (2 * WIDTH[config.model.dtype] + 12) * parameters
 
 
+def learner_state(config: Config, parameters: int) -> dict[str, int]:
+    """Estimated bytes of training state that each learner rank holds, by kind.
+
+    Weights, gradients and, in float32, master weights and two moments; the latter three are divided
+    over the ranks from ZeRO stage 1 on, gradients from 2, weights from 3.
+    """
+    ranks, stage = config.learner.workers, config.learner.zero_stage
+    width = WIDTH[config.model.dtype]
+    return {
+        "weights": width * parameters // (ranks if stage >= 3 else 1),
+        "gradients": 4 * parameters // (ranks if stage >= 2 else 1),
+        "optimizer": 12 * parameters // (ranks if stage >= 1 else 1),
+    }
+
+
 def memory_needed(config: Config, parameters: int) -> dict[str, int]:
     """Estimated bytes of host memory on CPU machines, by kind of process.
 
-    An engine holds its weights twice (plain and packed) and its key-value cache; the learner holds
-    weights and gradients and, in float32, master weights and two moments, the latter three divided
-    over the ranks from ZeRO stage 1 on, gradients from 2, weights from 3.
+    An engine holds its weights twice (plain and packed) and its key-value cache. What the learner
+    holds: see `learner_state`.
     """
     width = WIDTH[config.model.dtype]
     engine = parameters * width * 2 + int(config.actors.kv_cache_gib * GIB) + ENGINE_OVERHEAD
     ranks, stage = config.learner.workers, config.learner.zero_stage
-    optimizer = 12 * parameters / (ranks if stage >= 1 else 1)
-    gradients = 4 * parameters / (ranks if stage >= 2 else 1)
-    weights = width * parameters / (ranks if stage >= 3 else 1)
-    rank = int(optimizer + gradients + weights) + RANK_OVERHEAD
+    rank = sum(learner_state(config, parameters).values()) + RANK_OVERHEAD
     # Frozen, whole on every rank; partitioned under ZeRO-3.
     reference = width * parameters * (1 if stage >= 3 else ranks)
     return {

@@ -9,7 +9,9 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from actors.records import Prompt
 from cluster.config import Config, expand
 from rewards.tasks import (
     PromptRenderer,
@@ -47,31 +49,16 @@ def prepare(config: Config) -> Prepared:
 
     Raises RunError, ConfigError, TaskError or RewardLoadError; writes nothing.
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     path, context, parameters = inspect_model(config)
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise RunError(f"model.path={path}: its tokenizer cannot be loaded: {error}") from error
+    tokenizer = load_tokenizer(path)
     task = load_task(config.task, config.run.seed)
     specs = reward_specs(task, config.rewards)
     # Loads every function in a child process, as the reward actors will: a wrong path ends here.
     limits = config.rewards
     RewardActor(specs, limits.timeout_s, memory_bytes=limits.memory_bytes).close()
-    longest_allowed = (config.model.max_length or context) - config.actors.max_tokens
-    if config.model.max_length and config.model.max_length > context:
-        raise RunError(
-            f"model.max_length={config.model.max_length} exceeds the model's context of {context}"
-        )
-    if longest_allowed < 1:
-        raise RunError(
-            f"actors.max_tokens={config.actors.max_tokens} fills the model's context of {context} "
-            "and leaves no room for a prompt"
-        )
-    renderer = PromptRenderer(tokenizer, longest_allowed)
-    longest, overlong = check_lengths(config, task, renderer)
+    renderer = PromptRenderer(tokenizer, longest_prompt(config, context))
+    train, held_out = rendered_splits(config, task, renderer)
+    longest, overlong = check_lengths(config, train + held_out, renderer)
     return Prepared(
         config=config,
         model_path=path,
@@ -115,14 +102,51 @@ def inspect_model(config: Config) -> tuple[str, int, int]:
     return path, int(model_config.max_position_embeddings), parameters
 
 
-def check_lengths(config: Config, task: Task, renderer: PromptRenderer) -> tuple[int, int]:
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer of a model's folder or hub id; raises RunError when it has none."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise RunError(f"model.path={path}: its tokenizer cannot be loaded: {error}") from error
+
+
+def longest_prompt(config: Config, context: int) -> int:
+    """Tokens of the longest prompt that leaves room for a completion in the model's context.
+
+    Raises RunError when none does, or model.max_length exceeds the context.
+    """
+    if config.model.max_length and config.model.max_length > context:
+        raise RunError(
+            f"model.max_length={config.model.max_length} exceeds the model's context of {context}"
+        )
+    longest = (config.model.max_length or context) - config.actors.max_tokens
+    if longest < 1:
+        raise RunError(
+            f"actors.max_tokens={config.actors.max_tokens} fills the model's context of {context} "
+            "and leaves no room for a prompt"
+        )
+    return longest
+
+
+def rendered_splits(
+    config: Config, task: Task, renderer: PromptRenderer
+) -> tuple[list[Prompt], list[Prompt]]:
+    """Every training prompt, in the order of the first epoch, and every held-out prompt."""
+    rows = sample_rows(task, config.run.seed, 0, task.train_size())
+    held_out = [task.eval_row(index) for index in range(task.eval_size())]
+    return [renderer.render(row, 0) for _, row in rows], [renderer.render(r, 0) for r in held_out]
+
+
+def check_lengths(
+    config: Config, prompts: list[Prompt], renderer: PromptRenderer
+) -> tuple[int, int]:
     """The longest prompt that will be used, in tokens, and how many are too long.
 
     Raises TaskError when a prompt is too long and task.overlong=error, or when all are.
     """
-    size = task.train_size()
-    prompts = [renderer.render(row, 0) for _, row in sample_rows(task, config.run.seed, 0, size)]
-    prompts += [renderer.render(task.eval_row(i), 0) for i in range(task.eval_size())]
     fitting, overlong = split_overlong(prompts, renderer.max_prompt_tokens)
     if overlong and config.task.overlong == "error":
         worst = max(overlong, key=lambda prompt: len(prompt.token_ids))
@@ -138,10 +162,10 @@ def check_lengths(config: Config, task: Task, renderer: PromptRenderer) -> tuple
     return max(len(prompt.token_ids) for prompt in fitting), len(overlong)
 
 
-def claim_run_dir(config: Config) -> Path:
-    """The run's folder, made if needed.
+def find_run_dir(config: Config) -> Path:
+    """The run's folder, which need not exist yet; writes nothing.
 
-    Raises RunError when it cannot be written, or holds a run that is not to be continued.
+    Raises RunError when it is a file, or holds a run that is not to be continued.
     """
     folder = expand(config.run.dir).absolute()
     if folder.exists() and not folder.is_dir():
@@ -154,6 +178,15 @@ def claim_run_dir(config: Config) -> Path:
         )
     if holds - {"logs"} and "config.yaml" not in holds:
         raise RunError(f"run.dir={folder} holds other files and no run: choose another run.dir")
+    return folder
+
+
+def claim_run_dir(config: Config) -> Path:
+    """The run's folder, made if needed.
+
+    Raises RunError when it cannot be written, or holds a run that is not to be continued.
+    """
+    folder = find_run_dir(config)
     try:
         (folder / "logs").mkdir(parents=True, exist_ok=True)
         probe = folder / "logs" / f".write-{os.getpid()}"

@@ -157,14 +157,13 @@ def make_rewards(prepared: Prepared, placement: Placement) -> RewardPool:
     return RewardPool(actors, timeout_s=bound + 30)
 
 
-async def start_learner(
+def learner_spec(
     prepared: Prepared, placement: Placement, log_dir: Path, cores: int
-) -> LearnerGroup:
-    """The learner's ranks, ready to train from the model folder."""
+) -> LearnerSpec:
+    """Rank 0 of this run's learner; the others differ in their number only."""
     config = prepared.config
     ranks = config.learner.workers
-    threads = max(1, cores // ranks)
-    spec = LearnerSpec(
+    return LearnerSpec(
         model_path=prepared.model_path,
         dtype=config.model.dtype,
         learner=config.learner,
@@ -174,13 +173,22 @@ async def start_learner(
         rank=0,
         world_size=ranks,
         device=placement.device,
-        threads=threads,
+        threads=max(1, cores // ranks),
         seed=config.run.seed,
         shm_dir=f"/dev/shm/cohort-learner-{uuid.uuid4().hex[:12]}",
         log_dir=str(log_dir),
         total_steps=config.run.steps,
     )
-    environment = cpu_environment(threads) if placement.device == "cpu" else {}
+
+
+async def start_learner(
+    prepared: Prepared, placement: Placement, log_dir: Path, cores: int
+) -> LearnerGroup:
+    """The learner's ranks, ready to train from the model folder."""
+    config = prepared.config
+    ranks = config.learner.workers
+    spec = learner_spec(prepared, placement, log_dir, cores)
+    environment = cpu_environment(spec.threads) if placement.device == "cpu" else {}
     options = [
         {**placement.learner, "runtime_env": {"env_vars": environment}} for _ in range(ranks)
     ]

@@ -21,6 +21,7 @@ RUN_BY = {
     "make lint": (".ci/run", "make lint"),
     "cohort train": ("tests/system/test_train.py", "cohort.train("),
     "cohort keys": ("tests/test_readme.py", 'invoke(app, ["keys"])'),
+    "cohort check": ("tests/system/test_check.py", 'cohort.arguments("check"'),
     "cohort eval": ("tests/system/test_train.py", 'cohort_command("eval"'),
     "cohort warmup": ("tests/system/test_warmup.py", '"warmup"'),
     "cohort export": ("tests/system/test_train.py", 'cohort_command("export"'),

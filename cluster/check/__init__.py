@@ -1,0 +1,1 @@
+"""`cohort check`: what can go wrong with a run, found before anything expensive starts."""

@@ -1,0 +1,210 @@
+"""The stage of the rewards: every function on real rows, in the child processes that a run uses."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from actors.records import Completion, Failure, Group, Prompt, ScoreMeta
+from cluster.check.sheet import Stage
+from cluster.config import Config
+from cluster.prepare import RunError
+from rewards.base import combine
+from rewards.worker import RewardActor, RewardSpec
+
+ROWS = 4
+# Columns that hold a reference answer by the field's conventions, and ways of giving an answer.
+REFERENCE_COLUMNS = ("answer", "solution", "ground_truth", "target")
+FORMS = {
+    "{name}": "{text}",
+    "{name} in \\boxed": "\\boxed{{{text}}}",
+    "{name} in <answer>": "<answer>{text}</answer>",
+}
+ECHO, NOTHING = "the prompt again", "nothing"
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What the functions said about one group. seconds: of each function on the whole group."""
+
+    scores: ScoreMeta
+    seconds: dict[str, float]
+
+
+class Judges:
+    """Every reward function in a child process of its own, so that each is timed by itself.
+
+    To be used and closed in the thread that made it. Raises RewardLoadError for a function
+    that cannot be loaded.
+    """
+
+    def __init__(self, config: Config, specs: Sequence[RewardSpec]) -> None:
+        limits = config.rewards
+        self.specs = tuple(specs)
+        self.load_s: dict[str, float] = {}
+        self._actors: dict[str, RewardActor] = {}
+        try:
+            for spec in specs:
+                began = time.monotonic()
+                self._actors[spec.name] = RewardActor(
+                    [spec], limits.timeout_s, memory_bytes=limits.memory_bytes
+                )
+                self.load_s[spec.name] = time.monotonic() - began
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the child processes."""
+        for actor in self._actors.values():
+            actor.close()
+
+    def judge(self, group: Group) -> Judged:
+        """Score a group; raises RunError when a child process cannot be had."""
+        metas: dict[str, ScoreMeta] = {}
+        for name, actor in self._actors.items():
+            meta, _ = actor.score(group)
+            if isinstance(meta, Failure):
+                raise RunError(f"{meta.what}: {meta.message}")
+            metas[name] = meta
+        by_function = {name: meta.by_function[name] for name, meta in metas.items()}
+        errors = tuple(error for meta in metas.values() for error in meta.errors)
+        weights = {spec.name: spec.weight for spec in self.specs}
+        ids = [completion.id for completion in group.completions]
+        totals = combine(ids, by_function, weights, errors)
+        seconds = {name: meta.seconds for name, meta in metas.items()}
+        parts = {key: row for meta in metas.values() for key, row in meta.parts.items()}
+        took = sum(seconds.values())
+        return Judged(ScoreMeta(group.id, totals, by_function, errors, took, parts), seconds)
+
+
+def check_rewards(
+    config: Config, judges: Judges, prompts: Sequence[Prompt], tokenizer: Any, stage: Stage
+) -> None:
+    """Judge made-up completions of real rows: the reference answer, the prompt again, nothing."""
+    groups = [made_up(prompt, tokenizer) for prompt in prompts[:ROWS]]
+    judged = [judges.judge(group) for group in groups]
+    kinds = [completion.id for completion in groups[0].completions]
+    names = [spec.name for spec in judges.specs]
+    width = max(len(kind) for kind in kinds)
+    columns = [max(len(name), 9) for name in (*names, "total")]
+    stage.say(
+        f"mean over {len(groups)} rows of what completions would earn that are"
+        f"\n  {'':<{width}}  {_row((*names, 'total'), columns)}"
+    )
+    totals: dict[str, float | None] = {}
+    for place, kind in enumerate(kinds):
+        cells = [mean([item.scores.by_function[name][place] for item in judged]) for name in names]
+        totals[kind] = mean([item.scores.totals[place] for item in judged])
+        row = [shown(value) for value in (*cells, totals[kind])]
+        stage.say(f"  {kind:<{width}}  {_row(row, columns)}")
+    each = len(kinds) * len(groups)
+    times = [f"{1000 * sum(item.seconds[n] for item in judged) / each:.1f} ms" for n in names]
+    stage.say(f"  {'each takes':<{width}}  {_row((*times, ''), columns)}")
+    loading = [f"{judges.load_s[name]:.1f} s" for name in names]
+    stage.say(f"  {'loading takes':<{width}}  {_row((*loading, ''), columns)}")
+    report_errors(config, [item.scores for item in judged], stage, blank=NOTHING)
+    if not any(item.scores.errors for item in judged):
+        _compare(config, totals, stage)
+
+
+def made_up(prompt: Prompt, tokenizer: Any) -> Group:
+    """A group of completions nobody generated; their ids say what they are."""
+    last = prompt.content if isinstance(prompt.content, str) else prompt.content[-1]["content"]
+    texts = {}
+    for name in REFERENCE_COLUMNS:
+        if name in prompt.columns and isinstance(prompt.columns[name], str | int | float):
+            text = str(prompt.columns[name])
+            texts = {kind.format(name=name): form.format(text=text) for kind, form in FORMS.items()}
+            break
+    texts |= {ECHO: last, NOTHING: ""}
+    return Group(
+        prompt.id,
+        prompt,
+        tuple(
+            _completion(kind, text, prompt, tokenizer(text, add_special_tokens=False)["input_ids"])
+            for kind, text in texts.items()
+        ),
+    )
+
+
+def _completion(kind: str, text: str, prompt: Prompt, token_ids: list[int]) -> Completion:
+    return Completion(
+        id=kind,
+        prompt_id=prompt.id,
+        token_ids=np.asarray(token_ids, dtype=np.int64),
+        logprobs=np.zeros(len(token_ids), dtype=np.float32),
+        finish_reason="stop",
+        seed=0,
+        weight_versions=(0, 0),
+        text=text,
+    )
+
+
+def _compare(config: Config, totals: dict[str, float | None], stage: Stage) -> None:
+    """Whether the totals of made-up completions make sense."""
+    known = {kind: total for kind, total in totals.items() if total is not None}
+    if not known:
+        stage.warn(
+            "no function gave a value for any of these: see below whether they do for what the "
+            "model writes"
+        )
+        return
+    for kind in (ECHO, NOTHING):
+        if known.get(kind, -np.inf) >= config.task.solved_at:
+            stage.warn(
+                f"a completion that is {kind} counts as solved (task.solved_at="
+                f"{config.task.solved_at:g}): the model would learn just that"
+            )
+    answers = {kind: total for kind, total in known.items() if kind not in (ECHO, NOTHING)}
+    cheap = max((known[kind] for kind in (ECHO, NOTHING) if kind in known), default=-np.inf)
+    if answers and max(answers.values()) <= cheap:
+        stage.warn(
+            "the row's own answer earns no more than the prompt again or nothing, in none of the "
+            "forms above: look whether the functions read the right column (columns: of "
+            "rewards.functions) and which form of answer they want"
+        )
+
+
+def report_errors(
+    config: Config, scores: Sequence[ScoreMeta], stage: Stage, blank: str | None = None
+) -> None:
+    """Tell of reward functions that failed: a problem where the run would stop for it.
+
+    blank: the completion that does not count for this, because a model seldom writes nothing.
+    """
+    for name in dict.fromkeys(error.function for meta in scores for error in meta.errors):
+        errors = [error for meta in scores for error in meta.errors if error.function == name]
+        judged = sum(len(meta.totals) for meta in scores)
+        counted = [error for error in errors if error.completion_id != blank]
+        share = len(counted) / (judged - (len(scores) if blank else 0))
+        first = (counted or errors)[0]
+        told = (
+            f"{name} failed ({first.cause}) on {len(errors)} of {judged} completions; the first, "
+            f"{first.completion_id}:\n{first.message}"
+        )
+        if share > config.rewards.max_error_rate:
+            stage.problem(
+                told + f"\nA run stops above rewards.max_error_rate="
+                f"{config.rewards.max_error_rate:g}"
+            )
+        else:
+            stage.warn(told)
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """Mean of the values that are there."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _row(cells: Sequence[str], widths: Sequence[int]) -> str:
+    return "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))

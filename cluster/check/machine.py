@@ -1,0 +1,214 @@
+"""The stage of resources: cores, GPUs, memory, disk; what the run needs, and what there is."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from cluster.check.estimate import activation_bytes, kv_bytes_per_token, logit_bytes
+from cluster.check.model import Model, existing
+from cluster.check.prompts import Lengths
+from cluster.check.sheet import Stage
+from cluster.config import Config, expand
+from cluster.placement import (
+    GIB,
+    RANK_OVERHEAD,
+    WIDTH,
+    Placement,
+    Resources,
+    checkpoint_bytes,
+    learner_state,
+    memory_needed,
+    plan,
+)
+
+SHM = Path("/dev/shm")
+
+
+def check_machine(
+    config: Config, model: Model, lengths: Lengths, have: Resources, here: bool, stage: Stage
+) -> Placement:
+    """Compare what the run needs with what there is. here: it runs on this machine alone."""
+    where = "this machine" if here else f"the cluster at {config.cluster.address or '$RAY_ADDRESS'}"
+    stage.say(
+        f"{where}: {have.cpus:g} cores, {have.gpus:g} GPUs, {have.memory / GIB:.1f} GiB of memory"
+    )
+    cuda = config.cluster.device == "cuda" or (config.cluster.device == "auto" and have.gpus > 0)
+    step = _step_bytes(config, model, lengths)
+    if cuda:
+        _gpu_memory(config, model, step, stage)
+    else:
+        _host_memory(config, model, step, have, stage)
+        _check_cache(config, model, lengths, stage)
+    if here:
+        _check_folders(config, model.parameters, stage)
+    else:
+        stage.say("shared memory and disks of the cluster's nodes cannot be seen from here")
+    return plan(config, have, model.parameters)
+
+
+def _step_bytes(config: Config, model: Model, lengths: Lengths) -> int | None:
+    """Activations and outputs of a rank's largest forward and backward pass, estimated."""
+    if model.architecture is None:
+        return None
+    learner, task, completion = config.learner, config.task, config.actors.max_tokens
+    longest = lengths.longest + completion
+    groups = task.prompts_per_step // learner.workers
+    tokens = min(
+        max(learner.micro_batch_tokens, longest),
+        groups * (lengths.longest + task.group_size * completion),
+    )
+    width = WIDTH[config.model.dtype]
+    outputs = min(learner.logit_chunk_tokens, tokens)
+    return activation_bytes(
+        model.architecture, width, tokens, learner.gradient_checkpointing
+    ) + logit_bytes(model.architecture, width, outputs)
+
+
+def _host_memory(
+    config: Config, model: Model, step: int | None, have: Resources, stage: Stage
+) -> None:
+    need = memory_needed(config, model.parameters)
+    state = learner_state(config, model.parameters)
+    kinds = ", ".join(f"{kind} {size / GIB:.1f}" for kind, size in state.items())
+    details = {
+        "engines": f"{config.actors.count} x (weights twice, key-value cache "
+        f"{config.actors.kv_cache_gib:g}, process)",
+        "learner": f"{config.learner.workers} x ({kinds}, process {RANK_OVERHEAD / GIB:.1f}), "
+        f"ZeRO {config.learner.zero_stage}",
+        "reference": "for the KL" if need["reference"] else "algorithm.kl_coef is 0",
+        "rewards": f"{config.rewards.workers} x process",
+        "published weights": "two versions in /dev/shm",
+    }
+    if step is not None:
+        need["activations"] = step * config.learner.workers
+        details["activations"] = (
+            f"{config.learner.workers} x the largest pass, learner.micro_batch_tokens="
+            f"{config.learner.micro_batch_tokens}"
+        )
+    stage.say("memory needed, estimated in GiB:")
+    for kind, size in need.items():
+        stage.say(f"  {kind:<18}{size / GIB:6.1f}  {details[kind]}")
+    total = sum(need.values())
+    stage.say(f"  {'together':<18}{total / GIB:6.1f}  available {have.memory / GIB:.1f}")
+    if total > have.memory and step is not None:
+        stage.warn(
+            f"memory may run out: about {total / GIB:.1f} GiB are needed with completions of full "
+            f"length, {have.memory / GIB:.1f} are available; lower learner.micro_batch_tokens or "
+            "set learner.gradient_checkpointing=true"
+        )
+
+
+def _check_cache(config: Config, model: Model, lengths: Lengths, stage: Stage) -> None:
+    """How many completions fit into an engine's key-value cache at once."""
+    if model.architecture is None:
+        stage.say("key-value cache and activations: not estimated for this architecture")
+        return
+    token = kv_bytes_per_token(model.architecture, WIDTH[config.model.dtype])
+    room = int(config.actors.kv_cache_gib * GIB) // token
+    group = config.task.group_size
+    ahead = config.actors.max_staleness + 1
+    groups = min(
+        -(-config.task.prompts_per_step * ahead // config.actors.count),
+        config.actors.max_concurrent // group,
+    )
+    wanted = groups * (lengths.longest + group * config.actors.max_tokens)
+    stage.say(
+        f"key-value cache: {token / 1024:.1f} KiB a token, so each engine has room for {room:,} "
+        f"tokens; {groups * group} completions of full length at once need {wanted:,}"
+    )
+    if room < lengths.max_length:
+        stage.problem(
+            f"actors.kv_cache_gib={config.actors.kv_cache_gib:g} cannot hold one sequence of "
+            f"{lengths.max_length:,} tokens: raise it to "
+            f"{_round_up(lengths.max_length * token)} or lower model.max_length"
+        )
+    elif room < wanted:
+        stage.warn(
+            "the key-value cache cannot hold all completions at full length, so some would wait or "
+            f"be computed again: actors.kv_cache_gib={_round_up(wanted * token)} holds them"
+        )
+
+
+def _round_up(size: int) -> float:
+    """GiB, in steps of a quarter."""
+    return -(-size * 4 // GIB) / 4
+
+
+def _gpu_memory(config: Config, model: Model, step: int | None, stage: Stage) -> None:
+    """What one GPU of a rank and one of an engine need."""
+    state = learner_state(config, model.parameters)
+    if config.learner.offload != "none":
+        state["optimizer"] = 0
+    if config.learner.offload == "all":
+        state["weights"] = 0
+    width = WIDTH[config.model.dtype]
+    reference = width * model.parameters if config.algorithm.kl_coef > 0 else 0
+    if config.learner.zero_stage >= 3:
+        reference //= config.learner.workers
+    rank = sum(state.values()) + reference + (step or 0)
+    parts = {**state, "reference": reference, "activations": step or 0}
+    kinds = ", ".join(f"{kind} {size / GIB:.1f}" for kind, size in parts.items())
+    stage.say(f"GPU memory of a learner rank, estimated: {rank / GIB:.1f} GiB ({kinds})")
+    engine = width * model.parameters // config.actors.tensor_parallel
+    stage.say(
+        f"GPU memory of an engine: weights {engine / GIB:.1f} GiB, the rest of "
+        f"actors.gpu_memory={config.actors.gpu_memory:g} is key-value cache"
+    )
+    size = gpu_bytes()
+    if size is None:
+        stage.say("the GPUs' memory cannot be seen from this machine: compare it yourself")
+        return
+    stage.say(f"a GPU of this machine has {size / GIB:.1f} GiB")
+    if rank > size:
+        stage.warn(
+            f"a learner rank may not fit: about {rank / GIB:.1f} GiB of {size / GIB:.1f}; raise "
+            "learner.zero_stage or learner.workers, lower learner.micro_batch_tokens, or set "
+            "learner.gradient_checkpointing=true or learner.offload"
+        )
+    if engine > size * config.actors.gpu_memory:
+        stage.problem(
+            f"an engine's weights ({engine / GIB:.1f} GiB) exceed actors.gpu_memory="
+            f"{config.actors.gpu_memory:g} of {size / GIB:.1f} GiB: raise actors.tensor_parallel"
+        )
+
+
+def gpu_bytes() -> int | None:
+    """Memory of this machine's first GPU; None without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    return int(torch.cuda.get_device_properties(0).total_memory)
+
+
+def _check_folders(config: Config, parameters: int, stage: Stage) -> None:
+    """Shared memory for the published weights, disk for the checkpoints."""
+    published = 2 * WIDTH[config.model.dtype] * parameters
+    free = shutil.disk_usage(SHM).free
+    stage.say(f"{SHM}: {free / GIB:.1f} GiB free, published weights take {published / GIB:.1f}")
+    if published > free:
+        stage.problem(
+            f"{SHM} has {free / GIB:.1f} GiB free, two versions of the weights take "
+            f"{published / GIB:.1f}: in a container, start it with a larger --shm-size (or an "
+            "emptyDir of medium Memory)"
+        )
+    folder = expand(config.run.dir).absolute()
+    one = checkpoint_bytes(config, parameters)
+    # An old one goes after the new one is there.
+    all_kept = (config.run.keep_checkpoints + 1) * one
+    free = shutil.disk_usage(existing(folder)).free
+    stage.say(
+        f"disk of run.dir: {free / GIB:.1f} GiB free, checkpoints take {all_kept / GIB:.1f} "
+        f"({config.run.keep_checkpoints} + 1 being written) of about {one / GIB:.1f}"
+    )
+    if one > free:
+        stage.problem(
+            f"run.dir={folder}: not one checkpoint ({one / GIB:.1f} GiB) fits on its disk "
+            f"({free / GIB:.1f} GiB free): make room there or choose another run.dir"
+        )
+    elif all_kept > free:
+        stage.warn(
+            f"run.dir={folder}: {free / GIB:.1f} GiB are free, and checkpoints take up to "
+            f"{all_kept / GIB:.1f}: make room or lower run.keep_checkpoints"
+        )

@@ -1,0 +1,170 @@
+"""The stages that look at folders: run.dir with its checkpoint, the model with its tokenizer."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from actors.engine import stop_token_ids
+from cluster.check.estimate import Architecture
+from cluster.check.sheet import Stage
+from cluster.config import Config
+from cluster.prepare import RunError, find_run_dir, inspect_model, load_tokenizer
+from learner.checkpoint import HF_FOLDER, latest, load_state
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where a run goes on. cursor: its place in the sequence of training prompts."""
+
+    checkpoint: Path
+    step: int
+    cursor: int
+
+    @property
+    def model_path(self) -> str:
+        return str(self.checkpoint / HF_FOLDER)
+
+
+@dataclass(frozen=True)
+class Model:
+    """path: a local folder or hub id. architecture: None where it is of a kind we do not know."""
+
+    path: str
+    context: int
+    parameters: int
+    tokenizer: Any
+    architecture: Architecture | None
+
+
+def check_run_dir(config: Config, stage: Stage) -> Resumed | None:
+    """Whether training may use run.dir, and the checkpoint it would go on from."""
+    folder = find_run_dir(config)
+    try:
+        # Gone when it is closed; only its name would tell of it.
+        tempfile.TemporaryFile(dir=existing(folder)).close()
+    except OSError as error:
+        raise RunError(f"run.dir={folder} cannot be written: {error.strerror}") from error
+    checkpoint = latest(folder / "checkpoints") if config.run.resume else None
+    if checkpoint is None:
+        new = "has no complete checkpoint: starts at step 0" if config.run.resume else "can be used"
+        stage.say(f"{folder} {new}")
+        return None
+    state = load_state(checkpoint)
+    resumed = Resumed(checkpoint, state["step"], state["cursor"])
+    stage.say(f"{folder} goes on after step {resumed.step} of {config.run.steps}")
+    if resumed.step >= config.run.steps:
+        stage.warn(f"nothing is left to do: raise run.steps above {resumed.step}")
+    return resumed
+
+
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def check_model(config: Config, stage: Stage) -> Model:
+    """Architecture, weights (their headers only), tokenizer, end of sequence."""
+    path, context, parameters = inspect_model(config)
+    stage.say(
+        f"{path}: {parameters / 1e6:,.1f} million parameters, {config.model.dtype}, context "
+        f"{context:,}"
+    )
+    if Path(path).is_dir():
+        _check_weights(Path(path), parameters, stage)
+    tokenizer = load_tokenizer(path)
+    embeddings = _embeddings(path)
+    highest = max(tokenizer.get_vocab().values())
+    if embeddings is not None and highest >= embeddings:
+        stage.problem(
+            f"model.path={path}: the tokenizer has token ids up to {highest}, the model embeds "
+            f"{embeddings}: they do not belong together"
+        )
+    stops = stop_token_ids(path, tokenizer.eos_token_id)
+    names = ", ".join(f"{tokenizer.convert_ids_to_tokens(i)} ({i})" for i in stops)
+    template = "a chat template" if tokenizer.chat_template else "no chat template"
+    stage.say(f"tokenizer: {len(tokenizer):,} tokens, {template}; completions end with {names}")
+    if not stops:
+        stage.warn(
+            f"model.path={path}: neither the tokenizer nor config.json names an end-of-sequence "
+            "token, so every completion runs to actors.max_tokens: set eos_token_id there"
+        )
+    return Model(path, context, parameters, tokenizer, read_architecture(path))
+
+
+def _check_weights(folder: Path, parameters: int, stage: Stage) -> None:
+    """Whether the weight files are there and whole, by their headers."""
+    from safetensors import SafetensorError, safe_open
+
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        named = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        missing = [name for name in named if not (folder / name).is_file()]
+        if missing:
+            raise RunError(f"model.path={folder}: {', '.join(missing)} missing")
+        files = [folder / name for name in named]
+    else:
+        files = [file for file in [folder / "model.safetensors"] if file.is_file()]
+    if not files:
+        if any(folder.glob("pytorch_model*.bin")):
+            stage.say("weights: pytorch_model*.bin, not looked into")
+            return
+        raise RunError(f"model.path={folder}: there is no model.safetensors")
+    stored = 0
+    for file in files:
+        try:
+            with safe_open(file, framework="numpy") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - not a mapping
+                    count = 1
+                    for side in tensors.get_slice(name).get_shape():
+                        count *= side
+                    stored += count
+        except SafetensorError as error:
+            # Cut short, or a pointer of Git LFS in its place.
+            raise RunError(
+                f"model.path: {file} is not a whole safetensors file: {error}"
+            ) from error
+    size = sum(file.stat().st_size for file in files)
+    stage.say(f"weights: {len(files)} safetensors file(s), {size / 2**20:,.0f} MiB")
+    # Tied matrices are often stored twice, and never count twice.
+    if stored < parameters:
+        stage.problem(
+            f"model.path={folder}: the files hold {stored:,} numbers, config.json describes "
+            f"{parameters:,}"
+        )
+
+
+def _embeddings(path: str) -> int | None:
+    """How many token ids the model knows."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(path).get_text_config().to_dict().get("vocab_size")
+
+
+def read_architecture(path: str) -> Architecture | None:
+    """The sizes in a model's config.json; None where it lacks those that every decoder has."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path).get_text_config()
+    sizes = config.to_dict()
+    try:
+        # Attributes, because transformers maps the names of older architectures onto these.
+        layers, hidden, heads = (
+            config.num_hidden_layers,
+            config.hidden_size,
+            config.num_attention_heads,
+        )
+    except AttributeError:
+        return None
+    return Architecture(
+        layers=layers,
+        hidden=hidden,
+        intermediate=sizes.get("intermediate_size") or 4 * hidden,
+        heads=heads,
+        kv_heads=sizes.get("num_key_value_heads") or heads,
+        head=sizes.get("head_dim") or hidden // heads,
+        vocabulary=sizes["vocab_size"],
+    )

@@ -1,0 +1,104 @@
+"""The stages of the task: its rows, its prompts as the model reads them, their lengths."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from actors.records import Prompt
+from cluster.check.estimate import histogram_lines, quantile
+from cluster.check.model import Model
+from cluster.check.sheet import Stage
+from cluster.config import Config
+from cluster.prepare import check_lengths, longest_prompt, rendered_splits
+from rewards.tasks import PromptRenderer, Task, load_task
+from rewards.worker import RewardSpec, reward_specs
+
+SHOWN_PROMPTS = 2
+LONGEST_SHOWN = 6000
+LONGEST_COLUMN = 120
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """longest: tokens of the longest prompt that is used; max_length: with its completion.
+
+    overlong: how many prompts are left out.
+    """
+
+    longest: int
+    max_length: int
+    overlong: int
+
+
+def check_task(config: Config, stage: Stage) -> tuple[Task, list[RewardSpec]]:
+    """The task's rows and the functions that will score them, not loaded yet."""
+    task = load_task(config.task, config.run.seed)
+    specs = reward_specs(task, config.rewards)
+    rows, need = task.train_size(), config.run.steps * config.task.prompts_per_step
+    stage.say(
+        f"{config.task.name}: {rows:,} training rows, {task.eval_size():,} held out; "
+        f"{config.run.steps:,} steps of {config.task.prompts_per_step} prompts see each row "
+        f"{need / rows:.1f} times"
+    )
+    stage.say("rewards: " + ", ".join(f"{spec.name} x {spec.weight:g}" for spec in specs))
+    return task, specs
+
+
+def check_prompts(
+    config: Config, model: Model, task: Task, stage: Stage
+) -> tuple[PromptRenderer, list[Prompt], Lengths]:
+    """Render every prompt; show the first two of the run, and the lengths against the limits."""
+    limit = longest_prompt(config, model.context)
+    renderer = PromptRenderer(model.tokenizer, limit)
+    train, held_out = rendered_splits(config, task, renderer)
+    for number, prompt in enumerate(train[:SHOWN_PROMPTS], 1):
+        _show(number, prompt, stage)
+    lengths = [len(prompt.token_ids) for prompt in train + held_out]
+    stage.say(
+        f"length of all {len(lengths):,} prompts, tokens: median {quantile(lengths, 0.5)}, "
+        f"95 % up to {quantile(lengths, 0.95)}, longest {max(lengths)}"
+    )
+    stage.say("\n".join(f"  {line}" for line in histogram_lines(lengths)))
+    bound = "model.max_length" if config.model.max_length else "the model's context"
+    stage.say(
+        f"limit: {limit:,} = {bound} {limit + config.actors.max_tokens:,} - actors.max_tokens "
+        f"{config.actors.max_tokens:,}"
+    )
+    longest, overlong = check_lengths(config, train + held_out, renderer)
+    if overlong:
+        stage.warn(
+            f"{overlong} of {len(lengths)} prompts are too long and left out: raise "
+            "model.max_length or lower actors.max_tokens to keep them"
+        )
+    _check_leakage(train, held_out, stage)
+    max_length = config.model.max_length or longest + config.actors.max_tokens
+    return renderer, train, Lengths(longest, max_length, overlong)
+
+
+def _check_leakage(train: list[Prompt], held_out: list[Prompt], stage: Stage) -> None:
+    asked = {prompt.token_ids for prompt in train}
+    leaked = sum(prompt.token_ids in asked for prompt in held_out)
+    if len(asked) < len(train):
+        stage.say(f"{len(asked):,} of the {len(train):,} training prompts are different")
+    if leaked:
+        stage.warn(
+            f"{leaked} of {len(held_out)} held-out prompts are also trained on, so `cohort eval` "
+            "would flatter the model: take them out of the training rows"
+        )
+
+
+def _show(number: int, prompt: Prompt, stage: Stage) -> None:
+    stage.say(f"prompt {number}, row {prompt.id}, {len(prompt.token_ids)} tokens:")
+    stage.say("\n".join(f"  | {line}" for line in bounded(prompt.text or "").split("\n")))
+    columns = ", ".join(
+        f"{name}={bounded(repr(value), LONGEST_COLUMN)}" for name, value in prompt.columns.items()
+    )
+    stage.say(f"  columns for the rewards: {columns or 'none'}")
+
+
+def bounded(text: str, longest: int = LONGEST_SHOWN) -> str:
+    """The text, without its middle when it is too long."""
+    if len(text) <= longest:
+        return text
+    half = longest // 2
+    return f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"

@@ -1,0 +1,272 @@
+"""The stage with an engine: the first prompts of the run, generated and judged for real."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from actors.records import Failure, Group, GroupMeta, Prompt, SamplingSpec, ScoreMeta, derive_seed
+from actors.rollout import Request
+from cluster.check.estimate import expected_equal, histogram_lines, quantile, two_valued, wilson
+from cluster.check.judges import Judged, Judges, mean, report_errors, shown
+from cluster.check.prompts import bounded
+from cluster.check.sheet import Stage
+from cluster.config import Config
+from cluster.console import Console
+from cluster.placement import Placement
+from cluster.prepare import Prepared, RunError
+from cluster.run import make_pool
+from learner.plan import informative
+
+SHOWN_GROUPS = 2
+SHOWN_COMPLETIONS = 4
+LONGEST_TEXT = 300
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What the engines made of some prompts. seconds: for all of them together."""
+
+    metas: list[GroupMeta]
+    groups: list[Group]
+    seconds: float
+    start_s: float
+
+    @property
+    def lengths(self) -> list[int]:
+        return [tokens for meta in self.metas for tokens in meta.completion_tokens]
+
+
+async def generate(
+    prepared: Prepared, placement: Placement, prompts: Sequence[Prompt], step: int
+) -> Generated:
+    """Start the engines, generate a group for each prompt as step `step` would, end the engines.
+
+    Ray must be connected. Raises RolloutError or RunError.
+    """
+    config = prepared.config
+    # No run directory here: the logs live as long as they may be needed for an error message.
+    log_dir = Path(tempfile.mkdtemp(prefix="cohort-check-"))
+    with Console(1, "plain") as console:
+        pool = make_pool(prepared, placement, log_dir, console)
+        try:
+            starts = await pool.start(config.cluster.start_timeout_s, serve_loaded=True)
+            began = time.monotonic()
+            requests = [_request(config, prompt, step) for prompt in prompts]
+            made = await asyncio.gather(*await pool.generate(requests))
+            seconds = time.monotonic() - began
+            metas, groups = [], []
+            for meta, reference in made:
+                if isinstance(meta, Failure):
+                    raise RunError(f"{meta.what}: {meta.message}")
+                metas.append(meta)
+                groups.append(await reference)
+        finally:
+            pool.kill()
+    shutil.rmtree(log_dir)
+    return Generated(metas, groups, seconds, max(starts))
+
+
+def _request(config: Config, prompt: Prompt, step: int) -> Request:
+    """What GroupStream asks for in this step."""
+    sampling = SamplingSpec(
+        max_tokens=config.actors.max_tokens,
+        temperature=config.actors.temperature,
+        n=config.task.group_size,
+        seed=derive_seed(config.run.seed, "rollout", step, prompt.id),
+    )
+    return Request(f"{step}:{prompt.id}", prompt, sampling)
+
+
+def check_completions(config: Config, generated: Generated, judges: Judges, stage: Stage) -> None:
+    """Judge what was generated; show some, lengths, rewards, times, groups without signal."""
+    tokens = sum(generated.lengths)
+    stage.say(
+        f"{len(generated.groups)} prompts x {config.task.group_size} completions: {tokens:,} "
+        f"tokens in {generated.seconds:.1f} s ({tokens / generated.seconds:.0f} a second); engines "
+        f"started in {generated.start_s:.1f} s"
+    )
+    judged = [judges.judge(group) for group in generated.groups]
+    # Where rewards differ most, a person sees best what they reward.
+    pairs = sorted(zip(generated.groups, judged, strict=True), key=_different, reverse=True)
+    for group, item in pairs[:SHOWN_GROUPS]:
+        _show(group, item, stage)
+    _check_lengths(config, generated, stage)
+    scores = [
+        replace(item.scores, group_id=meta.group_id)
+        for item, meta in zip(judged, generated.metas, strict=True)
+    ]
+    report_errors(config, scores, stage)
+    _functions(judges, judged, stage)
+    _check_totals(config, scores, stage)
+    _check_signal(config, generated.metas, scores, stage)
+    _check_times(config, generated, judged, stage)
+
+
+def _different(pair: tuple[Group, Judged]) -> float:
+    """How far the rewards of a group are apart."""
+    known = [total for total in pair[1].scores.totals if total is not None]
+    return statistics.pstdev(known) if known else 0.0
+
+
+def _show(group: Group, judged: Judged, stage: Stage) -> None:
+    """Some completions of a group, the best first and the worst last."""
+    totals = judged.scores.totals
+
+    def rank(place: int) -> float:
+        total = totals[place]
+        return -math.inf if total is None else -total
+
+    order = sorted(range(len(totals)), key=rank)
+    if len(order) > SHOWN_COMPLETIONS:
+        order = order[: SHOWN_COMPLETIONS // 2] + order[-(SHOWN_COMPLETIONS // 2) :]
+    stage.say(f"row {group.prompt.id}: {len(order)} of {len(totals)} completions")
+    for place in order:
+        completion = group.completions[place]
+        cut = " (cut)" if completion.finish_reason == "length" else ""
+        text = bounded(repr(completion.text), LONGEST_TEXT)
+        by_function = judged.scores.by_function
+        parts = ", ".join(f"{name} {shown(values[place])}" for name, values in by_function.items())
+        if len(by_function) > 1:
+            text = f"({parts})  {text}"
+        stage.say(
+            f"  reward {shown(totals[place]):>5}  {len(completion.token_ids):>5} tokens{cut}"
+            f"  {text}"
+        )
+
+
+def _check_lengths(config: Config, generated: Generated, stage: Stage) -> None:
+    lengths = generated.lengths
+    cut = [flag for meta in generated.metas for flag in meta.truncated]
+    share = sum(cut) / len(cut)
+    stage.say(
+        f"length of completions, tokens: median {quantile(lengths, 0.5)}, 95 % up to "
+        f"{quantile(lengths, 0.95)}; {share:.0%} cut at "
+        f"actors.max_tokens={config.actors.max_tokens}"
+    )
+    stage.say("\n".join(f"  {line}" for line in histogram_lines(lengths)))
+    if share > 0.5:
+        stage.warn(
+            f"{share:.0%} of the completions are cut before they end: raise actors.max_tokens, or "
+            "ask for shorter answers in the prompt"
+        )
+    elif share > 0.1:
+        stage.say(f"note: {share:.0%} cut; watch rollout/truncated_fraction, see actors.max_tokens")
+
+
+def _functions(judges: Judges, judged: Sequence[Judged], stage: Stage) -> None:
+    """Each function by itself: what it gave, and how long it took."""
+    samples = sum(len(item.scores.totals) for item in judged)
+    width = max(len(spec.name) for spec in judges.specs)
+    stage.say(f"rewards of the {samples} completions:")
+    for spec in judges.specs:
+        values = [value for item in judged for value in item.scores.by_function[spec.name]]
+        known = [value for value in values if value is not None]
+        took = sum(item.seconds[spec.name] for item in judged)
+        span = f"{min(known):.2f} to {max(known):.2f}" if known else "no value"
+        none = f", None for {len(values) - len(known)}" if len(known) < len(values) else ""
+        stage.say(
+            f"  {spec.name:<{width}}  mean {shown(mean(values))}, {span}{none}; "
+            f"{1000 * took / samples:.1f} ms each"
+        )
+    parts: dict[str, list[float | None]] = {}
+    for item in judged:
+        for name, row in item.scores.parts.items():
+            parts.setdefault(name, []).extend(row)
+    for name, numbers in parts.items():
+        stage.say(f"  part {name}: mean {shown(mean(numbers))}")
+
+
+def _check_totals(config: Config, scores: Sequence[ScoreMeta], stage: Stage) -> None:
+    totals = [total for meta in scores for total in meta.totals]
+    known = [total for total in totals if total is not None]
+    if not known:
+        stage.problem(
+            "no completion has a reward: nothing can be learned. Each needs at least one function "
+            "of rewards.functions that gives it a value and none that fails"
+        )
+        return
+    bar = config.task.solved_at
+    solved = sum(total >= bar for total in known) / len(known)
+    stage.say(
+        f"total reward: mean {shown(mean(totals))}; solved (at least task.solved_at={bar:g}): "
+        f"{solved:.0%}"
+    )
+    if len(set(known)) > 1:
+        return
+    if known[0] >= bar:
+        stage.warn(
+            "every completion is solved: there is nothing left to learn here; choose a harder task "
+            "(task.options, task.data)"
+        )
+    else:
+        stage.warn(
+            f"every completion earned {known[0]:g}: a run learns from differences only. Choose an "
+            "easier task (task.options, task.data), teach the form of the answer first (a "
+            "warmed-up model in model.path), or add a function that rewards part of the way"
+        )
+
+
+def _check_signal(
+    config: Config, metas: Sequence[GroupMeta], scores: Sequence[ScoreMeta], stage: Stage
+) -> None:
+    """The share of groups whose rewards are all equal: they teach nothing."""
+    flat = sum(
+        not informative(meta, score, config.algorithm, config.actors.max_tokens)
+        for meta, score in zip(metas, scores, strict=True)
+    )
+    low, high = wilson(flat, len(metas))
+    stage.say(
+        f"groups without signal (all rewards equal): {flat} of {len(metas)}, so in the run's first "
+        f"steps {low:.0%} to {high:.0%} (Wilson, 95 %)"
+    )
+    size = config.task.group_size
+    passed = two_valued([meta.totals for meta in scores])
+    wider = ""
+    if passed is not None:
+        expected = expected_equal(passed, size)
+        doubled = expected_equal(passed, 2 * size)
+        stage.say(
+            f"  from the prompts' pass rates (Beta-binomial): {expected:.0%} expected, "
+            f"{doubled:.0%} with task.group_size={2 * size}"
+        )
+        if doubled < expected - 0.05:
+            wider = (
+                f", or raise task.group_size (see above), at most {config.actors.max_concurrent}"
+            )
+    share = flat / len(metas)
+    if share > 0.5 and len({total for meta in scores for total in meta.totals}) > 1:
+        stage.warn(
+            f"{share:.0%} of the groups carry no signal, and their generation is wasted: choose a "
+            f"task that is solved between 10 and 80 % of the time{wider}; "
+            "algorithm.dynamic_sampling_rounds draws new prompts in their place"
+        )
+
+
+def _check_times(
+    config: Config, generated: Generated, judged: Sequence[Judged], stage: Stage
+) -> None:
+    """Seconds of a step, where they were measured."""
+    prompts, workers = config.task.prompts_per_step, config.rewards.workers
+    share = prompts / len(generated.groups)
+    generating = generated.seconds * share
+    judging = sum(item.scores.seconds for item in judged) * share / workers
+    how = "" if share == 1 else f", scaled from {len(generated.groups)} prompts"
+    stage.say(
+        f"a step of {prompts} prompts: generation about {generating:.1f} s, rewards about "
+        f"{judging:.1f} s on {workers} worker(s){how} (first calls are the slowest; the learner's "
+        "part is not measured here)"
+    )
+    if judging > generating:
+        wanted = math.ceil(judging * workers / generating)
+        stage.warn(
+            f"rewards take longer than generation: rewards.workers={wanted} would keep up, where "
+            "there are cores for them"
+        )

@@ -1,0 +1,151 @@
+"""The stages of `cohort check`, cheapest first. Nothing is written to run.dir."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from actors.records import Prompt
+from cluster.check.judges import Judges, check_rewards
+from cluster.check.machine import check_machine
+from cluster.check.model import Model, Resumed, check_model, check_run_dir
+from cluster.check.prompts import Lengths, check_prompts, check_task
+from cluster.check.rollout import check_completions, generate
+from cluster.check.sheet import Sheet, Stage
+from cluster.config import SECTIONS, Config
+from cluster.placement import Placement, this_machine
+from cluster.prepare import Prepared
+from cluster.run import check_reachable, connect, learner_spec, ray_address
+from learner.worker import check_loadable
+from rewards.tasks import PromptRenderer, Task, take_prompts
+from rewards.worker import RewardSpec
+
+
+@dataclass
+class Found:
+    """What earlier stages found; None where one failed or was not reached."""
+
+    resumed: Resumed | None = None
+    model: Model | None = None
+    task: Task | None = None
+    specs: Sequence[RewardSpec] = ()
+    renderer: PromptRenderer | None = None
+    prompts: Sequence[Prompt] = ()
+    lengths: Lengths | None = None
+    placement: Placement | None = None
+    connected: bool = False
+
+
+def check(config: Config, print_line: Callable[[str], None], prompts: int) -> int:
+    """Try a run before it is started; the exit code: 0, or 1 when it could not work.
+
+    Every stage is printed as it ends. prompts: for how many completions are generated; 0 starts no
+    engine. What is started is ended.
+    """
+    sheet, found = Sheet(print_line), Found()
+    with sheet.stage("config") as stage:
+        stage.say(chosen(config))
+    with sheet.stage("run.dir") as stage:
+        found.resumed = check_run_dir(config, stage)
+    with sheet.stage("model") as stage:
+        found.model = check_model(config, stage)
+    with sheet.stage("task") as stage:
+        found.task, found.specs = check_task(config, stage)
+    if found.model and found.task:
+        with sheet.stage("prompts") as stage:
+            found.renderer, found.prompts, found.lengths = check_prompts(
+                config, found.model, found.task, stage
+            )
+    try:
+        if found.model and found.lengths:
+            with sheet.stage("resources") as stage:
+                found.placement = _resources(config, found, stage)
+        if found.model and found.prompts:
+            _rewards_and_completions(config, sheet, found, found.model, prompts)
+    finally:
+        if found.connected:
+            import ray
+
+            ray.shutdown()
+    return sheet.conclude()
+
+
+def _resources(config: Config, found: Found, stage: Stage) -> Placement:
+    assert found.model is not None and found.lengths is not None
+    address = ray_address(config)
+    if address:
+        check_reachable(address)
+        have = connect(config)
+        found.connected = True
+    else:
+        have = this_machine()
+    placement = check_machine(config, found.model, found.lengths, have, not address, stage)
+    if found.resumed is not None:
+        spec = learner_spec(_prepared(config, found), placement, Path(), int(have.cpus))
+        check_loadable(found.resumed.checkpoint, spec)
+    return placement
+
+
+def _rewards_and_completions(
+    config: Config, sheet: Sheet, found: Found, model: Model, prompts: int
+) -> None:
+    judges: Judges | None = None
+    try:
+        with sheet.stage("rewards on made-up completions") as stage:
+            judges = Judges(config, found.specs)
+            check_rewards(config, judges, found.prompts, model.tokenizer, stage)
+        if prompts:
+            with sheet.stage("generated completions") as stage:
+                if judges is None or sheet.problems:
+                    stage.say("not tried, because of the problems above")
+                else:
+                    _completions(config, found, judges, prompts, stage)
+    finally:
+        if judges is not None:
+            judges.close()
+
+
+def _completions(config: Config, found: Found, judges: Judges, count: int, stage: Stage) -> None:
+    assert found.model is not None and found.task is not None
+    assert found.renderer is not None and found.placement is not None
+    step, cursor = (found.resumed.step, found.resumed.cursor) if found.resumed else (0, 0)
+    taken = take_prompts(found.task, found.renderer, config.run.seed, cursor, count)
+    stage.say(f"starting {config.actors.count} engine(s)")
+    if not found.connected:
+        connect(config)
+        found.connected = True
+    made = asyncio.run(generate(_prepared(config, found), found.placement, taken.prompts, step))
+    check_completions(config, made, judges, stage)
+
+
+def _prepared(config: Config, found: Found) -> Prepared:
+    """What training would have prepared; a run that goes on has its checkpoint's weights."""
+    assert found.model is not None and found.task is not None
+    assert found.renderer is not None and found.lengths is not None
+    return Prepared(
+        config=config,
+        model_path=found.resumed.model_path if found.resumed else found.model.path,
+        parameters=found.model.parameters,
+        task=found.task,
+        rewards=list(found.specs),
+        renderer=found.renderer,
+        max_length=found.lengths.max_length,
+        overlong=found.lengths.overlong,
+    )
+
+
+def chosen(config: Config) -> str:
+    """The keys that differ from their default, one line a section."""
+    lines = []
+    for section, values in config.model_dump().items():
+        fields = SECTIONS[section].model_fields
+        body = " ".join(
+            f"{key}={value}"
+            for key, value in values.items()
+            if value != fields[key].get_default(call_default_factory=True)
+        )
+        if body:
+            lines.append(f"{section:<9}  {body}")
+    return "\n".join(lines)
