@@ -45,6 +45,7 @@ class Cohort:
         self.folder = folder
         self.model = model
         self.mark = uuid.uuid4().hex
+        self.started: list[subprocess.Popen[str]] = []
         (folder / "judge.py").write_text(REWARDS)
 
     def arguments(self, command: str, **overrides: object) -> list[str]:
@@ -82,7 +83,7 @@ class Cohort:
 
     def start(self, **overrides: object) -> subprocess.Popen[str]:
         """Start training without waiting for it."""
-        return subprocess.Popen(
+        process = subprocess.Popen(
             self.arguments("train", **overrides),
             cwd=self.folder,
             env=self.environment(),
@@ -91,6 +92,8 @@ class Cohort:
             text=True,
             start_new_session=True,
         )
+        self.started.append(process)
+        return process
 
 
 @pytest.fixture(scope="session")
@@ -132,3 +135,7 @@ def nothing_left(cohort: Cohort) -> Iterator[Callable[[], None]]:
             time.sleep(0.2)
 
     yield check
+    # After a failure too, so that the next test finds nothing of this one.
+    for process in cohort.started:
+        process.kill()
+        process.wait()
