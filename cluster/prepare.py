@@ -71,7 +71,7 @@ def prepare(config: Config) -> Prepared:
             "and leaves no room for a prompt"
         )
     renderer = PromptRenderer(tokenizer, longest_allowed)
-    longest, overlong = check_lengths(config, task, renderer)
+    longest, overlong = check_lengths(config, task, renderer, specs)
     return Prepared(
         config=config,
         model_path=path,
@@ -115,14 +115,24 @@ def inspect_model(config: Config) -> tuple[str, int, int]:
     return path, int(model_config.max_position_embeddings), parameters
 
 
-def check_lengths(config: Config, task: Task, renderer: PromptRenderer) -> tuple[int, int]:
+def check_lengths(
+    config: Config, task: Task, renderer: PromptRenderer, specs: list[RewardSpec]
+) -> tuple[int, int]:
     """The longest prompt that will be used, in tokens, and how many are too long.
 
-    Raises TaskError when a prompt is too long and task.overlong=error, or when all are.
+    Raises TaskError when a prompt is too long and task.overlong=error, or when all are, and when a
+    reward function is for a source that no row has.
     """
     size = task.train_size()
-    prompts = [renderer.render(row, 0) for _, row in sample_rows(task, config.run.seed, 0, size)]
+    prompts = [renderer.render(task.train_row(i), 0, i) for i in range(size)]
     prompts += [renderer.render(task.eval_row(i), 0) for i in range(task.eval_size())]
+    sources = {prompt.source for prompt in prompts if prompt.source is not None}
+    for spec in specs:
+        if unknown := sorted(set(spec.sources) - sources):
+            raise TaskError(
+                f"rewards.functions: {spec.path} is for the source {unknown[0]}, and the rows' "
+                f"sources are {', '.join(sorted(sources)) or 'none'}"
+            )
     fitting, overlong = split_overlong(prompts, renderer.max_prompt_tokens)
     if overlong and config.task.overlong == "error":
         worst = max(overlong, key=lambda prompt: len(prompt.token_ids))

@@ -18,6 +18,7 @@ from cluster.stream import Batch, GroupStream
 from cluster.tracking import STEP_KEYS
 from learner.group import StepResult
 from learner.plan import ScoredRef
+from rewards.rates import PassRates
 from rewards.tasks import Taken
 
 G = 2
@@ -28,7 +29,7 @@ def config(**sections: Any) -> Config:
     return Config.model_validate({"model": {"path": "m"}, "task": task, **sections})
 
 
-def draw(cursor: int, count: int) -> Taken:
+def draw(cursor: int, count: int, _: PassRates) -> Taken:
     prompts = tuple(Prompt(f"0-{i}", (1,), "p") for i in range(cursor, cursor + count))
     return Taken(prompts, (), cursor + count)
 
