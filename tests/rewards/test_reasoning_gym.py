@@ -1,0 +1,161 @@
+"""reasoning-gym's tasks: splits, its own scorer, answers written to cheat."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from typing import Any
+
+import pytest
+
+from rewards.config import TaskConfig
+from rewards.reasoning_gym import EVALUATED, score
+from rewards.tasks import Row, Task, TaskError, load_task
+
+pytest.importorskip("reasoning_gym")
+
+
+def make(name: str, seed: int = 0, **options: Any) -> Task:
+    return load_task(TaskConfig(name="reasoning_gym", options={"name": name, **options}), seed)
+
+
+def judged(row: Row, *texts: str, answer_in: str = "tags") -> list[Any]:
+    # As a reward child gets it.
+    columns = pickle.loads(pickle.dumps(row.columns))
+    n = len(texts)
+    return score(list(texts), [columns["entry"]] * n, [columns["dataset"]] * n, answer_in=answer_in)
+
+
+def scores(row: Row, *texts: str, answer_in: str = "tags") -> list[float]:
+    return [item["score"] for item in judged(row, *texts, answer_in=answer_in)]
+
+
+SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+
+
+def test_no_question_is_in_both_splits_whatever_the_seeds() -> None:
+    train, held = set(), set()
+    for seed in (0, 1):
+        task = make("chain_sum", seed, config=SUMS, train_size=150, eval_size=30)
+        train |= {json.dumps(task.train_row(i).content) for i in range(150)}
+        held |= {json.dumps(task.eval_row(i).content) for i in range(30)}
+    assert not train & held
+    assert len(train) > 60
+    assert len(held) > 10
+
+
+def test_rows_are_the_same_in_another_task_of_the_same_seed() -> None:
+    rows = [make("countdown", 3).train_row(7) for _ in range(2)]
+    assert rows[0] == rows[1] != make("countdown", 4).train_row(7)
+    json.dumps(rows[0].columns)
+    system, user = rows[0].content
+    assert "<answer>" in system["content"]  # type: ignore[index]
+    assert "Calculate" in user["content"] or "sing" in user["content"] or "make" in user["content"]  # type: ignore[index]
+
+
+def test_countdown_keeps_its_partial_credit() -> None:
+    row = make("countdown").train_row(0)
+    right = str(row.columns["answer"])
+    full, wrong, none, twice, empty = scores(
+        row,
+        f"<think>x</think> <answer>{right}</answer>",
+        "<answer>1 + 1</answer>",
+        right,
+        f"<answer>{right}</answer> <answer>{right}</answer>",
+        "",
+    )
+    assert full == 1.0
+    assert 0 < wrong < 0.2
+    assert none == twice == empty == 0.01
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        '__import__("os").system("touch /tmp/owned")',
+        "exec(chr(105))",
+        "9**9**9**9",
+        "[c for c in ().__class__.__base__.__subclasses__()]",
+        "print(1)",
+        "1" * 30_000,
+    ],
+)
+@pytest.mark.parametrize("name", sorted(set(EVALUATED) - {"polynomial_multiplication"}))
+def test_what_scorers_evaluate_is_no_program(name: str, answer: str) -> None:
+    if name in ("simple_integration", "intermediate_integration") and answer[0] == "9":
+        pytest.skip("a tower of powers is a formula; the deadline of the reward child ends it")
+    if name in ("simple_integration", "intermediate_integration") and answer[0] == "1":
+        pass
+    row = make(name).train_row(0)
+    (result,) = judged(row, f"<answer>{answer}</answer>")
+    assert result["score"] <= 0.05
+    assert result["unreadable"] == (
+        1.0
+        if len(answer) < 1000 and (EVALUATED[name].fullmatch(answer) is None)
+        else result["unreadable"]
+    )
+    if "(" in answer or "**" in answer:
+        assert EVALUATED[name].fullmatch(answer) is None
+
+
+@pytest.mark.parametrize("name", sorted(set(EVALUATED) - {"polynomial_multiplication"}))
+def test_the_known_answer_passes_the_guard(name: str) -> None:
+    task = make(name)
+    for index in range(5):
+        row = task.train_row(index)
+        assert scores(row, str(row.columns["answer"]), answer_in="text") == [1.0]
+
+
+def test_a_scorer_that_cannot_read_an_answer_says_wrong_not_failed() -> None:
+    row = make("prime_factorization").train_row(0)
+    (result,) = judged(row, "a b c", answer_in="text")
+    assert result == {"score": 0.0, "unreadable": 1.0}
+    broken = {**row.columns["entry"], "metadata": {}, "answer": "nonsense"}
+    (error,) = score(["a b c"], [broken], [row.columns["dataset"]], answer_in="text")
+    assert isinstance(error, Exception)
+
+
+def test_answers_that_are_tuples_in_the_entry() -> None:
+    row = make("rearc", train_size=2, eval_size=1).train_row(0)
+    assert scores(row, str(row.columns["answer"]), answer_in="text") == [1.0]
+
+
+def test_rows_of_other_tasks_are_skipped() -> None:
+    assert score(["x"], [None], [None]) == [None]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"name": "countdwn"}, "did you mean countdown"),
+        ({"name": "chain_sum", "config": {"max_term": 3}}, "config: chain_sum refuses it"),
+        ({"name": "chain_sum", "config": {"min_terms": 9, "max_terms": 2}}, "refuses it"),
+        ({"name": "chain_sum", "config": {"seed": 3}}, "config.seed: leave it out"),
+        ({"name": "chain_sum", "answer_in": "box"}, "must be one of tags"),
+        ({"name": "chain_sum", "answer_in": "text"}, "asks for answer tags"),
+        ({"name": "chain_sum", "system": "DeepSekZero"}, "neither one of DeepSeekZero"),
+        ({"name": "chain_sum", "train_size": 0}, "from 1 on"),
+        ({"name": "chain_sum", "size": 3}, "unknown option"),
+        ({}, "task.options.name: required"),
+    ],
+)
+def test_options_that_cannot_work(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(TaskError, match=words):
+        load_task(TaskConfig(name="reasoning_gym", options=options), 0)
+
+
+def test_datasets_whose_questions_depend_on_the_hash_seed(monkeypatch: Any) -> None:
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    with pytest.raises(TaskError, match="PYTHONHASHSEED=0"):
+        make("ransom_note")
+    monkeypatch.setenv("PYTHONHASHSEED", "0")
+    assert make("ransom_note").train_row(0)
+
+
+def test_too_few_questions_are_said() -> None:
+    task = make("chain_sum", config={**SMALLEST, "max_terms": 2}, train_size=5, eval_size=5)
+    with pytest.raises(TaskError, match="too few different questions"):
+        [task.eval_row(i) for i in range(5)] + [task.train_row(i) for i in range(5)]
+
+
+SMALLEST = {"min_terms": 2, "min_digits": 1, "max_digits": 1}
