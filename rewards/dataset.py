@@ -98,7 +98,7 @@ class DatasetTask:
                 if answer_after is not None:
                     full["answer"] = _answer_after(full.get("answer"), answer_after, record.where)
                 prompt = full.pop("prompt", None)
-                _check_row(prompt, full, values, record.where)
+                _check_row(prompt, values, record.where)
                 content = _content(prompt, full, template, chat, system, record.where)
                 source = full.get(SOURCE_COLUMN) if chosen in MARKS else None
                 named = source if isinstance(source, str) else None
@@ -229,14 +229,14 @@ def _check_template(template: str | None) -> None:
         raise TaskError("task.options.template must have {prompt}")
 
 
-def _check_row(prompt: Any, full: Mapping[str, Any], values: Mapping[str, Any], where: str) -> None:
+def _check_row(prompt: Any, values: Mapping[str, Any], where: str) -> None:
     if "prompt" not in values:
         raise TaskError(
             f"{where}: no 'prompt' in the row; it has {', '.join(values) or 'nothing'} (name its "
             "column: task.options.columns: {prompt: ...})"
         )
     for name in RESERVED_COLUMNS:
-        if name in full:
+        if name in values:
             raise TaskError(
                 f"{where}: rename the column '{name}': reward functions get another "
                 f"(task.options.columns: {{other_name: {name}}})"

@@ -91,7 +91,7 @@ class ReasoningGymTask:
                 f"task.options.answer_in={answer_in}, and the system prompt DeepSeekZero asks for "
                 "answer tags: set task.options.system to a text of your own, or to null"
             )
-        self._dataset = {"name": name, "config": dict(config or {})}
+        self._dataset: dict[str, Any] = {"name": name, "config": dict(config or {})}
         self._sizes = {"train": train_size, "eval": eval_size}
         self._made = {
             split: _make_dataset(name, self._dataset["config"], size, seed, split)

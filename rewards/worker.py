@@ -91,8 +91,10 @@ def reward_specs(task: Task, config: RewardsConfig, base: Path | None = None) ->
                 f"rewards.functions: the options of {entry.path} must be plain values: {error}"
             ) from error
         given = entry.model_dump(exclude={"path", "weight", "secrets", "sources"})
-        lists = {"secrets": tuple(entry.secrets), "sources": tuple(entry.sources)}
-        specs.append(RewardSpec(name, path, entry.weight, **lists, **given))
+        secrets, sources = tuple(entry.secrets), tuple(entry.sources)
+        specs.append(
+            RewardSpec(name, path, entry.weight, secrets=secrets, sources=sources, **given)
+        )
     if all(spec.weight == 0 for spec in specs):
         raise TaskError("every reward function has weight 0: there is nothing to learn from")
     return specs

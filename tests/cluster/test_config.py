@@ -21,9 +21,6 @@ from cluster.config import (
     parse_overrides,
 )
 from learner.config import PRESETS, Preset
-from rewards.base import load_function
-from rewards.tasks import load_task
-from rewards.worker import reward_specs
 
 MODEL = "model.path=some/model"
 
@@ -331,15 +328,3 @@ def test_config_is_light_to_import() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr
-
-
-@pytest.mark.parametrize(
-    "file", sorted((Path(__file__).parents[2] / "deploy" / "configs").glob("*.yaml")), ids=str
-)
-def test_ready_configs_have_prompts_and_rewards(file: Path) -> None:
-    config = load_config(file, [])
-    task = load_task(config.task, config.run.seed)
-    assert task.train_row(0).content
-    assert task.eval_row(0).id not in {task.train_row(i).id for i in range(20)}
-    for spec in reward_specs(task, config.rewards, Path.cwd()):
-        load_function(spec.path)

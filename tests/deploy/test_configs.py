@@ -31,7 +31,8 @@ def test_a_ready_config_is_valid_and_builds_its_task(path: Path) -> None:
     asked = {json.dumps(task.train_row(i).content) for i in range(min(200, task.train_size()))}
     held = {json.dumps(task.eval_row(i).content) for i in range(min(50, task.eval_size()))}
     assert not asked & held
-    assert reward_specs(task, config.rewards)
+    for spec in reward_specs(task, config.rewards):
+        load_function(spec.path, spec.options)
 
 
 def test_the_ready_configs_are_all_here() -> None:

@@ -130,7 +130,7 @@ def test_skyrl_and_openrlhf_layouts(tmp_path: Path) -> None:
     )
     row = rows_of(make(data, layout="openrlhf"))[0]
     assert (row.content, row.columns) == ("Q1", {"answer": "1", "label": "1"})
-    with pytest.raises(TaskError, match="no row of task.data has 'reward_model.ground_truth'"):
+    with pytest.raises(TaskError, match=r"no row of task.data has 'reward_model.ground_truth'"):
         make(data, layout="verl")
 
 
@@ -169,7 +169,6 @@ def test_chat_system_template_and_answer_after(tmp_path: Path) -> None:
         data, chat=True, system="Be brief.", template="{prompt} \\boxed{{}}", answer_after="####"
     )
     row = task.train_row(0)
-    assert row.columns["answer"] == row.id.removeprefix("line").strip() or row.columns["answer"]
     number = int(row.id.removeprefix("line")) - 1
     assert row.columns == {"answer": str(number)}
     assert row.content == [

@@ -48,16 +48,11 @@ def test_shares_are_exact_and_spread_and_every_part_goes_through_its_epochs() ->
 @pytest.mark.parametrize("chunk", [1, 7, 999])
 def test_a_mixture_is_the_same_however_it_is_asked_for(chunk: int) -> None:
     whole = sample_rows(mixture(SMALL, LARGE), 5, 0, 2100)
-    parts = []
+    parts: list[Any] = []
     for cursor in range(0, 2100, chunk):
-        parts += (
-            sample_rows(mixture(SMALL, LARGE), 5, cursor, min(chunk, 2100 - cursor))
-            if chunk > 1
-            else []
-        )
-    if chunk == 1:
-        task = mixture(SMALL, LARGE)
-        parts = [task.choose(5, cursor, NO_RATES) for cursor in reversed(range(2100))][::-1]
+        # A new task now and then: as after a restart.
+        task = mixture(SMALL, LARGE) if cursor % 500 < chunk else task
+        parts += sample_rows(task, 5, cursor, min(chunk, 2100 - cursor))
     assert parts == whole
     assert sample_rows(mixture(SMALL, LARGE), 6, 0, 2100) != whole
 
@@ -100,7 +95,8 @@ def test_a_row_is_judged_by_its_own_parts_functions_only(tmp_path: Path) -> None
         "".join(json.dumps({"prompt": f"Say {n}", "word": str(n)}) + "\n" for n in range(9))
     )
     (tmp_path / "own.py").write_text(
-        "def same(completions, word):\n    return [2.0 * (c == w) for c, w in zip(completions, word)]\n"
+        "def same(completions, word):\n"
+        "    return [2.0 * (c == w) for c, w in zip(completions, word)]\n"
     )
     other = {"name": "dataset", "data": str(data), "functions": [f"{tmp_path}/own.py:same"]}
     task = mixture(LARGE, SMALL, other)
@@ -128,7 +124,7 @@ def test_without_functions_for_every_part_the_config_must_name_them(tmp_path: Pa
     data = tmp_path / "a.jsonl"
     data.write_text('{"prompt": "A"}\n{"prompt": "B"}\n')
     task = mixture(LARGE, {"name": "dataset", "data": str(data)})
-    with pytest.raises(TaskError, match="set rewards.functions .*not for all of its rows"):
+    with pytest.raises(TaskError, match=r"set rewards.functions .*not for all of its rows"):
         reward_specs(task, RewardsConfig())
     assert reward_specs(task, RewardsConfig(functions=["rewards.answer:exact_number"]))
 
@@ -244,7 +240,7 @@ def test_a_resumed_curriculum_draws_what_an_unbroken_one_draws(delay: int) -> No
         easy = row_id.startswith("small")
         return 8 if easy and step > 3 else 3
 
-    def draws(start: int, cursor: int, history: RateHistory, until: int) -> Any:
+    def draws(start: int, history: RateHistory, until: int) -> Any:
         """Steps as the loop takes them: admitted `delay` ahead. Saves before step 6."""
         task = mixture({**SMALL, "weight": 1}, LARGE, curriculum=True)
         drawn: dict[int, list[str]] = {}
@@ -262,8 +258,8 @@ def test_a_resumed_curriculum_draws_what_an_unbroken_one_draws(delay: int) -> No
                 saved = json.loads(json.dumps(history.as_dict()))
         return drawn, saved
 
-    straight, saved = draws(0, 0, RateHistory(delay), 20)
-    resumed, _ = draws(6, 96, RateHistory.resumed(saved, delay), 20)
+    straight, saved = draws(0, RateHistory(delay), 20)
+    resumed, _ = draws(6, RateHistory.resumed(saved, delay), 20)
     assert resumed == {step: names for step, names in straight.items() if step >= 6}
     # The curriculum did something.
     late = Counter(

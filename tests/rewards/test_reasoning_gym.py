@@ -69,33 +69,32 @@ def test_countdown_keeps_its_partial_credit() -> None:
     assert none == twice == empty == 0.01
 
 
-@pytest.mark.parametrize(
-    "answer",
-    [
-        '__import__("os").system("touch /tmp/owned")',
-        "exec(chr(105))",
-        "9**9**9**9",
-        "[c for c in ().__class__.__base__.__subclasses__()]",
-        "print(1)",
-        "1" * 30_000,
-    ],
-)
-@pytest.mark.parametrize("name", sorted(set(EVALUATED) - {"polynomial_multiplication"}))
-def test_what_scorers_evaluate_is_no_program(name: str, answer: str) -> None:
-    if name in ("simple_integration", "intermediate_integration") and answer[0] == "9":
-        pytest.skip("a tower of powers is a formula; the deadline of the reward child ends it")
-    if name in ("simple_integration", "intermediate_integration") and answer[0] == "1":
-        pass
+PROGRAMS = [
+    '__import__("os").system("touch /tmp/owned")',
+    "exec(chr(105))",
+    "open",
+    "[c for c in ().__class__.__base__.__subclasses__()]",
+    "print(1)",
+    "x.__class__",
+    "(lambda: 1)()",
+]
+
+
+@pytest.mark.parametrize("name", sorted(EVALUATED))
+def test_what_scorers_evaluate_is_no_program(name: str, monkeypatch: Any) -> None:
+    monkeypatch.setenv("PYTHONHASHSEED", "0")
     row = make(name).train_row(0)
-    (result,) = judged(row, f"<answer>{answer}</answer>")
-    assert result["score"] <= 0.05
-    assert result["unreadable"] == (
-        1.0
-        if len(answer) < 1000 and (EVALUATED[name].fullmatch(answer) is None)
-        else result["unreadable"]
-    )
-    if "(" in answer or "**" in answer:
-        assert EVALUATED[name].fullmatch(answer) is None
+    # A name without brackets calls nothing: lists of names are left to the scorer.
+    programs = [text for text in PROGRAMS if text != "open" or "[^" not in EVALUATED[name].pattern]
+    for result in judged(row, *(f"<answer>{text}</answer>" for text in programs)):
+        assert result["unreadable"] == 1.0
+        assert result["score"] <= 0.05
+
+
+def test_countdown_computes_no_tower_of_powers_and_no_megabyte() -> None:
+    row = make("countdown").train_row(0)
+    texts = ["9**9**9**9", "1+" * 500_000, "9" * 30_000]
+    assert scores(row, *texts, answer_in="text") == [0.01] * 3
 
 
 @pytest.mark.parametrize("name", sorted(set(EVALUATED) - {"polynomial_multiplication"}))
@@ -152,10 +151,9 @@ def test_datasets_whose_questions_depend_on_the_hash_seed(monkeypatch: Any) -> N
     assert make("ransom_note").train_row(0)
 
 
-def test_too_few_questions_are_said() -> None:
-    task = make("chain_sum", config={**SMALLEST, "max_terms": 2}, train_size=5, eval_size=5)
-    with pytest.raises(TaskError, match="too few different questions"):
-        [task.eval_row(i) for i in range(5)] + [task.train_row(i) for i in range(5)]
-
-
-SMALLEST = {"min_terms": 2, "min_digits": 1, "max_digits": 1}
+def test_too_few_questions_are_said(monkeypatch: Any) -> None:
+    monkeypatch.setattr("rewards.reasoning_gym._is_held_out", lambda _: True)
+    task = make("chain_sum", train_size=2)
+    assert task.eval_row(0)
+    with pytest.raises(TaskError, match="chain_sum has too few different questions"):
+        task.train_row(0)
