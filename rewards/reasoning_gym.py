@@ -30,7 +30,14 @@ MAX_ANSWER = 20_000
 ANSWER_IN = ("tags", "boxed", "text")
 # Their questions depend on the order of Python's sets (found by making them in two processes).
 UNORDERED = frozenset(
-    {"isomorphic_strings", "knight_swap", "polynomial_multiplication", "ransom_note"}
+    {
+        "intermediate_integration",
+        "isomorphic_strings",
+        "knight_swap",
+        "polynomial_multiplication",
+        "ransom_note",
+        "word_ladder",
+    }
 )
 
 # These scorers give the answer to eval() or to sympy's parser, which calls it. What a model writes

@@ -49,6 +49,7 @@ def test_shares_are_exact_and_spread_and_every_part_goes_through_its_epochs() ->
 def test_a_mixture_is_the_same_however_it_is_asked_for(chunk: int) -> None:
     whole = sample_rows(mixture(SMALL, LARGE), 5, 0, 2100)
     parts: list[Any] = []
+    task = mixture(SMALL, LARGE)
     for cursor in range(0, 2100, chunk):
         # A new task now and then: as after a restart.
         task = mixture(SMALL, LARGE) if cursor % 500 < chunk else task
