@@ -21,6 +21,7 @@ class Prompt:
     """One question. `columns` holds every other dataset column; rewards receive them by name.
 
     text: the prompt as the model reads it, chat template rendered; None when it was not kept.
+    source: the part of a mixture, the level, the dataset that it is of.
     """
 
     id: str
@@ -29,6 +30,12 @@ class Prompt:
     columns: dict[str, Any] = field(default_factory=dict)
     epoch: int = 0
     text: str | None = field(default=None, compare=False)
+    source: str | None = None
+
+    @property
+    def row_id(self) -> str:
+        """The id of its row, the same in every epoch."""
+        return self.id.removeprefix(f"{self.epoch}-")
 
 
 @dataclass(frozen=True)

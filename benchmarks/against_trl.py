@@ -282,6 +282,9 @@ def our_steps(regime: str, prompts: list[str], steps: int, out: Path, name: str)
     (out / "reward.py").write_text(REWARD)
     data = out / f"prompts-{regime}.jsonl"
     data.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in prompts))
+    # All prompts are for training; what is held out is not used here.
+    held_out = out / "held-out.jsonl"
+    held_out.write_text(json.dumps({"prompt": "not used"}) + "\n")
     run = out / name
     shutil.rmtree(run, ignore_errors=True)
     overrides = {
@@ -289,9 +292,9 @@ def our_steps(regime: str, prompts: list[str], steps: int, out: Path, name: str)
         "run.steps": steps,
         "run.checkpoint_every": 0,
         "model.path": model,
-        "task.name": "jsonl",
+        "task.name": "dataset",
         "task.data": data,
-        "task.eval_data": data,
+        "task.eval_data": held_out,
         "task.prompts_per_step": PROMPTS,
         "task.group_size": GROUP,
         "rewards.functions": f"[{out / 'reward.py'}:variety]",

@@ -365,10 +365,10 @@ def contradictions(config: Config) -> list[str]:
             f"actors.max_tokens={config.actors.max_tokens} leaves no room for a prompt in "
             f"model.max_length={config.model.max_length}"
         )
-    if config.task.name == "jsonl" and not config.task.data:
-        problems.append("task.data: required by task.name=jsonl")
-    if config.task.name != "jsonl" and (config.task.data or config.task.eval_data):
-        problems.append(f"task.data is only read by task.name=jsonl, not by {config.task.name}")
+    if config.task.name == "dataset" and not config.task.data:
+        problems.append("task.data: required by task.name=dataset")
+    if config.task.name != "dataset" and (config.task.data or config.task.eval_data):
+        problems.append(f"task.data is only read by task.name=dataset, not by {config.task.name}")
     return problems
 
 

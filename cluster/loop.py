@@ -132,6 +132,7 @@ async def save(run: Run, cursor: int) -> None:
         "cursor": cursor,
         "counters": run.counters.as_dict(),
         "tracking": run.tracker.state(),
+        "pass_rates": run.stream.history.as_dict() if run.stream.history else None,
     }
     run.console.note(f"saving checkpoint {run.step}")
     await run.learner.save(run.checkpoints.begin(run.step))

@@ -153,6 +153,7 @@ def step_metrics(
         "samples/failed": counters.failed,
         "actors/restarts": restarts,
     }
+    metrics |= source_metrics(batch)
     for name in batch.groups[0].scores.by_function:
         values = [
             value
@@ -162,6 +163,23 @@ def step_metrics(
         ]
         metrics[f"reward/{name}"] = _mean(values)
     return metrics | logged_metrics(batch)
+
+
+def source_metrics(batch: Batch) -> dict[str, float]:
+    """For each source of rows (part of a mixture): groups, mean reward, share of solved tries.
+
+    A step may have no row of a source: these are not in every row.
+    """
+    metrics: dict[str, float] = {}
+    for source in sorted({item.source for item in batch.outcomes if item.source is not None}):
+        found = [item for item in batch.outcomes if item.source == source]
+        weighed = [(item.tries, item.reward) for item in found if item.reward is not None]
+        tries = sum(item.tries for item in found)
+        metrics[f"source/{source}/groups"] = len(found)
+        if tries:
+            metrics[f"source/{source}/reward"] = sum(n * reward for n, reward in weighed) / tries
+            metrics[f"source/{source}/solved"] = sum(item.solved for item in found) / tries
+    return metrics
 
 
 def logged_metrics(batch: Batch) -> dict[str, float]:

@@ -57,8 +57,8 @@ def prepare(config: Config) -> Prepared:
     limits = config.rewards
     RewardActor(specs, limits.timeout_s, memory_bytes=limits.memory_bytes).close()
     renderer = PromptRenderer(tokenizer, longest_prompt(config, context))
-    train, held_out = rendered_splits(config, task, renderer)
-    longest, overlong = check_lengths(config, train + held_out, renderer)
+    train, held_out = rendered_splits(task, renderer)
+    longest, overlong = check_lengths(config, train + held_out, renderer, specs)
     return Prepared(
         config=config,
         model_path=path,
@@ -131,22 +131,31 @@ def longest_prompt(config: Config, context: int) -> int:
     return longest
 
 
-def rendered_splits(
-    config: Config, task: Task, renderer: PromptRenderer
-) -> tuple[list[Prompt], list[Prompt]]:
-    """Every training prompt, in the order of the first epoch, and every held-out prompt."""
-    rows = sample_rows(task, config.run.seed, 0, task.train_size())
+def rendered_splits(task: Task, renderer: PromptRenderer) -> tuple[list[Prompt], list[Prompt]]:
+    """Every training prompt and every held-out one, in the order of the rows."""
+    train = [task.train_row(index) for index in range(task.train_size())]
     held_out = [task.eval_row(index) for index in range(task.eval_size())]
-    return [renderer.render(row, 0) for _, row in rows], [renderer.render(r, 0) for r in held_out]
+    return (
+        [renderer.render(row, 0, index) for index, row in enumerate(train)],
+        [renderer.render(row, 0) for row in held_out],
+    )
 
 
 def check_lengths(
-    config: Config, prompts: list[Prompt], renderer: PromptRenderer
+    config: Config, prompts: list[Prompt], renderer: PromptRenderer, specs: list[RewardSpec]
 ) -> tuple[int, int]:
     """The longest prompt that will be used, in tokens, and how many are too long.
 
-    Raises TaskError when a prompt is too long and task.overlong=error, or when all are.
+    Raises TaskError when a prompt is too long and task.overlong=error, or when all are, and when a
+    reward function is for a source that no row has.
     """
+    sources = {prompt.source for prompt in prompts if prompt.source is not None}
+    for spec in specs:
+        if unknown := sorted(set(spec.sources) - sources):
+            raise TaskError(
+                f"rewards.functions: {spec.path} is for the source {unknown[0]}, and the rows' "
+                f"sources are {', '.join(sorted(sources)) or 'none'}"
+            )
     fitting, overlong = split_overlong(prompts, renderer.max_prompt_tokens)
     if overlong and config.task.overlong == "error":
         worst = max(overlong, key=lambda prompt: len(prompt.token_ids))

@@ -36,7 +36,8 @@ from learner.checkpoint import CheckpointError, Checkpoints, latest, load_state
 from learner.group import LearnerError, LearnerGroup
 from learner.spec import LearnerSpec
 from rewards.pool import RewardPool
-from rewards.tasks import Taken, TaskError, take_prompts
+from rewards.rates import PassRates, RateHistory
+from rewards.tasks import Curriculum, Taken, TaskError, take_prompts
 from rewards.worker import RewardActor, longest_score_s
 
 CONNECT_TIMEOUT_S = 10
@@ -276,6 +277,7 @@ async def _train_in(prepared: Prepared, folder: Path, console: Console) -> int:
                 rewards,
                 first_step,
                 saved["cursor"] if saved else 0,
+                rate_history(prepared, saved),
             ),
             tracker=tracker,
             scribe=Scribe(
@@ -309,14 +311,24 @@ async def _train_in(prepared: Prepared, folder: Path, console: Console) -> int:
 
 
 def draw_from(prepared: Prepared) -> Any:
-    """(cursor, count) -> that many prompts and the cursor after them."""
+    """(cursor, count, pass rates) -> that many prompts and the cursor after them."""
 
-    def draw(cursor: int, count: int) -> Taken:
+    def draw(cursor: int, count: int, rates: PassRates) -> Taken:
         return take_prompts(
-            prepared.task, prepared.renderer, prepared.config.run.seed, cursor, count
+            prepared.task, prepared.renderer, prepared.config.run.seed, cursor, count, rates
         )
 
     return draw
+
+
+def rate_history(prepared: Prepared, saved: dict[str, Any] | None) -> RateHistory | None:
+    """The pass rates for a task that chooses its rows by them; None for other tasks."""
+    if not isinstance(prepared.task, Curriculum):
+        return None
+    delay = prepared.config.actors.max_staleness
+    if saved and saved["pass_rates"]:
+        return RateHistory.resumed(saved["pass_rates"], delay)
+    return RateHistory(delay)
 
 
 def stop_on_signals(stop: asyncio.Event, console: Console, what: str) -> list[int]:

@@ -20,6 +20,7 @@ from actors.rollout import Request
 from cluster.config import Config
 from learner.plan import ScoredRef, informative
 from rewards.pool import RewardPool
+from rewards.rates import NO_RATES, Outcome, PassRates, RateHistory, outcome
 from rewards.tasks import Taken
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ class Batch:
 
     cursor: where the next step's prompts begin. generate_s, reward_s: seconds the learner waited
     for each. generation_wall_s: from admission to the last completion. refill_rounds: how often
-    new prompts were drawn in place of groups without gradient.
+    new prompts were drawn in place of groups without gradient. outcomes: of the groups, in order.
     """
 
     step: int
@@ -51,23 +52,27 @@ class Batch:
     reward_s: float
     generation_wall_s: float
     refill_rounds: int = 0
+    outcomes: tuple[Outcome, ...] = ()
 
 
 class GroupStream:
     """Admits prompts, hands over scored groups.
 
-    draw: (cursor, count) -> that many prompts and the cursor after them; a pure function, so that a
-    resumed run draws the same prompts. cursor: where the run stands in the training sequence.
+    draw: (cursor, count, pass rates) -> that many prompts and the cursor after them; a pure
+    function, so that a resumed run draws the same prompts. cursor: where the run stands in the
+    training sequence. history: the pass rates of the run, kept for a task that is a Curriculum;
+    None: the task is drawn without them.
     """
 
     def __init__(
         self,
         config: Config,
-        draw: Callable[[int, int], Taken],
+        draw: Callable[[int, int, PassRates], Taken],
         pool: RolloutPool,
         rewards: RewardPool,
         first_step: int,
         cursor: int,
+        history: RateHistory | None = None,
     ) -> None:
         self._config = config
         self._draw = draw
@@ -76,9 +81,12 @@ class GroupStream:
         self._steps: dict[int, list[asyncio.Task[_Produced]]] = {}
         self._started: dict[int, float] = {}
         self._cursors: dict[int, int] = {}
+        # For each step in flight, its prompts by the ids of their groups.
+        self._drawn: dict[int, dict[str, Prompt]] = {}
         self._errors_shown: set[tuple[str, str]] = set()
         self._next = first_step
         self.cursor = cursor
+        self.history = history
         self.admitted = 0
 
     async def admit(self, until_step: int) -> None:
@@ -90,9 +98,12 @@ class GroupStream:
             self._cursors[step] = self.cursor
 
     async def _begin(self, step: int, count: int) -> list[asyncio.Task[_Produced]]:
-        taken = self._draw(self.cursor, count)
+        rates = self.history.before(step) if self.history else NO_RATES
+        taken = self._draw(self.cursor, count, rates)
         self.cursor = taken.cursor
         requests = [self._request(step, prompt) for prompt in taken.prompts]
+        drawn = self._drawn.setdefault(step, {})
+        drawn.update((request.group_id, request.prompt) for request in requests)
         generating = await self._pool.generate(requests)
         self.admitted += len(requests) * self._config.task.group_size
         return [asyncio.create_task(self._score(task)) for task in generating]
@@ -151,18 +162,31 @@ class GroupStream:
             # Otherwise later steps have drawn in between: a resumed run begins with theirs, and
             # sees again what was drawn here.
             self._cursors[step] = self.cursor
+        groups = [item.outcome for item in produced if isinstance(item.outcome, ScoredRef)]
+        outcomes = self._outcomes(step, groups)
         generated = max(item.generated_at for item in produced)
         scored = max(item.scored_at for item in produced)
         return Batch(
             step=step,
             cursor=self._cursors.pop(step),
-            groups=[item.outcome for item in produced if isinstance(item.outcome, ScoredRef)],
+            groups=groups,
             failures=[item.outcome for item in produced if isinstance(item.outcome, Failure)],
             generate_s=max(0.0, generated - waited_from),
             reward_s=max(0.0, scored - max(generated, waited_from)),
             generation_wall_s=max(1e-6, generated - self._started.pop(step)),
             refill_rounds=rounds,
+            outcomes=outcomes,
         )
+
+    def _outcomes(self, step: int, groups: list[ScoredRef]) -> tuple[Outcome, ...]:
+        """How often each of a step's prompts was solved, written into the history."""
+        drawn = self._drawn.pop(step)
+        bar = self._config.task.solved_at
+        prompts = [(drawn[group.meta.group_id], group.scores.totals) for group in groups]
+        outcomes = tuple(outcome(p.row_id, p.source, totals, bar) for p, totals in prompts)
+        if self.history:
+            self.history.record(step, outcomes)
+        return outcomes
 
     def _informative(self, produced: _Produced) -> bool:
         group, config = produced.outcome, self._config

@@ -14,11 +14,16 @@ class TaskConfig(BaseModel):
 
     name: str = Field(
         "addition",
-        description="A built-in task (addition, jsonl, travel), or module:Class, or path.py:Class.",
+        description="A built-in task (addition, dataset, reasoning_gym, mixture, travel), or "
+        "module:Class, or path.py:Class.",
     )
-    data: str | None = Field(None, description="Training rows of the jsonl task.")
+    data: str | None = Field(
+        None,
+        description="Training rows of the dataset task: a file (jsonl, json, csv, parquet), a "
+        "glob, a folder, or a Hugging Face dataset like org/name?config=main&split=train.",
+    )
     eval_data: str | None = Field(
-        None, description="Held-out rows of the jsonl task. Empty: a split of `data`."
+        None, description="Held-out rows of the dataset task. Empty: a split of `data`."
     )
     options: dict[str, Any] = Field(
         default_factory=dict, description="Keyword arguments of the task's class."
@@ -54,6 +59,11 @@ class RewardFunctionConfig(BaseModel):
     secrets: list[str] = Field(
         default_factory=list,
         description="Environment variables with secrets that the reward children may see.",
+    )
+    sources: list[str] = Field(
+        default_factory=list,
+        description="Rows of these sources only (parts of a mixture); for others the function does "
+        "not apply. Empty: all rows.",
     )
     whole_group: bool = Field(
         False,

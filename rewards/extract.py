@@ -51,16 +51,17 @@ def last_boxed(text: str) -> str | None:
     return None
 
 
-def tagged(text: str, tag: str) -> str | None:
+def tagged(text: str, tag: str, limit: int = MAX_ANSWER) -> str | None:
     """What stands between `<tag>` and `</tag>`, stripped; None when it is empty or too long.
 
+    limit: characters, the whitespace around included.
     None also when either tag is there more than once: a completion must commit to one answer.
     """
     opening, closing = f"<{tag}>", f"</{tag}>"
     if text.count(opening) != 1 or text.count(closing) != 1:
         return None
     start, end = text.index(opening) + len(opening), text.index(closing)
-    if end < start or end - start > MAX_ANSWER:
+    if end < start or end - start > limit:
         return None
     return text[start:end].strip() or None
 

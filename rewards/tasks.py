@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import inspect
-import json
-import logging
-import math
-import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,16 +12,9 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from actors.records import Messages, Prompt, derive_seed
-from rewards.base import (
-    RESERVED_COLUMNS,
-    RewardLoadError,
-    error_tail,
-    load_attribute,
-    resolve_path,
-)
+from rewards.base import RewardLoadError, error_tail, load_attribute, resolve_path
 from rewards.config import RewardFunctionConfig, TaskConfig
-
-logger = logging.getLogger(__name__)
+from rewards.rates import NO_RATES, PassRates
 
 
 class TaskError(ValueError):
@@ -35,11 +23,16 @@ class TaskError(ValueError):
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a dataset. id: unique within its split, the same in every epoch and run."""
+    """One row of a dataset. id: unique within its split, the same in every epoch and run.
+
+    source: the part of a mixture, the level, the dataset it is of: metrics and pass rates are
+    counted for each source, so there should be a few dozen at most. None: not counted.
+    """
 
     id: str
     content: Messages | str
     columns: dict[str, Any] = field(default_factory=dict)
+    source: str | None = None
 
 
 @runtime_checkable
@@ -73,6 +66,18 @@ class Demonstrates(Protocol):
         The same for the same row and epoch. A task that knows several answers gives others in
         other epochs (counted from 0). `cohort warmup` learns from training rows; of held-out rows
         it only measures the likelihood.
+        """
+
+
+@runtime_checkable
+class Curriculum(Protocol):
+    """What a task may offer besides: to choose the order of its training rows itself."""
+
+    def choose(self, seed: int, cursor: int, rates: PassRates) -> tuple[int, Row]:
+        """The row at position `cursor` of the endless training sequence, and its epoch.
+
+        A pure function of its arguments, for runs are resumed from them. rates: see
+        `rewards.rates`. A row must not come twice in an epoch.
         """
 
 
@@ -140,115 +145,14 @@ def _both_orders(pairs: Any) -> list[tuple[int, int]]:
     return sorted({pair for a, b in pairs for pair in ((a, b), (b, a))})
 
 
-class JsonlTask:
-    """Rows of a JSON-lines file, as TRL takes them.
-
-    Every line is an object with `prompt` (a string, or a list of messages with `role` and
-    `content`) and any other columns, which the reward functions receive by name; a column that a
-    row does not have is None there. Without `eval_data`, a share of the different prompts is held
-    out by hash: the same ones whatever the seed or the order of the file, and rows with the same
-    prompt always on the same side. Options: eval_share (0.1).
-    """
-
-    rewards: tuple[RewardFunctionConfig, ...] = ()
-
-    def __init__(self, data: str, eval_data: str | None = None, eval_share: float = 0.1) -> None:
-        if not isinstance(eval_share, (int, float)) or not 0 < eval_share < 1:
-            raise TaskError(f"task.options.eval_share must be between 0 and 1, got {eval_share!r}")
-        rows = _read_rows(data, "task.data", "")
-        if eval_data is not None:
-            self._train, self._eval = rows, _read_rows(eval_data, "task.eval_data", "eval-")
-            asked = {_prompt_hash(row) for row in self._train}
-            leaked = sum(_prompt_hash(row) in asked for row in self._eval)
-            if leaked:
-                logger.warning("%d rows of task.eval_data have a prompt of task.data", leaked)
-            return
-        hashes = sorted({_prompt_hash(row) for row in rows})
-        if len(hashes) < 2:
-            raise TaskError(
-                f"{data} has one prompt only: nothing to hold out; add rows or set task.eval_data"
-            )
-        count = min(math.ceil(eval_share * len(hashes)), len(hashes) - 1)
-        held_out = set(hashes[:count])
-        self._train = [row for row in rows if _prompt_hash(row) not in held_out]
-        self._eval = [row for row in rows if _prompt_hash(row) in held_out]
-
-    def train_size(self) -> int:
-        return len(self._train)
-
-    def train_row(self, index: int) -> Row:
-        return self._train[index]
-
-    def eval_size(self) -> int:
-        return len(self._eval)
-
-    def eval_row(self, index: int) -> Row:
-        return self._eval[index]
-
-
-def _prompt_hash(row: Row) -> str:
-    text = json.dumps(row.content, sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def _read_rows(path: str, key: str, prefix: str) -> list[Row]:
-    """The rows of a file; their ids are `line<number>` with the prefix."""
-    file = Path(os.path.expandvars(path)).expanduser()
-    if not file.is_file():
-        raise TaskError(f"{key}: no file at {file.resolve()}")
-    rows = []
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                rows.append(_parse_row(line, f"{file}:{number}", f"{prefix}line{number}"))
-    if not rows:
-        raise TaskError(f"{key}: {file} has no rows")
-    # As a dataset table: every row has every column.
-    names = list(dict.fromkeys(name for row in rows for name in row.columns))
-    return [Row(r.id, r.content, {name: r.columns.get(name) for name in names}) for r in rows]
-
-
-def _parse_row(line: bytes, where: str, row_id: str) -> Row:
-    try:
-        value = json.loads(line.decode("utf-8-sig"))
-    except ValueError as error:  # of JSON or of UTF-8
-        raise TaskError(f"{where}: not a line of JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise TaskError(f"{where}: a row must be an object, not a {type(value).__name__}")
-    if "prompt" not in value:
-        raise TaskError(f"{where}: no 'prompt' in the row; it has {', '.join(value) or 'nothing'}")
-    for name in RESERVED_COLUMNS:
-        if name in value:
-            raise TaskError(f"{where}: rename the column '{name}': reward functions get another")
-    content = value.pop("prompt")
-    problem = _content_problem(content)
-    if problem:
-        raise TaskError(f"{where}: {problem}")
-    return Row(row_id, content, value)
-
-
-def _content_problem(content: Any) -> str | None:
-    if isinstance(content, str):
-        return None if content.strip() else "'prompt' is empty"
-    if not isinstance(content, list):
-        return f"'prompt' must be a string or a list of messages, not a {type(content).__name__}"
-    if not content:
-        return "'prompt' is an empty list"
-    for message in content:
-        if not isinstance(message, dict):
-            return f"a message must have role and content, not be a {type(message).__name__}"
-        for name in ("role", "content"):
-            if not isinstance(message.get(name), str):
-                return f"a message of 'prompt' has no text under '{name}'"
-    return None
-
-
 # Loading ------------------------------------------------------------------------------------------
 
 # By path, like tasks of one's own: a task's module is imported when it is wanted.
 BUILT_IN = {
     "addition": "rewards.tasks:AdditionTask",
-    "jsonl": "rewards.tasks:JsonlTask",
+    "dataset": "rewards.dataset:DatasetTask",
+    "reasoning_gym": "rewards.reasoning_gym:ReasoningGymTask",
+    "mixture": "rewards.mixture:MixtureTask",
     "travel": "rewards.travel.task:TravelTask",
 }
 
@@ -260,10 +164,12 @@ def load_task(config: TaskConfig, seed: int) -> Task:
     name or option (with what there is), missing data file, bad row (file and line), a class that
     raises or is not a Task, a split without rows.
     """
-    if config.name == "jsonl":
+    if config.name == "dataset":
         if not config.data:
-            raise TaskError("task.data: required by task.name=jsonl")
+            raise TaskError("task.data: required by task.name=dataset")
         given: dict[str, Any] = {"data": config.data, "eval_data": config.eval_data}
+    elif config.data or config.eval_data:
+        raise TaskError(f"task.data is only read by task.name=dataset, not by {config.name}")
     else:
         given = {"seed": seed}
     task = _construct(_task_class(config.name), config, given)
@@ -326,25 +232,31 @@ def _construct(cls: type, config: TaskConfig, given: dict[str, Any]) -> Any:
 # Order and rendering ------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=4)
-def _order(seed: int, epoch: int, size: int) -> list[int]:
+@lru_cache(maxsize=64)
+def row_order(seed: int, epoch: int, size: int) -> list[int]:
+    """The numbers 0 to size - 1 in the order of an epoch."""
     order = list(range(size))
     random.Random(derive_seed(seed, "epoch", epoch)).shuffle(order)
     return order
 
 
-def sample_rows(task: Task, seed: int, cursor: int, count: int) -> list[tuple[int, Row]]:
+def sample_rows(
+    task: Task, seed: int, cursor: int, count: int, rates: PassRates = NO_RATES
+) -> list[tuple[int, Row]]:
     """Rows `cursor` to `cursor + count - 1` of the endless training sequence, with their epochs.
 
-    A pure function of (seed, cursor): every epoch holds every row once, in an order of its own.
+    A pure function of (seed, cursor), and of the pass rates when the task is a Curriculum. Other
+    tasks get epochs that hold every row once, each in an order of its own.
     """
     size = task.train_size()
     if size < 1:
         raise TaskError(f"{type(task).__name__} has no training rows")
+    if isinstance(task, Curriculum):
+        return [task.choose(seed, position, rates) for position in range(cursor, cursor + count)]
     rows = []
     for position in range(cursor, cursor + count):
         epoch, offset = divmod(position, size)
-        rows.append((epoch, task.train_row(_order(seed, epoch, size)[offset])))
+        rows.append((epoch, task.train_row(row_order(seed, epoch, size)[offset])))
     return rows
 
 
@@ -373,7 +285,8 @@ class PromptRenderer:
         if not token_ids:
             raise TaskError(f"{where}: the prompt has no tokens")
         text = self._tokenizer.decode(token_ids)
-        return Prompt(f"{epoch}-{row.id}", token_ids, row.content, row.columns, epoch, text)
+        prompt_id = f"{epoch}-{row.id}"
+        return Prompt(prompt_id, token_ids, row.content, row.columns, epoch, text, row.source)
 
     def continuation(self, text: str) -> tuple[int, ...]:
         """The tokens with which the model would say `text` and stop after a prompt.
@@ -429,17 +342,24 @@ class Taken:
     cursor: int
 
 
-def take_prompts(task: Task, renderer: PromptRenderer, seed: int, cursor: int, count: int) -> Taken:
+def take_prompts(
+    task: Task,
+    renderer: PromptRenderer,
+    seed: int,
+    cursor: int,
+    count: int,
+    rates: PassRates = NO_RATES,
+) -> Taken:
     """The next `count` training prompts from `cursor` on that are not too long.
 
-    A pure function of (seed, cursor), so that a resumed run takes the same ones. Raises TaskError
-    when a whole epoch's worth of rows has no prompt that fits.
+    A pure function of (seed, cursor, rates), so that a resumed run takes the same ones. Raises
+    TaskError when a whole epoch's worth of rows has no prompt that fits.
     """
     prompts: list[Prompt] = []
     overlong: list[Prompt] = []
     since_last = 0
     while len(prompts) < count:
-        ((epoch, row),) = sample_rows(task, seed, cursor, 1)
+        ((epoch, row),) = sample_rows(task, seed, cursor, 1, rates)
         prompt = renderer.render(row, epoch, cursor)
         cursor += 1
         fitting, too_long = split_overlong([prompt], renderer.max_prompt_tokens)

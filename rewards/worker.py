@@ -56,6 +56,7 @@ class RewardSpec:
     options: dict[str, Any] = field(default_factory=dict)
     columns: dict[str, str] = field(default_factory=dict)
     secrets: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
     whole_group: bool = False
 
 
@@ -69,7 +70,8 @@ def reward_specs(task: Task, config: RewardsConfig, base: Path | None = None) ->
     chosen = task.rewards if config.functions is None else config.functions
     if not chosen:
         raise TaskError(
-            f"no reward function: set rewards.functions ({type(task).__name__} has none of its own)"
+            f"no reward function: set rewards.functions ({type(task).__name__} has none of its "
+            "own, or not for all of its rows)"
             if config.functions is None
             else "rewards.functions is an empty list: name a function, or leave it out"
         )
@@ -88,8 +90,11 @@ def reward_specs(task: Task, config: RewardsConfig, base: Path | None = None) ->
             raise TaskError(
                 f"rewards.functions: the options of {entry.path} must be plain values: {error}"
             ) from error
-        given = entry.model_dump(exclude={"path", "weight", "secrets"})
-        specs.append(RewardSpec(name, path, entry.weight, secrets=tuple(entry.secrets), **given))
+        given = entry.model_dump(exclude={"path", "weight", "secrets", "sources"})
+        secrets, sources = tuple(entry.secrets), tuple(entry.sources)
+        specs.append(
+            RewardSpec(name, path, entry.weight, secrets=secrets, sources=sources, **given)
+        )
     if all(spec.weight == 0 for spec in specs):
         raise TaskError("every reward function has weight 0: there is nothing to learn from")
     return specs
@@ -161,6 +166,9 @@ class RewardActor:
         sample_s = [0.0] * len(group.completions)
         try:
             for index, spec in enumerate(self._specs):
+                if spec.sources and group.prompt.source not in spec.sources:
+                    verdicts[spec.name] = Verdict((None,) * len(group.completions))
+                    continue
                 verdicts[spec.name], seconds = self._judge(index, group, payload)
                 sample_s = [a + b for a, b in zip(sample_s, seconds, strict=True)]
         except (RewardLoadError, OSError) as error:

@@ -10,7 +10,7 @@ from cluster.check.model import Model
 from cluster.check.sheet import Stage
 from cluster.config import Config
 from cluster.prepare import check_lengths, longest_prompt, rendered_splits
-from rewards.tasks import PromptRenderer, Task, load_task
+from rewards.tasks import PromptRenderer, Task, load_task, sample_rows
 from rewards.worker import RewardSpec, reward_specs
 
 SHOWN_PROMPTS = 2
@@ -45,14 +45,14 @@ def check_task(config: Config, stage: Stage) -> tuple[Task, list[RewardSpec]]:
 
 
 def check_prompts(
-    config: Config, model: Model, task: Task, stage: Stage
+    config: Config, model: Model, task: Task, specs: list[RewardSpec], stage: Stage
 ) -> tuple[PromptRenderer, list[Prompt], Lengths]:
     """Render every prompt; show the first two of the run, and the lengths against the limits."""
     limit = longest_prompt(config, model.context)
     renderer = PromptRenderer(model.tokenizer, limit)
-    train, held_out = rendered_splits(config, task, renderer)
-    for number, prompt in enumerate(train[:SHOWN_PROMPTS], 1):
-        _show(number, prompt, stage)
+    train, held_out = rendered_splits(task, renderer)
+    for number, (epoch, row) in enumerate(sample_rows(task, config.run.seed, 0, SHOWN_PROMPTS), 1):
+        _show(number, renderer.render(row, epoch), stage)
     lengths = [len(prompt.token_ids) for prompt in train + held_out]
     stage.say(
         f"length of all {len(lengths):,} prompts, tokens: median {quantile(lengths, 0.5)}, "
@@ -64,7 +64,7 @@ def check_prompts(
         f"limit: {limit:,} = {bound} {limit + config.actors.max_tokens:,} - actors.max_tokens "
         f"{config.actors.max_tokens:,}"
     )
-    longest, overlong = check_lengths(config, train + held_out, renderer)
+    longest, overlong = check_lengths(config, train + held_out, renderer, specs)
     if overlong:
         stage.warn(
             f"{overlong} of {len(lengths)} prompts are too long and left out: raise "

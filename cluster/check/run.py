@@ -56,7 +56,7 @@ def check(config: Config, print_line: Callable[[str], None], prompts: int) -> in
     if found.model and found.task:
         with sheet.stage("prompts") as stage:
             found.renderer, found.prompts, found.lengths = check_prompts(
-                config, found.model, found.task, stage
+                config, found.model, found.task, found.specs, stage
             )
     try:
         if found.model and found.lengths:

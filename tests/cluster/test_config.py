@@ -21,9 +21,6 @@ from cluster.config import (
     parse_overrides,
 )
 from learner.config import PRESETS, Preset
-from rewards.base import load_function
-from rewards.tasks import load_task
-from rewards.worker import reward_specs
 
 MODEL = "model.path=some/model"
 
@@ -251,8 +248,8 @@ def test_numbers_in_task_options(tmp_path: Path) -> None:
         (["learner.workers=3"], ["task.prompts_per_step=8 must be a multiple"]),
         (["actors.max_concurrent=4"], ["task.group_size=8", "actors.max_concurrent=4"]),
         (["model.max_length=256"], ["actors.max_tokens=256", "model.max_length=256"]),
-        (["task.name=jsonl"], ["task.data"]),
-        (["task.data=rows.jsonl"], ["task.data", "task.name=jsonl", "addition"]),
+        (["task.name=dataset"], ["task.data"]),
+        (["task.data=rows.jsonl"], ["task.data", "task.name=dataset", "addition"]),
         (["actors.temperature=.inf"], ["actors.temperature: must be finite"]),
         (["learner.learning_rate=.nan"], ["learner.learning_rate"]),
     ],
@@ -331,15 +328,3 @@ def test_config_is_light_to_import() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr
-
-
-@pytest.mark.parametrize(
-    "file", sorted((Path(__file__).parents[2] / "deploy" / "configs").glob("*.yaml")), ids=str
-)
-def test_ready_configs_have_prompts_and_rewards(file: Path) -> None:
-    config = load_config(file, [])
-    task = load_task(config.task, config.run.seed)
-    assert task.train_row(0).content
-    assert task.eval_row(0).id not in {task.train_row(i).id for i in range(20)}
-    for spec in reward_specs(task, config.rewards, Path.cwd()):
-        load_function(spec.path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import random
 from dataclasses import replace
@@ -13,11 +14,19 @@ import pytest
 from actors.records import Failure, GroupMeta, Prompt, RewardError, ScoreMeta
 from cluster.config import Config
 from cluster.loop import TrainingError, check_failures
-from cluster.metrics import Counters, StepTimes, logged_metrics, reward_errors, step_metrics
+from cluster.metrics import (
+    Counters,
+    StepTimes,
+    logged_metrics,
+    reward_errors,
+    source_metrics,
+    step_metrics,
+)
 from cluster.stream import Batch, GroupStream
 from cluster.tracking import STEP_KEYS
 from learner.group import StepResult
 from learner.plan import ScoredRef
+from rewards.rates import Outcome, PassRates, RateHistory
 from rewards.tasks import Taken
 
 G = 2
@@ -28,7 +37,7 @@ def config(**sections: Any) -> Config:
     return Config.model_validate({"model": {"path": "m"}, "task": task, **sections})
 
 
-def draw(cursor: int, count: int) -> Taken:
+def draw(cursor: int, count: int, _: PassRates) -> Taken:
     prompts = tuple(Prompt(f"0-{i}", (1,), "p") for i in range(cursor, cursor + count))
     return Taken(prompts, (), cursor + count)
 
@@ -108,6 +117,59 @@ def test_a_resumed_stream_draws_the_same_prompts_with_the_same_seeds() -> None:
     resumed = asyncio.run(seeds(2))
     assert resumed == {name: seed for name, seed in straight.items() if name[0] in "23"}
     assert len(set(straight.values())) == 16
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_a_stream_chooses_by_pass_rates_and_resumes_with_what_was_seen(staleness: int) -> None:
+    settings = config(
+        actors={"max_staleness": staleness}, task={"prompts_per_step": 4, "solved_at": 8}
+    )
+
+    def choosy(cursor: int, count: int, rates: PassRates) -> Taken:
+        """Prompts whose numbers tell what was known."""
+        solved = sum(rate.solved for rate in rates.sources.values())
+        tries = sum(rate.tries for rate in rates.rows.values())
+        prompts = tuple(
+            Prompt(f"0-{tries}.{solved}-{i}", (1,), "p", source="odd" if i % 2 else "even")
+            for i in range(cursor, cursor + count)
+        )
+        return Taken(prompts, (), cursor + count)
+
+    async def run(first: int, history: RateHistory) -> tuple[dict[str, int], list[Any]]:
+        pool, saved = Pool(), []
+        stream = GroupStream(settings, choosy, pool, Rewards(), first, 4 * first, history)  # type: ignore[arg-type]
+        for step in range(first, 6):
+            await stream.admit(min(step + staleness, 5))
+            batch = await stream.take(step)
+            assert [item.row_id for item in batch.outcomes] == [
+                group.meta.group_id.partition(":0-")[2] for group in batch.groups
+            ]
+            saved.append(json.loads(json.dumps(history.as_dict())))
+        return pool.seeds, saved
+
+    straight, saved = asyncio.run(run(0, RateHistory(staleness)))
+    resumed, _ = asyncio.run(run(3, RateHistory.resumed(saved[2], staleness)))
+    assert resumed == {name: seed for name, seed in straight.items() if name[0] in "345"}
+    for step in range(6):
+        known = max(0, step - staleness)
+        tries = {name.split("-")[1].split(".")[0] for name in straight if name[0] == str(step)}
+        assert tries == {str(known * 4 * G)}
+
+
+def test_metrics_of_each_source() -> None:
+    outcomes = (
+        Outcome("a", "easy", 2, 2, 1.0),
+        Outcome("b", "easy", 1, 0, 0.25),
+        Outcome("c", "hard", 0, 0, None),
+        Outcome("d", None, 2, 1, 0.5),
+    )
+    batch = Batch(0, 4, [], [], 0.0, 0.0, 1.0, outcomes=outcomes)
+    assert source_metrics(batch) == {
+        "source/easy/groups": 2,
+        "source/easy/reward": 0.75,
+        "source/easy/solved": 2 / 3,
+        "source/hard/groups": 1,
+    }
 
 
 class OftenEqual(Rewards):

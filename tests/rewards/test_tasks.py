@@ -91,7 +91,7 @@ def test_addition_bad_options(options: dict[str, Any], words: str) -> None:
         make_task(options=options)
 
 
-# jsonl
+# dataset: jsonl files
 
 
 def test_jsonl_rows_keep_their_columns_and_line_numbers(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_jsonl_rows_keep_their_columns_and_line_numbers(tmp_path: Path) -> None:
         + json.dumps({"prompt": messages, "level": "hard"}).encode()
         + '\n{"prompt": "line\u2028separator"}\n'.encode()
     )
-    task = make_task("jsonl", data=str(data), options={"eval_share": 0.01})
+    task = make_task("dataset", data=str(data), options={"eval_share": 0.01})
     rows = [task.train_row(index) for index in range(task.train_size())]
     rows += [task.eval_row(index) for index in range(task.eval_size())]
     assert sorted(rows, key=lambda row: row.id) == [
@@ -114,8 +114,8 @@ def test_jsonl_rows_keep_their_columns_and_line_numbers(tmp_path: Path) -> None:
 
 def test_jsonl_split_keeps_equal_prompts_together_whatever_the_order(tmp_path: Path) -> None:
     rows = [{"prompt": f"Q{number % 50}", "answer": number} for number in range(200)]
-    forward = make_task("jsonl", data=write_rows(tmp_path / "a.jsonl", rows), seed=1)
-    backward = make_task("jsonl", data=write_rows(tmp_path / "b.jsonl", rows[::-1]), seed=2)
+    forward = make_task("dataset", data=write_rows(tmp_path / "a.jsonl", rows), seed=1)
+    backward = make_task("dataset", data=write_rows(tmp_path / "b.jsonl", rows[::-1]), seed=2)
 
     def prompts(task: Task) -> tuple[set[Any], set[Any]]:
         return (
@@ -133,14 +133,22 @@ def test_jsonl_split_keeps_equal_prompts_together_whatever_the_order(tmp_path: P
 def test_jsonl_eval_data(tmp_path: Path) -> None:
     data = write_rows(tmp_path / "a.jsonl", [{"prompt": "A"}, {"prompt": "B"}])
     eval_data = write_rows(tmp_path / "b.jsonl", [{"prompt": "C"}])
-    task = make_task("jsonl", data=data, eval_data=eval_data)
+    task = make_task("dataset", data=data, eval_data=eval_data)
     assert split_ids(task) == (["line1", "line2"], ["eval-line1"])
 
 
-def test_jsonl_warns_about_leaked_prompts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    data = write_rows(tmp_path / "a.jsonl", [{"prompt": "A"}, {"prompt": "B"}])
-    make_task("jsonl", data=data, eval_data=data)
-    assert "2 rows of task.eval_data have a prompt of task.data" in caplog.text
+def test_rows_with_a_held_out_prompt_are_not_trained_on_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = write_rows(
+        tmp_path / "a.jsonl", [{"prompt": "A  b"}, {"prompt": "B"}, {"prompt": "A b"}]
+    )
+    eval_data = write_rows(tmp_path / "b.jsonl", [{"prompt": "A b\n"}])
+    task = make_task("dataset", data=data, eval_data=eval_data)
+    assert split_ids(task) == (["line2"], ["eval-line1"])
+    assert "2 of 3 rows of task.data have a prompt of task.eval_data" in caplog.text
+    with pytest.raises(TaskError, match="nothing to train on"):
+        make_task("dataset", data=data, eval_data=data)
 
 
 @pytest.mark.parametrize(
@@ -162,25 +170,25 @@ def test_jsonl_bad_row_names_file_and_line(tmp_path: Path, line: bytes, words: s
     data = tmp_path / "rows.jsonl"
     data.write_bytes(b'{"prompt": "Q"}\n' + line + b"\n")
     with pytest.raises(TaskError) as raised:
-        make_task("jsonl", data=str(data))
+        make_task("dataset", data=str(data))
     assert f"{data}:2: " in str(raised.value)
     assert words in str(raised.value)
 
 
 def test_jsonl_files_that_do_not_do(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match=r"task.data: no file at /no/such/rows.jsonl"):
-        make_task("jsonl", data="/no/such/rows.jsonl")
+        make_task("dataset", data="/no/such/rows.jsonl")
     with pytest.raises(TaskError, match=r"task.data: required"):
-        make_task("jsonl")
+        make_task("dataset")
     with pytest.raises(TaskError, match="has no rows"):
-        make_task("jsonl", data=write_rows(tmp_path / "a.jsonl", []))
+        make_task("dataset", data=write_rows(tmp_path / "a.jsonl", []))
     one = write_rows(tmp_path / "b.jsonl", [{"prompt": "A"}] * 3)
     with pytest.raises(TaskError, match="one prompt only"):
-        make_task("jsonl", data=one)
+        make_task("dataset", data=one)
     with pytest.raises(TaskError, match=r"task\.eval_data: no file"):
-        make_task("jsonl", data=one, eval_data="/no/such/rows.jsonl")
+        make_task("dataset", data=one, eval_data="/no/such/rows.jsonl")
     with pytest.raises(TaskError, match="eval_share must be between 0 and 1"):
-        make_task("jsonl", data=one, options={"eval_share": 2})
+        make_task("dataset", data=one, options={"eval_share": 2})
 
 
 # a task of one's own
@@ -269,7 +277,7 @@ def test_reward_specs_of_the_config(tmp_path: Path) -> None:
 def test_reward_specs_without_a_function_that_counts(tmp_path: Path) -> None:
     data = write_rows(tmp_path / "a.jsonl", [{"prompt": "A"}, {"prompt": "B"}])
     with pytest.raises(TaskError, match=r"no reward function: set rewards\.functions"):
-        reward_specs(make_task("jsonl", data=data), RewardsConfig())
+        reward_specs(make_task("dataset", data=data), RewardsConfig())
     with pytest.raises(TaskError, match="empty list"):
         reward_specs(make_task(), RewardsConfig(functions=[]))
     watched = RewardsConfig(functions=[RewardFunctionConfig(path="a:f", weight=0)])

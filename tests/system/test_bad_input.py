@@ -70,7 +70,7 @@ def test_prompts_longer_than_the_context(
     lines = [{"prompt": f"{i} " * (2000 if i == 3 else 5), "answer": i} for i in range(20)]
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
     result = train(
-        cohort, monkeypatch, run__dir=tmp_path / "run", task__name="jsonl", task__data=data
+        cohort, monkeypatch, run__dir=tmp_path / "run", task__name="dataset", task__data=data
     )
     assert result.exit_code == 1
     assert "1 of 20 prompts are longer than 1012 tokens" in result.stderr

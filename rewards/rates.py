@@ -1,0 +1,136 @@
+"""Pass rates: how often the rows of a task were solved, as a curriculum may see them.
+
+What a curriculum sees is a function of the run's history alone, whatever the timing: the prompts of
+step s are chosen from the outcomes of all steps before s - actors.max_staleness, and of none later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+# Share of the newest group in `Rate.recent`: it forgets what is older than some ten groups.
+NEWEST = 0.1
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one group.
+
+    tries: completions with a total reward. solved: those of them that reached task.solved_at.
+    reward: the mean of their totals; None without any.
+    """
+
+    row_id: str
+    source: str | None
+    tries: int
+    solved: int
+    reward: float | None
+
+
+def outcome(
+    row_id: str, source: str | None, totals: Sequence[float | None], solved_at: float
+) -> Outcome:
+    """The outcome of a group with these total rewards."""
+    valid = [total for total in totals if total is not None]
+    solved = sum(total >= solved_at for total in valid)
+    reward = sum(valid) / len(valid) if valid else None
+    return Outcome(row_id, source, len(valid), solved, reward)
+
+
+@dataclass(frozen=True)
+class Rate:
+    """tries and solved count the whole run; recent is a moving mean over groups of their share."""
+
+    tries: int
+    solved: int
+    recent: float
+
+    @property
+    def share(self) -> float:
+        return self.solved / self.tries
+
+
+@dataclass(frozen=True)
+class PassRates:
+    """By row id and by source; what was never tried is not there."""
+
+    rows: Mapping[str, Rate] = field(default_factory=dict)
+    sources: Mapping[str, Rate] = field(default_factory=dict)
+
+
+NO_RATES = PassRates()
+
+
+class RateHistory:
+    """The outcomes of a run so far, and which of them the prompts of a step may depend on.
+
+    delay: actors.max_staleness. Steps are recorded in order. The last `delay` steps are kept one by
+    one: a resumed run chooses again the prompts of steps that were in flight, and must see what was
+    seen the first time.
+    """
+
+    def __init__(self, delay: int) -> None:
+        self._delay = delay
+        self._rows: dict[str, Rate] = {}
+        self._sources: dict[str, Rate] = {}
+        self._last: list[tuple[int, tuple[Outcome, ...]]] = []
+
+    def record(self, step: int, outcomes: Sequence[Outcome]) -> None:
+        """Add the outcomes of a finished step."""
+        self._last.append((step, tuple(outcomes)))
+        while self._last and self._last[0][0] <= step - self._delay:
+            _, old = self._last.pop(0)
+            _add(self._rows, self._sources, old)
+
+    def before(self, step: int) -> PassRates:
+        """What the prompts of `step` are chosen from. A copy: later outcomes do not change it."""
+        rows, sources = dict(self._rows), dict(self._sources)
+        for recorded, outcomes in self._last:
+            if recorded < step - self._delay:
+                _add(rows, sources, outcomes)
+        return PassRates(rows, sources)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps, as JSON holds it."""
+        return {
+            "rows": {name: _listed(rate) for name, rate in self._rows.items()},
+            "sources": {name: _listed(rate) for name, rate in self._sources.items()},
+            "last": [
+                [step, [[o.row_id, o.source, o.tries, o.solved, o.reward] for o in outcomes]]
+                for step, outcomes in self._last
+            ],
+        }
+
+    @classmethod
+    def resumed(cls, saved: Mapping[str, Any], delay: int) -> RateHistory:
+        """A history that goes on from what `as_dict` gave."""
+        history = cls(delay)
+        history._rows = {name: Rate(*values) for name, values in saved["rows"].items()}
+        history._sources = {name: Rate(*values) for name, values in saved["sources"].items()}
+        history._last = [
+            (step, tuple(Outcome(*values) for values in outcomes))
+            for step, outcomes in saved["last"]
+        ]
+        return history
+
+
+def _listed(rate: Rate) -> list[float]:
+    return [rate.tries, rate.solved, rate.recent]
+
+
+def _add(rows: dict[str, Rate], sources: dict[str, Rate], outcomes: Sequence[Outcome]) -> None:
+    for item in outcomes:
+        if item.tries:
+            rows[item.row_id] = _after(rows.get(item.row_id), item)
+            if item.source is not None:
+                sources[item.source] = _after(sources.get(item.source), item)
+
+
+def _after(rate: Rate | None, item: Outcome) -> Rate:
+    share = item.solved / item.tries
+    if rate is None:
+        return Rate(item.tries, item.solved, share)
+    recent = rate.recent + NEWEST * (share - rate.recent)
+    return Rate(rate.tries + item.tries, rate.solved + item.solved, recent)

@@ -1,0 +1,255 @@
+"""Any task of reasoning-gym by its name, scored by its own scorer.
+
+reasoning-gym (https://github.com/open-thought/reasoning-gym) makes its questions from a seed and a
+number, so a row is made when it is asked for. It is imported inside functions: that takes seconds.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from actors.records import Messages, derive_seed
+from rewards.base import completion_texts
+from rewards.config import RewardFunctionConfig
+from rewards.extract import last_boxed, tagged
+from rewards.tasks import Row, TaskError
+
+# One question in so many is for evaluation, whatever the seeds.
+HOLD_OUT_EVERY = 5
+# Questions that are tried for one row before the task is said to have too few.
+MAX_TRIES = 100
+# A longer answer is none.
+MAX_ANSWER = 20_000
+ANSWER_IN = ("tags", "boxed", "text")
+# Their questions depend on the order of Python's sets (found by making them in two processes).
+UNORDERED = frozenset(
+    {
+        "intermediate_integration",
+        "isomorphic_strings",
+        "knight_swap",
+        "polynomial_multiplication",
+        "ransom_note",
+        "word_ladder",
+    }
+)
+
+# These scorers give the answer to eval() or to sympy's parser, which calls it. What a model writes
+# must not run as a program, so an answer that is more than a literal or a formula is a wrong one.
+SUMS = re.compile(r"(?!.*\*\*)[0-9+\-*/().\s]*", re.DOTALL)
+LISTS = re.compile(r"[^().\\{}:=]*", re.DOTALL)
+FUNCTIONS = "exp|log|ln|sqrt|pi|Abs|a?(?:sin|cos|tan)h?|sec|csc|cot"
+FORMULA = re.compile(
+    rf"(?:[0-9+\-*/^()\s]|(?<=[0-9])\.(?=[0-9])|(?<![A-Za-z])(?:[A-Za-z]|{FUNCTIONS})(?![A-Za-z]))*"
+)
+EVALUATED = {
+    "countdown": SUMS,
+    "puzzle24": SUMS,
+    "binary_matrix": LISTS,
+    "n_queens": LISTS,
+    "spiral_matrix": LISTS,
+    "string_insertion": LISTS,
+    "simple_integration": FORMULA,
+    "intermediate_integration": FORMULA,
+    "polynomial_multiplication": FORMULA,
+}
+
+
+class ReasoningGymTask:
+    """Questions of one reasoning-gym dataset, split by the hash of the question.
+
+    Options: name (countdown, chain_sum, ...); config (the dataset's own options); train_size (2000)
+    and eval_size (200), rows; answer_in (`tags`: `<answer>` and `</answer>`, `boxed`, or `text`:
+    the whole completion); system (the name of a system prompt of reasoning-gym, DeepSeekZero by
+    default, or a text of one's own, or null for none).
+
+    A fifth of all possible questions is for evaluation: no question is in both splits, whatever the
+    seeds. Columns: `entry`, what reasoning-gym made, and `dataset`, its name and config, are what
+    the scorer needs; `answer` is the known answer, where there is one.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        name: str,
+        config: Mapping[str, Any] | None = None,
+        train_size: int = 2000,
+        eval_size: int = 200,
+        answer_in: str = "tags",
+        system: str | None = "DeepSeekZero",
+    ) -> None:
+        for option, value in (("train_size", train_size), ("eval_size", eval_size)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise TaskError(
+                    f"task.options.{option} must be a whole number from 1 on, got {value!r}"
+                )
+        if answer_in not in ANSWER_IN:
+            raise TaskError(
+                f"task.options.answer_in must be one of {', '.join(ANSWER_IN)}, got {answer_in!r}"
+            )
+        if answer_in != "tags" and system == "DeepSeekZero":
+            raise TaskError(
+                f"task.options.answer_in={answer_in}, and the system prompt DeepSeekZero asks for "
+                "answer tags: set task.options.system to a text of your own, or to null"
+            )
+        self._dataset: dict[str, Any] = {"name": name, "config": dict(config or {})}
+        self._sizes = {"train": train_size, "eval": eval_size}
+        self._made = {
+            split: _make_dataset(name, self._dataset["config"], size, seed, split)
+            for split, size in self._sizes.items()
+        }
+        self._system = _system_prompt(system)
+        self.rewards = (
+            RewardFunctionConfig(
+                path="rewards.reasoning_gym:score", options={"answer_in": answer_in}
+            ),
+        )
+
+    def train_size(self) -> int:
+        return self._sizes["train"]
+
+    def train_row(self, index: int) -> Row:
+        return self._row("train", index)
+
+    def eval_size(self) -> int:
+        return self._sizes["eval"]
+
+    def eval_row(self, index: int) -> Row:
+        return self._row("eval", index)
+
+    def _row(self, split: str, index: int) -> Row:
+        size = self._sizes[split]
+        if not 0 <= index < size:
+            raise IndexError(f"row {index} of {size}")
+        for attempt in range(MAX_TRIES):
+            entry = self._made[split][index + attempt * size]
+            if _is_held_out(entry["question"]) == (split == "eval"):
+                break
+        else:
+            raise TaskError(
+                f"task.options: {self._dataset['name']} has too few different questions: none of "
+                f"{MAX_TRIES} was for the {split} split; widen task.options.config"
+            )
+        messages: Messages = [{"role": "user", "content": entry["question"]}]
+        if self._system is not None:
+            messages.insert(0, {"role": "system", "content": self._system})
+        columns = {"answer": entry["answer"], "entry": entry, "dataset": self._dataset}
+        return Row(f"{split}-{index}", messages, columns)
+
+
+def score(
+    completions: Sequence[Any],
+    entry: Sequence[Mapping[str, Any] | None],
+    dataset: Sequence[Mapping[str, Any] | None],
+    answer_in: str = "tags",
+    **_: Any,
+) -> list[dict[str, float] | Exception | None]:
+    """What reasoning-gym's own scorer says, in [0, 1], partial credit included.
+
+    entry, dataset: columns of the task; None where a row has none, and the function does not apply.
+    answer_in: see ReasoningGymTask; a completion without an answer is scored as reasoning-gym
+    scores None. `unreadable` is 1 where the scorer refuses the answer: it raises for this one and
+    not for the known one, or the answer is code where a formula is wanted. Such an answer is wrong.
+    """
+    if answer_in not in ANSWER_IN:
+        raise ValueError(f"answer_in must be one of {', '.join(ANSWER_IN)}, got {answer_in!r}")
+    return [
+        None if item is None or made_by is None else _score(text, item, made_by, answer_in)
+        for text, item, made_by in zip(completion_texts(completions), entry, dataset, strict=True)
+    ]
+
+
+def _score(
+    text: str, entry: Mapping[str, Any], dataset: Mapping[str, Any], answer_in: str
+) -> dict[str, float] | Exception:
+    scorer = _scorer(dataset["name"], json.dumps(dataset["config"], sort_keys=True))
+    answer = _answer(text, answer_in)
+    # The dataset that made an entry of a composite one is named inside.
+    kind = entry["metadata"].get("source_dataset", dataset["name"])
+    allowed = EVALUATED.get(kind)
+    if answer is not None and allowed is not None and not allowed.fullmatch(answer):
+        return {"score": float(scorer.score_answer(None, entry)), "unreadable": 1.0}
+    try:
+        return {"score": float(scorer.score_answer(answer, entry)), "unreadable": 0.0}
+    except MemoryError:
+        raise
+    # Code of others, given what a model wrote: some scorers raise at what they cannot read.
+    except Exception as error:  # noqa: BLE001
+        try:
+            scorer.score_answer(entry["answer"], entry)
+        # It cannot score at all: that is no fault of the answer.
+        except Exception:  # noqa: BLE001
+            return error
+        return {"score": 0.0, "unreadable": 1.0}
+
+
+def _answer(text: str, answer_in: str) -> str | None:
+    if answer_in == "tags":
+        return tagged(text, "answer", MAX_ANSWER)
+    if answer_in == "boxed":
+        return last_boxed(text)
+    return text.strip() if len(text) <= MAX_ANSWER else None
+
+
+@lru_cache(maxsize=64)
+def _scorer(name: str, config: str) -> Any:
+    import reasoning_gym
+
+    return reasoning_gym.create_dataset(name, seed=0, size=1, **json.loads(config))
+
+
+def _is_held_out(question: str) -> bool:
+    digest = hashlib.blake2b(question.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % HOLD_OUT_EVERY == 0
+
+
+def _make_dataset(name: str, config: Mapping[str, Any], size: int, seed: int, split: str) -> Any:
+    try:
+        import reasoning_gym
+        from reasoning_gym.factory import DATASETS
+    except ImportError as error:
+        raise TaskError(
+            f"task.name=reasoning_gym: {error}; pip install reasoning-gym==0.1.25"
+        ) from error
+    if name not in DATASETS:
+        near = ", ".join(difflib.get_close_matches(str(name), DATASETS, n=3))
+        hint = f"did you mean {near}?" if near else f"it has {', '.join(sorted(DATASETS))}"
+        raise TaskError(f"task.options.name={name}: reasoning-gym has no such dataset; {hint}")
+    for reserved in ("seed", "size"):
+        if reserved in config:
+            raise TaskError(
+                f"task.options.config.{reserved}: leave it out; run.seed, task.options.train_size "
+                "and task.options.eval_size say this"
+            )
+    if name in UNORDERED and not os.environ.get("PYTHONHASHSEED", "random").isdigit():
+        raise TaskError(
+            f"task.options.name={name}: its questions depend on the order of Python's sets, and a "
+            "resumed run would get others: set the environment variable PYTHONHASHSEED=0"
+        )
+    # Room for the questions that belong to the other split.
+    count = size * MAX_TRIES
+    number = derive_seed(seed, "reasoning_gym", split) % 2**31
+    try:
+        return reasoning_gym.create_dataset(name, seed=number, size=count, **config)
+    # Datasets check their configs with assert; an unknown key is a TypeError.
+    except (AssertionError, TypeError, ValueError, KeyError) as error:
+        raise TaskError(f"task.options.config: {name} refuses it: {error}") from error
+
+
+def _system_prompt(system: str | None) -> str | None:
+    from reasoning_gym.utils import SYSTEM_PROMPTS
+
+    if system is None or system in SYSTEM_PROMPTS:
+        return None if system is None else str(SYSTEM_PROMPTS[system])
+    if not isinstance(system, str) or not system.strip() or " " not in system.strip():
+        raise TaskError(
+            f"task.options.system={system!r}: neither one of {', '.join(SYSTEM_PROMPTS)}, nor a "
+            "text of several words"
+        )
+    return system
