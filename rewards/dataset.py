@@ -53,6 +53,7 @@ class DatasetTask:
     system: a system message before the others; needs messages, or chat.
     template: a text with {prompt} (and {column}) that takes the place of the prompt, or of the last
         user message; braces of its own are doubled.
+    demonstration: the column (ours) with a good answer, from which `cohort warmup` learns.
     eval_share: without eval_data, the share of different prompts that is held out (0.1). It is
         chosen by hash: the same prompts whatever the seed, the order of rows, system or template.
 
@@ -73,6 +74,7 @@ class DatasetTask:
         chat: bool = False,
         system: str | None = None,
         template: str | None = None,
+        demonstration: str | None = None,
         eval_share: float = 0.1,
     ) -> None:
         if not isinstance(eval_share, (int, float)) or not 0 < eval_share < 1:
@@ -106,6 +108,12 @@ class DatasetTask:
             return rows
 
         rows = read(data, "task.data", "", "train")
+        if demonstration is not None and demonstration not in rows[0][1].columns:
+            raise TaskError(
+                f"task.options.demonstration={demonstration}: no such column in task.data; it has "
+                f"{', '.join(rows[0][1].columns) or 'none'}"
+            )
+        self._demonstration = demonstration
         if eval_data is not None:
             held_out = read(eval_data, "task.eval_data", "eval-", "test")
             asked = {digest for digest, _ in held_out}
@@ -143,6 +151,13 @@ class DatasetTask:
 
     def eval_row(self, index: int) -> Row:
         return self._eval[index]
+
+    def demonstration(self, row: Row, epoch: int) -> str | None:  # noqa: ARG002
+        """The text of the row's column `task.options.demonstration`."""
+        if self._demonstration is None:
+            return None
+        text = row.columns.get(self._demonstration)
+        return None if text is None else str(text)
 
 
 # Columns ------------------------------------------------------------------------------------------

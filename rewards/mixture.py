@@ -14,7 +14,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from actors.records import derive_seed
 from rewards.config import RewardFunctionConfig, TaskConfig
 from rewards.rates import PassRates
-from rewards.tasks import Curriculum, Measures, Row, Task, TaskError, load_task, row_order
+from rewards.tasks import (
+    Curriculum,
+    Demonstrates,
+    Measures,
+    Row,
+    Task,
+    TaskError,
+    load_task,
+    row_order,
+)
 
 # Positions over which every part has exactly its share, spread evenly.
 BLOCK = 1000
@@ -128,6 +137,13 @@ class MixtureTask:
         epoch, at = divmod(position, size)
         order = row_order(derive_seed(seed, "mixture", part.label), epoch, size)
         return epoch, _labelled(part, part.task.train_row(order[at]))
+
+    def demonstration(self, row: Row, epoch: int) -> str | None:
+        """What the row's own task shows, if it does."""
+        [part] = [part for part in self._parts if part.label == row.source]
+        if not isinstance(part.task, Demonstrates):
+            return None
+        return part.task.demonstration(_unlabelled(part, row), epoch)
 
     def metrics(self, rows: Sequence[Row], completions: Sequence[str]) -> dict[str, float]:
         """The metrics of each part that has some, as `label/name`."""

@@ -194,14 +194,14 @@ def test_a_model_with_fewer_tokens_than_its_tokenizer(tmp_path: Path) -> None:
     assert code == 1 and "they do not belong together" in text
 
 
-def test_leaks_and_long_prompts(model: Path, tmp_path: Path) -> None:
+def test_long_prompts(model: Path, tmp_path: Path) -> None:
     rows = [{"prompt": f"{i} " * (2000 if i == 3 else 5), "answer": i} for i in range(20)]
-    held_out = [{"prompt": "5 " * 5, "answer": 5}, {"prompt": "new", "answer": 1}]
+    held_out = [{"prompt": "old", "answer": 5}, {"prompt": "new", "answer": 1}]
     for name, part in (("train", rows), ("eval", held_out)):
         text = "".join(json.dumps(row) + "\n" for row in part)
         (tmp_path / f"{name}.jsonl").write_text(text)
     task = {
-        "name": "jsonl",
+        "name": "dataset",
         "data": str(tmp_path / "train.jsonl"),
         "eval_data": str(tmp_path / "eval.jsonl"),
     }
@@ -212,7 +212,19 @@ def test_leaks_and_long_prompts(model: Path, tmp_path: Path) -> None:
     code, text = checked(model, tmp_path / "run", task=task, rewards=rewards)
     assert code == 0, text
     assert "1 of 22 prompts are too long and left out" in text
-    assert "1 of 2 held-out prompts are also trained on" in text
+
+
+def test_leaks(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "leaky.py").write_text(
+        "from rewards.tasks import AdditionTask\n"
+        "class Leaky(AdditionTask):\n"
+        "    def eval_row(self, index):\n"
+        "        return self.train_row(3) if index == 0 else super().eval_row(index)\n"
+    )
+    task = {"name": f"{tmp_path / 'leaky.py'}:Leaky"}
+    code, text = checked(model, tmp_path / "run", task=task)
+    assert code == 0, text
+    assert "1 of 17 held-out prompts are also trained on" in text
 
 
 def test_a_run_that_is_continued(model: Path, tmp_path: Path) -> None:

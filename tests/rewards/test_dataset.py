@@ -13,7 +13,7 @@ import pytest
 
 from rewards.config import TaskConfig
 from rewards.readers import plain
-from rewards.tasks import Row, Task, TaskError, load_task
+from rewards.tasks import Demonstrates, Row, Task, TaskError, load_task
 
 
 def make(data: Any, eval_data: Any = None, **options: Any) -> Task:
@@ -224,3 +224,17 @@ def test_a_folder_is_read_as_the_hub_would(tmp_path: Path, monkeypatch: Any) -> 
         make(f"{folder}?splits=train")
     with pytest.raises(TaskError, match="cannot be loaded"):
         make(f"{folder}?split=validation")
+
+
+def test_a_column_can_hold_demonstrations(tmp_path: Path) -> None:
+    rows = [{"prompt": f"Q{n}", "solution": f"It is {n}." if n else None} for n in range(4)]
+    file = lines(tmp_path / "a.jsonl", rows)
+    task = make(file, demonstration="solution")
+    assert isinstance(task, Demonstrates)
+    shown = [task.demonstration(row, 0) for row in rows_of(task)]
+    assert shown == [None, "It is 1.", "It is 2.", "It is 3."]
+    silent = make(file)
+    assert isinstance(silent, Demonstrates)
+    assert [silent.demonstration(row, 0) for row in rows_of(silent)] == [None] * 4
+    with pytest.raises(TaskError, match="it has solution"):
+        make(file, demonstration="answer")

@@ -14,7 +14,7 @@ from actors.records import Completion, Group, Prompt, ScoreMeta
 from rewards.config import RewardFunctionConfig, RewardsConfig, TaskConfig
 from rewards.mixture import BLOCK, MixtureTask, shares
 from rewards.rates import NO_RATES, Outcome, PassRates, Rate, RateHistory, outcome
-from rewards.tasks import Row, TaskError, load_task, sample_rows
+from rewards.tasks import Demonstrates, Row, TaskError, load_task, sample_rows
 from rewards.worker import RewardActor, reward_specs
 
 SMALL = {"name": "addition", "label": "small", "options": {"max_operand": 4}, "weight": 3}
@@ -267,3 +267,13 @@ def test_a_resumed_curriculum_draws_what_an_unbroken_one_draws(delay: int) -> No
         name.split("-")[1].split("/")[0] for step in range(14, 20) for name in straight[step]
     )
     assert late["large"] > 2 * late["small"]
+
+
+def test_each_part_demonstrates_its_own_rows() -> None:
+    task = mixture(LARGE, {"name": "travel", "options": {"train_size": 5, "eval_size": 2}})
+    assert isinstance(task, Demonstrates)
+    rows = [task.train_row(index) for index in range(task.train_size())]
+    shown = {row.source: task.demonstration(row, 0) for row in rows}
+    last = next(row for row in reversed(rows) if row.source == "large")
+    assert shown["large"] == str(last.columns["answer"])
+    assert json.loads(shown["travel"] or "")
