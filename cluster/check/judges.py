@@ -14,6 +14,7 @@ from cluster.check.sheet import Stage
 from cluster.config import Config
 from cluster.prepare import RunError
 from rewards.base import combine
+from rewards.tasks import Demonstrates, Task
 from rewards.worker import RewardActor, RewardSpec
 
 ROWS = 4
@@ -24,7 +25,7 @@ FORMS = {
     "{name} in \\boxed": "\\boxed{{{text}}}",
     "{name} in <answer>": "<answer>{text}</answer>",
 }
-ECHO, NOTHING = "the prompt again", "nothing"
+SHOWN, ECHO, NOTHING = "a demonstration", "the prompt again", "nothing"
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,27 @@ class Judges:
         return Judged(ScoreMeta(group.id, totals, by_function, errors, took, parts), seconds)
 
 
+def demonstrations(task: Task) -> list[str | None]:
+    """What the task shows for its first rows; nothing at all where it does not for each of them."""
+    first = range(min(ROWS, task.train_size()))
+    if not isinstance(task, Demonstrates):
+        return [None for _ in first]
+    shown = [task.demonstration(task.train_row(index), 0) for index in first]
+    return [None for _ in first] if None in shown else shown
+
+
 def check_rewards(
-    config: Config, judges: Judges, prompts: Sequence[Prompt], tokenizer: Any, stage: Stage
+    config: Config,
+    judges: Judges,
+    prompts: Sequence[Prompt],
+    demonstrated: Sequence[str | None],
+    tokenizer: Any,
+    stage: Stage,
 ) -> None:
-    """Judge made-up completions of real rows: the reference answer, the prompt again, nothing."""
-    groups = [made_up(prompt, tokenizer) for prompt in prompts[:ROWS]]
+    """Judge made-up completions of real rows: the reference answer, a demonstration, the prompt
+    again, nothing. demonstrated: one for each of the first ROWS prompts."""
+    pairs = zip(prompts[:ROWS], demonstrated, strict=True)
+    groups = [made_up(prompt, text, tokenizer) for prompt, text in pairs]
     judged = [judges.judge(group) for group in groups]
     kinds = [completion.id for completion in groups[0].completions]
     names = [spec.name for spec in judges.specs]
@@ -112,15 +129,17 @@ def check_rewards(
         _compare(config, totals, stage)
 
 
-def made_up(prompt: Prompt, tokenizer: Any) -> Group:
+def made_up(prompt: Prompt, demonstration: str | None, tokenizer: Any) -> Group:
     """A group of completions nobody generated; their ids say what they are."""
     last = prompt.content if isinstance(prompt.content, str) else prompt.content[-1]["content"]
-    texts = {}
+    texts: dict[str, str] = {}
     for name in REFERENCE_COLUMNS:
         if name in prompt.columns and isinstance(prompt.columns[name], str | int | float):
             text = str(prompt.columns[name])
             texts = {kind.format(name=name): form.format(text=text) for kind, form in FORMS.items()}
             break
+    if demonstration is not None:
+        texts[SHOWN] = demonstration
     texts |= {ECHO: last, NOTHING: ""}
     return Group(
         prompt.id,

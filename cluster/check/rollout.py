@@ -209,8 +209,8 @@ def _check_totals(config: Config, scores: Sequence[ScoreMeta], stage: Stage) -> 
     else:
         stage.warn(
             f"every completion earned {known[0]:g}: a run learns from differences only. Choose an "
-            "easier task (task.options, task.data), teach the form of the answer first (a "
-            "warmed-up model in model.path), or add a function that rewards part of the way"
+            "easier task (task.options, task.data), teach the form of the answer first (`cohort "
+            "warmup`), or add a function that rewards part of the way"
         )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from actors.records import Prompt
-from cluster.check.judges import Judges, check_rewards
+from cluster.check.judges import Judges, check_rewards, demonstrations
 from cluster.check.machine import check_machine
 from cluster.check.model import Model, Resumed, check_model, check_run_dir
 from cluster.check.prompts import Lengths, check_prompts, check_task
@@ -95,7 +95,9 @@ def _rewards_and_completions(
     try:
         with sheet.stage("rewards on made-up completions") as stage:
             judges = Judges(config, found.specs)
-            check_rewards(config, judges, found.prompts, model.tokenizer, stage)
+            assert found.task is not None
+            shown = demonstrations(found.task)
+            check_rewards(config, judges, found.prompts, shown, model.tokenizer, stage)
         if prompts:
             with sheet.stage("generated completions") as stage:
                 if judges is None or sheet.problems:

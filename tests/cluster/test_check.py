@@ -86,6 +86,8 @@ def test_a_good_config(model: Path, tmp_path: Path) -> None:
     assert text.count("[ok]") == 7
     [answer] = [line for line in text.splitlines() if line.strip().startswith("answer  ")]
     assert answer.split() == ["answer", "1.00", "1.00"]
+    [shown] = [line for line in text.splitlines() if line.strip().startswith("a demonstration  ")]
+    assert shown.split()[-2:] == ["1.00", "1.00"]
     assert not (tmp_path / "run").exists()
     assert list(tmp_path.iterdir()) == []
 
@@ -132,7 +134,7 @@ def test_several_problems_are_told_at_once(model: Path, judge: Path, tmp_path: P
     assert "This run could not work: 3 problems." in text
     # As a run would say it, with the end of its traceback.
     assert "RuntimeError: the judge is out to lunch" in text
-    assert "raises failed (raised) on 20 of 20 completions" in text
+    assert "raises failed (raised) on 24 of 24 completions" in text
 
 
 def test_a_reward_that_fails_only_on_nothing_is_a_warning(
@@ -140,7 +142,7 @@ def test_a_reward_that_fails_only_on_nothing_is_a_warning(
 ) -> None:
     code, text = checked(model, tmp_path / "run", rewards={"functions": [f"{judge}:needs_text"]})
     assert code == 0
-    assert "needs_text failed (raised) on 4 of 20 completions" in text
+    assert "needs_text failed (raised) on 4 of 24 completions" in text
     assert "ZeroDivisionError" in text
 
 
