@@ -1,0 +1,128 @@
+"""The travel planner, measured: warm-up, then GRPO over several seeds, on held-out queries.
+
+    .venv/bin/python benchmarks/travel.py [--level 1] [--seeds 0 1 2] [--steps 40] [--out FOLDER]
+
+One `cohort warmup` of SmolLM2-135M-Instruct with deploy/configs/travel.yaml; then for every seed
+`cohort eval` of the warmed-up model, `cohort train` from it, `cohort eval` of the result. A seed
+has queries of its own, for training and for evaluation. Writes FOLDER/results.json (raw numbers)
+and FOLDER/results.md (tables). What is already there is not run again. Nothing else should run on
+the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+from quickstart import ROOT, cohort, save
+
+CONFIG = ROOT / "deploy" / "configs" / "travel.yaml"
+
+
+def warm_up(options: argparse.Namespace) -> dict[str, Any]:
+    """The warmed-up model in FOLDER/warm; its losses."""
+    model, log = options.out / "warm", options.out / "warm.log"
+    if not model.exists():
+        cohort(
+            "warmup", CONFIG, model, "--steps", options.warmup_steps, "--batch-size", 16,
+            "--learning-rate", 1e-4, "learner.lr_schedule=linear",
+            "learner.micro_batch_tokens=2048", f"task.options={{level: {options.level}}}", log=log,
+        )  # fmt: skip
+    text = log.read_text()
+    return {
+        "steps": options.warmup_steps,
+        "losses": [float(loss) for loss in re.findall(r"loss ([\d.]+)  grad", text)],
+        "held_out": [float(loss) for loss in re.findall(r"held-out loss ([\d.]+)", text)],
+    }
+
+
+def measure(seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Evaluate, train, evaluate with one seed."""
+    folder = options.out / f"seed-{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    run, before, after = folder / "run", folder / "before.json", folder / "after.json"
+    keys = [
+        f"run.seed={seed}",
+        f"task.options={{level: {options.level}}}",
+        f"task.eval_prompts={options.eval_prompts}",
+        f"model.path={options.out / 'warm'}",
+    ]
+    cohort("eval", CONFIG, "-o", before, *keys, log=folder / "before.log")
+    if not (run / "metrics.jsonl").exists():
+        cohort(
+            "train", CONFIG, *keys, f"run.dir={run}", f"run.steps={options.steps}",
+            f"learner.learning_rate={options.learning_rate}", "learner.micro_batch_tokens=2048",
+            log=folder / "train.log",
+        )  # fmt: skip
+    cohort("eval", run, "-o", after, *keys[2:3], log=folder / "after.log")
+    return {
+        "seed": seed,
+        "before": json.loads(before.read_text()),
+        "after": json.loads(after.read_text()),
+        "metrics": [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()],
+    }
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Held-out results, then the curve."""
+    lines = [
+        "| seed | reward, greedy | pass@1 | pass@8 | final pass, greedy | sampled "
+        "| hard rules (micro), sampled | commonsense (micro), sampled | delivery, sampled |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        old, new = result["before"], result["after"]
+        cells = [
+            (old["greedy_reward"], new["greedy_reward"]),
+            (old["pass_at"]["1"], new["pass_at"]["1"]),
+            (old["pass_at"]["8"], new["pass_at"]["8"]),
+            (old["task_greedy"]["final_pass_rate"], new["task_greedy"]["final_pass_rate"]),
+            *(
+                (old["task_sampled"][name], new["task_sampled"][name])
+                for name in ("final_pass_rate", "hard_micro", "commonsense_micro", "delivery_rate")
+            ),
+        ]
+        lines.append(
+            f"| {result['seed']} | "
+            + " | ".join(f"{before:.2f} → {after:.2f}" for before, after in cells)
+            + " |"
+        )
+    lines += ["", "Mean reward of training, by tens of steps:", ""]
+    tens = len(results[0]["metrics"]) // 10
+    lines.append("| seed | " + " | ".join(f"{10 * i}-{10 * i + 9}" for i in range(tens)) + " |")
+    lines.append("|---" * (tens + 1) + "|")
+    for result in results:
+        rewards = [row["reward/mean"] for row in result["metrics"]]
+        means = [statistics.mean(rewards[10 * i : 10 * i + 10]) for i in range(tens)]
+        lines.append(f"| {result['seed']} | " + " | ".join(f"{m:.3f}" for m in means) + " |")
+    seconds = [row["time/step"] for result in results for row in result["metrics"]]
+    lines += ["", f"A step took {statistics.median(seconds):.1f} s (median)."]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--level", type=int, default=1)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--warmup-steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--learning-rate", type=float, default=1e-5)
+    parser.add_argument("--eval-prompts", type=int, default=64)
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "benchmark-travel")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    warm = warm_up(options)
+    results = []
+    for seed in options.seeds:
+        print(f"seed {seed} ...", flush=True)
+        results.append(measure(seed, options))
+        settings = {name: str(value) for name, value in vars(options).items() if name != "out"}
+        save(options.out, table(results), settings=settings, warm_up=warm, results=results)
+
+
+if __name__ == "__main__":
+    main()
