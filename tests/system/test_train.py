@@ -99,24 +99,33 @@ def test_two_actors_two_ranks_two_reward_workers(
     nothing_left()
 
 
+# A task that chooses its rows by what was solved before: a resumed run must choose the same ones.
+CURRICULUM: dict[str, object] = {
+    "task__name": "mixture",
+    "task__options": "{curriculum: true, tasks: [{name: addition, label: large}, "
+    "{name: addition, label: small, options: {max_operand: 4}}]}",
+    "task__solved_at": 0.2,
+}
+
+
 @pytest.fixture(scope="module")
 def straight(cohort: Cohort) -> Path:
     """Four steps in one go."""
     run = cohort.folder / "straight"
-    result = cohort.train(run__dir=run, run__steps=4)
+    result = cohort.train(run__dir=run, run__steps=4, **CURRICULUM)
     assert result.returncode == 0, shown(result)
     return run
 
 
 def test_a_resumed_run_equals_one_that_never_stopped(cohort: Cohort, straight: Path) -> None:
     run = cohort.folder / "resumed"
-    first = cohort.train(run__dir=run, run__steps=2)
+    first = cohort.train(run__dir=run, run__steps=2, **CURRICULUM)
     assert first.returncode == 0, shown(first)
     # A torn, newer checkpoint must not be chosen.
     torn = run / "checkpoints" / "step-3"
     torn.mkdir()
     (torn / "state.json").write_text("{}")
-    second = cohort.train(run__dir=run, run__steps=4, run__resume="true")
+    second = cohort.train(run__dir=run, run__steps=4, run__resume="true", **CURRICULUM)
     assert second.returncode == 0, shown(second)
 
     assert [row["step"] for row in rows(run)] == [0, 1, 2, 3]
@@ -233,7 +242,13 @@ def test_a_hanging_reward_stops_the_run_with_one_message(
     cohort: Cohort, nothing_left: Callable[[], None]
 ) -> None:
     run = cohort.folder / "broken"
-    result = cohort.train(run__dir=run, rewards__functions="[judge.py:hangs]", rewards__timeout_s=1)
+    result = cohort.train(
+        run__dir=run,
+        task__prompts_per_step=2,
+        task__group_size=2,
+        rewards__functions="[judge.py:hangs]",
+        rewards__timeout_s=1,
+    )
     assert result.returncode == 1, shown(result)
     assert "timeout" in result.stderr
     assert "rewards.max_error_rate" in result.stderr
