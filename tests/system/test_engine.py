@@ -119,7 +119,13 @@ MAKERS = {
 }
 
 
-@pytest.fixture(scope="module", params=MAKERS)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=[pytest.mark.exhaustive] if name == "qwen2-tied" else [])
+        for name in MAKERS
+    ],
+)
 def served(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     tmp = tmp_path_factory.mktemp(request.param)
     folder = MAKERS[request.param](tmp / "model")

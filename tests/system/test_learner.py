@@ -176,9 +176,9 @@ EVERY_SHAPE = [
         (2, 1, "llama-tied", False),
         (2, 2, "qwen2-untied", False),
         (2, 3, "llama-tied", True),
-        (3, 0, "qwen2-untied", False),
+        (3, 0, "qwen2-untied", True),
         (3, 1, "llama-tied", True),
-        (3, 2, "qwen2-untied", True),
+        (3, 2, "qwen2-untied", False),
         (3, 3, "gpt2", False),
     ]
 ]
@@ -391,7 +391,7 @@ def test_kl_in_the_reward(run: Any, models: dict[str, Path], tmp_path: Path) -> 
         (2, 2, "float32", "gpt2"),
         (2, 3, "bfloat16", "llama-tied"),
         (1, 1, "float16", "llama-tied"),
-        (2, 3, "float16", "llama-tied"),
+        pytest.param((2, 3, "float16", "llama-tied"), marks=pytest.mark.exhaustive),
     ],
     ids=lambda p: f"{p[0]}rank-zero{p[1]}-{p[2]}-{p[3]}",
 )
