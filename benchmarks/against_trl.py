@@ -299,6 +299,7 @@ def our_steps(regime: str, prompts: list[str], steps: int, out: Path, name: str)
         "task.group_size": GROUP,
         "rewards.functions": f"[{out / 'reward.py'}:variety]",
         "actors.max_tokens": length,
+        "actors.compile": "true",
         "learner.learning_rate": 1e-6,
         "learner.micro_batch_tokens": 8192,
         "learner.logit_chunk_tokens": 4096,
