@@ -13,12 +13,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import re
 import statistics
 from pathlib import Path
 from typing import Any
 
 from quickstart import ROOT, cohort, save
+
+from rewards.travel.plan import Day, Plan, to_json
+from rewards.travel.query import from_columns
+from rewards.travel.scores import evaluate, travelplanner_metrics
+from rewards.travel.solver import cheapest
+from rewards.travel.task import TravelTask
 
 CONFIG = ROOT / "deploy" / "configs" / "travel.yaml"
 
@@ -36,7 +43,8 @@ def warm_up(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "steps": options.warmup_steps,
         "losses": [float(loss) for loss in re.findall(r"loss ([\d.]+)  grad", text)],
-        "held_out": [float(loss) for loss in re.findall(r"held-out loss ([\d.]+)", text)],
+        # Before and after, in nats a token.
+        "held_out": [float(loss) for loss in re.findall(r"([\d.]+) -> ([\d.]+)", text)[0]],
     }
 
 
@@ -63,20 +71,47 @@ def measure(seed: int, options: argparse.Namespace) -> dict[str, Any]:
         "seed": seed,
         "before": json.loads(before.read_text()),
         "after": json.loads(after.read_text()),
+        "by_chance": by_chance(seed, options.level, options.eval_prompts),
         "metrics": [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()],
     }
+
+
+def by_chance(seed: int, level: int, prompts: int, samples: int = 8) -> dict[str, float]:
+    """TravelPlanner's metrics of plans that have the right days and cities, and hotels, meals and
+    sights drawn from the tables: what reading the names without thinking would earn."""
+    task = TravelTask(seed, level)
+    found = []
+    for index in range(prompts):
+        query = from_columns(task.eval_row(index).columns["query"])
+        solution = cheapest(query)
+        assert solution is not None
+        rng = random.Random(index)
+        for _ in range(samples):
+            days, left = [], {}
+            for day in solution.plan.days:
+                city = query.country.city(day.city)
+                names = left.setdefault(city.name, [sight.name for sight in city.sights])
+                sights = [names.pop(rng.randrange(len(names)))]
+                while names and len(sights) < query.max_sights and rng.random() < 0.5:
+                    sights.append(names.pop(rng.randrange(len(names))))
+                hotel = rng.choice(city.hotels).name if day.hotel else None
+                meals = tuple(rng.choice(city.restaurants).name for _ in day.meals)
+                days.append(Day(day.city, meals, tuple(sights), hotel, day.travel))
+            found.append(evaluate(query, to_json(Plan(tuple(days)))))
+    return travelplanner_metrics(found)
 
 
 def table(results: list[dict[str, Any]]) -> str:
     """Held-out results, then the curve."""
     lines = [
         "| seed | reward, greedy | pass@1 | pass@8 | final pass, greedy | sampled "
-        "| hard rules (micro), sampled | commonsense (micro), sampled | delivery, sampled |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| by chance | hard rules (micro), sampled | commonsense (micro), sampled "
+        "| delivery, sampled |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
         old, new = result["before"], result["after"]
-        cells = [
+        pairs = [
             (old["greedy_reward"], new["greedy_reward"]),
             (old["pass_at"]["1"], new["pass_at"]["1"]),
             (old["pass_at"]["8"], new["pass_at"]["8"]),
@@ -86,11 +121,9 @@ def table(results: list[dict[str, Any]]) -> str:
                 for name in ("final_pass_rate", "hard_micro", "commonsense_micro", "delivery_rate")
             ),
         ]
-        lines.append(
-            f"| {result['seed']} | "
-            + " | ".join(f"{before:.2f} → {after:.2f}" for before, after in cells)
-            + " |"
-        )
+        cells = [f"{before:.2f} → {after:.2f}" for before, after in pairs]
+        cells.insert(5, f"{result['by_chance']['final_pass_rate']:.2f}")
+        lines.append(f"| {result['seed']} | " + " | ".join(cells) + " |")
     lines += ["", "Mean reward of training, by tens of steps:", ""]
     tens = len(results[0]["metrics"]) // 10
     lines.append("| seed | " + " | ".join(f"{10 * i}-{10 * i + 9}" for i in range(tens)) + " |")
