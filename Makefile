@@ -13,8 +13,8 @@ export PYTHONUNBUFFERED := 1
 help:
 	@echo "make setup      virtual environment, locked packages, the quickstart's model"
 	@echo "make train      set up, then train the quickstart (CONFIG=..., ARGS='key=value ...')"
-	@echo "make test       set up, then run all tests (about 18 minutes)"
-	@echo "make test-fast  the tests that need no engine (about a minute)"
+	@echo "make test       set up, then run all tests (about 20 minutes)"
+	@echo "make test-fast  the tests that need no engine (two to three minutes)"
 	@echo "make lint       ruff and mypy"
 	@echo "make lock       resolve requirements/cpu.in again"
 
