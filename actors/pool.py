@@ -18,6 +18,7 @@ from actors.records import Failure, GroupMeta, WeightsInfo
 from actors.rollout import Place, Request, split_cores
 
 MAX_ATTEMPTS = 3
+# Of one actor in a row, without a group between them: then the fault is not in the process.
 MAX_RESTARTS = 3
 
 Outcome = tuple[GroupMeta | Failure, Any]
@@ -49,7 +50,7 @@ class _Slot:
     cores: tuple[int, ...] = ()
     load: int = 0
     ready: bool = False
-    restarts: int = 0
+    failures: int = 0
     generation: int = 0
     repair: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -106,22 +107,28 @@ class RolloutPool:
             shares = split_cores(self.places[here[0]].cores, len(here))
             for index, cores in zip(here, shares, strict=True):
                 self._slots[index].cores = cores
-        return list(await asyncio.gather(*(self._start_engine(slot) for slot in self._slots)))
+        try:
+            return list(await asyncio.gather(*(self._start_engine(slot) for slot in self._slots)))
+        except _ActorLost as lost:
+            # Nothing ran yet: what fails now is most likely the setup, which a retry repeats.
+            raise RolloutError(str(lost)) from None
 
     async def _start_engine(self, slot: _Slot) -> float:
-        answer = await _wait(
+        answer = await self._ask(
+            slot,
             slot.handle.start.remote(slot.cores, self._serve_loaded),
             self._config.start_timeout_s,
-            f"rollout-{slot.index} to start its engine (actors.start_timeout_s)",
+            "to start its engine (actors.start_timeout_s)",
         )
         if isinstance(answer, Failure):
-            raise RolloutError(f"{answer.what}: {answer.message}")
+            raise _ActorLost(f"{answer.what}: {answer.message}")
         slot.ready = self._serve_loaded
         return float(answer)
 
     async def sync(self, info: WeightsInfo, probe: Probe) -> float:
         """Bring every actor to a published version; the largest probe gap, in nats.
 
+        An actor that died or failed meanwhile is replaced; the new one pulls the same version.
         Raises RolloutError when an engine scores the probe differently from the learner: it is
         not serving the weights that were published.
         """
@@ -147,7 +154,8 @@ class RolloutPool:
             f"to load weights {info.version} (actors.sync_timeout_s)",
         )
         if isinstance(answer, Failure):
-            raise RolloutError(f"{answer.what}: {answer.message}")
+            text = f"{answer.what}: {answer.message}"
+            raise RolloutError(text) if answer.kind == "data" else _ActorLost(text)
         gap = probe_gap(probe.logprobs, answer)
         if not gap <= probe.tolerance:
             raise RolloutError(
@@ -224,6 +232,7 @@ class RolloutPool:
                         f"to generate group {request.group_id} (actors.group_timeout_s)",
                     )
                     if isinstance(meta, GroupMeta):
+                        slot.failures = 0
                         return meta, group
                     refused = meta
                 failure = refused
@@ -270,29 +279,34 @@ class RolloutPool:
         async with slot.repair:
             if slot.generation != generation:
                 return 0.0
-            slot.ready = False
-            slot.restarts += 1
-            self.restarts += 1
-            if slot.restarts > MAX_RESTARTS:
-                raise RolloutError(
-                    f"rollout-{slot.index} failed {slot.restarts} times; the last time: {why}"
-                )
-            self._notify(f"rollout-{slot.index} is replaced: {why}")
-            ray.kill(slot.handle)
-            slot.handle = self._make_actor(f"rollout-{slot.index}")
-            slot.generation += 1
-            await _wait(
-                slot.handle.place.remote(),
-                self._config.start_timeout_s,
-                f"Ray to place the new rollout-{slot.index} (actors.start_timeout_s)",
-            )
-            await self._start_engine(slot)
-            if self._serve_loaded:
-                return 0.0
-            try:
-                return await self._sync_one(slot)
-            except _ActorLost as lost:
-                raise RolloutError(f"the new rollout-{slot.index} failed at once: {lost}") from None
+            while True:
+                slot.ready = False
+                slot.failures += 1
+                if slot.failures > MAX_RESTARTS:
+                    raise RolloutError(
+                        f"rollout-{slot.index} failed {slot.failures} times in a row; the last "
+                        f"time: {why}"
+                    )
+                self.restarts += 1
+                self._notify(f"rollout-{slot.index} is replaced: {why}")
+                ray.kill(slot.handle)
+                slot.handle = self._make_actor(f"rollout-{slot.index}")
+                slot.generation += 1
+                try:
+                    return await self._bring_up(slot)
+                except _ActorLost as lost:
+                    why = str(lost)
+
+    async def _bring_up(self, slot: _Slot) -> float:
+        """Place and start a new actor, with the current weights; the probe's gap, in nats."""
+        await self._ask(
+            slot,
+            slot.handle.place.remote(),
+            self._config.start_timeout_s,
+            "to be placed by Ray (actors.start_timeout_s)",
+        )
+        await self._start_engine(slot)
+        return 0.0 if self._serve_loaded else await self._sync_one(slot)
 
     async def memory(self) -> int:
         """Peak resident bytes of all actors and engines."""

@@ -66,7 +66,12 @@ class FakeActor:
         self.cores = cores
         return self.plan.get("start", 1.0)
 
-    async def _sync(self, weights: WeightsInfo, _probe: list[int]) -> list[float]:
+    async def _sync(self, weights: WeightsInfo, _probe: list[int]) -> list[float] | Failure:
+        what = self.plan.get(f"v{weights.version}")
+        if what == "die":
+            raise ActorDiedError()
+        if what is not None:
+            return what
         self.version = weights.version
         return self.probe
 
@@ -207,8 +212,61 @@ def test_an_actor_that_keeps_failing_ends_the_run_with_its_last_words(
             [task] = await pool.generate([request(f"g{index}")])
             await task
 
-    with pytest.raises(RolloutError, match=r"failed 4 times; the last time: boom 3"):
+    with pytest.raises(RolloutError, match=r"failed 4 times in a row; the last time: boom 3"):
         asyncio.run(main())
+
+
+@pytest.mark.parametrize("how", ["die", Failure("infra", "broke", "its engine died")])
+def test_an_actor_lost_during_a_sync_is_replaced(made: list[FakeActor], how: Any) -> None:
+    """Also when its replacement is lost in the same way."""
+
+    async def main() -> RolloutPool:
+        pool = await started(pool_of(made, [{}, {"v7": how}, {"v7": how}]))
+        await pool.sync(info(7), probe())
+        return pool
+
+    pool = asyncio.run(main())
+    assert pool.restarts == 2
+    assert [actor.version for actor in made] == [7, 0, -1, 7]
+
+
+def test_a_replacement_that_cannot_start_is_tried_again(made: list[FakeActor]) -> None:
+    late = {"start": Failure("infra", "could not start", "memory is still taken")}
+
+    async def main() -> list[Any]:
+        pool = await started(pool_of(made, [{"g0": "die"}, late], count=1))
+        [task] = await pool.generate([request("g0")])
+        return [(await task)[0], pool.restarts]
+
+    meta, restarts = asyncio.run(main())
+    assert isinstance(meta, GroupMeta)
+    assert restarts == 2
+
+
+def test_weights_that_no_engine_takes_stop_the_run(made: list[FakeActor]) -> None:
+    plans = [{"v1": Failure("data", "rollout-0 refused weights", "older")}]
+
+    async def main() -> None:
+        pool = await started(pool_of(made, plans, count=1))
+        await pool.sync(info(1), probe())
+
+    with pytest.raises(RolloutError, match="refused weights: older"):
+        asyncio.run(main())
+    assert len(made) == 1
+
+
+def test_failures_far_apart_do_not_add_up(made: list[FakeActor]) -> None:
+    """A run of weeks loses an actor now and then; only failures in a row end it."""
+    plans = [{f"g{i}": "die"} for i in range(0, 20, 2)]
+
+    async def main() -> int:
+        pool = await started(pool_of(made, plans, count=1))
+        for index in range(2 * (MAX_RESTARTS + 2)):
+            [task] = await pool.generate([request(f"g{index}")])
+            assert isinstance((await task)[0], GroupMeta)
+        return pool.restarts
+
+    assert asyncio.run(main()) == MAX_RESTARTS + 2
 
 
 def test_wrong_weights_stop_the_run(made: list[FakeActor]) -> None:

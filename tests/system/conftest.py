@@ -78,6 +78,11 @@ class Cohort:
             check=False,
         )
 
+    def process(self, title: str) -> psutil.Process:
+        """The live process of our runs that calls itself so; vLLM and Ray set titles."""
+        [found] = [process for process, name in ours(self.mark) if name.startswith(title)]
+        return found
+
     def train(self, **overrides: object) -> subprocess.CompletedProcess[str]:
         return self.run(*self.arguments("train", **overrides))
 
@@ -106,13 +111,14 @@ def cohort(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Cohort
     return Cohort(tmp_path_factory.mktemp("cohort"), tiny_model)
 
 
-def ours(mark: str) -> list[str]:
-    """Live processes that descend from a command of ours: they inherited its environment."""
+def ours(mark: str) -> list[tuple[psutil.Process, str]]:
+    """Live processes that descend from a command of ours (they inherited its environment), and
+    what they call themselves."""
     found = []
     for process in psutil.process_iter(["status"]):
         try:
             if process.environ().get("COHORT_TEST") == mark:
-                found.append(" ".join(process.cmdline())[:120])
+                found.append((process, " ".join(process.cmdline())[:120]))
         except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
             continue
     return found
@@ -130,7 +136,7 @@ def nothing_left(cohort: Cohort) -> Iterator[Callable[[], None]]:
 
     def check(within: float = 20) -> None:
         deadline = time.monotonic() + within
-        while (alive := ours(cohort.mark)) or shared_files() - files:
+        while (alive := [name for _, name in ours(cohort.mark)]) or shared_files() - files:
             assert time.monotonic() < deadline, f"left: {alive} {shared_files() - files}"
             time.sleep(0.2)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import signal
@@ -13,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 import yaml
@@ -195,9 +193,7 @@ def test_killed_engines_are_replaced_and_sigterm_saves(
     log = cohort.folder / "out.log"
     for step, victim in ((2, "VLLM::EngineCore"), (10, "ray::RolloutActor")):
         wait_for(log, f"step {step:3}/500", process)
-        [found] = [p for p in psutil.Process(process.pid).children(recursive=True)
-                   if titled(p, victim)]  # fmt: skip
-        found.kill()
+        cohort.process(victim).kill()
     wait_for(log, "step  16/500", process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 143, log.read_text()
@@ -219,13 +215,6 @@ def test_killed_engines_are_replaced_and_sigterm_saves(
     assert checkpoint.name == f"step-{len(table)}"
     assert "run.resume=true" in log.read_text()
     nothing_left()
-
-
-def titled(process: psutil.Process, title: str) -> bool:
-    """Whether the process calls itself so; vLLM and Ray set titles."""
-    with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
-        return " ".join(process.cmdline()).startswith(title)
-    return False
 
 
 def test_sigkill_of_the_driver_leaves_nothing_behind(
