@@ -1,6 +1,6 @@
 """The travel planner, measured: warm-up, then GRPO over several seeds, on held-out queries.
 
-    .venv/bin/python benchmarks/travel.py [--level 1] [--seeds 0 1 2] [--steps 40] [--out FOLDER]
+    .venv/bin/python benchmarks/travel.py [--level 1] [--seeds 0 1 2] [--steps 30] [--out FOLDER]
 
 One `cohort warmup` of SmolLM2-135M-Instruct with deploy/configs/travel.yaml; then for every seed
 `cohort eval` of the warmed-up model, `cohort train` from it, `cohort eval` of the result. A seed
@@ -142,8 +142,8 @@ def main() -> None:
     parser.add_argument("--level", type=int, default=1)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--warmup-steps", type=int, default=40)
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--learning-rate", type=float, default=1e-5)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--learning-rate", type=float, default=3e-5)
     parser.add_argument("--eval-prompts", type=int, default=64)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "benchmark-travel")
     options = parser.parse_args()

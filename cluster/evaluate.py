@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +14,7 @@ from actors.rollout import Request
 from cluster.config import Config
 from cluster.console import Console
 from cluster.placement import plan
-from cluster.prepare import RunError, prepare
+from cluster.prepare import RunError, passing_logs, prepare
 from cluster.run import connect, make_pool, make_rewards, shut_down
 from learner.checkpoint import latest
 from rewards.base import error_tail
@@ -81,38 +79,36 @@ async def evaluate(config: Config, model: Path | None, console: Console) -> Repo
     samples = config.task.group_size
     console.stage("starting Ray")
     placement = plan(config, connect(config), prepared.parameters)
-    # No run directory here: engine logs live as long as they may be needed for an error message.
-    log_dir = Path(tempfile.mkdtemp(prefix="cohort-eval-"))
-    pool = make_pool(prepared, placement, log_dir, console)
-    rewards = make_rewards(prepared, placement)
-    try:
-        console.stage(f"starting {config.actors.count} engine(s)")
-        await asyncio.gather(
-            pool.start(config.cluster.start_timeout_s, serve_loaded=True),
-            rewards.check(config.cluster.start_timeout_s),
-        )
-        console.stage(f"{count} held-out prompts, greedy and {samples} samples each")
-        requests = [
-            Request(
-                f"{kind}:{prompt.id}",
-                prompt,
-                SamplingSpec(
-                    max_tokens=config.actors.max_tokens,
-                    temperature=config.actors.temperature,
-                    n=1 if kind == "greedy" else samples,
-                    seed=derive_seed(config.run.seed, "eval", prompt.id),
-                ),
-                greedy=kind == "greedy",
+    with passing_logs("eval") as log_dir:
+        pool = make_pool(prepared, placement, log_dir, console)
+        rewards = make_rewards(prepared, placement)
+        try:
+            console.stage(f"starting {config.actors.count} engine(s)")
+            await asyncio.gather(
+                pool.start(config.cluster.start_timeout_s, serve_loaded=True),
+                rewards.check(config.cluster.start_timeout_s),
             )
-            for prompt in prompts
-            for kind in ("greedy", "sampled")
-        ]
-        tasks = await pool.generate(requests)
-        judged = await asyncio.gather(*(_score(rewards, task) for task in tasks))
-    finally:
-        shut_down(pool, rewards, None)
-        ray.shutdown()
-    shutil.rmtree(log_dir, ignore_errors=True)
+            console.stage(f"{count} held-out prompts, greedy and {samples} samples each")
+            requests = [
+                Request(
+                    f"{kind}:{prompt.id}",
+                    prompt,
+                    SamplingSpec(
+                        max_tokens=config.actors.max_tokens,
+                        temperature=config.actors.temperature,
+                        n=1 if kind == "greedy" else samples,
+                        seed=derive_seed(config.run.seed, "eval", prompt.id),
+                    ),
+                    greedy=kind == "greedy",
+                )
+                for prompt in prompts
+                for kind in ("greedy", "sampled")
+            ]
+            tasks = await pool.generate(requests)
+            judged = await asyncio.gather(*(_score(rewards, task) for task in tasks))
+        finally:
+            shut_down(pool, rewards, None)
+            ray.shutdown()
     greedy, sampled = judged[0::2], judged[1::2]
     return replace(
         _report(config, [s for s, _ in greedy], [s for s, _ in sampled], samples),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -198,7 +199,7 @@ def logged_metrics(batch: Batch) -> dict[str, float]:
     return {name: _mean(values) for name, values in parts.items()} | dict(errors)
 
 
-def quantile(values: list[float], share: float) -> float:
+def quantile(values: Sequence[float], share: float) -> float:
     """The smallest value that is not below `share` of the values; NaN without any."""
     return sorted(values)[max(0, math.ceil(share * len(values)) - 1)] if values else math.nan
 

@@ -1,12 +1,17 @@
 """What is checked and loaded before anything starts: model folder, task, rewards, lengths, run.dir.
 
-Nothing here needs Ray, an engine or a learner; nothing is written except the run's folder.
+Nothing here needs Ray, an engine or a learner; nothing is written except the run's folder,
+or one for logs.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,6 +193,17 @@ def find_run_dir(config: Config) -> Path:
     if holds - {"logs"} and "config.yaml" not in holds:
         raise RunError(f"run.dir={folder} holds other files and no run: choose another run.dir")
     return folder
+
+
+@contextmanager
+def passing_logs(command: str) -> Iterator[Path]:
+    """A folder for the logs of a command that has no run directory.
+
+    It stays when the block raises: the error's message may name a file in it.
+    """
+    folder = Path(tempfile.mkdtemp(prefix=f"cohort-{command}-"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def claim_run_dir(config: Config) -> Path:

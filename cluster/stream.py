@@ -55,6 +55,17 @@ class Batch:
     outcomes: tuple[Outcome, ...] = ()
 
 
+def group_request(config: Config, step: int, prompt: Prompt) -> Request:
+    """What a step asks for a prompt: a group, whose seed is its own in every run and step."""
+    sampling = SamplingSpec(
+        max_tokens=config.actors.max_tokens,
+        temperature=config.actors.temperature,
+        n=config.task.group_size,
+        seed=derive_seed(config.run.seed, "rollout", step, prompt.id),
+    )
+    return Request(f"{step}:{prompt.id}", prompt, sampling)
+
+
 class GroupStream:
     """Admits prompts, hands over scored groups.
 
@@ -101,21 +112,12 @@ class GroupStream:
         rates = self.history.before(step) if self.history else NO_RATES
         taken = self._draw(self.cursor, count, rates)
         self.cursor = taken.cursor
-        requests = [self._request(step, prompt) for prompt in taken.prompts]
+        requests = [group_request(self._config, step, prompt) for prompt in taken.prompts]
         drawn = self._drawn.setdefault(step, {})
         drawn.update((request.group_id, request.prompt) for request in requests)
         generating = await self._pool.generate(requests)
         self.admitted += len(requests) * self._config.task.group_size
         return [asyncio.create_task(self._score(task)) for task in generating]
-
-    def _request(self, step: int, prompt: Prompt) -> Request:
-        sampling = SamplingSpec(
-            max_tokens=self._config.actors.max_tokens,
-            temperature=self._config.actors.temperature,
-            n=self._config.task.group_size,
-            seed=derive_seed(self._config.run.seed, "rollout", step, prompt.id),
-        )
-        return Request(f"{step}:{prompt.id}", prompt, sampling)
 
     async def _score(self, generating: asyncio.Task[Any]) -> _Produced:
         meta, group = await generating

@@ -9,8 +9,6 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -31,8 +29,14 @@ from actors.records import (
 from cluster.config import Config, ConfigError, compact, parse_overrides
 from cluster.console import Console, duration
 from cluster.placement import plan, this_machine
-from cluster.prepare import Prepared, prepare
-from cluster.run import check_reachable, connect, ray_address, start_learner, stop_on_signals
+from cluster.prepare import Prepared, passing_logs, prepare
+from cluster.run import (
+    check_reachable,
+    connect,
+    ray_address,
+    start_learner,
+    stop_on_signals,
+)
 from learner.checkpoint import new_folder, require_free
 from learner.config import AlgorithmConfig
 from learner.group import LearnerGroup, StepResult
@@ -191,13 +195,9 @@ async def run_warmup(config: Config, given: WarmUp, out: Path) -> int:
         check_reachable(address)
     else:
         plan(config, this_machine(), prepared.parameters)
-    with Console(given.steps, "plain") as console:
+    with passing_logs("warmup") as log_dir, Console(given.steps, "plain") as console:
         console.header(f"cohort warmup: {out}\n{compact(config)}")
-        # The ranks' logs live as long as they may be needed for an error message.
-        log_dir = Path(tempfile.mkdtemp(prefix="cohort-warmup-"))
-        code = await _warm_up(prepared, given, first, batches, out, log_dir, console)
-        shutil.rmtree(log_dir, ignore_errors=True)
-        return code
+        return await _warm_up(prepared, given, first, batches, out, log_dir, console)
 
 
 async def _warm_up(

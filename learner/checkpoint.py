@@ -155,10 +155,15 @@ def export(run_dir: str | Path, out: str | Path) -> Path:
     return Path(out)
 
 
+def nearest_existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    return next(place for place in (path, *path.parents) if place.exists())
+
+
 def require_free(out: str | Path) -> None:
     """Raise CheckpointError unless `out` can be made: nothing is there, or an empty folder."""
     out = Path(out).absolute()
-    parent = next(folder for folder in out.parents if folder.exists())
+    parent = nearest_existing(out.parent)
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise CheckpointError(f"{out} cannot be made: {parent} is no folder that can be written")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -14,10 +14,10 @@ def use_folder(device: str) -> Path:
     import deepspeed
     import torch
 
-    root = os.environ.get("TORCH_EXTENSIONS_DIR", "~/.cache/cohort/extensions")
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", "~/.cache/cohort/extensions")).expanduser()
     python = f"py{sys.version_info.major}.{sys.version_info.minor}"
     name = f"{python}-torch{torch.__version__}-deepspeed{deepspeed.__version__}-{device}"
-    folder = Path(root).expanduser() / name
+    folder = root if root.name == name else root / name  # already set, here or in a parent
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
     return folder

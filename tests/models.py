@@ -7,6 +7,7 @@ byte-level BPE of 384 tokens or fewer with a ChatML template.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -61,12 +62,8 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_llama(
-    folder: Path, *, tied: bool = True, dtype: torch.dtype = torch.float32, seed: int = 0
-) -> Path:
-    """A Llama with two key-value heads, embeddings tied to the head or not."""
-    tokenizer = tiny_tokenizer()
-    config = LlamaConfig(
+def _llama_config(tokenizer: PreTrainedTokenizerFast, **given: Any) -> LlamaConfig:
+    return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=128,
@@ -74,10 +71,18 @@ def tiny_llama(
         num_attention_heads=2,
         num_key_value_heads=2,
         max_position_embeddings=MAX_LENGTH,
-        tie_word_embeddings=tied,
         initializer_range=SPREAD,
         **_special_tokens(tokenizer),
+        **given,
     )
+
+
+def tiny_llama(
+    folder: Path, *, tied: bool = True, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> Path:
+    """A Llama with two key-value heads, embeddings tied to the head or not."""
+    tokenizer = tiny_tokenizer()
+    config = _llama_config(tokenizer, tie_word_embeddings=tied)
     torch.manual_seed(seed)
     return _save(LlamaForCausalLM(config), tokenizer, folder, dtype)
 
@@ -85,18 +90,7 @@ def tiny_llama(
 def tiny_reward_model(folder: Path, *, seed: int = 0) -> Path:
     """A Llama that ends in one number, in float32."""
     tokenizer = tiny_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=MAX_LENGTH,
-        initializer_range=SPREAD,
-        num_labels=1,
-        **_special_tokens(tokenizer),
-    )
+    config = _llama_config(tokenizer, num_labels=1)
     torch.manual_seed(seed)
     return _save(LlamaForSequenceClassification(config), tokenizer, folder, torch.float32)
 

@@ -32,7 +32,7 @@ RUN_BY = {
     ),
     ".venv/bin/python deploy/ask_for_a_trip.py": (
         "tests/rewards/test_ask_for_a_trip.py",
-        '"deploy/ask_for_a_trip.py"',
+        "ask_for_a_trip(",
     ),
     "cohort submit": ("tests/system/test_submit.py", "submit("),
 }

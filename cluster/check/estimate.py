@@ -83,12 +83,6 @@ def histogram_lines(values: Sequence[int], bins: int = BINS) -> list[str]:
     ]
 
 
-def quantile(values: Sequence[float], share: float) -> float:
-    """The smallest value that at least this share of the values does not exceed."""
-    ordered = sorted(values)
-    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
-
-
 def wilson(hits: int, trials: int, z: float = 1.96) -> tuple[float, float]:
     """Wilson's score interval of a share (95 % by default): honest for few trials."""
     share, spread = hits / trials, z * z / trials

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from cluster.check.estimate import activation_bytes, kv_bytes_per_token, logit_bytes
-from cluster.check.model import Model, existing
+from cluster.check.model import Model
 from cluster.check.prompts import Lengths
 from cluster.check.sheet import Stage
 from cluster.config import Config, expand
@@ -21,6 +21,7 @@ from cluster.placement import (
     memory_needed,
     plan,
 )
+from learner.checkpoint import nearest_existing
 
 SHM = Path("/dev/shm")
 
@@ -197,7 +198,7 @@ def _check_folders(config: Config, parameters: int, stage: Stage) -> None:
     one = checkpoint_bytes(config, parameters)
     # An old one goes after the new one is there.
     all_kept = (config.run.keep_checkpoints + 1) * one
-    free = shutil.disk_usage(existing(folder)).free
+    free = shutil.disk_usage(nearest_existing(folder)).free
     stage.say(
         f"disk of run.dir: {free / GIB:.1f} GiB free, checkpoints take {all_kept / GIB:.1f} "
         f"({config.run.keep_checkpoints} + 1 being written) of about {one / GIB:.1f}"

@@ -13,7 +13,7 @@ from cluster.check.estimate import Architecture
 from cluster.check.sheet import Stage
 from cluster.config import Config
 from cluster.prepare import RunError, find_run_dir, inspect_model, load_tokenizer
-from learner.checkpoint import HF_FOLDER, latest, load_state
+from learner.checkpoint import HF_FOLDER, latest, load_state, nearest_existing
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def check_run_dir(config: Config, stage: Stage) -> Resumed | None:
     folder = find_run_dir(config)
     try:
         # Gone when it is closed; only its name would tell of it.
-        tempfile.TemporaryFile(dir=existing(folder)).close()
+        tempfile.TemporaryFile(dir=nearest_existing(folder)).close()
     except OSError as error:
         raise RunError(f"run.dir={folder} cannot be written: {error.strerror}") from error
     checkpoint = latest(folder / "checkpoints") if config.run.resume else None
@@ -59,11 +59,6 @@ def check_run_dir(config: Config, stage: Stage) -> Resumed | None:
     if resumed.step >= config.run.steps:
         stage.warn(f"nothing is left to do: raise run.steps above {resumed.step}")
     return resumed
-
-
-def existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
-    return next(path for path in (folder, *folder.parents) if path.exists())
 
 
 def check_model(config: Config, stage: Stage) -> Model:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from actors.records import Prompt
-from cluster.check.estimate import histogram_lines, quantile
+from cluster.check.estimate import histogram_lines
 from cluster.check.model import Model
 from cluster.check.sheet import Stage
 from cluster.config import Config
+from cluster.metrics import quantile
 from cluster.prepare import check_lengths, longest_prompt, rendered_splits
 from rewards.tasks import PromptRenderer, Task, load_task, sample_rows
 from rewards.worker import RewardSpec, reward_specs

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import math
-import shutil
 import statistics
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from actors.records import Failure, Group, GroupMeta, Prompt, SamplingSpec, ScoreMeta, derive_seed
-from actors.rollout import Request
-from cluster.check.estimate import expected_equal, histogram_lines, quantile, two_valued, wilson
+from actors.records import Failure, Group, GroupMeta, Prompt, ScoreMeta
+from cluster.check.estimate import expected_equal, histogram_lines, two_valued, wilson
 from cluster.check.judges import Judged, Judges, mean, report_errors, shown
 from cluster.check.prompts import bounded
 from cluster.check.sheet import Stage
 from cluster.config import Config
 from cluster.console import Console
+from cluster.metrics import quantile
 from cluster.placement import Placement
-from cluster.prepare import Prepared, RunError
+from cluster.prepare import Prepared, RunError, passing_logs
 from cluster.run import make_pool
+from cluster.stream import group_request
 from learner.plan import informative
 
 SHOWN_GROUPS = 2
@@ -52,14 +50,12 @@ async def generate(
     Ray must be connected. Raises RolloutError or RunError.
     """
     config = prepared.config
-    # No run directory here: the logs live as long as they may be needed for an error message.
-    log_dir = Path(tempfile.mkdtemp(prefix="cohort-check-"))
-    with Console(1, "plain") as console:
+    with passing_logs("check") as log_dir, Console(1, "plain") as console:
         pool = make_pool(prepared, placement, log_dir, console)
         try:
             starts = await pool.start(config.cluster.start_timeout_s, serve_loaded=True)
             began = time.monotonic()
-            requests = [_request(config, prompt, step) for prompt in prompts]
+            requests = [group_request(config, step, prompt) for prompt in prompts]
             made = await asyncio.gather(*await pool.generate(requests))
             seconds = time.monotonic() - began
             metas, groups = [], []
@@ -70,19 +66,7 @@ async def generate(
                 groups.append(await reference)
         finally:
             pool.kill()
-    shutil.rmtree(log_dir)
     return Generated(metas, groups, seconds, max(starts))
-
-
-def _request(config: Config, prompt: Prompt, step: int) -> Request:
-    """What GroupStream asks for in this step."""
-    sampling = SamplingSpec(
-        max_tokens=config.actors.max_tokens,
-        temperature=config.actors.temperature,
-        n=config.task.group_size,
-        seed=derive_seed(config.run.seed, "rollout", step, prompt.id),
-    )
-    return Request(f"{step}:{prompt.id}", prompt, sampling)
 
 
 def check_completions(config: Config, generated: Generated, judges: Judges, stage: Stage) -> None:

@@ -18,11 +18,11 @@ from cluster.check.estimate import (
     histogram_lines,
     kv_bytes_per_token,
     logit_bytes,
-    quantile,
     two_valued,
     wilson,
 )
 from cluster.check.model import read_architecture
+from cluster.metrics import quantile
 from tests.models import tiny_gpt2, tiny_llama, tiny_qwen2
 
 # SmolLM2-135M.

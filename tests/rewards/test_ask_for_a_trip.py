@@ -2,35 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 from model_server import Server, says
 
 from rewards.travel.generate import trip
 from rewards.travel.plan import to_json
 from rewards.travel.solver import cheapest
+from tests.scripts import ask_for_a_trip
 
-ROOT = Path(__file__).resolve().parents[2]
 JAPAN = (
     "Plan a 5-day trip to Japan, including Kyoto and Tokyo, focusing on cultural experiences "
     "and staying under $2,000."
 )
-
-
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "deploy/ask_for_a_trip.py", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
 
 
 def good_plan() -> str:
@@ -44,7 +27,7 @@ def test_the_best_of_several_answers_is_shown(server: Server) -> None:
     _, body = says("I would rather not.")
     body["choices"] += [says(text)[1]["choices"][0] for text in (plan.replace("Kyoto", "X"), plan)]
     server.reply = lambda *_: (200, body)
-    done = run("--url", f"{server.url}/v1", "--model", "m", "--samples", "3")
+    done = ask_for_a_trip("--url", f"{server.url}/v1", "--model", "m", "--samples", "3")
     assert done.returncode == 0, done.stderr
     (request,) = server.requests
     assert request["n"] == 3
@@ -68,7 +51,7 @@ def test_an_invented_name_is_marked(server: Server) -> None:
     server.reply = lambda *_: says(
         '{"days":[{"city":"Atlantis","meals":["Blue Whale"],"sights":["A \\u001b[2J"]}]}'
     )
-    done = run("--url", f"{server.url}/v1", "--model", "m", "--samples", "1")
+    done = ask_for_a_trip("--url", f"{server.url}/v1", "--model", "m", "--samples", "1")
     assert done.returncode == 0
     assert "Blue Whale: not in the tables" in done.stdout
     assert "\x1b" not in done.stdout
@@ -76,7 +59,7 @@ def test_an_invented_name_is_marked(server: Server) -> None:
 
 def test_answers_without_json(server: Server) -> None:
     server.reply = lambda *_: says("No trips today.")
-    done = run("--url", f"{server.url}/v1", "--model", "m", "--samples", "1")
+    done = ask_for_a_trip("--url", f"{server.url}/v1", "--model", "m", "--samples", "1")
     assert done.returncode == 1
     assert "No answer holds an itinerary. The first one begins: 'No trips today.'" in done.stdout
 
@@ -90,7 +73,7 @@ def test_answers_without_json(server: Server) -> None:
     ],
 )
 def test_what_cannot_be_asked(arguments: list[str], words: str) -> None:
-    done = run(*arguments)
+    done = ask_for_a_trip(*arguments)
     assert done.returncode == 2
     assert words in done.stderr
     assert len(done.stderr.splitlines()) == 1
@@ -98,7 +81,7 @@ def test_what_cannot_be_asked(arguments: list[str], words: str) -> None:
 
 def test_a_server_that_refuses(server: Server) -> None:
     server.reply = lambda *_: (400, {"error": {"message": "the prompt is too long"}})
-    done = run("--url", f"{server.url}/v1", "--model", "m")
+    done = ask_for_a_trip("--url", f"{server.url}/v1", "--model", "m")
     assert done.returncode == 2
     assert "refused" in done.stderr and "the prompt is too long" in done.stderr
     assert "Traceback" not in done.stderr

@@ -23,6 +23,11 @@ def test_a_lock_that_a_killed_build_left_stops_nobody() -> None:
     assert not left.exists()
 
 
+def test_a_second_use_finds_the_same_folder() -> None:
+    use = "extensions.use_folder('cpu')"
+    assert python(f"from learner import extensions; print({use} == {use})")[-1] == "True"
+
+
 def test_two_at_a_time() -> None:
     both = [
         subprocess.Popen([sys.executable, "-c", LOAD], stdout=subprocess.PIPE, text=True)

@@ -29,10 +29,10 @@ from rewards.child import die_with_parent
 from rewards.judge import LLMJudge
 from rewards.reward_model import RewardModel
 from tests.models import tiny_reward_model
+from tests.scripts import ask_for_a_trip
 
 pytestmark = pytest.mark.system
 
-ROOT = Path(__file__).resolve().parents[2]
 START_S = 180
 # Compact JSON: a random model would spend all its tokens on white space between the parts.
 COMPACT = '{"backend": "xgrammar", "disable_any_whitespace": true}'
@@ -161,25 +161,13 @@ def test_what_the_server_refuses_is_an_error_with_its_words(chat: str) -> None:
     assert "maximum context length" in str(error)
 
 
-def ask_for_a_trip(url: str, *options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "deploy/ask_for_a_trip.py", "--url", f"{url}/v1", *options],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
 def test_a_random_model_plans_no_trip(chat: str) -> None:
-    done = ask_for_a_trip(chat, "--samples", "3", "--max-tokens", "32")
+    done = ask_for_a_trip("--url", f"{chat}/v1", "--samples", "3", "--max-tokens", "32")
     assert done.returncode == 1, done.stderr
     assert done.stdout.startswith("Plan a 5-day trip to Japan, including Kyoto and Tokyo, ")
     assert done.stdout.count("no itinerary: ") == 3
     assert "No answer holds an itinerary" in done.stdout
-    done = ask_for_a_trip(chat, "--model", "other")
+    done = ask_for_a_trip("--url", f"{chat}/v1", "--model", "other")
     assert done.returncode == 2
     assert "`other` does not exist" in done.stderr
 
