@@ -79,6 +79,7 @@ class Engine:
         self._llm = llm
         self._spec = spec
         self._stop_ids = stop_ids
+        self._death = asyncio.ensure_future(self._watch())
 
     @classmethod
     async def start(cls, spec: EngineSpec, stop_ids: list[int]) -> Engine:
@@ -156,19 +157,24 @@ class Engine:
         """
         task = asyncio.ensure_future(call)
         try:
-            while not (await asyncio.wait({task}, timeout=LIVENESS_S))[0]:
-                if self._llm.errored:
-                    raise EngineError("vLLM's engine process has died")
-            return task.result()
+            await asyncio.wait({task, self._death}, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+            raise EngineError("vLLM's engine process has died")
         finally:
             task.cancel()
 
-    def _sampling(self, spec: SamplingSpec, greedy: bool = False) -> Any:
+    async def _watch(self) -> None:
+        """Ends when the engine's process has died."""
+        while not self._llm.errored:
+            await asyncio.sleep(LIVENESS_S)
+
+    def _sampling(self, spec: SamplingSpec, seed: int, greedy: bool) -> Any:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         return SamplingParams(
-            n=spec.n,
+            n=1,
             temperature=0.0 if greedy else spec.temperature,
             top_p=1.0,
             top_k=0,
@@ -176,7 +182,7 @@ class Engine:
             presence_penalty=0.0,
             frequency_penalty=0.0,
             repetition_penalty=1.0,
-            seed=None if greedy else spec.seed,
+            seed=None if greedy else seed,
             max_tokens=spec.max_tokens,
             min_tokens=0,
             stop_token_ids=self._stop_ids,
@@ -189,26 +195,34 @@ class Engine:
 
     async def add(
         self, request_id: str, token_ids: tuple[int, ...], spec: SamplingSpec, greedy: bool = False
-    ) -> Any:
-        """Hand one group to the scheduler; returns what `finish` waits on.
+    ) -> list[Any]:
+        """Hand one group to the scheduler; returns what `finish` waits on, one a completion.
 
-        Raises ValueError when the request itself is wrong (a prompt beyond the context).
+        Every completion is a request of its own, with the seed spec.seed + its index: vLLM's own
+        requests for n of them answer when the last is done. The prompt is computed once all the
+        same, in the prefix cache. Raises ValueError when the request itself is wrong (a prompt
+        beyond the context).
         """
         from vllm.exceptions import VLLMClientError
-        from vllm.inputs import TokensPrompt
+        from vllm.inputs import tokens_input
 
-        prompt = TokensPrompt(prompt_token_ids=list(token_ids))
         try:
-            return await self._answer(
-                self._llm.add_request(request_id, prompt, self._sampling(spec, greedy))
-            )
+            return [
+                await self._answer(
+                    self._llm.add_request(
+                        f"{request_id}/{index}",
+                        tokens_input(list(token_ids)),
+                        self._sampling(spec, spec.seed + index, greedy),
+                    )
+                )
+                for index in range(spec.n)
+            ]
         except VLLMClientError as error:
             raise ValueError(f"{request_id}: {error}") from error
 
-    async def finish(self, queue: Any, seed: int) -> list[RawSample]:
-        """Wait until every completion of a group is done."""
-        output = await self._answer(_finished(queue))
-        return [_raw_sample(item, seed + index) for index, item in enumerate(output.outputs)]
+    async def finish(self, queue: Any, seed: int) -> RawSample:
+        """Wait until a completion is done."""
+        return _raw_sample((await self._answer(_finished(queue))).outputs[0], seed)
 
     @asynccontextmanager
     async def paused(self) -> AsyncIterator[None]:

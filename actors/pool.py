@@ -22,6 +22,8 @@ MAX_ATTEMPTS = 3
 MAX_RESTARTS = 3
 
 Outcome = tuple[GroupMeta | Failure, Any]
+# (group id, attempt, reference to a group of one): a completion that is there before its group is.
+Arrived = Callable[[str, int, Any], None]
 
 
 class RolloutError(Exception):
@@ -169,9 +171,15 @@ class RolloutPool:
             self._room.notify_all()
         return gap
 
-    async def generate(self, requests: list[Request]) -> list[asyncio.Task[Outcome]]:
+    async def generate(
+        self, requests: list[Request], arrived: Arrived | None = None
+    ) -> list[asyncio.Task[Outcome]]:
         """Start generating; one task a request, in order. Each ends in a group's sizes and its
-        reference, or in a Failure once it was tried often enough."""
+        reference, or in a Failure once it was tried often enough.
+
+        arrived: called with every completion as soon as it exists, and with all of them before
+        the group's task ends. A group that is tried again has new ones, which count alone.
+        """
         batches: dict[int, list[Request]] = {}
         chosen: list[_Slot | None] = []
         for request in requests:
@@ -187,7 +195,7 @@ class RolloutPool:
         }
         return [
             asyncio.create_task(
-                self._produce(request, slot, taken[slot.index] if slot is not None else None)
+                self._produce(request, arrived, slot, None if slot is None else taken[slot.index])
             )
             for request, slot in zip(requests, chosen, strict=True)
         ]
@@ -209,11 +217,15 @@ class RolloutPool:
         )
 
     async def _produce(
-        self, request: Request, slot: _Slot | None, taken: asyncio.Future[Failure | None] | None
+        self,
+        request: Request,
+        arrived: Arrived | None,
+        slot: _Slot | None,
+        taken: asyncio.Future[Failure | None] | None,
     ) -> Outcome:
         samples = request.sampling.n
         failure = Failure("infra", f"group {request.group_id} was not generated", "no attempt")
-        for _ in range(MAX_ATTEMPTS):
+        for attempt in range(MAX_ATTEMPTS):
             if slot is None:
                 slot = await self._free_slot(samples)
             generation = slot.generation
@@ -222,15 +234,7 @@ class RolloutPool:
                     taken = asyncio.ensure_future(self._submit(slot, [request]))
                 refused = await taken
                 if refused is None:
-                    meta_ref, group = slot.handle.collect.options(num_returns=2).remote(
-                        request.group_id
-                    )
-                    meta = await self._ask(
-                        slot,
-                        meta_ref,
-                        self._config.group_timeout_s,
-                        f"to generate group {request.group_id} (actors.group_timeout_s)",
-                    )
+                    meta, group = await self._collect(slot, request, attempt, arrived)
                     if isinstance(meta, GroupMeta):
                         slot.failures = 0
                         return meta, group
@@ -248,6 +252,33 @@ class RolloutPool:
                     self._room.notify_all()
             slot, taken = None, None
         return failure, None
+
+    async def _collect(
+        self, slot: _Slot, request: Request, attempt: int, arrived: Arrived | None
+    ) -> Outcome:
+        name = request.group_id
+
+        async def early(index: int) -> None:
+            call = slot.handle.completion.options(num_returns=2)
+            failure, group = call.remote(name, index)
+            if await failure is None and arrived is not None:
+                arrived(name, attempt, group)
+
+        count = 0 if arrived is None else request.sampling.n
+        # An actor that dies fails `collect` as well, which tells of it.
+        waiting = asyncio.gather(*map(early, range(count)), return_exceptions=True)
+        try:
+            meta_ref, group = slot.handle.collect.options(num_returns=2).remote(name)
+            meta = await self._ask(
+                slot,
+                meta_ref,
+                self._config.group_timeout_s,
+                f"to generate group {name} (actors.group_timeout_s)",
+            )
+            await self._ask(slot, waiting, self._config.group_timeout_s, "to hand over completions")
+            return meta, group
+        finally:
+            waiting.cancel()
 
     async def _free_slot(self, samples: int) -> _Slot:
         async with self._room:

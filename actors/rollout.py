@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from actors.engine import Engine, EngineError, EngineSpec, RawSample, stop_token_ids
+from actors.engine import Engine, EngineError, EngineSpec, stop_token_ids
 from actors.process import (
     last_lines,
     mapped_shared_memory,
@@ -52,8 +52,10 @@ class Place:
 
 @dataclass
 class _Pending:
+    """A group that is being generated. version: of the weights it began with."""
+
     request: Request
-    queue: Any
+    completions: list[asyncio.Task[Completion]]
     version: int
     started: float = field(default_factory=time.monotonic)
 
@@ -168,71 +170,84 @@ class RolloutActor:
                     # Asked again after a lost answer: the group is already being generated.
                     if request.group_id in self._pending:
                         continue
-                    queue = await engine.add(
+                    queues = await engine.add(
                         request.group_id,
                         request.prompt.token_ids,
                         request.sampling,
                         request.greedy,
                     )
-                    self._pending[request.group_id] = _Pending(request, queue, self._version)
+                    completions = [
+                        asyncio.create_task(self._complete(request, index, queue, self._version))
+                        for index, queue in enumerate(queues)
+                    ]
+                    self._pending[request.group_id] = _Pending(request, completions, self._version)
         except Exception as error:  # noqa: BLE001 - process boundary
             return self._failure(f"{self.name} could not take {len(requests)} groups", error)
         return None
+
+    async def _complete(self, request: Request, index: int, queue: Any, version: int) -> Completion:
+        sample = await self._running().finish(queue, request.sampling.seed + index)
+        return Completion(
+            id=f"{request.group_id}/{index}",
+            prompt_id=request.prompt.id,
+            token_ids=sample.token_ids,
+            logprobs=sample.logprobs,
+            finish_reason=sample.finish_reason,
+            seed=sample.seed,
+            weight_versions=(version, max(self._version, version)),
+            text=self._tokenizer.decode(sample.token_ids.tolist(), skip_special_tokens=True),
+        )
+
+    async def completion(self, group_id: str, index: int) -> tuple[Failure | None, Group | None]:
+        """Wait for one completion of a submitted group, before the others are done.
+
+        Returns it as a group of one. To be called before `collect` forgets the group.
+        """
+        pending = self._pending.get(group_id)
+        if pending is None:
+            return self._lost(group_id), None
+        try:
+            # Shielded: the group outlives a caller that stops waiting.
+            done = await asyncio.shield(pending.completions[index])
+        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - process boundary
+            return self._failure(f"{self.name} failed on {group_id}/{index}", error), None
+        return None, Group(group_id, pending.request.prompt, (done,))
 
     async def collect(self, group_id: str) -> tuple[GroupMeta | Failure, Group | None]:
         """Wait for one submitted group."""
         pending = self._pending.get(group_id)
         if pending is None:
-            return Failure("infra", f"{self.name} lost group {group_id}", "never submitted"), None
+            return self._lost(group_id), None
         try:
-            seed = pending.request.sampling.seed
-            samples = await self._running().finish(pending.queue, seed)
+            done = tuple(await asyncio.gather(*pending.completions))
         except Exception as error:  # noqa: BLE001 - process boundary
             return self._failure(f"{self.name} failed on group {group_id}", error), None
         finally:
+            for task in pending.completions:
+                task.cancel()
             self._pending.pop(group_id, None)
-        span = (pending.version, max(self._version, pending.version))
-        group = self._group(pending.request, samples, span)
+        prompt = pending.request.prompt
         meta = GroupMeta(
             group_id=group_id,
-            prompt_tokens=len(group.prompt.token_ids),
-            completion_ids=tuple(c.id for c in group.completions),
-            completion_tokens=tuple(len(c.token_ids) for c in group.completions),
-            truncated=tuple(c.finish_reason == "length" for c in group.completions),
-            weight_versions=span,
+            prompt_tokens=len(prompt.token_ids),
+            completion_ids=tuple(c.id for c in done),
+            completion_tokens=tuple(len(c.token_ids) for c in done),
+            truncated=tuple(c.finish_reason == "length" for c in done),
+            weight_versions=(pending.version, max(c.weight_versions[1] for c in done)),
             actor=self.name,
             seconds=time.monotonic() - pending.started,
         )
-        return meta, group
+        return meta, Group(group_id, prompt, done)
 
-    def _group(self, request: Request, samples: list[RawSample], span: tuple[int, int]) -> Group:
-        texts = self._tokenizer.batch_decode(
-            [sample.token_ids.tolist() for sample in samples], skip_special_tokens=True
-        )
-        return Group(
-            id=request.group_id,
-            prompt=request.prompt,
-            completions=tuple(
-                Completion(
-                    id=f"{request.group_id}/{index}",
-                    prompt_id=request.prompt.id,
-                    token_ids=sample.token_ids,
-                    logprobs=sample.logprobs,
-                    finish_reason=sample.finish_reason,
-                    seed=sample.seed,
-                    weight_versions=span,
-                    text=text,
-                )
-                for index, (sample, text) in enumerate(zip(samples, texts, strict=True))
-            ),
-        )
+    def _lost(self, group_id: str) -> Failure:
+        return Failure("infra", f"{self.name} lost group {group_id}", "never submitted")
 
     def _running(self) -> Engine:
         if self._engine is None:
             raise EngineError(f"{self.name} has no engine")
         return self._engine
 
-    def _failure(self, what: str, error: Exception) -> Failure:
+    def _failure(self, what: str, error: BaseException) -> Failure:
         # A value that the request itself caused fails on every engine; anything else may not.
         detail = last_lines(self._log, count=5)
         text = f"{type(error).__name__}: {error}"

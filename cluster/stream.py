@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,6 +94,8 @@ class GroupStream:
         self._cursors: dict[int, int] = {}
         # For each step in flight, its prompts by the ids of their groups.
         self._drawn: dict[int, dict[str, Prompt]] = {}
+        # Completions being judged: for each group, its attempt at them and their verdicts.
+        self._judging: dict[str, tuple[int, list[asyncio.Task[Any]]]] = {}
         self._errors_shown: set[tuple[str, str]] = set()
         self._next = first_step
         self.cursor = cursor
@@ -115,17 +117,34 @@ class GroupStream:
         requests = [group_request(self._config, step, prompt) for prompt in taken.prompts]
         drawn = self._drawn.setdefault(step, {})
         drawn.update((request.group_id, request.prompt) for request in requests)
-        generating = await self._pool.generate(requests)
+        generating = await self._pool.generate(requests, self._judge)
         self.admitted += len(requests) * self._config.task.group_size
-        return [asyncio.create_task(self._score(task)) for task in generating]
+        return [
+            asyncio.create_task(self._score(request.group_id, task))
+            for request, task in zip(requests, generating, strict=True)
+        ]
 
-    async def _score(self, generating: asyncio.Task[Any]) -> _Produced:
+    def _judge(self, group_id: str, attempt: int, completion: Any) -> None:
+        """Have a completion judged while others of its group are still being generated."""
+        before, tasks = self._judging.get(group_id, (attempt, []))
+        if attempt != before:
+            # The group was lost; what is generated anew may differ.
+            _cancel(tasks)
+            tasks = []
+        tasks.append(self._rewards.judge(f"{group_id} attempt {attempt}", completion))
+        self._judging[group_id] = (attempt, tasks)
+
+    async def _score(self, group_id: str, generating: asyncio.Task[Any]) -> _Produced:
         meta, group = await generating
         generated_at = time.monotonic()
+        _, judging = self._judging.pop(group_id, (0, []))
         if isinstance(meta, Failure):
+            _cancel(judging)
             return _Produced(meta, generated_at, generated_at)
         assert isinstance(meta, GroupMeta)
-        scores, scored = await self._rewards.score(group)
+        # Completions that were judged in one call have one task.
+        judged = [ref for ref in await asyncio.gather(*dict.fromkeys(judging)) if ref is not None]
+        scores, scored = await self._rewards.score(group, judged)
         now = time.monotonic()
         if not isinstance(scores, ScoreMeta):
             return _Produced(scores, generated_at, now)
@@ -203,5 +222,12 @@ class GroupStream:
 
     def cancel(self) -> None:
         """Give up what is in flight; a resumed run generates it again, from the same seeds."""
-        for task in (task for tasks in self._steps.values() for task in tasks):
-            task.cancel()
+        for tasks in self._steps.values():
+            _cancel(tasks)
+        for _, judging in self._judging.values():
+            _cancel(judging)
+
+
+def _cancel(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()

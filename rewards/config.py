@@ -67,7 +67,8 @@ class RewardFunctionConfig(BaseModel):
     )
     whole_group: bool = Field(
         False,
-        description="It compares completions: a group that fails is not judged one by one.",
+        description="It compares completions: it is called once, with all of a group. Others are "
+        "called as completions come, with one or more of a group.",
     )
 
 
@@ -83,7 +84,7 @@ class RewardsConfig(BaseModel):
     timeout_s: float = Field(
         30,
         gt=0,
-        description="Deadline for one function on one group; then its child is killed, and the "
+        description="Deadline for one call of a function; then its child is killed, and the call's "
         "completions are judged one by one, in as much time again.",
     )
     memory_gb: float | None = Field(

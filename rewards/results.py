@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -155,6 +155,16 @@ def merged(verdicts: Sequence[Verdict]) -> Verdict:
         joined([verdict.extra for verdict in verdicts]),
         {key: tuple(v for d in verdicts for v in d.metrics.get(key, ())) for key in metric_names},
     )
+
+
+def reordered(verdict: Verdict, order: Sequence[int]) -> Verdict:
+    """The verdict on the same completions in another order: place i is what was place order[i]."""
+
+    def rows(table: Mapping[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
+        return {key: tuple(row[place] for place in order) for key, row in table.items()}
+
+    values = tuple(verdict.values[place] for place in order)
+    return replace(verdict, values=values, parts=rows(verdict.parts), extra=rows(verdict.extra))
 
 
 def to_json(verdict: Verdict) -> dict[str, Any]:

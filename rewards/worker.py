@@ -24,7 +24,7 @@ from actors.records import Failure, Group, ScoredGroup, ScoreMeta
 from rewards.base import RewardLoadError, combine, resolve_path
 from rewards.child import receive, send
 from rewards.config import RewardFunctionConfig, RewardsConfig
-from rewards.results import Verdict, failed, from_json, merged
+from rewards.results import Verdict, failed, from_json, merged, reordered
 from rewards.tasks import Task, TaskError
 
 # Loading a function may import torch or read a model; it is not a hang before this.
@@ -58,6 +58,14 @@ class RewardSpec:
     secrets: tuple[str, ...] = ()
     sources: tuple[str, ...] = ()
     whole_group: bool = False
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What functions said of some completions of a group, and the seconds each took them."""
+
+    ids: tuple[str, ...]
+    verdicts: dict[str, tuple[Verdict, tuple[float, ...]]]
 
 
 def reward_specs(task: Task, config: RewardsConfig, base: Path | None = None) -> list[RewardSpec]:
@@ -123,15 +131,18 @@ def longest_score_s(timeout_s: float, functions: int, group_size: int) -> float:
 class RewardActor:
     """Scores groups with a list of reward functions. To be wrapped by `ray.remote`.
 
-    Keep max_concurrency at 1: there is one child process, and it judges one group at a time. The
+    Keep max_concurrency at 1: there is one child process, and it judges one call at a time. The
     child runs the functions on its main thread (so signal.alarm works), in a session and process
     group of its own, without secrets in its environment, its output thrown away, its memory
     bounded to `memory_bytes`. A function that exceeds `timeout_s` on a group is ended by SIGKILL of
     that process group, and a new child takes over; so is a child that died. The kernel ties the
     child's life to the thread that created it: use the actor from one thread.
 
-    A call that hangs, dies or raises is repeated for each completion alone (except for functions
-    that compare completions: `whole_group`), so that one completion costs only its own score. All
+    Completions may be judged before their group is complete: `judge`, then `score` with what it
+    said. A function that compares completions (`whole_group`) always gets the whole group.
+
+    A call that hangs, dies or raises is repeated for each completion alone (but not for functions
+    that compare), so that one completion costs only its own score. All
     of these share as much time again, each at most `timeout_s`; see `longest_score_s`.
 
     Raises RewardLoadError from the constructor when a function cannot be loaded.
@@ -150,39 +161,47 @@ class RewardActor:
         self._memory_bytes = memory_bytes
         self._child: _Child | None = self._start()
 
-    def score(self, group: Group) -> tuple[ScoreMeta | Failure, ScoredGroup | None]:
+    def judge(self, *parts: Group) -> tuple[Failure | None, Judged | None]:
+        """Judge completions of a group as soon as they exist; for num_returns=2.
+
+        parts: groups of one. Functions that compare completions (`whole_group`) are left to
+        `score`. The Failure is as there.
+        """
+        part = replace(parts[0], completions=sum((p.completions for p in parts), ()))
+        alone = [index for index, spec in enumerate(self._specs) if not spec.whole_group]
+        found = self._verdicts(part, alone)
+        if isinstance(found, Failure):
+            return found, None
+        return None, Judged(tuple(completion.id for completion in part.completions), found)
+
+    def score(
+        self, group: Group, *judged: Judged
+    ) -> tuple[ScoreMeta | Failure, ScoredGroup | None]:
         """Judge a group with every function; for num_returns=2.
 
-        Mistakes of reward functions are errors inside the result. A Failure is "data" when the
-        group cannot be pickled, "infra" when no child process can be started.
+        judged: what `judge` said of its completions; a function that has said something of every
+        one is not called again. Mistakes of reward functions are errors inside the result. A
+        Failure is "data" when the group cannot be pickled, "infra" when no child process can be
+        started.
         """
         started = time.monotonic()
-        what = f"score {group.id}"
-        try:
-            payload = _pickled(group)
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
-            return Failure("data", what, f"cannot pickle the group: {error}"), None
-        verdicts: dict[str, Verdict] = {}
-        sample_s = [0.0] * len(group.completions)
-        try:
-            for index, spec in enumerate(self._specs):
-                if spec.sources and group.prompt.source not in spec.sources:
-                    verdicts[spec.name] = Verdict((None,) * len(group.completions))
-                    continue
-                verdicts[spec.name], seconds = self._judge(index, group, payload)
-                sample_s = [a + b for a, b in zip(sample_s, seconds, strict=True)]
-        except (RewardLoadError, OSError) as error:
-            return Failure("infra", what, f"cannot start a reward child: {error}"), None
+        ids = [completion.id for completion in group.completions]
+        known = joined(judged, ids)
+        others = [index for index, spec in enumerate(self._specs) if spec.name not in known]
+        found = self._verdicts(group, others)
+        if isinstance(found, Failure):
+            return found, None
+        known |= found
+        verdicts = {spec.name: known[spec.name][0] for spec in self._specs}
+        times = tuple(map(sum, zip(*(seconds for _, seconds in known.values()), strict=True)))
         by_function = {name: verdict.values for name, verdict in verdicts.items()}
         errors = tuple(error for verdict in verdicts.values() for error in verdict.errors)
         weights = {spec.name: spec.weight for spec in self._specs}
-        ids = [completion.id for completion in group.completions]
         totals = combine(ids, by_function, weights, errors)
         parts = {f"{f}/{key}": row for f, v in verdicts.items() for key, row in v.parts.items()}
         extra = {f"{f}/{key}": row for f, v in verdicts.items() for key, row in v.extra.items()}
         logged = {f"{f}/{key}": row for f, v in verdicts.items() for key, row in v.metrics.items()}
         took = time.monotonic() - started
-        times = tuple(sample_s)
         scored = ScoredGroup(group, by_function, totals, errors, took, parts, extra, times)
         meta = ScoreMeta(group.id, totals, by_function, errors, took, parts, logged, times)
         return meta, scored
@@ -203,6 +222,27 @@ class RewardActor:
 
     def _start(self) -> _Child:
         return _Child(self._specs, self._start_timeout_s, self._memory_bytes)
+
+    def _verdicts(
+        self, group: Group, indices: Sequence[int]
+    ) -> dict[str, tuple[Verdict, tuple[float, ...]]] | Failure:
+        """What these functions say about a group, and the seconds each completion took them."""
+        what, n = f"score {group.id}", len(group.completions)
+        found: dict[str, tuple[Verdict, tuple[float, ...]]] = {}
+        try:
+            payload = _pickled(group) if indices else b""
+            for index in indices:
+                spec = self._specs[index]
+                if spec.sources and group.prompt.source not in spec.sources:
+                    found[spec.name] = Verdict((None,) * n), (0.0,) * n
+                else:
+                    verdict, seconds = self._judge(index, group, payload)
+                    found[spec.name] = verdict, tuple(seconds)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            return Failure("data", what, f"cannot pickle the group: {error}")
+        except (RewardLoadError, OSError) as error:
+            return Failure("infra", what, f"cannot start a reward child: {error}")
+        return found
 
     def _judge(self, index: int, group: Group, payload: bytes) -> tuple[Verdict, Sequence[float]]:
         """The verdict of function `index`, and the seconds that judging each completion took."""
@@ -271,6 +311,25 @@ class RewardActor:
         ending = child.kill()
         self._child = self._start()
         return ending
+
+
+def joined(
+    judged: Sequence[Judged], ids: Sequence[str]
+) -> dict[str, tuple[Verdict, tuple[float, ...]]]:
+    """One verdict a function out of what was said of single completions, in the order of `ids`;
+    of the functions that said something of each."""
+    places = {
+        name: place for place, name in enumerate(name for part in judged for name in part.ids)
+    }
+    if set(places) != set(ids) or not judged:
+        return {}
+    order = [places[name] for name in ids]
+    found = {}
+    for name in judged[0].verdicts:
+        whole = merged([part.verdicts[name][0] for part in judged])
+        seconds = [second for part in judged for second in part.verdicts[name][1]]
+        found[name] = reordered(whole, order), tuple(seconds[place] for place in order)
+    return found
 
 
 def _pickled(group: Group) -> bytes:

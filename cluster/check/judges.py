@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -82,6 +82,22 @@ class Judges:
         took = sum(seconds.values())
         return Judged(ScoreMeta(group.id, totals, by_function, errors, took, parts), seconds)
 
+    def that_compare(self, group: Group, judged: Judged) -> list[str]:
+        """Functions that value completions otherwise without the others of their group."""
+        failed = {error.function for error in judged.scores.errors}
+        found = []
+        for spec in self.specs:
+            if spec.whole_group or spec.name in failed:
+                continue
+            alone: list[float | None] = []
+            for completion in group.completions:
+                part = replace(group, completions=(completion,))
+                _, said = self._actors[spec.name].judge(part)
+                alone.extend(said.verdicts[spec.name][0].values if said else ())
+            if tuple(alone) != judged.scores.by_function[spec.name]:
+                found.append(spec.name)
+        return found
+
 
 def demonstrations(task: Task) -> list[str | None]:
     """What the task shows for its first rows; nothing at all where it does not for each of them."""
@@ -125,6 +141,12 @@ def check_rewards(
     loading = [f"{judges.load_s[name]:.1f} s" for name in names]
     stage.say(f"  {'loading takes':<{width}}  {_row((*loading, ''), columns)}")
     report_errors(config, [item.scores for item in judged], stage, blank=NOTHING)
+    for name in judges.that_compare(groups[0], judged[0]):
+        stage.warn(
+            f"{name} gives completions other values one by one than together: if it compares them, "
+            "set whole_group: true on it in rewards.functions, for a run judges completions as "
+            "they come"
+        )
     if not any(item.scores.errors for item in judged):
         _compare(config, totals, stage)
 

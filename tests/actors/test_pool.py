@@ -56,7 +56,7 @@ class FakeActor:
         self.running = 0
         self.peak = 0
         self.probe = list(LEARNER)
-        for method in ("place", "start", "sync", "submit", "collect", "memory"):
+        for method in ("place", "start", "sync", "submit", "completion", "collect", "memory"):
             setattr(self, method, Method(getattr(self, "_" + method)))
 
     async def _place(self) -> Place:
@@ -81,6 +81,12 @@ class FakeActor:
         self.batches.append([r.group_id for r in requests])
         self.running += sum(r.sampling.n for r in requests)
         self.peak = max(self.peak, self.running)
+        return None
+
+    async def _completion(self, group_id: str, index: int) -> Failure | None:
+        await asyncio.sleep(0.001 * index)
+        if self.plan.get(group_id) and index:
+            return Failure("infra", "lost", "x")
         return None
 
     async def _collect(self, group_id: str) -> Any:
@@ -172,6 +178,26 @@ def test_a_lost_group_is_generated_elsewhere_by_a_synced_actor(
     # The new actor was brought to version 7 before it generated anything.
     assert {meta.weight_versions for meta, _ in outcomes} == {(7, 7)}
     assert len(made) == 3
+
+
+def test_completions_arrive_before_their_group_and_again_after_a_loss(
+    made: list[FakeActor],
+) -> None:
+    arrived: list[tuple[str, int, Any]] = []
+
+    async def main() -> None:
+        pool = await started(pool_of(made, [{"g0": "die"}]))
+        requests = [request("g0"), request("g1")]
+        tasks = await pool.generate(requests, lambda *what: arrived.append(what))
+        await asyncio.sleep(0.005)
+        assert not any(task.done() for task in tasks)
+        # One of g0 was there before its actor died.
+        assert sorted(arrived) == [("g0", 0, "ref:g0"), *[("g1", 0, "ref:g1")] * 2]
+        await asyncio.gather(*tasks)
+
+    asyncio.run(main())
+    assert sorted(arrived)[1:3] == [("g0", 1, "ref:g0")] * 2
+    assert len(arrived) == 5
 
 
 def test_one_death_noticed_by_many_groups_is_one_replacement(made: list[FakeActor]) -> None:

@@ -46,6 +46,10 @@ def slow(completions, answer, **_):
 
 def generous(completions, **_):
     return [1.0 for _ in completions]
+
+def longest(completions, **_):
+    sizes = [len(str(c)) for c in completions]
+    return [float(size == max(sizes)) for size in sizes]
 """
 
 
@@ -144,6 +148,17 @@ def test_a_reward_that_fails_only_on_nothing_is_a_warning(
     assert code == 0
     assert "needs_text failed (raised) on 4 of 24 completions" in text
     assert "ZeroDivisionError" in text
+
+
+def test_a_function_that_compares_must_say_so(model: Path, judge: Path, tmp_path: Path) -> None:
+    function: dict[str, Any] = {"path": f"{judge}:longest"}
+    code, text = checked(model, tmp_path / "run", rewards={"functions": [function]})
+    assert code == 0
+    assert "longest gives completions other values one by one than together" in text
+    assert "whole_group: true" in text
+    function["whole_group"] = True
+    _, text = checked(model, tmp_path / "run", rewards={"functions": [function]})
+    assert "one by one" not in text
 
 
 def test_rewards_that_can_be_had_for_nothing(model: Path, judge: Path, tmp_path: Path) -> None:

@@ -50,7 +50,8 @@ class Pool:
         self.seeds: dict[str, int] = {}
         self.version = 0
 
-    async def generate(self, requests: list[Any]) -> list[asyncio.Task[Any]]:
+    async def generate(self, requests: list[Any], arrived: Any) -> list[asyncio.Task[Any]]:
+        self.arrived = arrived
         return [asyncio.create_task(self._one(request)) for request in requests]
 
     async def _one(self, request: Any) -> Any:
@@ -68,7 +69,7 @@ class Pool:
 class Rewards:
     """A reward that is a function of the group's name, so that a wrong join shows."""
 
-    async def score(self, group: str) -> Any:
+    async def score(self, group: str, _judged: Any = ()) -> Any:
         await asyncio.sleep(random.random() * 0.01)
         name = group.removeprefix("tokens of ")
         value = float(name.rsplit("-", 1)[1])
@@ -175,8 +176,8 @@ def test_metrics_of_each_source() -> None:
 class OftenEqual(Rewards):
     """Only prompts whose number is a multiple of five get rewards that differ."""
 
-    async def score(self, group: str) -> Any:
-        meta, name = await super().score(group)
+    async def score(self, group: str, judged: Any = ()) -> Any:
+        meta, name = await super().score(group, judged)
         if int(meta.group_id.rsplit("-", 1)[1]) % 5:
             meta = replace(meta, totals=(1.0, 1.0))
         return meta, name
@@ -232,8 +233,8 @@ def test_a_group_is_scored_while_others_are_still_generated() -> None:
             return result
 
     class Noting(Rewards):
-        async def score(self, group: str) -> Any:
-            result = await super().score(group)
+        async def score(self, group: str, judged: Any = ()) -> Any:
+            result = await super().score(group, judged)
             scored.append(group.removeprefix("tokens of "))
             if len(scored) == 3:
                 done.set()
@@ -248,12 +249,49 @@ def test_a_group_is_scored_while_others_are_still_generated() -> None:
     assert scored[3] == "0:0-2"
 
 
+def test_completions_are_judged_while_their_group_is_generated() -> None:
+    """Those of an attempt that was lost do not count."""
+    handed: list[Any] = []
+
+    class Early(Rewards):
+        def judge(self, name: str, part: Any) -> asyncio.Task[Any]:
+            async def said() -> Any:
+                judging.set()
+                return None if part == "c" else f"{part} judged, {name}"
+
+            return asyncio.create_task(said())
+
+        async def score(self, group: str, judged: Any = ()) -> Any:
+            handed.append(judged)
+            return await super().score(group, judged)
+
+    class Slow(Pool):
+        async def _one(self, request: Any) -> Any:
+            self.arrived(request.group_id, 0, "lost")
+            for part in "abc":
+                self.arrived(request.group_id, 1, part)
+            await asyncio.wait_for(judging.wait(), 10)
+            return await super()._one(request)
+
+    async def main() -> None:
+        nonlocal judging
+        judging = asyncio.Event()
+        stream = stream_of(Slow(), Early(), config(task={"prompts_per_step": 1, "group_size": G}))
+        await stream.admit(0)
+        assert len((await stream.take(0)).groups) == 1
+
+    judging = asyncio.Event()
+    asyncio.run(main())
+    name = "0:0-0 attempt 1"
+    assert handed == [[f"a judged, {name}", f"b judged, {name}"]]
+
+
 def test_an_error_is_shown_once_for_each_function_and_cause(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     class Failing(Rewards):
-        async def score(self, group: str) -> Any:
-            meta, name = await super().score(group)
+        async def score(self, group: str, judged: Any = ()) -> Any:
+            meta, name = await super().score(group, judged)
             errors = tuple(
                 RewardError("f", f"c/{i}", cause, f"Traceback of {cause}")
                 for cause in ("raised", "timeout")
@@ -277,8 +315,8 @@ def test_an_error_is_shown_once_for_each_function_and_cause(
 
 def test_what_functions_log_is_pooled_over_the_step() -> None:
     class Logging(Rewards):
-        async def score(self, group: str) -> Any:
-            meta, name = await super().score(group)
+        async def score(self, group: str, judged: Any = ()) -> Any:
+            meta, name = await super().score(group, judged)
             number = float(meta.group_id.rsplit("-", 1)[1])
             more: dict[str, Any] = {"f/late": (1.0, 1.0)} if number == 3 else {}
             return (

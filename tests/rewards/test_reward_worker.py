@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +236,62 @@ def test_a_function_that_compares_is_never_called_with_part_of_a_group() -> None
     scored = score(actor, make_group("hang", "a", "b"))
     assert causes(scored) == [("hang", f"c{i}", "timeout") for i in range(3)]
     actor.close()
+
+
+def test_completions_judged_as_they_come_score_as_their_group(make_actor: MakeActor) -> None:
+    """In another order, and more than one at a time; nothing is asked twice."""
+    names = ("length", "logs", "raise_for_bad", "count_calls")
+    group = make_group("a", "bb", "bad", "dddd", truth=3)
+    whole = score(make_actor(*names), group)
+    actor = make_actor(*names)
+    singles = [replace(group, completions=(c,)) for c in group.completions]
+    judged = []
+    for parts in ((singles[2],), (singles[3], singles[0]), (singles[1],)):
+        failure, said = actor.judge(*parts)
+        assert failure is None
+        judged.append(said)
+    meta, scored = actor.score(group, *judged)
+    assert isinstance(meta, ScoreMeta)
+    assert scored is not None
+    assert meta.by_function.pop("count_calls") == (2, 3, 1, 2)
+    assert whole.by_function.pop("count_calls") == (1, 1, 1, 1)
+    assert scored.by_function == whole.by_function
+    assert causes(scored) == causes(whole) == [("raise_for_bad", "c2", "raised")]
+    assert scored.parts == whole.parts
+    assert scored.extra == whole.extra
+    assert scored.extra["logs/size"] == (1, 2, 3, 4)
+    assert meta.metrics == {"logs/longest": (3.0, 4.0, 2.0)}
+    assert len(scored.sample_s) == 4
+    # Without one of them, the group is judged as a whole.
+    meta, _ = actor.score(group, *judged[1:])
+    assert isinstance(meta, ScoreMeta)
+    assert meta.by_function["count_calls"] == (4, 4, 4, 4)
+
+
+def test_a_function_that_compares_waits_for_its_group() -> None:
+    specs = [
+        RewardSpec("count_calls", f"{HOSTILE}:count_calls", whole_group=True),
+        RewardSpec("length", f"{HOSTILE}:length"),
+        RewardSpec("other", f"{HOSTILE}:length", sources=("elsewhere",)),
+    ]
+    actor = RewardActor(specs, 20)
+    group = make_group("a", "bb")
+    judged = [actor.judge(replace(group, completions=(c,)))[1] for c in group.completions]
+    meta, _ = actor.score(group, *judged)
+    assert isinstance(meta, ScoreMeta)
+    assert meta.by_function == {"count_calls": (1, 1), "length": (1, 2), "other": (None, None)}
+    actor.close()
+
+
+def test_a_hang_in_one_of_several_completions_costs_only_its_own(make_actor: MakeActor) -> None:
+    actor = make_actor("hang", timeout_s=0.5)
+    group = make_group("a", "hang", "c")
+    first, second, third = (replace(group, completions=(c,)) for c in group.completions)
+    judged = [actor.judge(second, first)[1], actor.judge(third)[1]]
+    _, scored = actor.score(group, *judged)
+    assert scored is not None
+    assert causes(scored) == [("hang", "c1", "timeout")]
+    assert scored.totals == (1.0, None, 1.0)
 
 
 def test_a_raise_costs_only_its_completion_but_its_parts_stay_in_place(

@@ -272,6 +272,34 @@ def test_requests_in_flight_survive_updates(served: Served) -> None:
     assert all(before <= meta.weight_versions[1] <= served.version for meta in metas)
 
 
+def test_completions_are_there_before_their_group(served: Served) -> None:
+    """A random model ends one in some hundred tokens, so some of these end early."""
+    served.sync(served.publish(served.model()))
+    spec = SamplingSpec(200, 1.0, 48, 3)
+    request = Request("e0", Prompt("e0", tuple(tokens(20, 1)), "t"), spec)
+    assert ray.get(served.actor.submit.remote([request]), timeout=TIMEOUT) is None
+    call = served.actor.completion.options(num_returns=2)
+    early = [call.remote("e0", index) for index in range(48)]
+    meta, group = served.actor.collect.options(num_returns=2).remote("e0")
+    waiting = {failure: part for failure, part in early}
+    [first], _ = ray.wait([meta, *waiting], timeout=TIMEOUT)
+    assert ray.wait([meta], timeout=0)[0] == []
+    assert ray.get(first) is None
+    [ended] = ray.get(waiting[first]).completions
+    assert ended.finish_reason == "stop"
+    assert len(ended.token_ids) < 200
+
+    assert isinstance(ray.get(meta, timeout=TIMEOUT), GroupMeta)
+    whole = ray.get(group)
+    parts = [ray.get(part).completions for _, part in early]
+    assert [part[0].id for part in parts] == [c.id for c in whole.completions]
+    for [part], completion in zip(parts, whole.completions, strict=True):
+        np.testing.assert_array_equal(part.token_ids, completion.token_ids)
+        assert part.text == completion.text
+    late, _ = served.actor.completion.options(num_returns=2).remote("e0", 0)
+    assert ray.get(late, timeout=TIMEOUT).kind == "infra"
+
+
 def test_an_engine_computes_on_the_cores_it_was_given(served: Served) -> None:
     served.sync(served.publish(served.model()))
     served.generate("cores", tokens(8, 1))
