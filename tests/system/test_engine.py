@@ -1,15 +1,17 @@
 """Rollout actors with real vLLM engines: what they serve is what was published.
 
-One engine start costs about 20 s, so each model gets one actor that several tests share.
+One engine start costs about 20 s, so each model gets one actor that several tests share, and
+engines are started side by side.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import psutil
@@ -86,28 +88,30 @@ class Served:
         return meta, ray.get(group)
 
 
-def start(folder: Path, *logs: Path, **options: Any) -> list[Any]:
-    """One actor per log folder, started side by side; a Failure in place of one that failed."""
-    spec = EngineSpec(
-        model_path=str(folder),
-        device="cpu",
-        **{
-            "dtype": "float32",
-            "max_length": 512,
-            "max_concurrent": 64,
-            "kv_cache_gib": 0.25,
-            "gpu_memory": 0.5,
-            "tensor_parallel": 1,
-            "compile": False,
-            "quantization": "none",
-            "seed": 0,
-            **options,
-        },
-    )
+def start(*folders: Path, quantization: Literal["none", "fp8"] = "none") -> list[Any]:
+    """One actor for each model folder, started side by side on cores in turn; a Failure in place
+    of one that failed."""
     remote = ray.remote(RolloutActor).options(num_cpus=0.1)
-    actors = [remote.remote("engine-test", spec, str(folder)) for folder in logs]
-    answers = ray.get([actor.start.remote((0,)) for actor in actors], timeout=TIMEOUT)
-    pairs = zip(actors, answers, strict=True)
+    cores = sorted(os.sched_getaffinity(0))
+    waiting = []
+    actors = []
+    for index, folder in enumerate(folders):
+        spec = EngineSpec(
+            model_path=str(folder),
+            dtype="float32",
+            device="cpu",
+            max_length=512,
+            max_concurrent=64,
+            kv_cache_gib=0.25,
+            gpu_memory=0.5,
+            tensor_parallel=1,
+            compile=False,
+            quantization=quantization,
+            seed=0,
+        )
+        actors.append(remote.remote(f"engine-test-{index}", spec, str(folder.parent / "logs")))
+        waiting.append(actors[-1].start.remote((cores[index % len(cores)],)))
+    pairs = zip(actors, ray.get(waiting, timeout=TIMEOUT), strict=True)
     return [actor if isinstance(answer, float) else answer for actor, answer in pairs]
 
 
@@ -119,20 +123,48 @@ MAKERS = {
 }
 
 
+OFTEN = ("llama-tied", "llama-untied", "gpt2")
+
+
+@pytest.fixture(scope="module")
+def often(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Served]]:
+    """An engine for each of the models that are always tested."""
+    folders = [MAKERS[kind](tmp_path_factory.mktemp(kind) / "model") for kind in OFTEN]
+    actors = start(*folders)
+    assert not any(isinstance(actor, Failure) for actor in actors), actors
+    yield {
+        kind: Served(actor, folder, folder.parent)
+        for kind, actor, folder in zip(OFTEN, actors, folders, strict=True)
+    }
+    for actor in actors:
+        ray.kill(actor)
+
+
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(name, marks=[pytest.mark.exhaustive] if name == "qwen2-tied" else [])
-        for name in MAKERS
+        pytest.param(kind, marks=[] if kind in OFTEN else [pytest.mark.exhaustive])
+        for kind in MAKERS
     ],
 )
-def served(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(
+    request: Any, often: dict[str, Served], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
+    if request.param in often:
+        yield often[request.param]
+        return
     tmp = tmp_path_factory.mktemp(request.param)
     folder = MAKERS[request.param](tmp / "model")
-    [actor] = start(folder, tmp / "logs")
+    [actor] = start(folder)
     assert not isinstance(actor, Failure), actor
     yield Served(actor, folder, tmp)
     ray.kill(actor)
+
+
+def engine_processes(actor: Any) -> list[psutil.Process]:
+    """vLLM's processes below an actor that compute."""
+    below = psutil.Process(ray.get(actor.place.remote()).pid).children(recursive=True)
+    return [p for p in below if " ".join(p.cmdline()).startswith("VLLM::EngineCore")]
 
 
 def perturbed(model: Any, seed: int) -> Any:
@@ -303,21 +335,27 @@ def test_completions_are_there_before_their_group(served: Served) -> None:
 def test_an_engine_computes_on_the_cores_it_was_given(served: Served) -> None:
     served.sync(served.publish(served.model()))
     served.generate("cores", tokens(8, 1))
-    engines = [
-        process
-        for process in psutil.process_iter(["cmdline"])
-        if " ".join(process.info["cmdline"] or []).startswith("VLLM::EngineCore")
-    ]
+    engines = engine_processes(served.actor)
     assert engines
     for engine in engines:
-        # `start` gives core 0; without binding it would be every core of the machine.
-        assert engine.cpu_affinity() == [0]
+        # `start` gives one core; without binding it would be every core of the machine.
+        assert len(engine.cpu_affinity()) == 1
 
 
 def test_two_engines_side_by_side_never_give_copies(tmp_path: Path) -> None:
-    """Different prompts' seeds differ, whichever engine; one prompt is the same on both."""
+    """Different prompts' seeds differ, whichever engine; one prompt is the same on both. A third
+    one beside them cannot start."""
     folder = tiny_llama(tmp_path / "model")
-    actors = start(folder, tmp_path / "logs0", tmp_path / "logs1")
+    broken = tiny_llama(tmp_path / "broken" / "model")
+    state = load_file(broken / "model.safetensors")
+    state["model.norm.weight"] = torch.ones(7)
+    save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
+    *actors, failure = start(folder, folder, broken)
+    # An engine that cannot start carries the last words of its process, below the actor.
+    assert isinstance(failure, Failure)
+    assert "Attempted to load weight" in failure.message, failure.message
+    assert "64" in failure.message
+
     first, second = (Served(actor, folder, tmp_path) for actor in actors)
     info = first.publish(first.model())
     assert not isinstance(first.sync(info), Failure)
@@ -331,13 +369,7 @@ def test_two_engines_side_by_side_never_give_copies(tmp_path: Path) -> None:
     assert sample(first, "b", 1000) != sample(second, "b", 2000)
 
     # The engine's process dies while it is asked for something: the actor says so, soon.
-    [engine] = [
-        process
-        for process in psutil.Process(ray.get(actors[1].place.remote()).pid).children(
-            recursive=True
-        )
-        if " ".join(process.cmdline()).startswith("VLLM::EngineCore")
-    ]
+    [engine] = engine_processes(actors[1])
     engine.suspend()
     update = actors[1].sync.remote(second.publish(second.model()), [5, 6, 7])
     assert not ray.wait([update], timeout=1)[0]
@@ -384,7 +416,7 @@ def in_float8(model: Any) -> Any:
 
 def test_float8_rollouts_are_rounded_again_at_every_update(tmp_path: Path) -> None:
     folder = tiny_llama(tmp_path / "model")
-    [actor] = start(folder, tmp_path / "logs", quantization="fp8")
+    [actor] = start(folder, quantization="fp8")
     assert not isinstance(actor, Failure), actor
     served = Served(actor, folder, tmp_path)
     ids = tokens(40, 3)
@@ -405,18 +437,6 @@ def test_float8_rollouts_are_rounded_again_at_every_update(tmp_path: Path) -> No
         far, near = np.concatenate(plain).mean(), np.concatenate(rough).mean()
         # What is left are activations on the edge between two values of float8.
         assert near < far / 5, (near, far)
-
-
-def test_an_engine_that_cannot_start_carries_its_own_last_words(tmp_path: Path) -> None:
-    folder = tiny_llama(tmp_path / "model")
-    state = load_file(folder / "model.safetensors")
-    state["model.norm.weight"] = torch.ones(7)
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    [answer] = start(folder, tmp_path / "logs")
-    assert isinstance(answer, Failure)
-    # Said by the engine's process, below the actor.
-    assert "Attempted to load weight" in answer.message, answer.message
-    assert "64" in answer.message
 
 
 def test_overlong_prompts_fail_as_data(served: Served) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import socket
@@ -17,8 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 
+from cluster.tracking import STEP_KEYS
 from tests.models import tiny_llama
+from tests.system.conftest import REWARDS
+from tests.system.runs import rollouts, rows
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
 
@@ -115,31 +120,67 @@ def answers(url: str) -> bool:
         return False
 
 
-def overrides_for(run_dir: Path, model: Path) -> list[str]:
-    return [
-        "run.steps=1",
-        f"run.dir={run_dir}",
-        f"model.path={model}",
+def test_a_run_with_two_of_everything(cluster: Cluster, tmp_path: Path) -> None:
+    """Two actors, ranks and reward workers on a cluster, overlapped by a step; its directory."""
+    run = tmp_path / "run"
+    (tmp_path / "judge.py").write_text(REWARDS)
+    code, log = cluster.submit(
+        "run.steps=4",
+        f"run.dir={run}",
+        f"model.path={tiny_llama(tmp_path / 'model')}",
+        "model.dtype=float32",
+        "task.prompts_per_step=4",
+        "task.group_size=4",
         "actors.count=2",
-        "actors.max_tokens=8",
-        "task.prompts_per_step=2",
-        "task.group_size=2",
-    ]
-
-
-def test_one_step_on_a_cluster(cluster: Cluster, tmp_path: Path) -> None:
-    model = tiny_llama(tmp_path / "model")
-    run_dir = tmp_path / "run"
-    code, log = cluster.submit(*overrides_for(run_dir, model))
+        "actors.max_staleness=1",
+        "actors.max_tokens=12",
+        "actors.kv_cache_gib=0.25",
+        "learner.workers=2",
+        "learner.zero_stage=2",
+        "rewards.workers=2",
+        f"rewards.functions=[{tmp_path}/judge.py:digits]",
+        "tracking.table_every=1",
+    )
     assert code == 0, log
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert len(rows) == 1
-    assert "step 1/1" in log
+    assert "step 4/4" in log
     assert "SUCCEEDED" in log
+    table = rows(run)
+    assert [row["step"] for row in table] == [0, 1, 2, 3]
+    for row in table:
+        assert set(STEP_KEYS) <= set(row)
+        assert row["samples/admitted"] == 16 * (row["step"] + 1)
+        assert row["samples/admitted"] == (
+            row["samples/trained"] + row["samples/filtered"] + row["samples/failed"]
+        )
+        parts = ("generate", "reward", "train", "sync", "wait")
+        assert math.isclose(row["time/step"], sum(row[f"time/{p}"] for p in parts), rel_tol=0.02)
+    # The first step's completions are fresh; later ones were started before the last update.
+    assert table[0]["async/staleness_max"] == 0
+    assert 0 < max(row["async/staleness_max"] for row in table) <= 1
+    assert table[0]["mismatch/logprob_abs_max"] < 1e-3
+    assert all(row["mismatch/probe_gap"] < 2e-3 for row in table)
+    samples = [sample for step in range(4) for sample in rollouts(run, step)]
+    assert len({sample["completion_id"] for sample in samples}) == 64
+    assert all(len(sample["token_ids"]) == sample["tokens"] for sample in samples)
+    assert len({sample["seed"] for sample in samples}) == 64
+    logs = {log.name for log in (run / "logs").iterdir()}
+    assert logs >= {"rollout-0.log", "rollout-1.log", "learner-0.log", "learner-1.log"}
+    resolved = yaml.safe_load((run / "config.yaml").read_text())
+    assert resolved["actors"]["count"] == 2
+    # What W&B holds is what metrics.jsonl holds.
+    [offline] = (run / "wandb").glob("offline-run-*")
+    leet = Path(sys.executable).parent / "wandb"
+    read = subprocess.run(
+        [leet, "leet", "inspect", "--summary", "--json", offline],
+        capture_output=True, text=True, check=True, timeout=60,
+    )  # fmt: skip
+    summary = json.loads(read.stdout)["summary"]
+    assert summary["reward/mean"] == pytest.approx(table[-1]["reward/mean"])
+    assert summary["step"] == 3
 
 
 def test_a_failing_job_says_why(cluster: Cluster, tmp_path: Path) -> None:
-    code, log = cluster.submit(*overrides_for(tmp_path / "run", Path("/nonexistent")))
+    code, log = cluster.submit(f"run.dir={tmp_path}/run", "model.path=/nonexistent")
     assert code == 1, log
     assert "model.path=/nonexistent: there is no such folder" in log
     assert "FAILED" in log
@@ -147,7 +188,7 @@ def test_a_failing_job_says_why(cluster: Cluster, tmp_path: Path) -> None:
 
 def test_without_the_token_nothing_runs(cluster: Cluster, tmp_path: Path) -> None:
     stranger = Cluster(cluster.address, {**cluster.environment, "RAY_AUTH_MODE": "disabled"})
-    code, log = stranger.submit(*overrides_for(tmp_path / "run", Path("/nonexistent")))
+    code, log = stranger.submit(f"run.dir={tmp_path}/run", "model.path=/nonexistent")
     assert code != 0
     assert "RAY_AUTH" in log
     assert "submitted" not in log

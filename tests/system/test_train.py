@@ -3,35 +3,24 @@
 from __future__ import annotations
 
 import json
-import math
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cluster.tracking import STEP_KEYS
 from learner.checkpoint import latest
 from tests.system.conftest import Cohort
+from tests.system.runs import rollouts, rows
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
-
-
-def rows(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def rollouts(run: Path, step: int) -> list[dict[str, Any]]:
-    text = (run / "rollouts" / f"step-{step:06d}.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines()]
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -42,59 +31,6 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 def shown(result: subprocess.CompletedProcess[str]) -> str:
     return result.stdout + result.stderr
-
-
-def test_two_actors_two_ranks_two_reward_workers(
-    cohort: Cohort, nothing_left: Callable[[], None]
-) -> None:
-    """The whole run directory of a run with more than one of everything, overlapped by a step."""
-    run = cohort.folder / "wide"
-    result = cohort.train(
-        run__dir=run,
-        run__steps=4,
-        actors__count=2,
-        actors__max_staleness=1,
-        learner__workers=2,
-        learner__zero_stage=2,
-        rewards__workers=2,
-        tracking__table_every=1,
-    )
-    assert result.returncode == 0, shown(result)
-    assert "step 4/4" in result.stdout
-    table = rows(run)
-    assert [row["step"] for row in table] == [0, 1, 2, 3]
-    for row in table:
-        assert set(STEP_KEYS) <= set(row)
-        assert row["samples/admitted"] == 16 * (row["step"] + 1)
-        assert row["samples/admitted"] == (
-            row["samples/trained"] + row["samples/filtered"] + row["samples/failed"]
-        )
-        parts = ("generate", "reward", "train", "sync", "wait")
-        assert math.isclose(row["time/step"], sum(row[f"time/{p}"] for p in parts), rel_tol=0.02)
-    # The first step's completions are fresh; later ones were started before the last update.
-    assert table[0]["async/staleness_max"] == 0
-    assert 0 < max(row["async/staleness_max"] for row in table) <= 1
-    assert table[0]["mismatch/logprob_abs_max"] < 1e-3
-    assert all(row["mismatch/probe_gap"] < 2e-3 for row in table)
-    samples = [sample for step in range(4) for sample in rollouts(run, step)]
-    assert len({sample["completion_id"] for sample in samples}) == 64
-    assert all(len(sample["token_ids"]) == sample["tokens"] for sample in samples)
-    assert len({sample["seed"] for sample in samples}) == 64
-    logs = {log.name for log in (run / "logs").iterdir()}
-    assert logs >= {"rollout-0.log", "rollout-1.log", "learner-0.log", "learner-1.log"}
-    resolved = yaml.safe_load((run / "config.yaml").read_text())
-    assert resolved["actors"]["count"] == 2
-    # What W&B holds is what metrics.jsonl holds.
-    [offline] = (run / "wandb").glob("offline-run-*")
-    leet = Path(sys.executable).parent / "wandb"
-    read = subprocess.run(
-        [leet, "leet", "inspect", "--summary", "--json", offline],
-        capture_output=True, text=True, check=True, timeout=60,
-    )  # fmt: skip
-    summary = json.loads(read.stdout)["summary"]
-    assert summary["reward/mean"] == pytest.approx(table[-1]["reward/mean"])
-    assert summary["step"] == 3
-    nothing_left()
 
 
 # A task that chooses its rows by what was solved before: a resumed run must choose the same ones.
@@ -115,18 +51,32 @@ def straight(cohort: Cohort) -> Path:
     return run
 
 
-def test_a_resumed_run_equals_one_that_never_stopped(cohort: Cohort, straight: Path) -> None:
+def test_a_run_whose_driver_was_killed_leaves_nothing_and_resumes_exactly(
+    cohort: Cohort, straight: Path, nothing_left: Callable[[], None]
+) -> None:
+    """kill -9 in a later step than its checkpoint's; it ends as the run that never stopped."""
     run = cohort.folder / "resumed"
-    first = cohort.train(run__dir=run, run__steps=2, **CURRICULUM)
-    assert first.returncode == 0, shown(first)
-    # A torn, newer checkpoint must not be chosen.
-    torn = run / "checkpoints" / "step-3"
+    every = {"run__checkpoint_every": 2, "run__keep_checkpoints": 100}
+    process = cohort.start(run__dir=run, run__steps=500, **every, **CURRICULUM)
+    wait_for(cohort.folder / "out.log", "step   3/500", process)
+    process.kill()
+    process.wait()
+    nothing_left()
+    # What came after the checkpoint is done again, a torn, newer checkpoint not chosen.
+    checkpoints = run / "checkpoints"
+    for other in checkpoints.iterdir():
+        if other.name != "step-2":
+            shutil.rmtree(other)
+    assert latest(checkpoints) == checkpoints / "step-2"
+    assert len(rows(run)) > 2
+    torn = checkpoints / "step-3"
     torn.mkdir()
     (torn / "state.json").write_text("{}")
     second = cohort.train(run__dir=run, run__steps=4, run__resume="true", **CURRICULUM)
     assert second.returncode == 0, shown(second)
 
     assert [row["step"] for row in rows(run)] == [0, 1, 2, 3]
+    assert len(list((run / "rollouts").iterdir())) == 4
     for step in range(4):
         ours, theirs = rollouts(run, step), rollouts(straight, step)
         assert [s["token_ids"] for s in ours] == [s["token_ids"] for s in theirs], step
@@ -217,16 +167,6 @@ def test_killed_engines_are_replaced_and_sigterm_saves(
     nothing_left()
 
 
-def test_sigkill_of_the_driver_leaves_nothing_behind(
-    cohort: Cohort, nothing_left: Callable[[], None]
-) -> None:
-    process = cohort.start(run__dir=cohort.folder / "killed", run__steps=500)
-    wait_for(cohort.folder / "out.log", "step   1/500", process)
-    process.kill()
-    process.wait()
-    nothing_left()
-
-
 def test_a_hanging_reward_stops_the_run_with_one_message(
     cohort: Cohort, nothing_left: Callable[[], None]
 ) -> None:
@@ -235,7 +175,7 @@ def test_a_hanging_reward_stops_the_run_with_one_message(
         run__dir=run,
         task__prompts_per_step=2,
         task__group_size=2,
-        rewards__functions="[judge.py:hangs]",
+        rewards__functions="[{path: judge.py:hangs, whole_group: true}]",
         rewards__timeout_s=1,
     )
     assert result.returncode == 1, shown(result)
