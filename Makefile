@@ -13,7 +13,7 @@ export PYTHONUNBUFFERED := 1
 help:
 	@echo "make setup      virtual environment, locked packages, the quickstart's model"
 	@echo "make train      set up, then train the quickstart (CONFIG=..., ARGS='key=value ...')"
-	@echo "make test       set up, then run all tests (about 20 minutes)"
+	@echo "make test       set up, then run all tests (about 12 minutes)"
 	@echo "make test-fast  the tests that need no engine (two to three minutes)"
 	@echo "make lint       ruff and mypy"
 	@echo "make lock       resolve requirements/cpu.in again"
@@ -34,11 +34,12 @@ model: $(STAMP)
 train: setup
 	$(BIN)/cohort train $(CONFIG) $(ARGS)
 
+# Two tests at a time: starting the real stack is mostly imports, which use one core.
 test: setup
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n 2 $(ARGS)
 
 test-fast: $(STAMP)
-	$(BIN)/pytest -m "not system" $(ARGS)
+	$(BIN)/pytest -n 2 -m "not system" $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

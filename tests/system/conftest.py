@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import subprocess
 import sys
 import time
@@ -13,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from actors.process import mapped_shared_memory
 from tests.models import tiny_llama
 
 COHORT = str(Path(sys.executable).parent / "cohort")
@@ -125,8 +128,18 @@ def ours(mark: str) -> list[tuple[psutil.Process, str]]:
 
 
 def shared_files() -> set[str]:
-    ours = ("cohort-", "psm_", "__KMP_")
-    return {name for name in os.listdir("/dev/shm") if name.startswith(ours)}
+    """Shared memory of runs, but not what a living process uses that is none of theirs."""
+    names = set(os.listdir("/dev/shm"))
+    used = set()
+    for pid in psutil.pids():
+        with contextlib.suppress(PermissionError):
+            used |= {path.name for path in mapped_shared_memory([pid])}
+    used |= {
+        name
+        for name in names
+        if (of := re.match(r"__KMP_REGISTERED_LIB_(\d+)", name)) and psutil.pid_exists(int(of[1]))
+    }
+    return {name for name in names - used if name.startswith(("cohort-", "psm_", "__KMP_"))}
 
 
 @pytest.fixture
