@@ -134,7 +134,7 @@ class RewardActor:
     Keep max_concurrency at 1: there is one child process, and it judges one call at a time. The
     child runs the functions on its main thread (so signal.alarm works), in a session and process
     group of its own, without secrets in its environment, its output thrown away, its memory
-    bounded to `memory_bytes`. A function that exceeds `timeout_s` on a group is ended by SIGKILL of
+    bounded to `memory_bytes`. A function that exceeds `timeout_s` in a call is ended by SIGKILL of
     that process group, and a new child takes over; so is a child that died. The kernel ties the
     child's life to the thread that created it: use the actor from one thread.
 
@@ -142,8 +142,8 @@ class RewardActor:
     said. A function that compares completions (`whole_group`) always gets the whole group.
 
     A call that hangs, dies or raises is repeated for each completion alone (but not for functions
-    that compare), so that one completion costs only its own score. All
-    of these share as much time again, each at most `timeout_s`; see `longest_score_s`.
+    that compare), so that one completion costs only its own score. All of these share as much time
+    again, each at most `timeout_s`; see `longest_score_s`.
 
     Raises RewardLoadError from the constructor when a function cannot be loaded.
     """
@@ -318,12 +318,10 @@ def joined(
 ) -> dict[str, tuple[Verdict, tuple[float, ...]]]:
     """One verdict a function out of what was said of single completions, in the order of `ids`;
     of the functions that said something of each."""
-    places = {
-        name: place for place, name in enumerate(name for part in judged for name in part.ids)
-    }
-    if set(places) != set(ids) or not judged:
+    arrived = [name for part in judged for name in part.ids]
+    if not judged or set(arrived) != set(ids):
         return {}
-    order = [places[name] for name in ids]
+    order = [arrived.index(name) for name in ids]
     found = {}
     for name in judged[0].verdicts:
         whole = merged([part.verdicts[name][0] for part in judged])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -14,15 +15,16 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
 from cluster.tracking import STEP_KEYS
 from tests.models import tiny_llama
-from tests.system.conftest import REWARDS
+from tests.system.conftest import REWARDS, shared_files
 from tests.system.runs import rollouts, rows
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
@@ -45,6 +47,16 @@ class Cluster:
 
     address: str
     environment: dict[str, str]
+    pid: int
+
+    def working(self) -> list[str]:
+        """Actors and engines that live below the cluster, by what they call themselves."""
+        names = []
+        for process in psutil.Process(self.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+                names.append(" ".join(process.cmdline()))
+        kinds = ("VLLM::", "ray::RolloutActor", "ray::LearnerWorker", "ray::RewardActor")
+        return [name for name in names if name.startswith(kinds)]
 
     def submit(self, *overrides: str) -> tuple[int, str]:
         """Run `cohort submit` from the repository; its exit code and what it printed."""
@@ -104,7 +116,7 @@ def cluster() -> Iterator[Cluster]:
                 assert process.poll() is None, log.read_text()
                 assert time.monotonic() < deadline, f"no job server: {log.read_text()}"
                 time.sleep(0.5)
-            yield Cluster(address, environment)
+            yield Cluster(address, environment, process.pid)
         finally:
             process.terminate()
             process.wait(60)
@@ -122,6 +134,7 @@ def answers(url: str) -> bool:
 
 def test_a_run_with_two_of_everything(cluster: Cluster, tmp_path: Path) -> None:
     """Two actors, ranks and reward workers on a cluster, overlapped by a step; its directory."""
+    files = shared_files()
     run = tmp_path / "run"
     (tmp_path / "judge.py").write_text(REWARDS)
     code, log = cluster.submit(
@@ -177,6 +190,11 @@ def test_a_run_with_two_of_everything(cluster: Cluster, tmp_path: Path) -> None:
     summary = json.loads(read.stdout)["summary"]
     assert summary["reward/mean"] == pytest.approx(table[-1]["reward/mean"])
     assert summary["step"] == 3
+    # Nothing of the job lives on in the cluster, which does.
+    deadline = time.monotonic() + 20
+    while (alive := cluster.working()) or shared_files() - files:
+        assert time.monotonic() < deadline, f"left: {alive} {shared_files() - files}"
+        time.sleep(0.2)
 
 
 def test_a_failing_job_says_why(cluster: Cluster, tmp_path: Path) -> None:
@@ -187,7 +205,8 @@ def test_a_failing_job_says_why(cluster: Cluster, tmp_path: Path) -> None:
 
 
 def test_without_the_token_nothing_runs(cluster: Cluster, tmp_path: Path) -> None:
-    stranger = Cluster(cluster.address, {**cluster.environment, "RAY_AUTH_MODE": "disabled"})
+    environment = {**cluster.environment, "RAY_AUTH_MODE": "disabled"}
+    stranger = replace(cluster, environment=environment)
     code, log = stranger.submit(f"run.dir={tmp_path}/run", "model.path=/nonexistent")
     assert code != 0
     assert "RAY_AUTH" in log

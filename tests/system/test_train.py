@@ -175,7 +175,7 @@ def test_a_hanging_reward_stops_the_run_with_one_message(
         run__dir=run,
         task__prompts_per_step=2,
         task__group_size=2,
-        rewards__functions="[{path: judge.py:hangs, whole_group: true}]",
+        rewards__functions="[judge.py:hangs]",
         rewards__timeout_s=1,
     )
     assert result.returncode == 1, shown(result)
