@@ -140,22 +140,23 @@ class _Row:
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """q [K, R, n, D], scaled; k and v [K, n, D] -> [K, R, n, D]."""
-        end = self.end
-        k1, v1 = k[:, :end], v[:, :end]
+        # Split, not sliced: the gradient of a slice is a zeroed copy of the whole.
+        sizes = [self.end, q.shape[-2] - self.end]
+        (k1, k2), (v1, v2) = (x.split(sizes, 1) for x in (k, v))
+        *blocks, q2 = q.split([stop - start for start, stop in self.blocks] + sizes[1:], 2)
         parts = []
-        for (start, stop), bias in zip(self.blocks, self.biases, strict=True):
-            scores = _grouped(q[:, :, start:stop], k1[:, :stop].transpose(1, 2))
+        for block, (_, stop), bias in zip(blocks, self.blocks, self.biases, strict=True):
+            scores = _grouped(block, k1[:, :stop].transpose(1, 2))
             parts.append(_grouped((scores + bias).softmax(-1), v1[:, :stop]))
         if self.stack is not None:
-            stack, q2 = self.stack, q[:, :, end:]
+            stack = self.stack
             over_prompt = _grouped(q2, k1.transpose(1, 2))
-            keys = stack(k[:, end:]).transpose(-1, -2)
-            over_own = _grouped(stack(q2), keys) + stack.bias
+            over_own = _grouped(stack(q2), stack(k2).transpose(-1, -2)) + stack.bias
             # One softmax over both: every completion token's scores side by side.
             scores = torch.cat([over_prompt, stack.undo(over_own)], -1)
-            weights = scores.softmax(-1)
-            own = stack.undo(_grouped(stack(weights[..., end:]), stack(v[:, end:])))
-            parts.append(_grouped(weights[..., :end], v1) + own)
+            prompt, own = scores.softmax(-1).split([self.end, scores.shape[-1] - self.end], -1)
+            mixed = stack.undo(_grouped(stack(own), stack(v2)))
+            parts.append(_grouped(prompt, v1) + mixed)
         return torch.cat(parts, -2)
 
 

@@ -63,18 +63,18 @@ class TokenScores(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        outputs_NV: torch.Tensor,
+        outputs_PV: torch.Tensor,
         target_N: torch.Tensor,
         scale: LogitScale,
         temperature: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns (logprobs [N] float32, entropies [N] float32)."""
-        logprobs_N = torch.empty(len(outputs_NV), device=outputs_NV.device)
+        """Returns (logprobs [N] float32, entropies [N] float32). Outputs beyond N are padding."""
+        logprobs_N = torch.empty(len(target_N), device=outputs_PV.device)
         normaliser_N, entropy_N = torch.empty_like(logprobs_N), torch.empty_like(logprobs_N)
-        buffers = [_buffer(outputs_NV), _buffer(outputs_NV)]
-        for part in _blocks(len(outputs_NV)):
+        buffers = [_buffer(outputs_PV), _buffer(outputs_PV)]
+        for part in _blocks(len(target_N)):
             z, exp = (buffer[: len(target_N[part])] for buffer in buffers)
-            scale.apply_(z.copy_(outputs_NV[part])).div_(temperature)
+            scale.apply_(z.copy_(outputs_PV[part])).div_(temperature)
             peak = z.amax(-1)
             z.sub_(peak[:, None])
             total = torch.exp(z, out=exp).sum(-1)
@@ -82,7 +82,7 @@ class TokenScores(torch.autograd.Function):
             logprobs_N[part] = z.gather(1, target_N[part, None])[:, 0] - log_total
             normaliser_N[part] = peak + log_total
             entropy_N[part] = log_total - exp.mul_(z).sum(-1) / total
-        ctx.save_for_backward(outputs_NV, target_N, normaliser_N, entropy_N)
+        ctx.save_for_backward(outputs_PV, target_N, normaliser_N, entropy_N)
         ctx.scale, ctx.temperature = scale, temperature
         # Entropies are mostly only looked at: then their gradient is None, not zeros.
         ctx.set_materialize_grads(False)
@@ -92,14 +92,15 @@ class TokenScores(torch.autograd.Function):
     def backward(
         ctx: Any, gradient_N: torch.Tensor | None, entropy_gradient_N: torch.Tensor | None
     ) -> tuple[torch.Tensor, None, None, None]:
-        outputs_NV, target_N, normaliser_N, entropy_N = ctx.saved_tensors
+        outputs_PV, target_N, normaliser_N, entropy_N = ctx.saved_tensors
         if gradient_N is None:
             gradient_N = torch.zeros_like(normaliser_N)
-        result_NV = torch.empty_like(outputs_NV)
-        buffer = _buffer(outputs_NV)
-        for part in _blocks(len(outputs_NV)):
+        result_PV = torch.empty_like(outputs_PV)
+        result_PV[len(target_N) :] = 0.0
+        buffer = _buffer(outputs_PV)
+        for part in _blocks(len(target_N)):
             z = buffer[: len(target_N[part])]
-            ctx.scale.apply_(z.copy_(outputs_NV[part]))
+            ctx.scale.apply_(z.copy_(outputs_PV[part]))
             scaled = z.clone() if ctx.scale.cap is not None else z
             g = gradient_N[part, None]
             z.div_(ctx.temperature).sub_(normaliser_N[part, None])
@@ -110,17 +111,17 @@ class TokenScores(torch.autograd.Function):
             z.exp_().mul_(factor).neg_()
             z.scatter_add_(1, target_N[part, None], g)
             ctx.scale.multiply_by_slope_(z, scaled)
-            result_NV[part] = z.div_(ctx.temperature)
-        return result_NV, None, None, None
+            result_PV[part] = z.div_(ctx.temperature)
+        return result_PV, None, None, None
 
 
 def _blocks(size: int) -> list[slice]:
-    return [slice(start, start + SCORE_BLOCK) for start in range(0, size, SCORE_BLOCK)]
+    return [slice(start, min(start + SCORE_BLOCK, size)) for start in range(0, size, SCORE_BLOCK)]
 
 
-def _buffer(outputs_NV: torch.Tensor) -> torch.Tensor:
-    rows = min(SCORE_BLOCK, len(outputs_NV))
-    return torch.empty(rows, outputs_NV.shape[1], device=outputs_NV.device)
+def _buffer(outputs_PV: torch.Tensor) -> torch.Tensor:
+    rows = min(SCORE_BLOCK, len(outputs_PV))
+    return torch.empty(rows, outputs_PV.shape[1], device=outputs_PV.device)
 
 
 class PolicyModel(nn.Module):
@@ -198,8 +199,9 @@ class PolicyModel(nn.Module):
         # Shapes that come back: see learner.plan.LENGTH_MULTIPLE.
         padding = -len(hidden_NH) % SCORE_MULTIPLE
         padded_PH = nn.functional.pad(hidden_NH, (0, 0, 0, padding))
-        logits_NV = self.model.get_output_embeddings()(padded_PH)[: len(hidden_NH)]
-        logprobs_N, entropy_N = TokenScores.apply(logits_NV, target_N, self.scale, temperature)
+        # Padding and all: the gradient of a slice would be a copy of all logits.
+        logits_PV = self.model.get_output_embeddings()(padded_PH)
+        logprobs_N, entropy_N = TokenScores.apply(logits_PV, target_N, self.scale, temperature)
         return logprobs_N, entropy_N
 
     def _hidden(
