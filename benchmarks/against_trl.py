@@ -431,9 +431,12 @@ def main() -> None:
             (version, variant): trl_steps(
                 version, variant, "a", prompts, options.steps + 1, out, f"{version}-{variant}"
             )
-            for version in VERSIONS
+            for version in options.sides
+            if version != "cohort"
             for variant in ("float32", "bfloat16", "autocast")
         }
+        raw = [{"side": side, "variant": name, **run} for (side, name), run in found.items()]
+        (out / "variants.json").write_text(json.dumps({"machine": machine(), "results": raw}))
         text = "".join(
             f"TRL {version} {variant}: {[round(s, 1) for s in run['step_s']]}\n"
             for (version, variant), run in found.items()

@@ -1,7 +1,7 @@
 """The learner's forward and backward pass against this machine's own matrix products.
 
     .venv/bin/python benchmarks/learner_speed.py [--threads 2] [--repeats 5] [--model PATH]
-    .venv/bin/python benchmarks/learner_speed.py --device cuda --shape 1.5b
+    .venv/bin/python benchmarks/learner_speed.py --device cuda --shape 1.5b [--float8 tensorwise]
 
 Peak: the median rate of a bfloat16 product of 4096 x 4096, measured in between. FLOPs of a pass are
 those that the mathematics needs: 6 per parameter of the layers and token, 6 per parameter of the
@@ -54,7 +54,12 @@ def build(options: argparse.Namespace) -> Any:
             model = Qwen2ForCausalLM(Qwen2Config(**SHAPES[options.shape])).bfloat16()
     else:
         model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16)
-    policy = PolicyModel(model.to(options.device), options.attention)
+    model = model.to(options.device)
+    if options.float8 != "off":
+        from learner.float8 import convert
+
+        convert(model, options.float8, torch.device(options.device))
+    policy = PolicyModel(model, options.attention)
     policy.self_check(1.0)
     return policy
 
@@ -154,6 +159,7 @@ def measure(policy: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
             "rows": name, "gflop": work, "seconds": seconds[1:], "gflops": rate,
             "peak_gflops": peaks[1:], "share": rate / peak,
             "row_tokens": ids.numel(), "completion_tokens": len(predict),
+            "tokens_per_s": ids.numel() / statistics.median(seconds[1:]),
         }  # fmt: skip
         if options.device == "cuda":
             result["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
@@ -186,6 +192,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=list(SHAPES), help="a random model of this size")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--attention", choices=["auto", "tree", "sdpa", "eager"], default="auto")
+    parser.add_argument("--float8", choices=["off", "tensorwise", "rowwise"], default="off")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "benchmark-learner")
@@ -200,7 +207,13 @@ def main() -> None:
 
     torch.set_num_threads(options.threads)
     results = measure(build(options), options)
-    save(options.out, table(results), attention=options.attention, results=results)
+    save(
+        options.out,
+        table(results),
+        attention=options.attention,
+        float8=options.float8,
+        results=results,
+    )
 
 
 if __name__ == "__main__":
