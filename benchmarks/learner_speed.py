@@ -55,12 +55,12 @@ def build(options: argparse.Namespace) -> Any:
     else:
         model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16)
     model = model.to(options.device)
+    policy = PolicyModel(model, options.attention)
+    policy.self_check(1.0)
     if options.float8 != "off":
         from learner.float8 import convert
 
         convert(model, options.float8, torch.device(options.device))
-    policy = PolicyModel(model, options.attention)
-    policy.self_check(1.0)
     return policy
 
 
