@@ -97,16 +97,19 @@ def live_bytes() -> int:
     return sum(storages.values())
 
 
-def sample_groups() -> list[ScoredGroup]:
-    """Four groups of eight completions of 32 tokens."""
+def sample_groups(
+    count: int = 4, prompt_tokens: int = 40, tokens: int = 32, vocabulary: int = 40_000
+) -> list[ScoredGroup]:
+    """Groups of eight completions of random tokens, half of them rewarded."""
     random = np.random.default_rng(0)
     groups = []
-    for name in "abcd":
-        prompt = Prompt(name, tuple(int(t) for t in random.integers(100, 40_000, 40)), "")
+    for name in map(str, range(count)):
+        ids = random.integers(0, vocabulary, prompt_tokens)
+        prompt = Prompt(name, tuple(int(t) for t in ids), "")
         completions = tuple(
             Completion(
-                f"{name}/{i}", name, random.integers(100, 40_000, 32),
-                np.full(32, -10.0, dtype=np.float32), "stop", 0, (0, 0), "",
+                f"{name}/{i}", name, random.integers(0, vocabulary, tokens),
+                np.full(tokens, -10.0, dtype=np.float32), "stop", 0, (0, 0), "",
             )
             for i in range(8)
         )  # fmt: skip

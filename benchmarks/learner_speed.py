@@ -3,6 +3,8 @@
     .venv/bin/python benchmarks/learner_speed.py [--threads 2] [--repeats 5] [--model PATH]
     .venv/bin/python benchmarks/learner_speed.py --device cuda --shape 1.5b [--float8 tensorwise]
 
+Neither optimizer nor ZeRO: a whole step is what learner_step.py measures.
+
 Peak: the median rate of a bfloat16 product of 4096 x 4096, measured in between. FLOPs of a pass are
 those that the mathematics needs: 6 per parameter of the layers and token, 6 per parameter of the
 output layer and completion token, and 12 * layers * heads * head_dim per pair of tokens of which
@@ -32,6 +34,7 @@ ROWS = {
     "2 x (32 + 8 x 128)": (32, 8, 128, 2),
     "8 x (46 + 8 x 13)": (46, 8, 13, 8),
 }
+FLOAT8 = ("off", "tensorwise", "rowwise")
 # A random model of the size of Qwen2.5-1.5B.
 SHAPES = {
     "1.5b": dict(
@@ -41,17 +44,25 @@ SHAPES = {
 }  # fmt: skip
 
 
+def random_model(shape: str, device: str) -> Any:
+    """A model of this shape with random weights."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    with torch.device(device):
+        return Qwen2ForCausalLM(Qwen2Config(**SHAPES[shape])).bfloat16()
+
+
 def build(options: argparse.Namespace) -> Any:
     """The policy as the learner holds it."""
     import torch
-    from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from learner.logprobs import PolicyModel
 
     if options.shape:
-        torch.manual_seed(0)
-        with torch.device(options.device):
-            model = Qwen2ForCausalLM(Qwen2Config(**SHAPES[options.shape])).bfloat16()
+        model = random_model(options.shape, options.device)
     else:
         model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16)
     model = model.to(options.device)
@@ -116,13 +127,15 @@ def tensors_of(shape: tuple[int, int, int, int], vocabulary: int) -> Any:
     )
 
 
-def flops(shape: tuple[int, int, int, int], policy: Any) -> float:
-    """Of one forward and backward pass, as the module's text counts them."""
+def flops(shape: tuple[int, int, int, int], config: Any, parameters: int) -> float:
+    """Of one forward and backward pass, as the module's text counts them.
+
+    config: the model's; parameters: of the whole model.
+    """
     prompt, count, size, rows = shape
-    config = policy.model.config
     head = config.vocab_size * config.hidden_size
     embeddings = head if config.tie_word_embeddings else 2 * head
-    layers = sum(p.numel() for p in policy.model.parameters()) - embeddings
+    layers = parameters - embeddings
     tokens = prompt + count * size
     pairs = prompt * (prompt + 1) / 2 + count * (size * prompt + size * (size + 1) / 2)
     width = config.num_attention_heads * (
@@ -138,6 +151,7 @@ def measure(policy: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Seconds of every repeat, in turns with the peak."""
     import torch
 
+    parameters = sum(p.numel() for p in policy.model.parameters())
     results = []
     for name, shape in ROWS.items():
         ids, position, tree, predict, target = tensors_of(shape, policy.model.config.vocab_size)
@@ -152,7 +166,7 @@ def measure(policy: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
             logprobs.sum().backward()
             synchronize(options.device)
             seconds.append(time.monotonic() - began)
-        work = flops(shape, policy) / 1e9
+        work = flops(shape, policy.model.config, parameters) / 1e9
         rate = work / statistics.median(seconds[1:])
         peak = statistics.median(peaks[1:])
         result = {
@@ -184,17 +198,23 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
+def parser_for(description: str | None, repeats: int) -> argparse.ArgumentParser:
+    """What every benchmark of the learner can be told: the model, and where and how it runs."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--shape", choices=list(SHAPES), help="a random model of this size")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--attention", choices=["auto", "tree", "sdpa", "eager"], default="auto")
-    parser.add_argument("--float8", choices=["off", "tensorwise", "rowwise"], default="off")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=repeats)
+    return parser
+
+
+def main() -> None:
+    parser = parser_for(__doc__, repeats=5)
+    parser.add_argument("--float8", choices=FLOAT8, default="off")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "benchmark-learner")
     options = parser.parse_args()
     if options.device == "cpu" and "COHORT_BENCHMARK" not in os.environ:
