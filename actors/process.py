@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import re
 import shutil
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,21 @@ def redirect_output(path: Path) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
+
+
+@contextlib.contextmanager
+def stacks_if_late(timeout_s: float) -> Iterator[None]:
+    """Shortly before `timeout_s` seconds have passed in this block, write the stacks of all threads
+    to the process's stderr: whoever waits for it is about to give up and kill it.
+
+    A thread without the GIL writes them, so a process that hangs in native code shows where. Blocks
+    do not nest: the end of an inner one also ends the outer one's watch.
+    """
+    faulthandler.dump_traceback_later(0.9 * timeout_s, file=2)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def last_lines(path: Path, count: int = 15, start: int = 0) -> str:

@@ -66,7 +66,7 @@ def measure(options: argparse.Namespace, stage: int, float8: str) -> dict[str, A
         )  # fmt: skip
         worker = LearnerWorker(spec)
         _, port = worker.rendezvous()
-        facts = worker.setup("127.0.0.1", port)
+        facts = worker.setup("127.0.0.1", port, timeout_s=600)
         plan = plan_step(
             [metas(group) for group in groups], algorithm, ranks=1,
             micro_batch_tokens=options.micro_batch_tokens, max_tokens=options.completion,

@@ -146,7 +146,7 @@ class LearnerGroup:
             [(address, port)] = await _all(
                 "opening the rendezvous", [workers[0].rendezvous.remote()], timeout_s
             )
-            setups = [w.setup.remote(address, port) for w in workers]
+            setups = [w.setup.remote(address, port, timeout_s) for w in workers]
             facts = await _all("loading the model", setups, timeout_s)
         except BaseException:
             _kill(workers)
@@ -336,7 +336,10 @@ async def _all(what: str, calls: Sequence[Any], timeout_s: float) -> list[Any]:
             ) from errors[rank]
         if waiting:
             late = [rank for rank, task in enumerate(tasks) if task in waiting]
-            raise LearnerError(f"learner rank(s) {late} did not finish {what} within {timeout_s} s")
+            raise LearnerError(
+                f"learner rank(s) {late} did not finish {what} within {timeout_s} s;"
+                " the end of each rank's log shows where it was"
+            )
         return [task.result() for task in tasks]
     finally:
         for task in tasks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -9,13 +10,13 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from actors.process import redirect_output, start_reaper
+from actors.process import redirect_output, stacks_if_late, start_reaper
 from actors.records import ScoredGroup, WeightsInfo
 from learner.attention import RowShape, Tree
 from learner.batch import BatchTensors, build_micro_batch
@@ -47,6 +48,23 @@ class _Memo:
 
     old: dict[int, Any] = field(default_factory=dict)
     reference: dict[int, Any] = field(default_factory=dict)
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _watched(
+    method: Callable[Concatenate[LearnerWorker, P], R],
+) -> Callable[Concatenate[LearnerWorker, P], R]:
+    """A call that all ranks carry out together: when it is late, each rank's log shows where."""
+
+    @functools.wraps(method)
+    def call(self: LearnerWorker, *args: P.args, **kwargs: P.kwargs) -> R:
+        with stacks_if_late(self.spec.learner.step_timeout_s):
+            return method(self, *args, **kwargs)
+
+    return call
 
 
 class LearnerWorker:
@@ -85,11 +103,17 @@ class LearnerWorker:
         )
         return address, self._store.port
 
-    def setup(self, address: str, port: int) -> ModelFacts:
+    def setup(self, address: str, port: int, timeout_s: float) -> ModelFacts:
         """Join the other ranks at rank 0's address, load the model, build the DeepSpeed engine.
+
+        timeout_s: how long the caller waits.
 
         Raises UnsupportedModel when the learner cannot score this architecture correctly.
         """
+        with stacks_if_late(timeout_s):
+            return self._set_up(address, port)
+
+    def _set_up(self, address: str, port: int) -> ModelFacts:
         import torch
         import torch.distributed as dist
 
@@ -180,6 +204,7 @@ class LearnerWorker:
             shares_prompts=self.policy.shares_prompts,
         )
 
+    @_watched
     def step(self, updates: Sequence[Sequence[MicroBatch]], groups: Sequence[Any]) -> RankResult:
         """Carry out this rank's part of a planned step.
 
@@ -305,6 +330,7 @@ class LearnerWorker:
         self.engine.backward(loss * self.spec.world_size, scale_wrt_gas=False)
         return stats
 
+    @_watched
     def reference_kl(
         self, batches: Sequence[MicroBatch], groups: Sequence[Any]
     ) -> dict[str, float]:
@@ -343,6 +369,7 @@ class LearnerWorker:
             )
         return logprobs.tolist()
 
+    @_watched
     def publish(self, version: int, keep: Sequence[int], remote: bool) -> WeightsInfo | None:
         """Rank 0 writes the weights into shared memory and returns where; others return None.
 
@@ -371,6 +398,7 @@ class LearnerWorker:
             remote=_put(path) if remote else None,
         )
 
+    @_watched
     def save(self, folder: str) -> None:
         """Write this rank's optimizer state; rank 0 also writes the Hugging Face folder."""
         target = Path(folder)
@@ -382,7 +410,7 @@ class LearnerWorker:
         )
         if not saved:
             raise CheckpointError(f"DeepSpeed did not save into {target}")
-        self.export(str(target / HF_FOLDER))
+        self._export(target / HF_FOLDER)
         if self.reference is not None and self.reference.refreshed:
             self.reference.save(target, write=self.spec.rank == 0)
         if self.spec.rank != 0:
@@ -392,12 +420,15 @@ class LearnerWorker:
             facts["reference"] = self.reference.fingerprint
         (target / LEARNER_FILE).write_text(json.dumps(facts, indent=1))
 
+    @_watched
     def export(self, folder: str) -> None:
         """Rank 0 writes the policy as a Hugging Face folder, with tokenizer and chat template."""
+        self._export(Path(folder))
+
+    def _export(self, target: Path) -> None:
         state = self._whole_state()
         if self.spec.rank != 0:
             return
-        target = Path(folder)
         self.model.save_pretrained(target, state_dict=state)
         for pattern in COMPANION_FILES:
             for file in self.model_folder.glob(pattern):
@@ -419,6 +450,7 @@ class LearnerWorker:
                 state[name] = copies[identity]
         return state
 
+    @_watched
     def load(self, folder: str) -> int:
         """Restore weights, optimizer state and step count; returns the optimizer steps done.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -146,3 +147,34 @@ def test_importing_the_learner_stays_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+LATE = """
+import time
+from learner.config import AlgorithmConfig, LearnerConfig
+from learner.spec import LearnerSpec
+from learner.worker import LearnerWorker
+
+class Hanging(LearnerWorker):
+    def _set_up(self, address, port):
+        time.sleep(0.6)
+
+    def _export(self, target):
+        time.sleep(0.6)
+
+worker = Hanging(LearnerSpec(
+    model_path="none", dtype="float32", learner=LearnerConfig(step_timeout_s=0.3),
+    algorithm=AlgorithmConfig(), temperature=1.0, max_tokens=1, rank=0, world_size=1, device="cpu",
+    threads=1, seed=0, shm_dir={shm!r}, log_dir={logs!r},
+))
+worker.setup("127.0.0.1", 0, timeout_s=0.3)
+worker.export("nowhere")
+"""
+
+
+def test_a_late_rank_says_where_it_is(tmp_path: Path) -> None:
+    code = LATE.format(shm=str(tmp_path / "shm"), logs=str(tmp_path))
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    log = (tmp_path / "learner-0.log").read_text()
+    assert log.count("most recent call first") == 2
+    assert log.index("in _set_up") < log.index("in _export")

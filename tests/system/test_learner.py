@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from actors.process import last_lines
 from actors.records import ScoredGroup
 from learner import attention
 from learner.batch import build_micro_batch
@@ -81,6 +82,7 @@ def spec_for(model: Path, ranks: int, shm: Path, **options: Any) -> LearnerSpec:
         threads=1,
         seed=0,
         shm_dir=str(shm),
+        log_dir=f"{shm}-logs",  # not below `shm`, which goes with its rank
     )
 
 
@@ -89,7 +91,12 @@ async def start(spec: LearnerSpec) -> LearnerGroup:
         if spec.dtype == "float16":
             patch.setattr("learner.group.LearnerWorker", Float16Anywhere)
         options = [{"num_cpus": 0.5}] * spec.world_size
-        return await LearnerGroup.start(spec, options, timeout_s=120)
+        try:
+            return await LearnerGroup.start(spec, options, timeout_s=300)
+        except LearnerError:
+            for rank in range(spec.world_size):
+                print(last_lines(Path(str(spec.log_dir)) / f"learner-{rank}.log", count=200))
+            raise
 
 
 def put(group: ScoredGroup) -> ScoredRef:
@@ -418,11 +425,11 @@ def learner(
 class Float16Anywhere(Changeable):
     """A rank that trains in float16 on CPUs without float16 instructions too: right, but slow."""
 
-    def setup(self, address: str, port: int) -> ModelFacts:
+    def _set_up(self, address: str, port: int) -> ModelFacts:
         from deepspeed.accelerator import get_accelerator
 
         get_accelerator().is_fp16_supported = lambda: True
-        return super().setup(address, port)
+        return super()._set_up(address, port)
 
 
 SMALL = dict(learning_rate=3e-5, warmup_steps=4, gradient_clip=0.5, micro_batch_tokens=64)
