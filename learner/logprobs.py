@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from learner import norm
 from learner.attention import TREE, RowShape, Tree, TreeAttention, register
 from learner.plan import padded_length
 
@@ -159,6 +160,7 @@ class PolicyModel(nn.Module):
         self.can_tree = self.attention in ("auto", "tree")
         self.shares_prompts = True
         register()
+        norm.use_blocks(self.model)
         self.layer_types = frozenset(config.get("layer_types") or ())
         if gradient_checkpointing:
             _enable_gradient_checkpointing(model)
