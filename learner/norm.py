@@ -60,8 +60,8 @@ def _parts(x_NH: torch.Tensor) -> list[slice]:
 def use_blocks(model: nn.Module) -> int:
     """Let every norm of `model` that is this one to the bit be computed so on CPUs.
 
-    Others (Gemma's, which multiplies by 1 + w) stay as they are. The model is on the CPU and its
-    weights are whole. Returns how many norms were changed.
+    Others (Gemma's, which multiplies by 1 + w) stay as they are. Weights are whole, on any device.
+    Returns how many norms were changed.
     """
     blocked: dict[type, type] = {}
     changed = 0
@@ -98,6 +98,6 @@ def _is_this_norm(module: nn.Module) -> bool:
         return False  # Mamba's takes a gate as well.
     weight = module.get_parameter("weight").detach()
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(7, len(weight), generator=generator).mul_(3).to(weight.dtype)
+    x = torch.randn(7, len(weight), generator=generator).mul_(3).to(weight)
     with torch.no_grad():
         return torch.equal(module(x), RootMeanSquareNorm.apply(x, weight, eps))
