@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 FinishReason = Literal["stop", "length"]
+FailureKind = Literal["infra", "data", "bug"]
 Messages = list[dict[str, str]]
 
 
@@ -141,9 +142,10 @@ class Failure:
 
     kind "infra": the process or machine failed, the work may succeed elsewhere.
     kind "data": this input fails wherever it runs.
+    kind "bug": the program is wrong; `message` holds its traceback.
     """
 
-    kind: Literal["infra", "data"]
+    kind: FailureKind
     what: str
     message: str
 

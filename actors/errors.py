@@ -1,0 +1,66 @@
+"""Whose fault an error is that crossed a process boundary: the one place where it is decided.
+
+Every `await` of a Ray reference may raise. What it raises is sorted here, so that the loss of a
+process, of its memory or of an object never ends a run, and a mistake in a program never costs
+restarts.
+"""
+
+from __future__ import annotations
+
+import errno
+
+from actors.records import Failure, FailureKind
+
+# The machine is short of something now; the same work may succeed later or elsewhere.
+SHORTAGES = frozenset({errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE})
+
+
+def kind_of(error: BaseException) -> FailureKind:
+    """Sort an error that a call to an actor raised.
+
+    "infra": the process, its node, its memory or an object is gone, or did not answer: the work may
+    succeed elsewhere. "data": the actor refused this input (ValueError, TypeError): it fails
+    wherever it runs. "bug": the actor's program is wrong, or could not be constructed.
+
+    Example:
+        >>> kind_of(TimeoutError())
+        'infra'
+        >>> kind_of(AttributeError("no such method"))
+        'bug'
+    """
+    from ray.exceptions import (
+        CrossLanguageError,
+        RayActorError,
+        RayError,
+        RayTaskError,
+        UnserializableException,
+        UserCodeException,
+    )
+
+    if isinstance(error, RayTaskError):
+        # Raised inside the actor. Ray replaces a cause that it cannot pickle by a plain RayError.
+        cause = error.cause
+        return "bug" if cause is None or type(cause) is RayError else kind_of(cause)
+    if isinstance(error, RayActorError):
+        return "bug" if error.actor_init_failed else "infra"
+    if isinstance(error, (CrossLanguageError, UnserializableException, UserCodeException)):
+        return "bug"
+    if isinstance(error, (RayError, TimeoutError, ConnectionError, MemoryError)):
+        return "infra"
+    if isinstance(error, OSError):
+        return "infra" if error.errno in SHORTAGES else "bug"
+    return "data" if isinstance(error, (ValueError, TypeError)) else "bug"
+
+
+def words(error: BaseException) -> str:
+    """The error's type and message; for one that an actor's code raised, the actor's traceback."""
+    from ray.exceptions import RayTaskError
+
+    if isinstance(error, RayTaskError):
+        return str(error.traceback_str).strip()
+    return f"{type(error).__name__}: {error}".strip(": ")
+
+
+def failure_of(error: BaseException, what: str) -> Failure:
+    """The error as a value. what: what was being done, in words, with the actor's name."""
+    return Failure(kind_of(error), what, words(error))
