@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import locale
 import math
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -15,6 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from cluster.config import SECTIONS, Config, ConfigError, all_keys, load_config
+from cluster.values import written
 
 EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -29,11 +32,10 @@ app = typer.Typer(
 ConfigArgument = Annotated[Path, typer.Argument(help="A YAML file, e.g. from deploy/configs/.")]
 
 
-def _fail(message: str, code: int) -> typer.Exit:
-    for line in message.splitlines():
-        typer.echo(
-            f"error: {line}" if line == message.splitlines()[0] else f"       {line}", err=True
-        )
+def _fail(error: Exception, code: int) -> typer.Exit:
+    first, *others = str(error).splitlines() or [repr(error)]
+    for line in (f"error: {first}", *(f"       {line}" for line in others)):
+        typer.echo(line, err=True)
     return typer.Exit(code)
 
 
@@ -41,7 +43,7 @@ def _config(path: Path, overrides: list[str]) -> Config:
     try:
         return load_config(path, overrides)
     except ConfigError as error:
-        raise _fail(str(error), 2) from None
+        raise _fail(error, 2) from None
 
 
 def _expecting(work: Callable[[], Any]) -> Any:
@@ -55,9 +57,9 @@ def _expecting(work: Callable[[], Any]) -> Any:
     try:
         return work()
     except ConfigError as error:
-        raise _fail(str(error), 2) from None
+        raise _fail(error, 2) from None
     except (*EXPECTED_ERRORS, CheckpointError, ReportError, RewardLoadError, SubmitError) as error:
-        raise _fail(str(error), 1) from None
+        raise _fail(error, 1) from None
 
 
 @app.command(context_settings=EXTRA)
@@ -259,17 +261,28 @@ def submit(
 
 @app.command()
 def keys() -> None:
-    """List every config key with its default and what it means."""
+    """List every config key with its default, as it can be given, and what it means."""
     for dotted in all_keys():
         section, name = dotted.split(".", 1)
         info = SECTIONS[section].model_fields[name]
         default = info.get_default(call_default_factory=True)
-        shown = "(required)" if info.is_required() else default
+        shown = "(required)" if info.is_required() else written(default)
         typer.echo(f"{dotted}={shown}\n    {info.description}")
+
+
+def _speak_utf8() -> None:
+    """Start again with UTF-8 for files, arguments and output where the locale says otherwise.
+
+    Paths, prompts and completions hold any character; what is started from here inherits it.
+    """
+    if not sys.flags.utf8_mode and locale.getencoding().lower().replace("-", "") != "utf8":
+        environment = {**os.environ, "PYTHONUTF8": "1"}
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
 def main() -> None:
     """Entry point of the `cohort` command."""
+    _speak_utf8()
     # The working folder's own modules come first, as with `python -m`.
     sys.path.insert(0, "")
     app()

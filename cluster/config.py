@@ -9,7 +9,6 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -20,6 +19,7 @@ from pydantic import (
 )
 
 from actors.config import ActorsConfig
+from cluster.values import ValueProblem, kind_at, read_value, read_yaml, typed, write_yaml
 from learner.config import SECTION_PRESETS, AlgorithmConfig, Dtype, LearnerConfig
 from rewards.config import RewardsConfig, TaskConfig
 
@@ -146,70 +146,59 @@ class ConfigError(Exception):
     """The config is wrong; the message names the key and what to write instead."""
 
 
+# What pydantic takes for a bool.
+SWITCH = frozenset(["true", "false", "yes", "no", "on", "off", "y", "n", "t", "f", "1", "0"])
+
+
 def all_keys() -> list[str]:
     """Every dotted key of the config, in order."""
     return [f"{name}.{key}" for name, section in SECTIONS.items() for key in section.model_fields]
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1, but 1e-6 is a number, as people write it, and a key given twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                continue
-            if key.value in seen:
-                # PyYAML keeps the last one without a word.
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"'{key.value}' is given twice", key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Writes what _Loader reads back the same: a string that looks like 1e-6 gets quotes."""
-
-
-_FLOAT = re.compile(
-    r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*(?:[eE][-+]?[0-9]+)?|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?"
-    r"|\.(?:inf|Inf|INF))$|^\.(?:nan|NaN|NAN)$"
-)
-for _class in (_Loader, _Dumper):
-    # After the resolver of integers, so that 12 stays one.
-    _class.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
-
-
-def _read_yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)
-
-
 def parse_overrides(arguments: list[str]) -> dict[str, Any]:
-    """Turn `a.b=1`, `--a.b=1` and `--a.b 1` into {"a.b": 1}; values are YAML.
+    """Turn `a.b=1`, `--a.b=1` and `--a.b 1` into {"a.b": 1}; values are read by the key's type.
 
-    Raises ConfigError for an argument without a value.
+    Raises ConfigError for an argument without a value, and for a value that cannot be read.
     """
     found: dict[str, Any] = {}
     rest = list(arguments)
     while rest:
         argument = rest.pop(0)
         flag = argument.startswith("--")
-        key, equals, value = argument.removeprefix("--").partition("=")
+        name, equals, value = argument.removeprefix("--").partition("=")
+        key = _full_key(name)
+        kind = kind_at(Config, key.split("."))
         if not equals:
             if not flag:
                 raise ConfigError(f"'{argument}' is not key=value")
-            # A bare flag is true: `--resume`, `--run.resume`.
-            value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
-            if "=" in value and "." in value.partition("=")[0]:
-                rest.insert(0, value)
-                value = "true"
-        key = {"resume": "run.resume"}.get(key, key).replace("-", "_")
+            following = _value_after(rest, kind)
+            if following is None:
+                raise ConfigError(f"{key}: no value follows {argument}")
+            value = following
+        # The last one counts, also against a section given as a whole.
+        found.pop(key, None)
         try:
-            found[key] = _read_yaml(value)
-        except yaml.YAMLError as error:
+            found[key] = read_value(value, kind, key)
+        except ValueProblem as error:
             raise ConfigError(f"{key}: cannot read the value '{value}': {error}") from error
     return found
+
+
+def _value_after(rest: list[str], kind: Any) -> str | None:
+    """Take the value of a flag without "=" off what follows it; None where it needs one."""
+    following = rest[0] if rest and not rest[0].startswith("--") else None
+    if kind is bool or kind is Any:
+        # A bare flag is true: `--resume`, `--run.resume`.
+        another = following is not None and re.match(r"[A-Za-z_]+\.[^=]*=", following)
+        if following is None or another or (kind is bool and following.lower() not in SWITCH):
+            return "true"
+    return None if following is None else rest.pop(0)
+
+
+def _full_key(name: str) -> str:
+    """The dotted key that a name on the command line means; names inside dicts stay as they are."""
+    section, *inner = {"resume": "run.resume"}.get(name, name).split(".")
+    return ".".join([section, *[part.replace("-", "_") for part in inner[:1]], *inner[1:]])
 
 
 def load_config(path: str | Path | None, overrides: list[str] | None = None) -> Config:
@@ -218,45 +207,88 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
     Raises ConfigError with one line per mistake: unknown keys (with the nearest name), values of
     the wrong type or out of range, contradictions between keys.
     """
-    tree: Any = {}
-    if path is not None:
-        file = Path(path)
-        if not file.is_file():
-            raise ConfigError(f"no config file at {file}")
-        try:
-            tree = _read_yaml(file.read_text())
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{file} is not YAML: {error}") from error
-        if tree is None:
-            tree = {}
-        if not isinstance(tree, dict):
-            raise ConfigError(f"{file} must hold sections (run:, model:, ...), not {tree!r}")
-    for dotted, value in parse_overrides(overrides or []).items():
-        node = tree
-        *parents, leaf = dotted.split(".")
-        for parent in parents:
-            if node.get(parent) is None:
-                node[parent] = {}
-            node = node[parent]
-            if not isinstance(node, dict):
-                raise ConfigError(f"{dotted}: '{parent}' is a value, not a section")
-        node[leaf] = value
-    tree.setdefault("model", {})  # so that what is missing is model.path
-    try:
-        config = Config.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(_explain(error, tree)) from error
+    config = parse_config(path, overrides)
     problems = contradictions(config)
     if problems:
         raise ConfigError("\n".join(problems))
     return config
 
 
+def parse_config(path: str | Path | None, overrides: list[str] | None = None) -> Config:
+    """As `load_config`, but keys are not checked against each other."""
+    tree = {} if path is None else read_tree(Path(path))
+    given = parse_overrides(overrides or [])
+    for place, (dotted, value) in enumerate(given.items()):
+        _set(tree, dotted, value, list(given)[:place])
+    tree.setdefault("model", {})  # so that what is missing is model.path
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, tree)) from error
+
+
+def read_tree(file: Path) -> dict[str, Any]:
+    """The sections of a config file, each value as its key's type, not yet checked.
+
+    The file is UTF-8, whatever the locale. Raises ConfigError.
+    """
+    if not file.is_file():
+        raise ConfigError(f"no config file at {file}")
+    try:
+        raw = file.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror}") from error
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise ConfigError(
+            f"{file} is not UTF-8 text (line {line}, byte 0x{raw[error.start]:02x}): save it as "
+            "UTF-8"
+        ) from error
+    try:
+        tree = typed(read_yaml(text), Config)
+    except ValueProblem as error:
+        raise ConfigError(f"{file} is not a config: {error}") from error
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{file} must hold sections (run:, model:, ...), not {tree!r}")
+    dotted = [key for key in tree if isinstance(key, str) and "." in key]
+    if dotted:
+        section, _, name = dotted[0].partition(".")
+        raise ConfigError(
+            f"{file}: write {dotted[0]} as a section, `{section}:` and below it `  {name}: ...`; "
+            "dotted names are for the command line"
+        )
+    return tree
+
+
+def _set(tree: dict[str, Any], dotted: str, value: Any, before: list[str]) -> None:
+    """Put one override into the tree. before: the overrides that are there already."""
+    node = tree
+    *parents, leaf = dotted.split(".")
+    for parent in parents:
+        if node.get(parent) is None:
+            node[parent] = {}
+        node = node[parent]
+        if not isinstance(node, dict):
+            what = "a list: give all of it" if isinstance(node, list) else "a value, not a section"
+            raise ConfigError(f"{dotted}: '{parent}' is {what}")
+    if dotted in SECTIONS and (value is None or isinstance(value, dict)):
+        node[leaf] = {**(node.get(leaf) or {}), **(value or {})}
+        return
+    parts = [key for key in before if key.startswith(f"{dotted}.")]
+    if parts:
+        raise ConfigError(f"{dotted}: replaces {parts[0]}, which stands before it; give it first")
+    node[leaf] = value
+
+
 def _explain(error: ValidationError, tree: Any) -> str:
     lines = []
     for item in error.errors():
-        if item["type"] == "string_type" and isinstance(item["input"], dict):
-            continue  # one branch of `mapping or string`; the other one says what is wrong
+        if _other_branch(item["loc"], item["type"], [other["loc"] for other in error.errors()]):
+            continue
         dotted = ".".join(_location(item["loc"], tree))
         if item["type"] == "extra_forbidden":
             lines.append(f"{dotted}: unknown key{_hint(dotted)}")
@@ -267,6 +299,16 @@ def _explain(error: ValidationError, tree: Any) -> str:
         else:
             lines.append(f"{dotted}: {item['msg']} (got {item['input']!r})")
     return "\n".join(lines)
+
+
+def _other_branch(
+    loc: tuple[int | str, ...], problem: str, all_locs: list[tuple[int | str, ...]]
+) -> bool:
+    """Whether an error says only that a mapping is no text, in `mapping or text`, where the other
+    branch says what is wrong with the mapping."""
+    if problem != "string_type" or loc[-1] != "str":
+        return False
+    return any(other[: len(loc) - 1] == loc[:-1] and len(other) > len(loc) for other in all_locs)
 
 
 def _location(loc: tuple[int | str, ...], tree: Any) -> list[str]:
@@ -280,7 +322,7 @@ def _location(loc: tuple[int | str, ...], tree: Any) -> list[str]:
             node = node.get(part)
         elif isinstance(node, list) and isinstance(part, int):
             parts.append(str(part))
-            node = node[part]
+            node = node[part] if part < len(node) else None
     return parts
 
 
@@ -374,7 +416,7 @@ def contradictions(config: Config) -> list[str]:
 
 def dump_config(config: Config) -> str:
     """The resolved config as YAML, every key present, in the order of the sections."""
-    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
+    return write_yaml(config.model_dump())
 
 
 def compact(config: Config) -> str:

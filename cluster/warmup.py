@@ -26,7 +26,7 @@ from actors.records import (
     ScoreMeta,
     derive_seed,
 )
-from cluster.config import Config, ConfigError, compact, parse_overrides
+from cluster.config import SECTIONS, Config, ConfigError, compact, parse_overrides
 from cluster.console import Console, duration
 from cluster.placement import plan, this_machine
 from cluster.prepare import Prepared, passing_logs, prepare
@@ -68,7 +68,14 @@ class WarmUp:
 
 def check_overrides(overrides: list[str]) -> None:
     """Raise ConfigError for a key that a flag of this command stands for."""
-    for key in parse_overrides(overrides):
+    given = parse_overrides(overrides)
+    inside = [
+        f"{name}.{key}"
+        for name, section in given.items()
+        if name in SECTIONS and isinstance(section, dict)
+        for key in section
+    ]
+    for key in [*given, *inside]:
         if key in FLAGS:
             raise ConfigError(f"{key} is the training's: use {FLAGS[key]} for the warm-up")
         if key.startswith("algorithm."):

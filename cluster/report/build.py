@@ -12,11 +12,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from actors.config import ActorsConfig
-from cluster.config import ModelConfig, RunConfig
+from cluster.config import ConfigError, ModelConfig, RunConfig, read_tree
 from cluster.report.completions import Advantages, Completions, Limits, choose_completions
 from cluster.report.curves import Chart, Curves, Tile, choose_charts, curves, numeric, tiles
 from cluster.tracking import read_metrics
@@ -131,13 +130,12 @@ def _metrics(file: Path) -> list[dict[str, Any]]:
 
 def _config(file: Path) -> tuple[Mapping[str, Any], list[str]]:
     """The config's sections, unchecked, and what is wrong with the file."""
-    try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not file.is_file():
         return {}, ["There is no config.yaml: the run's length and advantages are not known."]
-    except (yaml.YAMLError, UnicodeDecodeError):
-        return {}, ["config.yaml is not YAML: the run's length and advantages are not known."]
-    return (tree if isinstance(tree, dict) else {}), []
+    try:
+        return read_tree(file), []
+    except ConfigError as error:
+        return {}, [f"The run's length and advantages are not known: {error}."]
 
 
 def _section(
