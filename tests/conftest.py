@@ -1,10 +1,15 @@
-"""How the tests are divided when two run at a time (`pytest -n 2`)."""
+"""How the tests are divided when two run at a time (`pytest -n 2`); the fast harness's fixtures."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.harness.world import World
 
 # Nothing of theirs is in the way of tests that look for what a run has left behind.
 BESIDE = ("test_learner.py", "test_reward_actor.py", "test_served_models.py", "test_extensions.py")
@@ -23,3 +28,23 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return "beside" if file.endswith(BESIDE) else "runs"
 
     return Groups(config, log)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder that is small enough to build in a second."""
+    from tests.models import tiny_llama
+
+    return tiny_llama(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def world(tmp_path: Path, tiny_model: Path) -> Callable[..., World]:
+    """Makes a World (see tests/harness/world.py): `world(run__steps=5)`, `world("b")` for another
+    run directory."""
+    from tests.harness.world import World
+
+    def make(name: str = "run", **overrides: Any) -> World:
+        return World(tmp_path / name, tiny_model, **overrides)
+
+    return make

@@ -1,0 +1,237 @@
+"""A learner rank without DeepSpeed: LearnerWorker's interface on the policy of `policy.py`.
+
+The product's LearnerGroup drives it, so plans, checks, versions and checkpoints are the real ones.
+Weights are published through the product's WeightFiles. Its optimizer has momentum: a resumed run
+that forgot it would not be bit-identical.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from actors.records import ScoredGroup, WeightsInfo
+from actors.weight_file import TensorSpec
+from learner.grpo import LossStats
+from learner.plan import MicroBatch
+from learner.spec import LearnerSpec, ModelFacts, RankResult, UpdateResult
+from learner.weights import WeightFiles
+from learner.worker import LEARNER_FILE, _must_match, check_loadable
+from tests.harness import policy
+from tests.harness.local_ray import Ref, current_actor, current_ray
+
+LOAD_S = 5.0
+STEP_S = 2.0
+SAVE_S = 1.0
+PUBLISH_S = 0.1
+MOMENTUM = 0.5
+
+
+class Gang:
+    """What the ranks of one learner add up together; a dead rank breaks it, as with gloo."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._parts: dict[int, Any] = {}
+        self._sum: asyncio.Future[Any] | None = None
+
+    async def sum(self, rank: int, part: Any) -> Any:
+        """The sum over all ranks, in their order."""
+        if self._sum is None:
+            self._sum = asyncio.get_running_loop().create_future()
+        total = self._sum
+        self._parts[rank] = part
+        if len(self._parts) == self.size:
+            parts = [self._parts[r] for r in sorted(self._parts)]
+            self._parts, self._sum = {}, None
+            total.set_result([sum(column[1:], column[0]) for column in zip(*parts, strict=True)])
+        return await total
+
+
+class LocalLearnerWorker:
+    """One rank."""
+
+    serial = True
+    kind = "learner"
+
+    def __init__(self, spec: LearnerSpec) -> None:
+        self.spec = spec
+        self.name = f"learner-{spec.rank}"
+        self.steps_done = 0
+        self.updates_done = 0
+        self._files = WeightFiles(spec.shm_dir)
+
+    def rendezvous(self) -> tuple[str, int]:
+        return "127.0.0.1", 1
+
+    async def setup(self, address: str, port: int, timeout_s: float) -> ModelFacts:  # noqa: ARG002
+        from transformers import AutoTokenizer
+
+        await asyncio.sleep(LOAD_S)
+        ray = current_ray()
+        self._gang = ray.gangs.setdefault(self.spec.shm_dir, Gang(self.spec.world_size))
+        self.model_folder = Path(self.spec.model_path)
+        tokenizer = AutoTokenizer.from_pretrained(self.model_folder)
+        self.weights = policy.initial(len(tokenizer))
+        self.momentum = {name: np.zeros_like(array) for name, array in self.weights.items()}
+        return ModelFacts(
+            parameters=sum(array.size for array in self.weights.values()),
+            attention_work=1e-3,
+            masked_attention=True,
+            shares_prompts=True,
+        )
+
+    async def step(
+        self, updates: Sequence[Sequence[MicroBatch]], groups: Sequence[Any]
+    ) -> RankResult:
+        ray, actor = current_ray(), current_actor()
+        fetched: list[ScoredGroup] = [
+            await group if isinstance(group, Ref) else group for group in groups
+        ]
+        by_id = {group.group.id: group for group in fetched}
+        event = ray.emit(
+            "step",
+            actor.name,
+            number=self.steps_done,
+            completions=[
+                piece.completion_id
+                for batches in updates
+                for batch in batches
+                for row in batch.rows
+                for piece in row.pieces
+            ],
+            groups=fetched,
+        )
+        await asyncio.sleep(STEP_S * ray.slowness(actor.name))
+        results = tuple(
+            [await self._update(batches, by_id, event.reply == "nonfinite") for batches in updates]
+        )
+        self.steps_done += any(result.applied for result in results)
+        return RankResult(self.spec.rank, results, self.steps_done, STEP_S)
+
+    async def _update(
+        self, batches: Sequence[MicroBatch], by_id: dict[str, ScoredGroup], nonfinite: bool
+    ) -> UpdateResult:
+        total = {name: np.zeros_like(array) for name, array in self.weights.items()}
+        stats = LossStats()
+        for batch in batches:
+            for row in batch.rows:
+                group = by_id[row.group_id].group
+                by_name = {completion.id: completion for completion in group.completions}
+                prompt = group.prompt.token_ids
+                at = policy.state(self.weights, prompt)
+                ours = policy.distribution(self.weights, at, self.spec.temperature)
+                for piece in row.pieces:
+                    completion = by_name[piece.completion_id]
+                    ratio = ours[completion.token_ids] - completion.logprobs
+                    factor = piece.advantage * piece.weight
+                    stats += LossStats(
+                        loss=-factor * float(np.exp(ratio).sum()),
+                        tokens=piece.tokens,
+                        k3=float((np.exp(ratio) - 1 - ratio).sum()),
+                        engine_ratio=float(np.exp(ratio).sum()),
+                        log_ratio_abs_max=float(np.abs(ratio).max()),
+                    )
+                    found = policy.gradient(
+                        self.weights, prompt, completion.token_ids, self.spec.temperature
+                    )
+                    for name, slope in found.items():
+                        total[name] += np.float32(factor) * slope
+        summed = await self._gang.sum(self.spec.rank, [total["embed"], total["head"]])
+        gradients = dict(zip(("embed", "head"), summed, strict=True))
+        norm = float(np.sqrt(sum(float(g @ g) for g in gradients.values())))
+        learning_rate = self.spec.learner.learning_rate
+        if nonfinite:
+            return UpdateResult(stats, False, float("nan"), learning_rate)
+        for name, slope in gradients.items():
+            self.momentum[name] = MOMENTUM * self.momentum[name] + slope
+            rate = np.float32(learning_rate * policy.LEARNING_SCALE)
+            self.weights[name] = self.weights[name] + rate * self.momentum[name]
+        self.updates_done += 1
+        return UpdateResult(stats, True, norm, learning_rate)
+
+    async def reference_kl(
+        self,
+        batches: Sequence[MicroBatch],
+        groups: Sequence[Any],  # noqa: ARG002
+    ) -> dict[str, float]:
+        return {
+            piece.completion_id: 0.01 * piece.tokens
+            for batch in batches
+            for row in batch.rows
+            for piece in row.pieces
+        }
+
+    def logprobs(self, token_ids: Sequence[int]) -> list[float]:
+        return policy.score(self.weights, token_ids)
+
+    async def publish(self, version: int, keep: Sequence[int], remote: bool) -> WeightsInfo | None:
+        ray, actor = current_ray(), current_actor()
+        if self.spec.rank != 0:
+            return None
+        await asyncio.sleep(PUBLISH_S)
+        ray.emit("publish", actor.name, version=version)
+        tensors = policy.as_tensors(self.weights)
+        specs = [TensorSpec(n, tuple(t.shape), t.dtype) for n, t in tensors.items()]
+        fingerprint, nbytes = self._files.publish(version, keep, specs, tensors.items())
+        path = self._files.path(version)
+        return WeightsInfo(
+            version=version,
+            names=tuple(tensors),
+            fingerprint=fingerprint,
+            nbytes=nbytes,
+            path=str(path),
+            node_id=actor.node,
+            remote=ray.put(np.fromfile(path, dtype=np.uint8)) if remote else None,
+        )
+
+    async def save(self, folder: str) -> None:
+        ray, actor = current_ray(), current_actor()
+        ray.emit("save", actor.name, folder)
+        await asyncio.sleep(SAVE_S)
+        target = Path(folder)
+        (target / "deepspeed").mkdir(exist_ok=True)
+        state = {f"momentum.{name}": array for name, array in self.momentum.items()}
+        state |= {f"weights.{name}": array for name, array in self.weights.items()}
+        np.savez(
+            target / "deepspeed" / f"rank-{self.spec.rank}.npz",
+            steps=self.steps_done,
+            updates=self.updates_done,
+            **state,
+        )
+        if self.spec.rank != 0:
+            return
+        await self.export(str(target / "hf"))
+        facts = {"steps_done": self.steps_done, **_must_match(self.spec)}
+        (target / LEARNER_FILE).write_text(json.dumps(facts))
+
+    async def export(self, folder: str) -> None:
+        if self.spec.rank != 0:
+            return
+        from safetensors.numpy import save_file
+
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        save_file(self.weights, target / "model.safetensors")
+        for file in self.model_folder.iterdir():
+            if file.is_file() and file.suffix != ".safetensors":
+                shutil.copy(file, target)
+
+    async def load(self, folder: str) -> int:
+        source = Path(folder)
+        check_loadable(source, self.spec)
+        await asyncio.sleep(LOAD_S)
+        with np.load(source / "deepspeed" / f"rank-{self.spec.rank}.npz") as saved:
+            self.weights = {n: saved[f"weights.{n}"] for n in self.weights}
+            self.momentum = {n: saved[f"momentum.{n}"] for n in self.momentum}
+            self.steps_done, self.updates_done = int(saved["steps"]), int(saved["updates"])
+        return self.steps_done
+
+    def memory(self) -> dict[str, int]:
+        return {"peak_rss_bytes": 1 << 30}

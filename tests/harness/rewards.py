@@ -1,0 +1,63 @@
+"""Reward actors whose functions run in this process, and rewards that the stand-ins can earn."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Sequence
+from typing import Any
+
+from rewards.adapters import load_reward
+from rewards.base import judge
+from rewards.results import from_json, to_json
+from rewards.worker import RewardActor, RewardSpec
+from tests.harness.local_ray import current_actor, current_ray
+
+JUDGE_S = 0.02
+
+
+def residues(completion_ids: Any, **_: Any) -> list[float]:
+    """Mean of the token ids modulo 7: every group has signal, and every token counts."""
+    return [sum(token % 7 for token in ids) / max(len(ids), 1) for ids in completion_ids]
+
+
+def _refuse(work: Coroutine[Any, Any, Any]) -> Any:
+    work.close()
+    raise NotImplementedError("no async reward functions here: the loop is the driver's")
+
+
+class LocalRewardActor(RewardActor):
+    """The product's RewardActor with its functions in this process instead of a child."""
+
+    kind = "reward"
+    serial = True
+
+    def __init__(self, specs: Sequence[RewardSpec], timeout_s: float, *_: Any, **__: Any) -> None:
+        self._specs = tuple(specs)
+        self._timeout_s = timeout_s
+        self._child = None
+        self._loaded = [
+            (load_reward(spec.path, spec.kind, spec.options), spec.name, spec.columns)
+            for spec in specs
+        ]
+
+    def _call(self, index: int, group: Any, payload: bytes, timeout_s: float) -> Any:  # noqa: ARG002
+        function, name, columns = self._loaded[index]
+        verdict = judge(function, name, group, run=_refuse, columns=columns)
+        return from_json(name, to_json(verdict), len(group.completions)), JUDGE_S
+
+    async def judge(self, *parts: Any) -> Any:  # type: ignore[override]
+        await asyncio.sleep(JUDGE_S * current_ray().slowness(current_actor().name))
+        return RewardActor.judge(self, *parts)
+
+    async def score(self, group: Any, *judged: Any) -> Any:  # type: ignore[override]
+        await asyncio.sleep(JUDGE_S * current_ray().slowness(current_actor().name))
+        return RewardActor.score(self, group, *judged)
+
+
+class LoadedHere(RewardActor):
+    """What `prepare` makes to see whether the functions can be loaded, without a child process."""
+
+    def __init__(self, specs: Sequence[RewardSpec], *_: Any, **__: Any) -> None:
+        self._child = None
+        for spec in specs:
+            load_reward(spec.path, spec.kind, spec.options)

@@ -1,0 +1,262 @@
+"""A whole run of the product in one process, in virtual time: seconds of training in milliseconds.
+
+    world = World(tmp_path, run__steps=5, actors__max_staleness=1)
+    world.on("step", lambda event: world.ray.kill("rollout-0"))   # a death in every learner step
+    assert world.train() == 0
+    rows = world.rows()
+
+`train` is the product's `run_training`: config, preparation, run directory, RolloutPool,
+RewardPool, LearnerGroup, GroupStream, the loop, metrics, checkpoints and the goodbye are the real
+ones, and so are RolloutActor (its gate, versions, refusals), Engine and RewardActor. Stand-ins are
+
+- Ray (`local_ray.py`): actors in this process that can be killed, frozen, slowed, and whose objects
+  can be lost, as Ray's can;
+- vLLM (`engine.py`): prefix cache, pausing, weight updates and seeded sampling of a policy that
+  fits into two numpy vectors (`policy.py`);
+- DeepSpeed (`learner.py`): ranks that hold these vectors and an optimizer with momentum;
+- the reward actor's child process (`rewards.py`);
+- time (`clock.py`): a loop that jumps to the next timer. `time.monotonic` follows it.
+
+A run writes its folder as a real one does, so `train` again with `run__resume=True` continues it.
+`train_in_child` runs it in a forked process, for tests that end the driver itself by a signal.
+W&B is off. Nothing here starts a process or opens a port.
+
+How to interfere: `world.on(kind, action, actor=..., what=..., nth=...)`, see `World.on`, with
+`world.ray.kill(name)`, `.freeze(name)`, `.thaw(name)`, `.slow[name] = 10` and `ref.lose()`.
+Events of stand-ins: `update` (an engine loads weights; reply "ignore" makes it keep the old ones),
+`reset` (of a prefix cache), `publish`, `step` (reply "nonfinite"), `save`; and `call`/`done` of
+every method of every actor, with `detail["args"]` and `detail["answer"]`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import shutil
+import sys
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+import cluster.prepare
+import cluster.run
+from cluster.config import Config, load_config
+from cluster.placement import GIB, Resources
+from cluster.run import run_training
+from learner.checkpoint import latest, load_state
+from tests.harness import clock, policy
+from tests.harness.engine import LocalRolloutActor, install_vllm
+from tests.harness.learner import LocalLearnerWorker
+from tests.harness.local_ray import Event, LocalRay, Ref
+from tests.harness.rewards import LoadedHere, LocalRewardActor
+
+T = TypeVar("T")
+STAND_INS = {
+    "RolloutActor": LocalRolloutActor,
+    "LearnerWorker": LocalLearnerWorker,
+    "RewardActor": LocalRewardActor,
+}
+MACHINE = Resources(cpus=16, gpus=0, memory=64 * GIB)
+CONFIG = Path(__file__).parent / "world.yaml"
+
+
+class World:
+    """A run directory, and the runs that are made in it.
+
+    overrides: config keys, `a__b` for a.b. ray: of the current or last run; a new one each time.
+    run: what `loop.train` got.
+    """
+
+    def __init__(self, folder: Path, model: Path, **overrides: Any) -> None:
+        self.folder = folder
+        self.model = model
+        self.overrides = overrides
+        self.ray = LocalRay(STAND_INS)
+        self.run: Any = None
+        self.loop: clock.VirtualLoop | None = None
+        self._hooks: list[Callable[[Event], None]] = []
+        self._shm: set[Path] = set()
+
+    def config(self, **overrides: Any) -> Config:
+        keys = {"run__dir": self.folder, "model__path": self.model, **self.overrides, **overrides}
+        pairs = [f"{name.replace('__', '.')}={_text(value)}" for name, value in keys.items()]
+        return load_config(CONFIG, pairs)
+
+    def on(
+        self,
+        kind: str,
+        action: Callable[[Event], Any],
+        *,
+        actor: str | None = None,
+        what: str | None = None,
+        nth: int | None = None,
+    ) -> None:
+        """Have something done at events of a kind, in every run from now on.
+
+        actor, what: only events of this actor (or of names that begin so), of this method. nth:
+        only the nth of these, counted from 1.
+        """
+        seen = 0
+
+        def hook(event: Event) -> None:
+            nonlocal seen
+            if event.kind != kind or (what is not None and event.what != what):
+                return
+            if actor is not None and not event.actor.startswith(actor):
+                return
+            seen += 1
+            if nth is None or seen == nth:
+                action(event)
+
+        self._hooks.append(hook)
+
+    def forget_hooks(self) -> None:
+        self._hooks.clear()
+
+    def train(self, **overrides: Any) -> int:
+        """The product's exit code; raises what the run raises."""
+        config = self.config(**overrides)
+        self.ray = LocalRay(STAND_INS)
+        self.ray.hooks = list(self._hooks)
+        with pytest.MonkeyPatch.context() as patch:
+            install_vllm(patch)
+            patch.setenv("WANDB_MODE", "disabled")
+            patch.setattr(cluster.run, "this_machine", lambda: MACHINE)
+            patch.setattr(cluster.prepare, "RewardActor", LoadedHere)
+            real_train = cluster.run.train
+
+            async def train(run: Any) -> Any:
+                self.run = run
+                self._shm.add(Path(run.learner.spec.shm_dir))
+                return await real_train(run)
+
+            patch.setattr(cluster.run, "train", train)
+
+            async def main() -> int:
+                with self.ray.install(patch):
+                    self.loop = asyncio.get_running_loop()  # type: ignore[assignment]
+                    return await run_training(config)
+
+            try:
+                return clock.run(main(), patch)
+            finally:
+                for folder in self._shm:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+    def train_in_child(self, **overrides: Any) -> int:
+        """As `train` in a forked process; minus the signal's number when a signal ended it."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        child = os.fork()
+        if child == 0:
+            code = 70
+            try:
+                code = self.train(**overrides)
+            except BaseException as error:  # noqa: BLE001 - the child's last words
+                print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            finally:
+                os._exit(code)
+        _, status = os.waitpid(child, 0)
+        return os.waitstatus_to_exitcode(status)
+
+    def stop(self) -> None:
+        """Ask the run to stop, as Ctrl-C does."""
+        self.run.stop.set()
+
+    def sleep_until(self, seconds: float, action: Callable[[], Any]) -> None:
+        """Do something after this much virtual time of the run that is going on."""
+        asyncio.get_running_loop().call_later(seconds, action)
+
+    # What a run left behind.
+
+    def rows(self) -> list[dict[str, Any]]:
+        return _json_lines(self.folder / "metrics.jsonl")
+
+    def rollouts(self, step: int) -> list[dict[str, Any]]:
+        return _json_lines(self.folder / "rollouts" / f"step-{step:06d}.jsonl")
+
+    def checkpoint(self) -> Path:
+        found = latest(self.folder / "checkpoints")
+        assert found is not None, "no complete checkpoint"
+        return found
+
+    def state(self) -> dict[str, Any]:
+        return load_state(self.checkpoint())
+
+    def weights(self) -> policy.Weights:
+        """Of the last checkpoint."""
+        return policy.read(self.checkpoint() / "hf" / "model.safetensors")
+
+    def events(self, *kinds: str, actor: str = "") -> list[Event]:
+        return [e for e in self.ray.events if e.kind in kinds and e.actor.startswith(actor)]
+
+    def trained(self) -> list[str]:
+        """The ids of all completions that rank 0 trained in the last run, step by step."""
+        steps = self.events("step", actor="learner-0")
+        return [name for event in steps for name in event.detail["completions"]]
+
+    @property
+    def time(self) -> float:
+        """Virtual seconds since the run began."""
+        assert self.loop is not None
+        return self.loop.now - clock.START_S
+
+
+def in_cluster(main: Callable[[LocalRay], Coroutine[Any, Any, T]]) -> T:
+    """Run a coroutine that is given a LocalRay, for tests of one part without a whole run."""
+    ray = LocalRay(STAND_INS)
+    with pytest.MonkeyPatch.context() as patch:
+        install_vllm(patch)
+
+        async def program() -> T:
+            with ray.install(patch):
+                try:
+                    return await main(ray)
+                finally:
+                    ray.shutdown()
+
+        return clock.run(program(), patch)
+
+
+def chaos(world: World, seed: int, kinds: dict[str, float]) -> None:
+    """Break things at random, the same for every seed.
+
+    kinds: how often each happens, in shares of the calls it can happen at: `kill` and `freeze` of
+    an actor at a call of one of its methods, `lose` the objects that a call stored, `data` (a
+    group fails for its own sake).
+    """
+    dice = random.Random(seed)
+
+    def hook(event: Event) -> None:
+        name = event.actor
+        if not name.startswith(("rollout", "reward")):
+            return
+        if event.kind == "call" and dice.random() < kinds.get("kill", 0):
+            world.ray.kill(name)
+        elif event.kind == "call" and dice.random() < kinds.get("freeze", 0):
+            world.ray.freeze(name)
+
+    world._hooks.append(hook)
+
+
+def refs_in(value: Any) -> list[Ref]:
+    """The references in a list of arguments, one level down."""
+    found = []
+    for item in value:
+        found += [item] if isinstance(item, Ref) else []
+        found += [part for part in item if isinstance(part, Ref)] if isinstance(item, list) else []
+    return found
+
+
+def _json_lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
