@@ -58,7 +58,8 @@ class RewardFunctionConfig(BaseModel):
     )
     secrets: list[str] = Field(
         default_factory=list,
-        description="Environment variables with secrets that the reward children may see.",
+        description="Environment variables, as of keys and addresses, that the reward children may "
+        "see beside harmless ones (PATH, HOME, PYTHON*, caches, threads).",
     )
     sources: list[str] = Field(
         default_factory=list,

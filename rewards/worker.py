@@ -7,7 +7,6 @@ import json
 import os
 import pickle
 import platform
-import re
 import signal
 import socket
 import struct
@@ -15,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from actors.records import Failure, Group, ScoredGroup, ScoreMeta
 from rewards.base import RewardLoadError, combine, resolve_path
 from rewards.child import receive, send
 from rewards.config import RewardFunctionConfig, RewardsConfig
+from rewards.environment import hide_environment, scrubbed_environment
 from rewards.results import Verdict, failed, from_json, merged, reordered
 from rewards.tasks import Task, TaskError
 
@@ -33,7 +33,6 @@ KILL_TIMEOUT_S = 10.0
 # A completion that is judged alone gets at least this (or the whole deadline, if that is less).
 ALONE_S = 1.0
 MAX_REPLY = 64 << 20
-SECRET = re.compile(r"(TOKEN|SECRET|KEY|PASSWORD|PASSWD|CREDENTIALS)$", re.IGNORECASE)
 BOOT = (
     "import sys; sys.path[:] = sys.argv[3:]; "
     "from rewards.child import main; main(int(sys.argv[1]), int(sys.argv[2]))"
@@ -108,20 +107,6 @@ def reward_specs(task: Task, config: RewardsConfig, base: Path | None = None) ->
     return specs
 
 
-def scrubbed_environment(
-    environment: Mapping[str, str], allowed: Collection[str] = ()
-) -> dict[str, str]:
-    """The environment without variables whose names say that they hold a secret.
-
-    allowed: names that stay nevertheless.
-    """
-    return {
-        name: value
-        for name, value in environment.items()
-        if name in allowed or not SECRET.search(name)
-    }
-
-
 def longest_score_s(timeout_s: float, functions: int, group_size: int) -> float:
     """Seconds within which `RewardActor.score` answers, however its functions behave."""
     alone = 2 * max(timeout_s, group_size * ALONE_S)
@@ -133,7 +118,7 @@ class RewardActor:
 
     Keep max_concurrency at 1: there is one child process, and it judges one call at a time. The
     child runs the functions on its main thread (so signal.alarm works), in a session and process
-    group of its own, without secrets in its environment, its output thrown away, its memory
+    group of its own, with an environment of harmless variables, its output thrown away, its memory
     bounded to `memory_bytes`. A function that exceeds `timeout_s` in a call is ended by SIGKILL of
     that process group, and a new child takes over; so is a child that died. The kernel ties the
     child's life to the thread that created it: use the actor from one thread.
@@ -159,6 +144,8 @@ class RewardActor:
         self._timeout_s = timeout_s
         self._start_timeout_s = start_timeout_s
         self._memory_bytes = memory_bytes
+        # The child could read it in /proc.
+        hide_environment()
         self._child: _Child | None = self._start()
 
     def judge(self, *parts: Group) -> tuple[Failure | None, Judged | None]:

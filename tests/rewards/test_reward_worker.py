@@ -17,7 +17,8 @@ import pytest
 
 from actors.records import Completion, Failure, Group, Prompt, ScoredGroup, ScoreMeta
 from rewards.base import RewardLoadError
-from rewards.worker import RewardActor, RewardSpec, longest_score_s, scrubbed_environment
+from rewards.environment import scrubbed_environment
+from rewards.worker import RewardActor, RewardSpec, longest_score_s
 
 HOSTILE = Path(__file__).parent / "hostile_rewards.py"
 MakeActor = Callable[..., RewardActor]
@@ -132,8 +133,8 @@ def test_the_child_is_light_and_alarms_work_in_it(make_actor: MakeActor) -> None
 def test_secrets_stay_out_of_the_child(
     make_actor: MakeActor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    secrets = ["WANDB_API_KEY", "HF_TOKEN", "my_secret", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD"]
-    plain = ["HARMLESS", "TOKENIZERS_PARALLELISM", "KEYBOARD"]
+    secrets = ["WANDB_API_KEY", "HF_TOKEN", "my_secret", "AWS_ACCESS_KEY_ID", "DATABASE_URL"]
+    plain = ["TOKENIZERS_PARALLELISM", "OMP_NUM_THREADS", "HF_HOME"]
     for name in secrets + plain:
         monkeypatch.setenv(name, "1")
     actor = make_actor("variable_is_set")
