@@ -67,7 +67,7 @@ def stop_token_ids(model_path: str, tokenizer_eos: int | None) -> list[int]:
     for name in ("generation_config.json", "config.json"):
         file = Path(model_path) / name
         if file.is_file():
-            value = json.loads(file.read_text()).get("eos_token_id")
+            value = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
             found += value if isinstance(value, list) else [] if value is None else [value]
     return sorted(set(found))
 

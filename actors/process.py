@@ -113,7 +113,7 @@ def mapped_shared_memory(pids: Iterable[int]) -> set[Path]:
     found = set()
     for pid in pids:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+            for line in Path(f"/proc/{pid}/maps").read_text(encoding="utf-8").splitlines():
                 name = line.rpartition("/dev/shm/")[2]
                 if name != line and name.startswith(("psm_", "sem.")):
                     found.add(Path("/dev/shm") / name.removesuffix(" (deleted)"))

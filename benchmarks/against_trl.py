@@ -64,7 +64,7 @@ def run_trl(version: str, what: str, source: Path, target: Path, log: Path) -> N
         "TRL_EXPERIMENTAL_SILENCE": "1",
     }
     command = [str(ENVIRONMENT / "bin" / "python"), str(Path(__file__).with_name("trl_side.py"))]
-    with log.open("w") as file:
+    with log.open("w", encoding="utf-8") as file:
         done = subprocess.run(
             [*command, what, str(source), str(target)],
             env=environment,
@@ -261,11 +261,11 @@ def endless_model(out: Path) -> Path:
     shutil.copytree(MODEL, folder)
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
         file = folder / name
-        values = json.loads(file.read_text())
+        values = json.loads(file.read_text(encoding="utf-8"))
         values["eos_token" if name == "tokenizer_config.json" else "eos_token_id"] = (
             "<empty_output>" if name == "tokenizer_config.json" else 16
         )
-        file.write_text(json.dumps(values))
+        file.write_text(json.dumps(values), encoding="utf-8")
     return folder
 
 
@@ -279,12 +279,14 @@ def our_steps(regime: str, prompts: list[str], steps: int, out: Path, name: str)
     """`cohort train` as a user runs it; seconds of each step from its metrics."""
     _, length = REGIMES[regime]
     model = endless_model(out)
-    (out / "reward.py").write_text(REWARD)
+    (out / "reward.py").write_text(REWARD, encoding="utf-8")
     data = out / f"prompts-{regime}.jsonl"
-    data.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in prompts))
+    data.write_text(
+        "".join(json.dumps({"prompt": text}) + "\n" for text in prompts), encoding="utf-8"
+    )
     # All prompts are for training; what is held out is not used here.
     held_out = out / "held-out.jsonl"
-    held_out.write_text(json.dumps({"prompt": "not used"}) + "\n")
+    held_out.write_text(json.dumps({"prompt": "not used"}) + "\n", encoding="utf-8")
     run = out / name
     shutil.rmtree(run, ignore_errors=True)
     overrides = {
@@ -308,7 +310,7 @@ def our_steps(regime: str, prompts: list[str], steps: int, out: Path, name: str)
         "tracking.wandb": "disabled",
     }
     log = out / f"{name}.log"
-    with log.open("w") as file:
+    with log.open("w", encoding="utf-8") as file:
         done = subprocess.run(
             [str(COHORT), "train", str(ROOT / "deploy" / "configs" / "addition.yaml"),
              *(f"{key}={value}" for key, value in overrides.items())],
@@ -316,8 +318,13 @@ def our_steps(regime: str, prompts: list[str], steps: int, out: Path, name: str)
         )  # fmt: skip
     if done.returncode:
         sys.exit(f"cohort failed; see {log}")
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    peak = re.search(r"peak memory: engines ([\d.]+) GiB, learner ([\d.]+) GiB", log.read_text())
+    rows = [
+        json.loads(line)
+        for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    peak = re.search(
+        r"peak memory: engines ([\d.]+) GiB, learner ([\d.]+) GiB", log.read_text(encoding="utf-8")
+    )
     assert peak, f"{log} lacks the peak memory"
     return {
         "step_s": [row["time/step"] for row in rows],
@@ -344,15 +351,15 @@ def trl_steps(
         "steps": steps,
     }
     source, target = out / f"{name}.settings.json", out / f"{name}.json"
-    source.write_text(json.dumps(settings))
+    source.write_text(json.dumps(settings), encoding="utf-8")
     run_trl(version, "step", source, target, out / f"{name}.log")
-    return json.loads(target.read_text())
+    return json.loads(target.read_text(encoding="utf-8"))
 
 
 def measure_steps(options: argparse.Namespace, out: Path) -> list[dict[str, Any]]:
     """Alternating runs; the first steps of each warm up. Done runs are kept in steps.json."""
     file = out / "steps.json"
-    results = json.loads(file.read_text())["results"] if file.exists() else []
+    results = json.loads(file.read_text(encoding="utf-8"))["results"] if file.exists() else []
     known = {(r["regime"], r["side"], r["round"]) for r in results}
     steps = options.warmup + options.steps
     for regime in options.regimes:
@@ -380,7 +387,7 @@ def measure_steps(options: argparse.Namespace, out: Path) -> list[dict[str, Any]
                     }
                 )
                 raw = {"machine": machine(), "variant": options.variant, "results": results}
-                file.write_text(json.dumps(raw, indent=1))
+                file.write_text(json.dumps(raw, indent=1), encoding="utf-8")
     return results
 
 
@@ -437,14 +444,16 @@ def main() -> None:
             for variant in ("float32", "bfloat16", "autocast")
         }
         raw = [{"side": side, "variant": name, **run} for (side, name), run in found.items()]
-        (out / "variants.json").write_text(json.dumps({"machine": machine(), "results": raw}))
+        (out / "variants.json").write_text(
+            json.dumps({"machine": machine(), "results": raw}), encoding="utf-8"
+        )
         text = "".join(
             f"TRL {version} {variant}: {[round(s, 1) for s in run['step_s']]}\n"
             for (version, variant), run in found.items()
         )
     else:
         text = step_table(measure_steps(options, out))
-    (out / f"{options.what}.md").write_text(text)
+    (out / f"{options.what}.md").write_text(text, encoding="utf-8")
     print(text)
 
 

@@ -138,7 +138,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.one:
         [stage], [float8] = options.stages, options.float8
-        options.one.write_text(json.dumps(measure(options, stage, float8)))
+        options.one.write_text(json.dumps(measure(options, stage, float8)), encoding="utf-8")
         return
     environment = dict(os.environ)
     if options.device == "cpu":
@@ -161,7 +161,7 @@ def main() -> None:
                     "--stages", stage, "--float8", float8,
                 ]  # fmt: skip
                 subprocess.run([str(part) for part in command], env=environment, check=True)
-                results.append(json.loads(found.read_text()))
+                results.append(json.loads(found.read_text(encoding="utf-8")))
     paths = ("model", "out", "one")
     settings = {key: value for key, value in vars(options).items() if key not in paths}
     settings["model"] = options.shape or options.model.name

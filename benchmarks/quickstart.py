@@ -32,7 +32,7 @@ PARTS = ("step", "generate", "reward", "train", "sync", "wait")
 
 def machine() -> dict[str, str]:
     """What the figures were measured on."""
-    info = Path("/proc/cpuinfo").read_text()
+    info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     name = re.search(r"model name\s*: (.*)", info)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {
@@ -48,8 +48,10 @@ def machine() -> dict[str, str]:
 def save(out: Path, tables: str, **raw: Any) -> None:
     """Write results.json, with the machine, and results.md into a folder; print the tables."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(json.dumps({"machine": machine(), **raw}, indent=1))
-    (out / "results.md").write_text(tables)
+    (out / "results.json").write_text(
+        json.dumps({"machine": machine(), **raw}, indent=1), encoding="utf-8"
+    )
+    (out / "results.md").write_text(tables, encoding="utf-8")
     print(tables)
 
 
@@ -64,7 +66,7 @@ def cohort(*arguments: object, log: Path) -> tuple[str, float]:
         text=True,
         check=False,
     )
-    log.write_text(result.stdout)
+    log.write_text(result.stdout, encoding="utf-8")
     if result.returncode:
         sys.exit(f"{arguments} failed; see {log}")
     return result.stdout, time.monotonic() - began
@@ -90,9 +92,12 @@ def measure(seed: int, out: Path) -> dict[str, Any]:
         "engine_start_s": float(start.group(1)),
         "peak_engine_gib": float(peak.group(1)),
         "peak_learner_gib": float(peak.group(2)),
-        "metrics": [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()],
-        "before": json.loads(before.read_text()),
-        "after": json.loads(after.read_text()),
+        "metrics": [
+            json.loads(line)
+            for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        ],
+        "before": json.loads(before.read_text(encoding="utf-8")),
+        "after": json.loads(after.read_text(encoding="utf-8")),
     }
 
 
@@ -157,15 +162,17 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / "results.json"
-    results = json.loads(file.read_text())["results"] if file.exists() else []
+    results = json.loads(file.read_text(encoding="utf-8"))["results"] if file.exists() else []
     for seed in options.seeds:
         if seed in {result["seed"] for result in results}:
             continue
         print(f"seed {seed} ...", flush=True)
         results.append(measure(seed, options.out))
-        file.write_text(json.dumps({"machine": machine(), "results": results}, indent=1))
+        file.write_text(
+            json.dumps({"machine": machine(), "results": results}, indent=1), encoding="utf-8"
+        )
     text = table(results, machine())
-    (options.out / "results.md").write_text(text)
+    (options.out / "results.md").write_text(text, encoding="utf-8")
     print(text)
 
 

@@ -39,7 +39,7 @@ def warm_up(options: argparse.Namespace) -> dict[str, Any]:
             "--learning-rate", 1e-4, "learner.lr_schedule=linear",
             "learner.micro_batch_tokens=2048", f"task.options={{level: {options.level}}}", log=log,
         )  # fmt: skip
-    text = log.read_text()
+    text = log.read_text(encoding="utf-8")
     return {
         "steps": options.warmup_steps,
         "losses": [float(loss) for loss in re.findall(r"loss ([\d.]+)  grad", text)],
@@ -69,10 +69,13 @@ def measure(seed: int, options: argparse.Namespace) -> dict[str, Any]:
     cohort("eval", run, "-o", after, *keys[2:3], log=folder / "after.log")
     return {
         "seed": seed,
-        "before": json.loads(before.read_text()),
-        "after": json.loads(after.read_text()),
+        "before": json.loads(before.read_text(encoding="utf-8")),
+        "after": json.loads(after.read_text(encoding="utf-8")),
         "by_chance": by_chance(seed, options.level, options.eval_prompts),
-        "metrics": [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()],
+        "metrics": [
+            json.loads(line)
+            for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        ],
     }
 
 

@@ -155,8 +155,8 @@ def losses(given: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     what, source, target = sys.argv[1:]
     if what == "step":
-        result = step(json.loads(Path(source).read_text()))
-        Path(target).write_text(json.dumps(result))
+        result = step(json.loads(Path(source).read_text(encoding="utf-8")))
+        Path(target).write_text(json.dumps(result), encoding="utf-8")
     else:
         torch.save(losses(torch.load(source)), target)
 

@@ -152,7 +152,7 @@ def evaluate(
     if report.failed_scores:
         typer.echo(f"{report.failed_scores} scores failed and count as unsolved", err=True)
     if output is not None:
-        output.write_text(json.dumps(asdict(report), indent=2) + "\n")
+        output.write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
 
 
 @app.command(context_settings=EXTRA)

@@ -292,7 +292,7 @@ class Tracker:
 def _run_id(file: Path, known: str | None) -> str:
     """The W&B run id, kept in `file`: the checkpoint's, else the file's, else a new one."""
     if known is None and file.exists():
-        known = file.read_text().strip() or None
+        known = file.read_text(encoding="utf-8").strip() or None
     if known is None:
         known = "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
     write_atomically(file, known + "\n")

@@ -130,7 +130,7 @@ def is_complete(checkpoint: str | Path) -> bool:
     if not (checkpoint / COMPLETE).is_file():
         return False
     try:
-        sizes = json.loads((checkpoint / MANIFEST).read_text())
+        sizes = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError):
         return False
@@ -138,7 +138,7 @@ def is_complete(checkpoint: str | Path) -> bool:
 
 def load_state(checkpoint: str | Path) -> dict[str, Any]:
     """The driver's state as it was given to `commit`."""
-    return json.loads((Path(checkpoint) / STATE).read_text())
+    return json.loads((Path(checkpoint) / STATE).read_text(encoding="utf-8"))
 
 
 def export(run_dir: str | Path, out: str | Path) -> Path:
@@ -199,7 +199,7 @@ def _by_step(folder: Path) -> list[Path]:
 
 
 def _write(path: Path, text: str) -> None:
-    with open(path, "w") as file:
+    with open(path, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

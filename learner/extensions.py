@@ -33,7 +33,7 @@ def load(device: str) -> None:
     from deepspeed.comm.torch import build_shm_op
 
     folder = use_folder(device)
-    with (folder / "cohort.lock").open("w") as lock:
+    with (folder / "cohort.lock").open("w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for left in folder.glob("*/lock"):
             left.unlink(missing_ok=True)

@@ -418,7 +418,7 @@ class LearnerWorker:
         facts = {"steps_done": self.steps_done, **_must_match(self.spec)}
         if self.reference is not None:
             facts["reference"] = self.reference.fingerprint
-        (target / LEARNER_FILE).write_text(json.dumps(facts, indent=1))
+        (target / LEARNER_FILE).write_text(json.dumps(facts, indent=1), encoding="utf-8")
 
     @_watched
     def export(self, folder: str) -> None:
@@ -460,7 +460,7 @@ class LearnerWorker:
         source = Path(folder)
         check_loadable(source, self.spec)
         if self.reference is not None:
-            known = json.loads((source / LEARNER_FILE).read_text()).get("reference")
+            known = json.loads((source / LEARNER_FILE).read_text(encoding="utf-8")).get("reference")
             if known not in (None, self.reference.fingerprint):
                 raise CheckpointError(
                     f"{source} holds on to another reference than the model at {self.model_folder}:"
@@ -502,7 +502,7 @@ def check_loadable(checkpoint: Path, spec: LearnerSpec) -> None:
     file = checkpoint / LEARNER_FILE
     if not file.is_file():
         raise CheckpointError(f"{checkpoint} holds no learner state ({LEARNER_FILE} is missing)")
-    found = json.loads(file.read_text())
+    found = json.loads(file.read_text(encoding="utf-8"))
     for key, wanted in _must_match(spec).items():
         if found[key] != wanted:
             raise CheckpointError(

@@ -26,7 +26,7 @@ HEADER = """\
 
 
 def main() -> None:
-    lines = [line.strip() for line in (HERE / "cpu.in").read_text().splitlines()]
+    lines = [line.strip() for line in (HERE / "cpu.in").read_text(encoding="utf-8").splitlines()]
     wanted = [line for line in lines if line and not line.startswith("#")]
     alone = [line.split("#")[0].strip() for line in wanted if "# no-deps" in line]
     resolved = [line for line in wanted if "# no-deps" not in line]
@@ -42,7 +42,7 @@ def main() -> None:
             check=True,
         )
         versions = dict(line.split("==") for line in frozen.stdout.split() if "==" in line)
-        for item in json.loads(report.read_text())["install"]:
+        for item in json.loads(report.read_text(encoding="utf-8"))["install"]:
             versions[item["metadata"]["name"]] = item["metadata"]["version"]
     # A local label (+cpu) names one builder's wheel; the public version matches it everywhere.
     pins = {
@@ -50,7 +50,9 @@ def main() -> None:
         for name, version in versions.items()
         if name.lower() not in LEFT_OUT
     }
-    (HERE / "cpu.lock").write_text(HEADER + "\n".join(sorted(pins | set(alone))) + "\n")
+    (HERE / "cpu.lock").write_text(
+        HEADER + "\n".join(sorted(pins | set(alone))) + "\n", encoding="utf-8"
+    )
     print(f"wrote {len(pins) + len(alone)} pins to {HERE / 'cpu.lock'}", file=sys.stderr)
 
 

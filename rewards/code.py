@@ -21,7 +21,7 @@ nonce = sys.stdin.readline()
 out = sys.stdout
 space = {"__name__": "program"}
 for part in ("program.py", "test.py"):
-    with open(part) as file:
+    with open(part, encoding="utf-8") as file:
         exec(compile(file.read(), part, "exec"), space)
 out.write("\\n" + nonce)
 out.flush()

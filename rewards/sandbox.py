@@ -156,7 +156,7 @@ class Sandbox:
     def _unisolated(self, command: Sequence[str], files: Mapping[str, str], stdin: str) -> Outcome:
         with tempfile.TemporaryDirectory(prefix="cohort-code-") as folder:
             for name, text in files.items():
-                Path(folder, name).write_text(text)
+                Path(folder, name).write_text(text, encoding="utf-8")
             # The limit on processes counts all of the user's here.
             loose = [item for item in command if not item.startswith("--nproc=")]
             environment = {"PATH": PATH, "HOME": folder, "LANG": "C.UTF-8"}

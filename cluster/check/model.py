@@ -96,7 +96,7 @@ def _check_weights(folder: Path, parameters: int, stage: Stage) -> None:
 
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        named = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        named = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         missing = [name for name in named if not (folder / name).is_file()]
         if missing:
             raise RunError(f"model.path={folder}: {', '.join(missing)} missing")
