@@ -79,11 +79,12 @@ def run(main: Coroutine[Any, Any, T], patch: pytest.MonkeyPatch) -> T:
         return loop.run_until_complete(main)
     finally:
         try:
-            left = asyncio.all_tasks(loop)
-            for task in left:
-                task.cancel()
-            if left:
-                loop.run_until_complete(asyncio.wait(left, timeout=60))
+            # What is cancelled may begin something new on its way out.
+            for _ in range(5):
+                for task in (left := asyncio.all_tasks(loop)):
+                    task.cancel()
+                if left:
+                    loop.run_until_complete(asyncio.wait(left, timeout=60))
         finally:
             loop.threads += 1  # its shutdown waits in a thread of its own
             loop.run_until_complete(loop.shutdown_default_executor())

@@ -91,7 +91,9 @@ class Ref:
         if not self._done.done():
             raise AssertionError(f"{self} is not there yet")
         if self._error is not None:
-            raise self._error
+            # Raised by every reader: without what the readers before have added to it.
+            self._error.__context__ = None
+            raise self._error.with_traceback(None) from None
         return self._value
 
     async def _wait(self) -> Any:
@@ -160,6 +162,8 @@ class Actor:
             else:
                 for ref, part in zip(refs, value, strict=True):
                     ref.settle(part)
+                if value[-1] is not None:
+                    self.ray.emit("stored", self.name, method, ref=refs[-1])
 
         def fail(error: BaseException) -> None:
             settle(error=error)
@@ -422,9 +426,12 @@ def _serial(instance: Any) -> bool:
 
 def _new_task(loop: Any, work: Any, context: Any = None) -> asyncio.Task[Any]:
     actor = _actor.get() if context is None else context.get(_actor)
-    if actor is not None:
-        work = _in_life(work, actor, actor.life)
-    return asyncio.Task(work, loop=loop, context=context)
+    if actor is None:
+        return asyncio.Task(work, loop=loop, context=context)
+    task = asyncio.Task(_in_life(work, actor, actor.life), loop=loop, context=context)
+    # A task that is cancelled before it began leaves its coroutine untouched.
+    task.add_done_callback(lambda _: work.close())
+    return task
 
 
 async def _in_life(work: Any, actor: Actor, life: int) -> Any:

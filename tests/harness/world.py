@@ -25,7 +25,8 @@ How to interfere: `world.on(kind, action, actor=..., what=..., nth=...)`, see `W
 `world.ray.kill(name)`, `.freeze(name)`, `.thaw(name)`, `.slow[name] = 10` and `ref.lose()`.
 Events of stand-ins: `update` (an engine loads weights; reply "ignore" makes it keep the old ones),
 `reset` (of a prefix cache), `publish`, `step` (reply "nonfinite"), `save`; and `call`/`done` of
-every method of every actor, with `detail["args"]` and `detail["answer"]`.
+every method of every actor, with `detail["args"]` and `detail["answer"]`, and `stored` with the
+`detail["ref"]` of what stays in the object store.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+from ray.exceptions import OutOfMemoryError
 
 import cluster.prepare
 import cluster.run
@@ -51,7 +53,7 @@ from learner.checkpoint import latest, load_state
 from tests.harness import clock, policy
 from tests.harness.engine import LocalRolloutActor, install_vllm
 from tests.harness.learner import LocalLearnerWorker
-from tests.harness.local_ray import Event, LocalRay, Ref
+from tests.harness.local_ray import Event, LocalRay
 from tests.harness.rewards import LoadedHere, LocalRewardActor
 
 T = TypeVar("T")
@@ -222,34 +224,40 @@ def in_cluster(main: Callable[[LocalRay], Coroutine[Any, Any, T]]) -> T:
         return clock.run(program(), patch)
 
 
-def chaos(world: World, seed: int, kinds: dict[str, float]) -> None:
-    """Break things at random, the same for every seed.
+class Chaos:
+    """Breaks things at random, the same for every seed, in every run of a world from now on.
 
-    kinds: how often each happens, in shares of the calls it can happen at: `kill` and `freeze` of
-    an actor at a call of one of its methods, `lose` the objects that a call stored, `data` (a
-    group fails for its own sake).
+    kill, freeze, out_of_memory: shares of the calls of rollout and reward actors at which the actor
+    ends so. lose: share of the groups and scores that are lost once they are stored. done: what was
+    broken, in order.
     """
-    dice = random.Random(seed)
 
-    def hook(event: Event) -> None:
-        name = event.actor
-        if not name.startswith(("rollout", "reward")):
+    def __init__(self, world: World, seed: int, **shares: float) -> None:
+        self.done: list[str] = []
+        self._world = world
+        self._dice = random.Random(seed)
+        self._shares = shares
+        world._hooks.append(self._hook)
+
+    def _happens(self, what: str, event: Event) -> bool:
+        happens = self._dice.random() < self._shares.get(what, 0.0)
+        if happens:
+            self.done.append(f"{what} {event}")
+        return happens
+
+    def _hook(self, event: Event) -> None:
+        ray = self._world.ray
+        if not event.actor.startswith(("rollout", "reward")):
             return
-        if event.kind == "call" and dice.random() < kinds.get("kill", 0):
-            world.ray.kill(name)
-        elif event.kind == "call" and dice.random() < kinds.get("freeze", 0):
-            world.ray.freeze(name)
-
-    world._hooks.append(hook)
-
-
-def refs_in(value: Any) -> list[Ref]:
-    """The references in a list of arguments, one level down."""
-    found = []
-    for item in value:
-        found += [item] if isinstance(item, Ref) else []
-        found += [part for part in item if isinstance(part, Ref)] if isinstance(item, list) else []
-    return found
+        if event.kind == "call":
+            if self._happens("kill", event):
+                ray.kill(event.actor)
+            elif self._happens("freeze", event):
+                ray.freeze(event.actor)
+            elif self._happens("out_of_memory", event):
+                ray.kill(event.actor, OutOfMemoryError("killed by Ray's memory monitor"))
+        elif event.kind == "stored" and self._happens("lose", event):
+            event.detail["ref"].lose()
 
 
 def _json_lines(file: Path) -> list[dict[str, Any]]:
