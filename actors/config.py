@@ -38,13 +38,20 @@ class ActorsConfig(BaseModel):
     )
     start_timeout_s: float = Field(300, gt=0, description="Longest wait for an engine to start.")
     group_timeout_s: float = Field(
-        600, gt=0, description="Longest wait for one group; then it is generated elsewhere."
+        120,
+        gt=0,
+        description="Longest time that an engine with groups to generate may show no progress (a "
+        "token, an update); five times as long while it computes. Then it is replaced and its "
+        "groups are generated elsewhere. A slow engine that produces tokens is never replaced.",
     )
-    sync_timeout_s: float = Field(120, gt=0, description="Longest wait for a weight update.")
+    sync_timeout_s: float = Field(
+        120, gt=0, description="Longest time without progress that a weight update may take."
+    )
     probe_tolerance: float | None = Field(
         None,
         gt=0,
         description="Largest mean |log-prob difference| between engine and learner on the probe "
-        "sequence after a weight update. Empty: 0.5 in bfloat16, 0.1 in float16, 0.01 in float32, "
-        "1 where either computes in float8.",
+        "sequence after a weight update. Empty: at the first update 0.5 in bfloat16, 0.1 in "
+        "float16, 0.01 in float32, 1 where either computes in float8; from then on five times "
+        "what the first one showed, where that is less, but no less than a tenth of these.",
     )

@@ -61,6 +61,10 @@ class EngineError(Exception):
     """The engine refused or failed."""
 
 
+class WeightsNotServed(Exception):
+    """The engine does not serve the weights that it was told to load."""
+
+
 def stop_token_ids(model_path: str, tokenizer_eos: int | None) -> list[int]:
     """Every end-of-sequence id that the tokenizer, config.json or generation_config.json names."""
     found: list[int] = [] if tokenizer_eos is None else [tokenizer_eos]
@@ -79,6 +83,8 @@ class Engine:
         self._llm = llm
         self._spec = spec
         self._stop_ids = stop_ids
+        self.progress = 0
+        self._count_tokens()
         self._death = asyncio.ensure_future(self._watch())
 
     @classmethod
@@ -173,6 +179,21 @@ class Engine:
         while not self._llm.errored:
             await asyncio.sleep(LIVENESS_S)
 
+    def _count_tokens(self) -> None:
+        """Keep `progress` at the number of tokens that came from vLLM's engine process.
+
+        Requests answer when they are done; in between, only vLLM's own loop sees that it works.
+        """
+        core = self._llm.engine_core
+        next_outputs = core.get_output_async
+
+        async def counted() -> Any:
+            outputs = await next_outputs()
+            self.progress += sum(len(output.new_token_ids) for output in outputs.outputs)
+            return outputs
+
+        core.get_output_async = counted
+
     def _sampling(self, spec: SamplingSpec, seed: int, greedy: bool) -> Any:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -210,23 +231,32 @@ class Engine:
         from vllm.exceptions import VLLMClientError
         from vllm.inputs import tokens_input
 
+        added: list[Any] = []
         try:
-            return [
-                await self._answer(
+            for index in range(spec.n):
+                queue = await self._answer(
                     self._llm.add_request(
                         f"{request_id}/{index}",
                         tokens_input(list(token_ids)),
                         self._sampling(spec, spec.seed + index, greedy),
                     )
                 )
-                for index in range(spec.n)
-            ]
-        except VLLMClientError as error:
-            raise ValueError(f"{request_id}: {error}") from error
+                added.append(queue)
+        except BaseException as error:
+            if added:
+                await self.abort(request_id, len(added))
+            if isinstance(error, VLLMClientError):
+                raise ValueError(f"{request_id}: {error}") from error
+            raise
+        return added
 
     async def finish(self, queue: Any, seed: int) -> RawSample:
         """Wait until a completion is done."""
         return _raw_sample((await self._answer(_finished(queue))).outputs[0], seed)
+
+    async def abort(self, request_id: str, count: int) -> None:
+        """End the first `count` completions of a group that nobody waits for any more."""
+        await self._answer(self._llm.abort([f"{request_id}/{index}" for index in range(count)]))
 
     @asynccontextmanager
     async def paused(self) -> AsyncIterator[None]:
@@ -254,6 +284,15 @@ class Engine:
             await self._answer(self._llm.finish_weight_update(str(version)))
             if not await self._answer(self._llm.reset_prefix_cache(reset_running_requests=True)):
                 raise EngineError("vLLM could not reset its prefix cache after the weight update")
+
+    async def prove(self, path: str, version: int) -> None:
+        """Raise WeightsNotServed unless the engine serves this version of the weights."""
+        del path
+        held = await self._answer(self._llm.get_weight_version())
+        if held != str(version):
+            raise WeightsNotServed(
+                f"the engine says that it serves weights {held}, it was told to load {version}"
+            )
 
     async def score(self, token_ids: list[int], request_id: str) -> list[float]:
         """Log-probabilities of tokens 1..n-1 of a sequence at temperature 1, under the weights.

@@ -1,25 +1,37 @@
 """RolloutPool: many rollout actors as one thing that turns requests into groups.
 
-Requests go to the least loaded actor that has room; what an actor loses is generated again by
-another one; an actor that died is replaced by a new one, which pulls the current weights before it
-may generate. Everything here runs in the driver's asyncio loop and sees sizes and references, never
-tokens.
+Requests go to the least loaded actor that has room, the oldest step first; what an actor loses is
+generated again by another one; an actor that died is replaced by a new one in the background, which
+pulls the current weights before it may generate. Everything here runs in the driver's asyncio loop
+and sees sizes and references, never tokens.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import heapq
+import itertools
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from actors.config import ActorsConfig
+from actors.errors import failure_of
+from actors.probe import Probe, limit_of, probe_gap, stale
 from actors.records import Failure, GroupMeta, WeightsInfo
-from actors.rollout import Place, Request, split_cores
+from actors.rollout import NotSynced, Place, Request, split_cores
+from actors.watch import Watch
+
+__all__ = ["MAX_RESTARTS", "Probe", "RolloutError", "RolloutPool", "probe_gap"]
 
 MAX_ATTEMPTS = 3
 # Of one actor in a row, without a group between them: then the fault is not in the process.
 MAX_RESTARTS = 3
+# An update waits this long for an actor that was lost in it, when others can go on without it.
+REPAIR_GRACE_S = 1.0
+BEAT_S = 5.0
 
 Outcome = tuple[GroupMeta | Failure, Any]
 # (group id, attempt, reference to a group of one): a completion that is there before its group is.
@@ -30,37 +42,31 @@ class RolloutError(Exception):
     """The pool cannot go on; the message says which actor, what happened, what to change."""
 
 
-@dataclass(frozen=True)
-class Probe:
-    """A token sequence that learner and engines score under the same weights, to compare.
-
-    logprobs: the learner's, of tokens 1..n-1. tolerance: largest mean absolute difference that an
-    engine may show, in nats.
-    """
-
-    token_ids: list[int]
-    logprobs: list[float]
-    tolerance: float
-
-
 @dataclass
 class _Slot:
-    """A place in the pool; the actor in it may be replaced."""
+    """A place in the pool; the actor in it may be replaced.
+
+    ready: it may be given groups. repair: the task that is replacing its actor. gap: the probe's at
+    its last update. waiters: calls that its watch is kept for.
+    """
 
     index: int
     handle: Any
     cores: tuple[int, ...] = ()
     load: int = 0
     ready: bool = False
+    syncing: bool = False
     failures: int = 0
     generation: int = 0
-    repair: asyncio.Lock = field(default_factory=asyncio.Lock)
+    gap: float = 0.0
+    repair: asyncio.Task[None] | None = None
+    watch: Watch = field(default_factory=Watch)
+    waiters: int = 0
+    beats: asyncio.Task[None] | None = None
 
 
-def probe_gap(learner: list[float], engine: list[float]) -> float:
-    """Mean absolute difference between two scorings of the same tokens, in nats."""
-    gaps = [abs(ours - theirs) for ours, theirs in zip(learner, engine, strict=True)]
-    return sum(gaps) / len(gaps)
+# (step, order of arrival, completions, who waits)
+_Waiting = tuple[int, int, int, "asyncio.Future[_Slot]"]
 
 
 class RolloutPool:
@@ -76,9 +82,14 @@ class RolloutPool:
         self._config = config
         self._notify = notify
         self._slots: list[_Slot] = []
-        self._room = asyncio.Condition()
+        self._queue: list[_Waiting] = []
+        self._arrivals = itertools.count()
         self._published: tuple[WeightsInfo, Probe] | None = None
+        self._probe_before: Probe | None = None
+        self._first_gap: float | None = None
         self._serve_loaded = False
+        self._broken: RolloutError | None = None
+        self._beat_s = min(BEAT_S, config.group_timeout_s / 5, config.sync_timeout_s / 5)
         self.places: list[Place] = []
         self.restarts = 0
 
@@ -93,30 +104,31 @@ class RolloutPool:
             _Slot(index, self._make_actor(f"rollout-{index}"))
             for index in range(self._config.count)
         ]
-        self.places = await asyncio.gather(
-            *(
-                _wait(
-                    slot.handle.place.remote(),
-                    place_timeout_s,
-                    f"Ray to place rollout actor {slot.index} of {self._config.count} "
-                    "(cluster.start_timeout_s; actors.count may exceed the cluster)",
-                )
-                for slot in self._slots
-            )
-        )
-        for node in {place.node_id for place in self.places}:
-            here = [i for i, place in enumerate(self.places) if place.node_id == node]
-            shares = split_cores(self.places[here[0]].cores, len(here))
-            for index, cores in zip(here, shares, strict=True):
-                self._slots[index].cores = cores
         try:
+            self.places = await asyncio.gather(
+                *(
+                    self._within(
+                        slot,
+                        slot.handle.place.remote(),
+                        place_timeout_s,
+                        f"to be placed by Ray, one of {self._config.count} actors "
+                        "(cluster.start_timeout_s; actors.count may exceed the cluster)",
+                    )
+                    for slot in self._slots
+                )
+            )
+            for node in {place.node_id for place in self.places}:
+                here = [i for i, place in enumerate(self.places) if place.node_id == node]
+                shares = split_cores(self.places[here[0]].cores, len(here))
+                for index, cores in zip(here, shares, strict=True):
+                    self._slots[index].cores = cores
             return list(await asyncio.gather(*(self._start_engine(slot) for slot in self._slots)))
         except _ActorLost as lost:
             # Nothing ran yet: what fails now is most likely the setup, which a retry repeats.
             raise RolloutError(str(lost)) from None
 
     async def _start_engine(self, slot: _Slot) -> float:
-        answer = await self._ask(
+        answer = await self._within(
             slot,
             slot.handle.start.remote(slot.cores, self._serve_loaded),
             self._config.start_timeout_s,
@@ -130,45 +142,84 @@ class RolloutPool:
     async def sync(self, info: WeightsInfo, probe: Probe) -> float:
         """Bring every actor to a published version; the largest probe gap, in nats.
 
-        An actor that died or failed meanwhile is replaced; the new one pulls the same version.
-        Raises RolloutError when an engine scores the probe differently from the learner: it is
-        not serving the weights that were published.
+        An actor that was lost meanwhile is replaced, and one that is being replaced is left alone:
+        both pull the newest version when they are up, and are waited for only when no other can go
+        on. Raises RolloutError when an engine does not serve the weights that were published.
         """
+        if self._published is not None and self._published[0].version != info.version:
+            self._probe_before = self._published[1]
         self._published = (info, probe)
-        gaps = await asyncio.gather(*(self._sync_or_replace(slot) for slot in self._slots))
-        return max(gaps)
+        here = [slot for slot in self._slots if slot.repair is None]
+        done = await asyncio.gather(*map(self._catch_up, here), return_exceptions=True)
+        for error in done:
+            if isinstance(error, BaseException):
+                raise error
+        if lost := [slot.repair for slot in here if slot.repair is not None]:
+            await asyncio.wait(lost, timeout=REPAIR_GRACE_S)
+        while self._broken is None and not any(slot.ready for slot in self._slots):
+            await asyncio.wait(
+                [slot.repair for slot in self._slots if slot.repair is not None],
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+        if self._broken is not None:
+            raise self._broken
+        return max(slot.gap for slot in self._slots if slot.ready)
 
-    async def _sync_or_replace(self, slot: _Slot) -> float:
+    async def _catch_up(self, slot: _Slot) -> None:
         generation = slot.generation
         try:
-            return await self._sync_one(slot)
+            await self._pull(slot)
         except _ActorLost as lost:
-            return await self._replace(slot, generation, str(lost))
+            self._lose(slot, generation, str(lost))
 
-    async def _sync_one(self, slot: _Slot) -> float:
+    async def _pull(self, slot: _Slot) -> None:
+        while await self._load_newest(slot):
+            pass
+
+    async def _load_newest(self, slot: _Slot) -> bool:
+        """Have an actor load the newest version and prove it; whether there is a newer one now."""
         if self._published is None:
-            raise RolloutError("no weights have been published yet")
-        info, probe = self._published
-        answer = await self._ask(
-            slot,
-            slot.handle.sync.remote(info, probe.token_ids),
-            self._config.sync_timeout_s,
-            f"to load weights {info.version} (actors.sync_timeout_s)",
-        )
-        if isinstance(answer, Failure):
-            text = f"{answer.what}: {answer.message}"
-            raise RolloutError(text) if answer.kind == "data" else _ActorLost(text)
-        gap = probe_gap(probe.logprobs, answer)
-        if not gap <= probe.tolerance:
-            raise RolloutError(
-                f"rollout-{slot.index} does not serve the weights that were published: its "
-                f"log-probs on the probe sequence differ from the learner's by {gap:.4f} on "
-                f"average after weights version {info.version}, and the limit is "
-                f"{probe.tolerance:g} (actors.probe_tolerance)"
+            return False
+        published = info, probe = self._published
+        slot.syncing = True
+        try:
+            answer = await self._moving(
+                slot,
+                slot.handle.sync.remote(info, probe.token_ids),
+                self._config.sync_timeout_s,
+                f"to load weights {info.version} (actors.sync_timeout_s)",
             )
-        async with self._room:
-            slot.ready = True
-            self._room.notify_all()
+        finally:
+            slot.syncing = False
+        if isinstance(answer, Failure):
+            if self._published is not published:
+                # Its file may be gone already: the newest is what counts.
+                return True
+            text = f"{answer.what}: {answer.message}"
+            raise _ActorLost(text) if answer.kind == "infra" else RolloutError(text)
+        slot.gap = self._proven(slot, info, probe, answer)
+        if self._published is not published:
+            return True
+        slot.ready = True
+        self._dispatch()
+        return False
+
+    def _proven(self, slot: _Slot, info: WeightsInfo, probe: Probe, logprobs: list[float]) -> float:
+        """The probe's gap; RolloutError when the engine computes with other weights."""
+        gap = probe_gap(probe.logprobs, logprobs)
+        limit = limit_of(probe, self._first_gap)
+        says = (
+            f"rollout-{slot.index} does not serve the weights that were published: its log-probs "
+            f"on the probe sequence differ from the learner's by {gap:.4f} on average after "
+            f"weights version {info.version}"
+        )
+        if not gap <= limit:
+            raise RolloutError(f"{says}, and the limit is {limit:g} (actors.probe_tolerance)")
+        usual = gap if self._first_gap is None else self._first_gap
+        if stale(probe, self._probe_before, logprobs, usual):
+            raise RolloutError(f"{says}, and are nearer to those of the version before")
+        if self._first_gap is None:
+            self._first_gap = gap
         return gap
 
     async def generate(
@@ -181,23 +232,29 @@ class RolloutPool:
         the group's task ends. A group that is tried again has new ones, which count alone.
         """
         batches: dict[int, list[Request]] = {}
-        chosen: list[_Slot | None] = []
+        chosen: list[tuple[int, _Slot | None]] = []
         for request in requests:
-            slot = self._least_loaded(request.sampling.n)
-            chosen.append(slot)
+            order = next(self._arrivals)
+            samples = request.sampling.n
+            # Older steps go first, also those that wait because they were lost.
+            first = not self._queue or (request.step, order) < self._queue[0][:2]
+            slot = self._least_loaded(samples) if first else None
+            chosen.append((order, slot))
             if slot is not None:
-                slot.load += request.sampling.n
+                slot.load += samples
                 batches.setdefault(slot.index, []).append(request)
         # One call per actor: its engine sees the whole batch at once, in this order.
         taken = {
-            index: asyncio.ensure_future(self._submit(self._slots[index], batch))
+            index: asyncio.create_task(self._submit(self._slots[index], batch))
             for index, batch in batches.items()
         }
         return [
             asyncio.create_task(
-                self._produce(request, arrived, slot, None if slot is None else taken[slot.index])
+                self._produce(
+                    request, order, arrived, slot, None if slot is None else taken[slot.index]
+                )
             )
-            for request, slot in zip(requests, chosen, strict=True)
+            for request, (order, slot) in zip(requests, chosen, strict=True)
         ]
 
     def _least_loaded(self, samples: int) -> _Slot | None:
@@ -208,48 +265,67 @@ class RolloutPool:
         ]
         return min(free, key=lambda slot: (slot.load, slot.index), default=None)
 
-    async def _submit(self, slot: _Slot, requests: list[Request]) -> Failure | None:
-        return await self._ask(
-            slot,
-            slot.handle.submit.remote(requests),
-            self._config.sync_timeout_s,
-            f"to take {len(requests)} groups (actors.sync_timeout_s)",
-        )
+    async def _submit(self, slot: _Slot, requests: list[Request]) -> Failure | Exception | None:
+        """None when the actor has taken them. Errors are values: many groups wait for this."""
+        try:
+            answer: Failure | None = await self._moving(
+                slot,
+                slot.handle.submit.remote(requests),
+                self._config.group_timeout_s,
+                f"to take {len(requests)} groups (actors.group_timeout_s)",
+            )
+            return answer
+        except (_ActorLost, RolloutError) as error:
+            return error
 
     async def _produce(
         self,
         request: Request,
+        order: int,
         arrived: Arrived | None,
         slot: _Slot | None,
-        taken: asyncio.Future[Failure | None] | None,
+        taken: asyncio.Task[Failure | Exception | None] | None,
     ) -> Outcome:
         samples = request.sampling.n
         failure = Failure("infra", f"group {request.group_id} was not generated", "no attempt")
-        for attempt in range(MAX_ATTEMPTS):
+        attempt = 0
+        while attempt < MAX_ATTEMPTS:
             if slot is None:
-                slot = await self._free_slot(samples)
+                slot = await self._free_slot(request, order)
             generation = slot.generation
             try:
                 if taken is None:
-                    taken = asyncio.ensure_future(self._submit(slot, [request]))
-                refused = await taken
+                    taken = asyncio.create_task(self._submit(slot, [request]))
+                refused = await asyncio.shield(taken)
+                if isinstance(refused, Exception):
+                    raise refused
                 if refused is None:
                     meta, group = await self._collect(slot, request, attempt, arrived)
                     if isinstance(meta, GroupMeta):
                         slot.failures = 0
                         return meta, group
                     refused = meta
-                failure = refused
-                if failure.kind == "data":
-                    return failure, None
-                await self._replace(slot, generation, failure.message)
+                if isinstance(refused, NotSynced):
+                    # Nobody's loss: another takes the group, or this one when it has weights.
+                    self._lose(slot, generation, None)
+                else:
+                    failure = refused
+                    if failure.kind == "data":
+                        return failure, None
+                    if failure.kind == "bug":
+                        raise RolloutError(f"{failure.what}: {failure.message}")
+                    attempt += 1
+                    self._lose(slot, generation, failure.message)
             except _ActorLost as lost:
                 failure = Failure("infra", f"group {request.group_id} was lost", str(lost))
-                await self._replace(slot, generation, str(lost))
+                attempt += 1
+                self._lose(slot, generation, str(lost))
+            except asyncio.CancelledError:
+                self._forget(slot, generation, request)
+                raise
             finally:
-                async with self._room:
-                    slot.load -= samples
-                    self._room.notify_all()
+                slot.load -= samples
+                self._dispatch()
             slot, taken = None, None
         return failure, None
 
@@ -261,57 +337,178 @@ class RolloutPool:
         async def early(index: int) -> None:
             call = slot.handle.completion.options(num_returns=2)
             failure, group = call.remote(name, index)
-            if await failure is None and arrived is not None:
-                arrived(name, attempt, group)
+            # An actor that dies fails `collect` as well, which tells of it.
+            with contextlib.suppress(Exception):
+                if await failure is None and arrived is not None:
+                    arrived(name, attempt, group)
 
         count = 0 if arrived is None else request.sampling.n
-        # An actor that dies fails `collect` as well, which tells of it.
-        waiting = asyncio.gather(*map(early, range(count)), return_exceptions=True)
+        waiting = [asyncio.create_task(early(index)) for index in range(count)]
         try:
             meta_ref, group = slot.handle.collect.options(num_returns=2).remote(name)
-            meta = await self._ask(
+            meta = await self._moving(
                 slot,
                 meta_ref,
                 self._config.group_timeout_s,
-                f"to generate group {name} (actors.group_timeout_s)",
+                f"while it generated group {name} (actors.group_timeout_s)",
             )
-            await self._ask(slot, waiting, self._config.group_timeout_s, "to hand over completions")
+            if waiting:
+                await asyncio.wait(waiting, timeout=self._config.group_timeout_s)
             return meta, group
         finally:
-            waiting.cancel()
+            for task in waiting:
+                task.cancel()
 
-    async def _free_slot(self, samples: int) -> _Slot:
-        async with self._room:
-            while True:
-                slot = self._least_loaded(samples)
-                if slot is not None:
-                    slot.load += samples
-                    return slot
-                await _wait(
-                    self._room.wait(),
-                    self._config.group_timeout_s,
-                    "a rollout actor with room for a group (actors.group_timeout_s)",
-                )
+    def _forget(self, slot: _Slot, generation: int, request: Request) -> None:
+        """Nobody waits for a group any more: its actor stops generating it."""
 
-    async def _ask(self, slot: _Slot, reference: Any, timeout_s: float, what: str) -> Any:
-        from ray.exceptions import RayActorError
+        def tell() -> None:
+            if slot.generation == generation and slot.repair is None:
+                slot.handle.forget.remote(request.group_id)
 
+        asyncio.get_running_loop().call_soon(tell)
+
+    async def _free_slot(self, request: Request, order: int) -> _Slot:
+        """Wait for an actor with room; the oldest step's groups are served first.
+
+        How long that takes is the engines' business, each of which is watched: only when there is
+        none left to wait for is it an error.
+        """
+        samples = request.sampling.n
+        future: asyncio.Future[_Slot] = asyncio.get_running_loop().create_future()
+        heapq.heappush(self._queue, (request.step, order, samples, future))
+        self._dispatch()
         try:
-            return await asyncio.wait_for(reference, timeout_s)
-        except TimeoutError:
-            raise _ActorLost(f"rollout-{slot.index} took over {timeout_s:.0f} s {what}") from None
-        except RayActorError as error:
-            raise _ActorLost(f"rollout-{slot.index} died: {error}") from None
+            while not (await asyncio.wait({future}, timeout=self._config.group_timeout_s))[0]:
+                if not any(s.ready or s.syncing or s.repair for s in self._slots):
+                    raise RolloutError(
+                        f"group {request.group_id} waited {self._config.group_timeout_s:g} s and "
+                        "no rollout actor has weights to generate it with"
+                    )
+            return future.result()
+        except asyncio.CancelledError:
+            if future.done() and future.exception() is None:
+                future.result().load -= samples
+            raise
+        finally:
+            future.cancel()
+            self._dispatch()
 
-    async def _replace(self, slot: _Slot, generation: int, why: str) -> float:
-        """Put a new actor into a slot, once for all the groups that noticed the old one's end."""
+    def _dispatch(self) -> None:
+        """Give room that there is now to those who wait, the oldest step first."""
+        while self._queue:
+            _, _, samples, future = self._queue[0]
+            if not future.done():
+                if self._broken is not None:
+                    future.set_exception(self._broken)
+                    continue
+                slot = self._least_loaded(samples)
+                if slot is None:
+                    return
+                slot.load += samples
+                future.set_result(slot)
+            heapq.heappop(self._queue)
+
+    async def _moving(self, slot: _Slot, reference: Any, limit_s: float, what: str) -> Any:
+        """An actor's answer, however long it takes; _ActorLost once it makes no progress."""
+        generation, watch = slot.generation, slot.watch
+        since = watch.total_s
+        call = asyncio.ensure_future(_value(reference))
+        slot.waiters += 1
+        if slot.beats is None:
+            slot.beats = asyncio.create_task(self._beat(slot))
+        try:
+            while not (await asyncio.wait({call}, timeout=self._beat_s))[0]:
+                if slot.generation != generation:
+                    raise _ActorLost(f"rollout-{slot.index} was replaced {what}")
+                # An update stops generation: it has a limit of its own.
+                pause = self._config.sync_timeout_s if slot.syncing else 0.0
+                if watch.late(since, max(limit_s, pause)):
+                    raise _ActorLost(
+                        f"rollout-{slot.index} made no progress for {limit_s:g} s {what}"
+                    )
+            watch.silent_s = 0.0
+            return self._answer(slot, call)
+        finally:
+            call.cancel()
+            slot.waiters -= 1
+            if not slot.waiters and slot.beats is not None:
+                slot.beats.cancel()
+                slot.beats = None
+
+    async def _beat(self, slot: _Slot) -> None:
+        """Ask the slot's actor now and then how far it is, for as long as somebody waits for it."""
+        asking: asyncio.Future[Any] | None = None
+        watch, last = slot.watch, time.monotonic()
+        try:
+            while True:
+                if watch is not slot.watch:
+                    # Another actor: the old one's answer says nothing of it.
+                    watch = slot.watch
+                    _drop(asking)
+                    asking = None
+                if asking is None:
+                    asking = asyncio.ensure_future(_value(slot.handle.place.remote()))
+                await asyncio.sleep(self._beat_s)
+                now = time.monotonic()
+                # More than two beats: it was this process that did not run.
+                elapsed, last = min(now - last, 2 * self._beat_s), now
+                place = None
+                if asking.done():
+                    # An error is noticed by those who wait, in their own calls.
+                    place = None if asking.exception() else asking.result()
+                    asking = None
+                if place is None:
+                    watch.beat(elapsed)
+                else:
+                    watch.beat(elapsed, place.progress, place.cpu_s)
+        finally:
+            _drop(asking)
+
+    async def _within(self, slot: _Slot, reference: Any, timeout_s: float, what: str) -> Any:
+        """An actor's answer; _ActorLost when it takes longer than that."""
+        call = asyncio.ensure_future(_value(reference))
+        try:
+            if (await asyncio.wait({call}, timeout=timeout_s))[0]:
+                return self._answer(slot, call)
+            raise _ActorLost(f"rollout-{slot.index} took over {timeout_s:.0f} s {what}")
+        finally:
+            call.cancel()
+
+    def _answer(self, slot: _Slot, call: asyncio.Future[Any]) -> Any:
+        """What an actor answered, or what is to be done about its error."""
+        error = call.exception()
+        if error is None:
+            return call.result()
+        if not isinstance(error, Exception):
+            raise error
+        failure = failure_of(error, f"rollout-{slot.index}")
+        if failure.kind == "infra":
+            raise _ActorLost(f"{failure.what} died: {failure.message}") from None
+        # Its methods answer with values: an exception is a mistake in the program.
+        raise RolloutError(f"{failure.what} failed: {failure.message}") from error
+
+    def _lose(self, slot: _Slot, generation: int, why: str | None) -> None:
+        """Replace a slot's actor, once for all the groups that noticed its end.
+
+        why: None: the actor lives and has no weights; it pulls them.
+        """
+        if why is None and slot.syncing:
+            return
+        if slot.generation == generation and slot.repair is None:
+            slot.ready = False
+            slot.repair = asyncio.create_task(self._repair(slot, why))
+
+    async def _repair(self, slot: _Slot, why: str | None) -> None:
         import ray
 
-        async with slot.repair:
-            if slot.generation != generation:
-                return 0.0
+        try:
+            if why is None:
+                try:
+                    return await self._pull(slot)
+                except _ActorLost as lost:
+                    why = str(lost)
             while True:
-                slot.ready = False
                 slot.failures += 1
                 if slot.failures > MAX_RESTARTS:
                     raise RolloutError(
@@ -323,42 +520,61 @@ class RolloutPool:
                 ray.kill(slot.handle)
                 slot.handle = self._make_actor(f"rollout-{slot.index}")
                 slot.generation += 1
+                slot.watch = Watch()
                 try:
-                    return await self._bring_up(slot)
+                    await self._bring_up(slot)
+                    return
                 except _ActorLost as lost:
                     why = str(lost)
+        except RolloutError as error:
+            self._broken = self._broken or error
+        except Exception as error:  # noqa: BLE001 - those who wait must hear of it
+            failure = failure_of(error, f"replacing rollout-{slot.index}")
+            self._broken = self._broken or RolloutError(f"{failure.what}: {failure.message}")
+        finally:
+            slot.repair = None
+            self._dispatch()
 
-    async def _bring_up(self, slot: _Slot) -> float:
-        """Place and start a new actor, with the current weights; the probe's gap, in nats."""
-        await self._ask(
+    async def _bring_up(self, slot: _Slot) -> None:
+        """Place and start a new actor, with the newest weights."""
+        await self._within(
             slot,
             slot.handle.place.remote(),
             self._config.start_timeout_s,
             "to be placed by Ray (actors.start_timeout_s)",
         )
         await self._start_engine(slot)
-        return 0.0 if self._serve_loaded else await self._sync_one(slot)
+        if not self._serve_loaded:
+            await self._pull(slot)
 
     async def memory(self) -> int:
-        """Peak resident bytes of all actors and engines."""
-        return sum(
-            [await _wait(s.handle.memory.remote(), 30, "an actor's memory") for s in self._slots]
-        )
+        """Peak resident bytes of all actors and engines that answer within half a minute."""
+        calls = [asyncio.ensure_future(_value(s.handle.memory.remote())) for s in self._slots]
+        done, late = await asyncio.wait(calls, timeout=30) if calls else (set(), set())
+        for call in late:
+            call.cancel()
+        return sum(call.result() for call in done if call.exception() is None)
 
     def kill(self) -> None:
         """End every actor now; their watchers end the engines."""
         import ray
 
         for slot in self._slots:
+            for task in (slot.repair, slot.beats):
+                if task is not None:
+                    task.cancel()
             ray.kill(slot.handle)
 
 
 class _ActorLost(Exception):
-    """An actor died or did not answer in time."""
+    """An actor died or makes no progress."""
 
 
-async def _wait(awaitable: Any, timeout_s: float, what: str) -> Any:
-    try:
-        return await asyncio.wait_for(awaitable, timeout_s)
-    except TimeoutError:
-        raise RolloutError(f"waited {timeout_s:.0f} s for {what}") from None
+async def _value(reference: Any) -> Any:
+    return await reference
+
+
+def _drop(asking: asyncio.Future[Any] | None) -> None:
+    """Cancel a call; its error, if it has one already, was seen."""
+    if asking is not None and not asking.cancel() and not asking.cancelled():
+        asking.exception()

@@ -5,12 +5,21 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import secrets
 import time
+from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Protocol
 
-from actors.engine import Engine, EngineError, EngineSpec, stop_token_ids
+from actors.engine import (
+    Engine,
+    EngineError,
+    EngineSpec,
+    RawSample,
+    WeightsNotServed,
+    stop_token_ids,
+)
 from actors.process import (
     last_lines,
     mapped_shared_memory,
@@ -21,6 +30,7 @@ from actors.process import (
 from actors.records import (
     Completion,
     Failure,
+    FailureKind,
     Group,
     GroupMeta,
     Prompt,
@@ -29,25 +39,70 @@ from actors.records import (
 )
 
 UNSYNCED = -1
+# Mistakes in a program: another actor would make them too.
+MISTAKES = (AttributeError, ImportError, NameError, NotImplementedError, WeightsNotServed)
 
 
 @dataclass(frozen=True)
 class Request:
-    """One group to generate. greedy: for evaluation, temperature 0 and no seed."""
+    """One group to generate. greedy: for evaluation, temperature 0 and no seed.
+
+    step: that it is for; groups of older steps go first where they have to wait.
+    """
 
     group_id: str
     prompt: Prompt
     sampling: SamplingSpec
     greedy: bool = False
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class NotSynced(Failure):
+    """The actor has no weights to generate with now. It lives: a reason to wait, not a death."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where an actor runs: its node, the cores it may use, its process."""
+    """Where an actor runs (its node, the cores it may use, its process), and how far it is.
+
+    progress: a number that moves with every token that its engine produces and every stage of an
+    update; while there is work, one that stands still means that it hangs. cpu_s: seconds that its
+    engine's processes have computed.
+    """
 
     node_id: str
     cores: tuple[int, ...]
     pid: int
+    progress: int = 0
+    cpu_s: float = 0.0
+
+
+class EngineLike(Protocol):
+    """What an actor needs of its engine: `actors.engine.Engine`, or a stand-in in tests.
+
+    progress: tokens that it has produced.
+    """
+
+    progress: int
+
+    async def add(
+        self, request_id: str, token_ids: tuple[int, ...], spec: SamplingSpec, greedy: bool = False
+    ) -> list[Any]: ...
+
+    async def finish(self, queue: Any, seed: int) -> RawSample: ...
+
+    async def abort(self, request_id: str, count: int) -> None: ...
+
+    def paused(self) -> AbstractAsyncContextManager[None]: ...
+
+    async def update_weights(
+        self, path: str, names: list[str], digest: str, version: int
+    ) -> None: ...
+
+    async def prove(self, path: str, version: int) -> None: ...
+
+    async def score(self, token_ids: list[int], request_id: str) -> list[float]: ...
 
 
 @dataclass
@@ -67,25 +122,42 @@ class RolloutActor:
     from disk may be older than the run.
     """
 
-    def __init__(self, name: str, spec: EngineSpec, log_dir: str) -> None:
+    def __init__(
+        self,
+        name: str,
+        spec: EngineSpec,
+        log_dir: str,
+        engine: EngineLike | None = None,
+        tokenizer: Any = None,
+    ) -> None:
+        """engine, tokenizer: for tests, ones that exist already; `start` makes them otherwise."""
         self.name = name
         self._spec = spec
         self._log = Path(log_dir) / f"{name}.log"
-        self._shm = Path(f"/dev/shm/cohort-{name}-{os.getpid()}")
-        self._engine: Engine | None = None
-        self._tokenizer: Any = None
+        # Nobody can have put something under a name that nobody knew.
+        self._shm = Path(f"/dev/shm/cohort-{name}-{secrets.token_hex(8)}")
+        self._engine = engine
+        self._tokenizer = tokenizer
         self._version = UNSYNCED
+        # Of the last update that worked: older ones are refused, whatever came in between.
+        self._newest = UNSYNCED
         self._pending: dict[str, _Pending] = {}
+        self._refused: dict[str, Failure] = {}
+        self._aborts: set[asyncio.Task[None]] = set()
+        # Updates and hand-overs of groups, one at a time and in order.
         self._gate = asyncio.Lock()
+        self._stages = 0
         self._probes = 0
+        self._children: list[Any] = []
 
     async def place(self) -> Place:
-        import ray
-
+        """Where this actor runs, and how far it is: asked again and again while it works."""
         return Place(
-            node_id=ray.get_runtime_context().get_node_id(),
+            node_id=_node_id(),
             cores=tuple(sorted(os.sched_getaffinity(0))),
             pid=os.getpid(),
+            progress=self._stages + (0 if self._engine is None else self._engine.progress),
+            cpu_s=sum(map(_cpu_seconds, self._children)),
         )
 
     async def start(self, cores: tuple[int, ...], serve_loaded: bool = False) -> float | Failure:
@@ -94,6 +166,9 @@ class RolloutActor:
         serve_loaded: generate from the weights on disk without a first sync (evaluation).
         """
         began = time.monotonic()
+        if self._engine is not None:
+            self._serve_loaded(serve_loaded)
+            return time.monotonic() - began
         start_reaper(self._shm)
         redirect_output(self._log)
         log_start = self._log.stat().st_size
@@ -112,31 +187,40 @@ class RolloutActor:
                 f"{type(error).__name__}: {error}\nlast lines of {self._log}:\n{detail}",
             )
         # vLLM's processes talk through shared memory that they cannot remove when they are killed.
-        reap_also(mapped_shared_memory(process.pid for process in self._processes()))
-        if serve_loaded:
-            self._version = 0
+        self._children = self._processes()[1:]
+        reap_also(mapped_shared_memory([os.getpid(), *(child.pid for child in self._children)]))
+        self._serve_loaded(serve_loaded)
         return time.monotonic() - began
 
+    def _serve_loaded(self, wanted: bool) -> None:
+        if wanted:
+            self._version = self._newest = 0
+
     async def sync(self, info: WeightsInfo, probe: list[int]) -> list[float] | Failure:
-        """Pull a published version, then score the probe sequence under it.
+        """Pull a published version, prove that it is served, then score the probe under it.
 
         Returns the engine's log-probs of probe tokens 1..n-1. Older versions than the engine
-        already holds are refused. After a failure the actor refuses to generate until a sync
+        already held are refused. After a failure the actor refuses to generate until a sync
         succeeds.
         """
-        if info.version < self._version:
-            return Failure(
-                "data",
-                f"{self.name} refused weights",
-                f"version {info.version} is older than {self._version}, which it holds",
-            )
         try:
             path = await self._local_copy(info)
             engine = self._running()
             async with self._gate:
+                # In here, so that of two updates the older can never come last.
+                if info.version < self._newest:
+                    return Failure(
+                        "data",
+                        f"{self.name} refused weights",
+                        f"version {info.version} is older than {self._newest}, which it holds",
+                    )
+                self._stages += 1
                 self._version = UNSYNCED
                 await engine.update_weights(path, list(info.names), info.fingerprint, info.version)
-                self._version = info.version
+                self._stages += 1
+                await engine.prove(path, info.version)
+                self._version = self._newest = info.version
+                self._stages += 1
             self._probes += 1
             return await engine.score(probe, f"probe-{self._probes}")
         except Exception as error:  # noqa: BLE001 - process boundary
@@ -144,13 +228,15 @@ class RolloutActor:
 
     async def _local_copy(self, info: WeightsInfo) -> str:
         """The file itself on the learner's node; elsewhere a copy of its bytes."""
-        if (await self.place()).node_id == info.node_id:
+        if _node_id() == info.node_id:
             return info.path
         if info.remote is None:
             raise EngineError(f"weights {info.version} were not published to other nodes")
-        self._shm.mkdir(parents=True, exist_ok=True)
-        target = self._shm / f"v{info.version}.safetensors"
-        target.write_bytes(memoryview(await info.remote))
+        data = await info.remote
+        if not self._shm.exists():
+            self._shm.mkdir(mode=0o700)
+        target = self._shm / f"v{info.version}-{secrets.token_hex(4)}.safetensors"
+        write_new(target, memoryview(data))
         for other in self._shm.iterdir():
             if other != target:
                 other.unlink()
@@ -158,32 +244,74 @@ class RolloutActor:
 
     async def submit(self, requests: list[Request]) -> Failure | None:
         """Hand groups to the engine all at once, so that the same groups in the same order are
-        batched the same way in every run."""
-        if self._version == UNSYNCED:
-            return Failure(
-                "infra", f"{self.name} refused to generate", "it has not pulled weights yet"
-            )
-        try:
-            engine = self._running()
-            async with self._gate, engine.paused():
-                for request in requests:
-                    # Asked again after a lost answer: the group is already being generated.
-                    if request.group_id in self._pending:
-                        continue
-                    queues = await engine.add(
-                        request.group_id,
-                        request.prompt.token_ids,
-                        request.sampling,
-                        request.greedy,
-                    )
-                    completions = [
-                        asyncio.create_task(self._complete(request, index, queue, self._version))
-                        for index, queue in enumerate(queues)
-                    ]
-                    self._pending[request.group_id] = _Pending(request, completions, self._version)
-        except Exception as error:  # noqa: BLE001 - process boundary
-            return self._failure(f"{self.name} could not take {len(requests)} groups", error)
+        batched the same way in every run. Waits for an update that is being loaded.
+
+        A group that the engine refuses fails alone, in `collect`; where it refuses all of them, its
+        first refusal is the answer here. NotSynced: there are no weights to generate with.
+        """
+        new: list[str] = []
+        async with self._gate:
+            if self._version == UNSYNCED:
+                return NotSynced(
+                    "infra", f"{self.name} refused to generate", "it has not pulled weights yet"
+                )
+            try:
+                engine = self._running()
+                async with engine.paused():
+                    for request in requests:
+                        # Asked again after a lost answer: the group is already being generated.
+                        if request.group_id not in self._pending:
+                            await self._admit(engine, request)
+                            new.append(request.group_id)
+            except Exception as error:  # noqa: BLE001 - process boundary
+                for name in new:
+                    self._drop(name)
+                return self._failure(f"{self.name} could not take {len(requests)} groups", error)
+        if all(request.group_id in self._refused for request in requests):
+            refusals = [self._refused.pop(request.group_id) for request in requests]
+            return refusals[0] if refusals else None
         return None
+
+    async def _admit(self, engine: EngineLike, request: Request) -> None:
+        """Hand one group to the engine, or keep its refusal for whoever collects it."""
+        try:
+            queues = await engine.add(
+                request.group_id, request.prompt.token_ids, request.sampling, request.greedy
+            )
+        except Exception as error:
+            refusal = self._failure(f"{self.name} refused group {request.group_id}", error)
+            if refusal.kind != "data":
+                raise
+            self._refused[request.group_id] = refusal
+            return
+        completions = [
+            asyncio.create_task(self._complete(request, index, queue, self._version))
+            for index, queue in enumerate(queues)
+        ]
+        self._pending[request.group_id] = _Pending(request, completions, self._version)
+
+    def _drop(self, group_id: str) -> None:
+        """Forget a group; what of it is still being generated ends."""
+        self._refused.pop(group_id, None)
+        pending = self._pending.pop(group_id, None)
+        if pending is None:
+            return
+        unfinished = [task for task in pending.completions if not task.done() or task.cancelled()]
+        for task in unfinished:
+            task.cancel()
+        if unfinished and self._engine is not None:
+            abort = asyncio.create_task(self._abort(self._engine, group_id, pending))
+            self._aborts.add(abort)
+            abort.add_done_callback(self._aborts.discard)
+
+    async def _abort(self, engine: EngineLike, group_id: str, pending: _Pending) -> None:
+        # An engine that has died generates nothing either.
+        with suppress(EngineError):
+            await engine.abort(group_id, len(pending.completions))
+
+    async def forget(self, group_id: str) -> None:
+        """Stop generating a group that nobody waits for any more."""
+        self._drop(group_id)
 
     async def _complete(self, request: Request, index: int, queue: Any, version: int) -> Completion:
         sample = await self._running().finish(queue, request.sampling.seed + index)
@@ -205,7 +333,7 @@ class RolloutActor:
         """
         pending = self._pending.get(group_id)
         if pending is None:
-            return self._lost(group_id), None
+            return self._refused.get(group_id, self._lost(group_id)), None
         try:
             # Shielded: the group outlives a caller that stops waiting.
             done = await asyncio.shield(pending.completions[index])
@@ -214,18 +342,16 @@ class RolloutActor:
         return None, Group(group_id, pending.request.prompt, (done,))
 
     async def collect(self, group_id: str) -> tuple[GroupMeta | Failure, Group | None]:
-        """Wait for one submitted group."""
+        """Wait for one submitted group. Nothing of it is left behind, however this ends."""
         pending = self._pending.get(group_id)
         if pending is None:
-            return self._lost(group_id), None
+            return self._refused.pop(group_id, self._lost(group_id)), None
         try:
             done = tuple(await asyncio.gather(*pending.completions))
         except Exception as error:  # noqa: BLE001 - process boundary
             return self._failure(f"{self.name} failed on group {group_id}", error), None
         finally:
-            for task in pending.completions:
-                task.cancel()
-            self._pending.pop(group_id, None)
+            self._drop(group_id)
         prompt = pending.request.prompt
         meta = GroupMeta(
             group_id=group_id,
@@ -242,7 +368,7 @@ class RolloutActor:
     def _lost(self, group_id: str) -> Failure:
         return Failure("infra", f"{self.name} lost group {group_id}", "never submitted")
 
-    def _running(self) -> Engine:
+    def _running(self) -> EngineLike:
         if self._engine is None:
             raise EngineError(f"{self.name} has no engine")
         return self._engine
@@ -251,9 +377,11 @@ class RolloutActor:
         # A value that the request itself caused fails on every engine; anything else may not.
         detail = last_lines(self._log, count=5)
         text = f"{type(error).__name__}: {error}"
-        kind: Literal["infra", "data"] = (
-            "data" if isinstance(error, ValueError | TypeError) else "infra"
-        )
+        kind: FailureKind = "infra"
+        if isinstance(error, MISTAKES):
+            kind = "bug"
+        elif isinstance(error, ValueError | TypeError):
+            kind = "data"
         return Failure(kind, what, f"{text}\nlast lines of {self._log}:\n{detail}")
 
     async def memory(self) -> int:
@@ -264,6 +392,32 @@ class RolloutActor:
         import psutil
 
         return [psutil.Process(), *psutil.Process().children(recursive=True)]
+
+
+def write_new(path: Path, data: memoryview) -> None:
+    """Write a file that must not exist yet, readable by this user alone.
+
+    Raises FileExistsError where there is something of that name already, a link for example.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    with open(os.open(path, flags, 0o600), "wb") as file:
+        file.write(data)
+
+
+def _node_id() -> str:
+    import ray
+
+    return ray.get_runtime_context().get_node_id() if ray.is_initialized() else "local"
+
+
+def _cpu_seconds(process: Any) -> float:
+    import psutil
+
+    try:
+        times = process.cpu_times()
+    except psutil.Error:
+        return 0.0
+    return float(times.user + times.system)
 
 
 def _peak_rss(pid: int) -> int:

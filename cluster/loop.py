@@ -48,6 +48,7 @@ class Run:
     stop: asyncio.Event
     step: int
     counters: Counters
+    probe_floor: float | None = None
 
 
 async def train(run: Run) -> None:
@@ -116,7 +117,8 @@ async def publish(run: Run) -> float:
     info = await run.learner.publish(remote=run.several_nodes)
     # Not while the engines load: on shared cores both would wait for each other.
     logprobs = await run.learner.logprobs(run.probe_ids)
-    return await run.pool.sync(info, Probe(run.probe_ids, logprobs, run.probe_tolerance))
+    probe = Probe(run.probe_ids, logprobs, run.probe_tolerance, run.probe_floor)
+    return await run.pool.sync(info, probe)
 
 
 async def save(run: Run, cursor: int) -> None:

@@ -45,6 +45,8 @@ CONNECT_TIMEOUT_S = 10
 # float16, below 1e-4 in float32.
 PROBE_TOLERANCE = {"bfloat16": 0.5, "float16": 0.1, "float32": 0.01}
 FLOAT8_PROBE_TOLERANCE = 1.0
+# What is derived from the first update's gap is no less than this share of them.
+PROBE_FLOOR = 0.1
 
 
 EXPECTED_ERRORS = (
@@ -122,6 +124,13 @@ def probe_tolerance(config: Config) -> float:
     if config.actors.quantization != "none" or config.learner.float8 != "off":
         return FLOAT8_PROBE_TOLERANCE
     return PROBE_TOLERANCE[config.model.dtype]
+
+
+def probe_floor(config: Config) -> float | None:
+    """The least limit that the first update's gap may lead to; None: the limit is given."""
+    if config.actors.probe_tolerance is not None:
+        return None
+    return PROBE_FLOOR * probe_tolerance(config)
 
 
 def make_pool(
@@ -291,6 +300,7 @@ async def _train_in(prepared: Prepared, folder: Path, console: Console) -> int:
             several_nodes=sum(node["Alive"] for node in ray.nodes()) > 1,
             probe_ids=first_probe(prepared),
             probe_tolerance=probe_tolerance(config),
+            probe_floor=probe_floor(config),
             stop=asyncio.Event(),
             step=first_step,
             counters=Counters.resumed(saved["counters"])

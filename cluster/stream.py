@@ -63,7 +63,7 @@ def group_request(config: Config, step: int, prompt: Prompt) -> Request:
         n=config.task.group_size,
         seed=derive_seed(config.run.seed, "rollout", step, prompt.id),
     )
-    return Request(f"{step}:{prompt.id}", prompt, sampling)
+    return Request(f"{step}:{prompt.id}", prompt, sampling, step=step)
 
 
 class GroupStream:
