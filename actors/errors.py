@@ -57,7 +57,8 @@ def words(error: BaseException) -> str:
     from ray.exceptions import RayTaskError
 
     if isinstance(error, RayTaskError):
-        return str(error.traceback_str).strip()
+        # What Ray raises is also of the cause's type, and then tells the traceback in no other way.
+        return str(error).strip()
     return f"{type(error).__name__}: {error}".strip(": ")
 
 

@@ -78,3 +78,10 @@ def test_the_actors_own_traceback_is_kept() -> None:
     assert failure.what == "rollout-0 failed on group g"
     assert "the actor's own" in failure.message
     assert words(TimeoutError()) == "TimeoutError"
+
+
+def test_words_of_what_ray_raises_hold_the_actors_traceback() -> None:
+    """What `await` raises is of two types at once, and keeps its traceback in its text alone."""
+    raised = task_error(KeyError("x")).as_instanceof_cause()
+    assert "Traceback" in words(raised)
+    assert words(raised) == words(task_error(KeyError("x")))

@@ -33,7 +33,7 @@ def test_an_engine_nearer_to_the_version_before_is_stale_where_that_can_be_told(
     assert stale(now, before, [-1.01, -2.01], gap=0.01)
     assert not stale(now, before, [-1.19, -2.21], gap=0.01)
     # The versions are no further apart than engines are from the learner anyway.
-    assert not stale(now, before, [-1.01, -2.01], gap=0.05)
+    assert not stale(now, before, [-1.01, -2.01], gap=0.06)
     assert not stale(now, None, [-1.01, -2.01], gap=0.01)
     assert not stale(now, now, [-1.01, -2.01], gap=0.0)
 

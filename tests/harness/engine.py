@@ -66,6 +66,17 @@ class _Request:
     logprobs: list[float] = field(default_factory=list)
 
 
+class Core:
+    """vLLM's engine process, of which AsyncLLM's own loop takes what each step has made."""
+
+    def __init__(self) -> None:
+        self.made: asyncio.Queue[list[list[int]]] = asyncio.Queue()
+
+    async def get_output_async(self) -> Any:
+        tokens = await self.made.get()
+        return SimpleNamespace(outputs=[SimpleNamespace(new_token_ids=ids) for ids in tokens])
+
+
 class Vllm:
     """An AsyncLLM. faults: switches that tests set by name; see `tests.harness.world`."""
 
@@ -81,6 +92,7 @@ class Vllm:
         self._version = "default"
         self._updating = False
         self._ray, self._actor = current_ray(), current_actor()
+        self.engine_core = Core()
         self._scheduler = asyncio.ensure_future(self._schedule())
 
     async def _schedule(self) -> None:
@@ -90,8 +102,11 @@ class Vllm:
             await asyncio.sleep(TOKEN_S * self._ray.slowness(self._actor.name))
             if not self._resumed.is_set():
                 continue
-            for request in list(self._running.values())[: self._max_concurrent]:
+            batch = list(self._running.values())[: self._max_concurrent]
+            for request in batch:
                 self._advance(request)
+            self.engine_core.made.put_nowait([r.tokens[-1:] for r in batch])
+            await self.engine_core.get_output_async()
             if not self._running:
                 self._work.clear()
 
