@@ -20,6 +20,7 @@ from actors.engine import (
     WeightsNotServed,
     stop_token_ids,
 )
+from actors.machine import usable_cores
 from actors.process import (
     last_lines,
     mapped_shared_memory,
@@ -154,7 +155,7 @@ class RolloutActor:
         """Where this actor runs, and how far it is: asked again and again while it works."""
         return Place(
             node_id=_node_id(),
-            cores=tuple(sorted(os.sched_getaffinity(0))),
+            cores=usable_cores(),
             pid=os.getpid(),
             progress=self._stages + (0 if self._engine is None else self._engine.progress),
             cpu_s=sum(map(_cpu_seconds, self._children)),

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from actors.machine import cgroup_limits, usable_cores
 from actors.process import KEEP_HEAP
 from cluster.config import Config
 
 GIB = 1024**3
+SHM = Path("/dev/shm")
+OBJECT_STORE, MIN_OBJECT_STORE = 512 * 2**20, 80 * 2**20
 Device = Literal["cpu", "cuda"]
 
 # On CPU machines an engine and a learner rank share cores by taking turns, so the two reservations
@@ -25,11 +30,17 @@ WIDTH = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 @dataclass(frozen=True)
 class Resources:
-    """What the machines have: cores, GPUs, bytes of memory that can be used."""
+    """What the machines have: cores, GPUs, bytes of memory that can be used.
+
+    shared_memory: bytes free in /dev/shm; None where it cannot be seen. limited: what a container
+    is kept from, in words.
+    """
 
     cpus: float
     gpus: float
     memory: int
+    shared_memory: int | None = None
+    limited: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,18 +74,38 @@ def cpu_environment(threads: int) -> dict[str, str]:
     return environment
 
 
-def this_machine() -> Resources:
-    """Resources of the machine this process runs on."""
-    import os
+def this_machine(root: Path = Path("/")) -> Resources:
+    """Resources of the machine this process runs on, within the limits of its cgroups.
 
+    root: where /proc and /sys are found.
+    """
     import psutil
     import torch
 
+    limits, whole = cgroup_limits(root), psutil.virtual_memory()
+    cores, machine_cores = usable_cores(root), os.cpu_count() or 1
+    bounds = []
+    if len(cores) < machine_cores:
+        bounds.append(f"{len(cores)} of its {machine_cores} cores")
+    if limits.memory is not None and limits.memory < whole.total:
+        bounds.append(f"{limits.memory / GIB:.1f} of its {whole.total / GIB:.1f} GiB of memory")
+    available = whole.available if limits.available is None else limits.available
     return Resources(
-        cpus=len(os.sched_getaffinity(0)),
+        cpus=len(cores),
         gpus=torch.cuda.device_count(),
-        memory=psutil.virtual_memory().available,
+        memory=min(whole.available, available),
+        shared_memory=shutil.disk_usage(SHM).free if SHM.is_dir() else None,
+        limited=" and ".join(bounds),
     )
+
+
+def object_store_bytes(have: Resources) -> int:
+    """Size of the object store of a Ray of our own: groups of token ids on their way.
+
+    Published weights need the rest of /dev/shm, which is 64 MiB in a container by default.
+    """
+    free = OBJECT_STORE if have.shared_memory is None else have.shared_memory // 4
+    return max(MIN_OBJECT_STORE, min(OBJECT_STORE, free))
 
 
 def float16_on_this_cpu() -> bool:
@@ -163,9 +194,22 @@ def plan(config: Config, have: Resources, parameters: int) -> Placement:
             learner={"num_cpus": 1, "num_gpus": 1},
             reward={"num_cpus": 1},
         )
+    shared = published_bytes(config, parameters)
+    if have.shared_memory is not None and shared + object_store_bytes(have) > have.shared_memory:
+        problems.append(
+            f"{SHM}: two versions of the weights take {shared / GIB:.1f} GiB and Ray's objects "
+            f"{object_store_bytes(have) / GIB:.1f}, and {have.shared_memory / GIB:.1f} GiB are "
+            "free: start the container with a larger --shm-size (or an emptyDir of medium Memory)"
+        )
     if problems:
-        raise PlacementError("not enough resources:\n" + "\n".join(problems))
+        limited = f" (this process may use {have.limited})" if have.limited else ""
+        raise PlacementError(f"not enough resources{limited}:\n" + "\n".join(problems))
     return placement
+
+
+def published_bytes(config: Config, parameters: int) -> int:
+    """Two versions of the weights in /dev/shm: the one in use and the one being written."""
+    return 2 * WIDTH[config.model.dtype] * parameters
 
 
 def checkpoint_bytes(config: Config, parameters: int) -> int:
@@ -206,5 +250,5 @@ def memory_needed(config: Config, parameters: int) -> dict[str, int]:
         "learner": rank * ranks,
         "reference": int(reference) if config.algorithm.kl_coef > 0 else 0,
         "rewards": REWARD_OVERHEAD * config.rewards.workers,
-        "published weights": 2 * width * parameters,
+        "published weights": published_bytes(config, parameters),
     }

@@ -25,6 +25,7 @@ from cluster.placement import (
     checkpoint_bytes,
     connected_cluster,
     cpu_environment,
+    object_store_bytes,
     plan,
     this_machine,
 )
@@ -94,7 +95,10 @@ def connect(config: Config) -> Resources:
         return connected_cluster()
     have = this_machine()
     ray.init(
-        num_cpus=int(have.cpus), include_dashboard=False, object_store_memory=512 * 2**20, **options
+        num_cpus=int(have.cpus),
+        include_dashboard=False,
+        object_store_memory=object_store_bytes(have),
+        **options,
     )
     return have
 

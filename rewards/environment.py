@@ -59,7 +59,8 @@ def hide_environment(allowed: Collection[str] = ()) -> None:
     of other processes of this user (Ray's own) are not touched: only another user or a container
     keeps those apart.
     """
-    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    stat = Path("/proc/self/stat").read_text(encoding="utf-8", errors="replace")
+    fields = stat.rpartition(")")[2].split()
     start, end = int(fields[47]), int(fields[48])  # env_start and env_end of proc(5)
     if not 0 < start < end:
         return

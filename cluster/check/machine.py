@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 
 from cluster.check.estimate import activation_bytes, kv_bytes_per_token, logit_bytes
 from cluster.check.model import Model
@@ -13,17 +12,18 @@ from cluster.config import Config, expand
 from cluster.placement import (
     GIB,
     RANK_OVERHEAD,
+    SHM,
     WIDTH,
     Placement,
     Resources,
     checkpoint_bytes,
     learner_state,
     memory_needed,
+    object_store_bytes,
     plan,
+    published_bytes,
 )
 from learner.checkpoint import nearest_existing
-
-SHM = Path("/dev/shm")
 
 
 def check_machine(
@@ -33,6 +33,7 @@ def check_machine(
     where = "this machine" if here else f"the cluster at {config.cluster.address or '$RAY_ADDRESS'}"
     stage.say(
         f"{where}: {have.cpus:g} cores, {have.gpus:g} GPUs, {have.memory / GIB:.1f} GiB of memory"
+        + (f" (limited to {have.limited})" if have.limited else "")
     )
     cuda = config.cluster.device == "cuda" or (config.cluster.device == "auto" and have.gpus > 0)
     step = _step_bytes(config, model, lengths)
@@ -42,7 +43,7 @@ def check_machine(
         _host_memory(config, model, step, have, stage)
         _check_cache(config, model, lengths, stage)
     if here:
-        _check_folders(config, model.parameters, stage)
+        _check_folders(config, model.parameters, have, stage)
     else:
         stage.say("shared memory and disks of the cluster's nodes cannot be seen from here")
     return plan(config, have, model.parameters)
@@ -183,16 +184,13 @@ def gpu_bytes() -> int | None:
     return int(torch.cuda.get_device_properties(0).total_memory)
 
 
-def _check_folders(config: Config, parameters: int, stage: Stage) -> None:
+def _check_folders(config: Config, parameters: int, have: Resources, stage: Stage) -> None:
     """Shared memory for the published weights, disk for the checkpoints."""
-    published = 2 * WIDTH[config.model.dtype] * parameters
-    free = shutil.disk_usage(SHM).free
-    stage.say(f"{SHM}: {free / GIB:.1f} GiB free, published weights take {published / GIB:.1f}")
-    if published > free:
-        stage.problem(
-            f"{SHM} has {free / GIB:.1f} GiB free, two versions of the weights take "
-            f"{published / GIB:.1f}: in a container, start it with a larger --shm-size (or an "
-            "emptyDir of medium Memory)"
+    if have.shared_memory is not None:
+        published = published_bytes(config, parameters)
+        stage.say(
+            f"{SHM}: {have.shared_memory / GIB:.1f} GiB free, published weights take "
+            f"{published / GIB:.1f}, Ray's objects up to {object_store_bytes(have) / GIB:.1f}"
         )
     folder = expand(config.run.dir).absolute()
     one = checkpoint_bytes(config, parameters)

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cluster.config import Config
-from cluster.placement import GIB, PlacementError, Resources, memory_needed, plan
+from cluster.placement import (
+    GIB,
+    PlacementError,
+    Resources,
+    memory_needed,
+    object_store_bytes,
+    plan,
+    this_machine,
+)
 
 LAPTOP = Resources(cpus=2, gpus=0, memory=20 * GIB)
 SMALL_MODEL = 135_000_000
@@ -95,3 +105,47 @@ def test_the_reference_needs_memory_only_when_there_is_one() -> None:
 
     assert need() == 0
     assert need(kl_coef=0.1) == 2 * 2 * 10**9
+
+
+def test_a_container_gets_what_its_cgroup_allows(tmp_path: Path) -> None:
+    """A quota of one and a half cores, and 3 GiB of which 1 is used, on any machine."""
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/box\n")
+    (tmp_path / "proc/self/mountinfo").write_text("1 2 0:3 / /cg rw - cgroup2 cgroup rw\n")
+    (tmp_path / "cg/box").mkdir(parents=True)
+    for name, text in {
+        "cpu.max": "150000 100000",
+        "memory.max": str(3 * GIB),
+        "memory.current": str(GIB),
+    }.items():
+        (tmp_path / "cg/box" / name).write_text(text)
+    free = this_machine(tmp_path / "nothing")
+    have = this_machine(tmp_path)
+    assert (have.cpus, have.memory) == (1, min(2 * GIB, free.memory))
+    assert "3.0 of its" in have.limited
+    with pytest.raises(PlacementError, match=r"may use .*3\.0 of its .* memory\):\nmemory:"):
+        plan(config(), have, SMALL_MODEL)
+    with pytest.raises(PlacementError, match=r"actors.count=2: .* there are 1"):
+        plan(config(actors={"count": 2}), have, SMALL_MODEL)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_small_shared_memory_is_refused(device: str) -> None:
+    """Docker's default of 64 MiB; two versions of the weights beside Ray's objects."""
+    node = Resources(cpus=64, gpus=8, memory=500 * GIB, shared_memory=64 * 2**20)
+    wanted = config(cluster={"device": device})
+    with pytest.raises(PlacementError, match=r"/dev/shm: two versions .* --shm-size"):
+        plan(wanted, node, SMALL_MODEL)
+    need = 4 * SMALL_MODEL
+    assert plan(wanted, replace(node, shared_memory=need + GIB), SMALL_MODEL).device == device
+    assert plan(wanted, replace(node, shared_memory=None), SMALL_MODEL).device == device
+    with pytest.raises(PlacementError, match="--shm-size"):
+        plan(wanted, replace(node, shared_memory=need + 10**6), SMALL_MODEL)
+
+
+def test_the_object_store_leaves_room_for_weights() -> None:
+    stores = {
+        shared: object_store_bytes(Resources(2, 0, GIB, shared))
+        for shared in (None, 64 * 2**20, GIB, 20 * GIB)
+    }
+    assert list(stores.values()) == [512 * 2**20, 80 * 2**20, 256 * 2**20, 512 * 2**20]
