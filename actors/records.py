@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from actors.text import prefill_of
+
 FinishReason = Literal["stop", "length"]
 FailureKind = Literal["infra", "data", "bug"]
 Messages = list[dict[str, str]]
@@ -37,6 +39,11 @@ class Prompt:
     def row_id(self) -> str:
         """The id of its row, the same in every epoch."""
         return self.id.removeprefix(f"{self.epoch}-")
+
+    @property
+    def prefill(self) -> str:
+        """What the answer begins with before the model's own words, see `prefill_of`."""
+        return prefill_of(self.content, self.text)
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ from actors.records import (
     SamplingSpec,
     WeightsInfo,
 )
+from actors.text import completion_text
 
 UNSYNCED = -1
 # Mistakes in a program: another actor would make them too.
@@ -139,6 +140,7 @@ class RolloutActor:
         self._shm = Path(f"/dev/shm/cohort-{name}-{secrets.token_hex(8)}")
         self._engine = engine
         self._tokenizer = tokenizer
+        self._stops: list[int] = []
         self._version = UNSYNCED
         # Of the last update that worked: older ones are refused, whatever came in between.
         self._newest = UNSYNCED
@@ -178,8 +180,8 @@ class RolloutActor:
 
             path = self._spec.model_path
             self._tokenizer = AutoTokenizer.from_pretrained(path)
-            stops = stop_token_ids(path, self._tokenizer.eos_token_id)
-            self._engine = await Engine.start(replace(self._spec, cores=cores), stops)
+            self._stops = stop_token_ids(path, self._tokenizer.eos_token_id)
+            self._engine = await Engine.start(replace(self._spec, cores=cores), self._stops)
         except Exception as error:  # noqa: BLE001 - process boundary: the error becomes a value
             detail = last_lines(self._log, start=log_start)
             return Failure(
@@ -324,7 +326,7 @@ class RolloutActor:
             finish_reason=sample.finish_reason,
             seed=sample.seed,
             weight_versions=(version, max(self._version, version)),
-            text=self._tokenizer.decode(sample.token_ids.tolist(), skip_special_tokens=True),
+            text=completion_text(self._tokenizer, sample.token_ids, self._stops),
         )
 
     async def completion(self, group_id: str, index: int) -> tuple[Failure | None, Group | None]:

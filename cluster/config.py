@@ -57,6 +57,11 @@ class ModelConfig(BaseModel):
     max_length: int | None = Field(
         None, ge=8, description="Prompt plus completion, tokens. Empty: as far as needed."
     )
+    template_arguments: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Given to the model's chat template: {enable_thinking: false} for Qwen3. One "
+        "that the template does not read is an error.",
+    )
 
 
 class ClusterConfig(BaseModel):

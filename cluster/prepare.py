@@ -61,7 +61,9 @@ def prepare(config: Config) -> Prepared:
     # Loads every function in a child process, as the reward actors will: a wrong path ends here.
     limits = config.rewards
     RewardActor(specs, limits.timeout_s, memory_bytes=limits.memory_bytes).close()
-    renderer = PromptRenderer(tokenizer, longest_prompt(config, context))
+    renderer = PromptRenderer(
+        tokenizer, longest_prompt(config, context), config.model.template_arguments
+    )
     train, held_out = rendered_splits(task, renderer)
     longest, overlong = check_lengths(config, train + held_out, renderer, specs)
     return Prepared(

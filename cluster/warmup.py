@@ -140,6 +140,8 @@ def demonstration(prepared: Prepared, row: Row, epoch: int) -> ScoredRef | None:
     if not isinstance(text, str):
         raise TaskError(f"row {row.id}: a demonstration must be a text or None, got {text!r}")
     prompt = prepared.renderer.render(row, epoch)
+    # The prompt may begin the answer.
+    text = text.removeprefix(prompt.prefill)
     token_ids = prepared.renderer.continuation(text)
     longest = prepared.renderer.max_prompt_tokens
     too_long = len(token_ids) > config.actors.max_tokens

@@ -8,7 +8,7 @@ from decimal import Decimal
 from typing import Any
 
 from rewards.base import completion_texts
-from rewards.extract import AnswerIn, answer_of
+from rewards.extract import AnswerIn, answer_of, beginnings, final_parts, question_of
 
 # ASCII digits only: "12", "-5", "+5", "1,234", "12.0", ".5".
 NUMBER = re.compile(r"[-+]?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)", re.ASCII)
@@ -48,9 +48,15 @@ def parse_number(text: str) -> Decimal | None:
 
 
 def exact_number(
-    prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[Any], **_: Any
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    answer: Sequence[Any],
+    prefills: Sequence[str] | None = None,
+    **_: Any,
 ) -> list[float | None]:
     """1.0 where the completion's final number (see `final_number`) equals `answer`, else 0.0.
+
+    What a completion only thinks does not count (see `rewards.extract.final_part`).
 
     answer: an int, a float or the text of a number; None where the row has no answer, and the
     function does not apply. A completion that repeats the question scores 0.
@@ -58,7 +64,8 @@ def exact_number(
     Raises ValueError for an answer that is not a number: the data are wrong, not the completion.
     """
     scores: list[float | None] = []
-    for prompt, text, target in zip(prompts, completion_texts(completions), answer, strict=True):
+    texts = final_parts(completions, prefills, prompts)
+    for prompt, final, target in zip(prompts, texts, answer, strict=True):
         if target is None:
             scores.append(None)
             continue
@@ -66,22 +73,41 @@ def exact_number(
         expected = None if isinstance(target, bool) else _target(str(target))
         if expected is None:
             raise ValueError(f"the answer {str(target)[:80]!r} is not a number")
-        question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        text = final or ""
+        question = question_of(prompt)
         echo = len(text) <= MAX_CHARACTERS and text.strip() == question.strip()
         scores.append(float(not echo and final_number(text) == expected))
     return scores
 
 
-def boxed_answer(completions: Sequence[Any], answer: Sequence[Any], **_: Any) -> list[float | None]:
-    r"""1.0 where the last `\boxed{...}` holds `answer` (see `same_text`), else 0.0."""
-    return _compared(completions, answer, "boxed")
+def boxed_answer(
+    completions: Sequence[Any],
+    answer: Sequence[Any],
+    prompts: Sequence[Any] | None = None,
+    prefills: Sequence[str] | None = None,
+    **_: Any,
+) -> list[float | None]:
+    r"""1.0 where the last `\boxed{...}` holds `answer` (see `same_text`), else 0.0.
+
+    A box in what a completion only thinks does not count (see `rewards.extract.final_part`).
+    """
+    begun = beginnings(len(completions), prefills, prompts)
+    return _compared(completions, answer, "boxed", begun)
 
 
 def tagged_answer(
-    completions: Sequence[Any], answer: Sequence[Any], **_: Any
+    completions: Sequence[Any],
+    answer: Sequence[Any],
+    prompts: Sequence[Any] | None = None,
+    prefills: Sequence[str] | None = None,
+    **_: Any,
 ) -> list[float | None]:
-    """1.0 where the one `<answer>...</answer>` holds `answer` (see `same_text`), else 0.0."""
-    return _compared(completions, answer, "tags")
+    """1.0 where the one `<answer>...</answer>` holds `answer` (see `same_text`), else 0.0.
+
+    Tags in what a completion only thinks do not count (see `rewards.extract.final_part`).
+    """
+    begun = beginnings(len(completions), prefills, prompts)
+    return _compared(completions, answer, "tags", begun)
 
 
 def same_text(said: str, known: str) -> bool:
@@ -97,11 +123,11 @@ def same_text(said: str, known: str) -> bool:
 
 
 def _compared(
-    completions: Sequence[Any], answer: Sequence[Any], answer_in: AnswerIn
+    completions: Sequence[Any], answer: Sequence[Any], answer_in: AnswerIn, begun: Sequence[str]
 ) -> list[float | None]:
     scores: list[float | None] = []
-    for text, known in zip(completion_texts(completions), answer, strict=True):
-        said = answer_of(text, answer_in)
+    for text, known, prefill in zip(completion_texts(completions), answer, begun, strict=True):
+        said = answer_of(text, answer_in, prefill)
         right = said is not None and same_text(said, str(known))
         scores.append(None if known is None else float(right))
     return scores

@@ -10,7 +10,10 @@ It may be `async def`. It gets only the keyword arguments it names, or all of th
 `completions` are strings, or lists of messages when the dataset's prompt is a list of messages (a
 completion is then `[{"role": "assistant", "content": text}]`); `completion_ids` are token ids; a
 dataset column has the same value n times. Arguments are to be read, not changed: entries may share
-one object. A function that names `prompt_texts` gets the prompts as the model read them.
+one object. A function that names `prompt_texts` gets the prompts as the model read them; one that
+names `prefills` gets what the answer begins with before the model's own words: the last message of
+the prompt where it is the assistant's, else a `<think>` that the template opens ("" for others).
+`completions` hold the model's own words only, special tokens included, end and padding left out.
 `log_extra(column, values)` and `log_metric(name, value)` are functions, see `rewards.results`,
 which also says what may be returned besides numbers and None.
 
@@ -49,6 +52,7 @@ RESERVED_COLUMNS = (
     "log_extra",
     "log_metric",
     "prompt_texts",
+    "prefills",
 )
 
 
@@ -225,6 +229,8 @@ def arguments(
         accepted = {item.name: offered[item.name] for item in parameters if item.name in offered}
     if any(item.name == "prompt_texts" for item in parameters):
         accepted["prompt_texts"] = [_prompt_text(group)] * n
+    if any(item.name == "prefills" for item in parameters):
+        accepted["prefills"] = [group.prompt.prefill] * n
     missing = [
         item.name
         for item in parameters

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
-from rewards.base import completion_texts
-from rewards.extract import last_code
+from rewards.extract import final_parts, last_code
 from rewards.sandbox import PATH, Limits, Outcome, Sandbox, SandboxError
 
 # Reads the nonce before the program runs; a program that leaves early never prints it.
@@ -29,7 +28,8 @@ out.flush()
 
 
 class CodeTests:
-    """Runs the last Python block of a completion against the column `tests` in a sandbox.
+    """Runs the last Python block of a completion's final part (not of what it only thinks) against
+    the column `tests` in a sandbox.
 
     tests: a list whose entries are
 
@@ -73,9 +73,14 @@ class CodeTests:
         self._all = score == "all"
 
     def __call__(
-        self, completions: Sequence[Any], tests: Sequence[Any], **_: Any
+        self,
+        completions: Sequence[Any],
+        tests: Sequence[Any],
+        prompts: Sequence[Any] | None = None,
+        prefills: Sequence[str] | None = None,
+        **_: Any,
     ) -> list[dict[str, float] | SandboxError | None]:
-        programs = [last_code(text) for text in completion_texts(completions)]
+        programs = [last_code(text or "") for text in final_parts(completions, prefills, prompts)]
         with ThreadPoolExecutor(self._parallel) as pool:
             return list(pool.map(self._score, programs, tests))
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from actors.text import prefill_of
+from rewards.base import completion_texts
 
 AnswerIn = Literal["boxed", "tags"]
 
@@ -12,17 +16,75 @@ BOX = "\\boxed{"
 MAX_ANSWER = 1000
 FENCE = re.compile(r"^```([^\n`]*)\n(.*?)^```[ \t]*$", re.DOTALL | re.MULTILINE)
 MAX_CODE = 100_000
+# How models mark what they only think.
+THINKING = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
+# gpt-oss writes to channels; the answer is in the last message to this one.
+CHANNEL, FINAL, MESSAGE_END = "<|channel|>", "<|channel|>final<|message|>", "<|end|>"
 
 
-def answer_of(text: str, answer_in: AnswerIn) -> str | None:
+def final_part(text: str, prefill: str = "") -> str | None:
+    """What a completion answers, without what it only thinks; None when it has not got so far.
+
+    That is what follows the last `</think>` (or `[/THINK]`), or gpt-oss's last final message; the
+    whole text of a completion that marks no thinking. Thinking that is not closed has no answer.
+    prefill: what the answer begins with in the prompt; it may have opened the thinking.
+    """
+    for opening, closing in THINKING:
+        _, closed, after = text.rpartition(closing)
+        if closed:
+            if opening in after:
+                return None
+            text = after
+        elif opening in text or prefill.rfind(opening) > prefill.rfind(closing):
+            return None
+    if CHANNEL in text:
+        _, found, after = text.rpartition(FINAL)
+        return after.partition(MESSAGE_END)[0] if found else None
+    return text
+
+
+def final_parts(
+    completions: Sequence[Any],
+    prefills: Sequence[str] | None = None,
+    prompts: Sequence[Any] | None = None,
+) -> list[str | None]:
+    """`final_part` of each completion, given as strings or as lists of messages.
+
+    prefills: of each prompt; without them they are read off the prompts, as far as these tell.
+    """
+    texts = completion_texts(completions)
+    begun = beginnings(len(texts), prefills, prompts)
+    return [final_part(text, prefill) for text, prefill in zip(texts, begun, strict=True)]
+
+
+def beginnings(
+    count: int, prefills: Sequence[str] | None, prompts: Sequence[Any] | None
+) -> Sequence[str]:
+    """What each of `count` answers begins with in its prompt; "" where nothing is known."""
+    if prefills is not None:
+        return prefills
+    return [""] * count if prompts is None else [prefill_of(prompt) for prompt in prompts]
+
+
+def question_of(prompt: Any) -> str:
+    """The text of a prompt that is one; of messages, the last that is not the assistant's."""
+    if isinstance(prompt, str):
+        return prompt
+    asked = [message for message in prompt if message["role"] != "assistant"]
+    return str((asked or prompt)[-1]["content"])
+
+
+def answer_of(text: str, answer_in: AnswerIn, prefill: str = "") -> str | None:
     """The answer in the last box, or between the answer tags; None when there is none.
 
-    Raises ValueError for another `answer_in`.
+    Only the final part of the text counts, see `final_part`. Raises ValueError for another
+    `answer_in`.
     """
+    final = final_part(text, prefill) or ""
     if answer_in == "boxed":
-        return last_boxed(text)
+        return last_boxed(final)
     if answer_in == "tags":
-        return tagged(text, "answer")
+        return tagged(final, "answer")
     raise ValueError(f"answer_in must be 'boxed' or 'tags', got {answer_in!r}")
 
 

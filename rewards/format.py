@@ -8,27 +8,54 @@ from typing import Any
 
 from rewards.answer import MAX_CHARACTERS, NUMBER
 from rewards.base import completion_texts
+from rewards.extract import beginnings, final_part
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 THINK_ANSWER = re.compile(r"\s*<think>(.*)</think>\s*<answer>(.*)</answer>\s*", re.DOTALL)
 
 
-def number_only(completions: Sequence[Any], **_: Any) -> list[float]:
-    """1.0 where the completion is a number in ASCII digits and nothing else but whitespace."""
+def number_only(
+    completions: Sequence[Any],
+    prompts: Sequence[Any] | None = None,
+    prefills: Sequence[str] | None = None,
+    **_: Any,
+) -> list[float]:
+    """1.0 where the completion is a number in ASCII digits and nothing else but whitespace.
+
+    A number inside thinking that the prompt has opened is none.
+    """
     return [
-        float(len(text) <= MAX_CHARACTERS and NUMBER.fullmatch(text.strip()) is not None)
-        for text in completion_texts(completions)
+        float(
+            len(text) <= MAX_CHARACTERS
+            and NUMBER.fullmatch(text.strip()) is not None
+            and final_part(text, prefill) is not None
+        )
+        for text, prefill in zip(
+            completion_texts(completions),
+            beginnings(len(completions), prefills, prompts),
+            strict=True,
+        )
     ]
 
 
-def tagged_think_answer(completions: Sequence[Any], **_: Any) -> list[float]:
+def tagged_think_answer(
+    completions: Sequence[Any],
+    prompts: Sequence[Any] | None = None,
+    prefills: Sequence[str] | None = None,
+    **_: Any,
+) -> list[float]:
     """1.0 where the completion is `<think>...</think> <answer>...</answer>`, the format of R1.
 
-    Each tag exactly once, text inside both pairs, only whitespace outside of them. For prompts
-    whose template does not open `<think>` itself. The format is that of DeepSeek-R1
-    (arXiv:2501.12948, table 1).
+    Each tag exactly once, text inside both pairs, only whitespace outside of them. Where the prompt
+    opens `<think>` itself (its template, or a last message of the assistant like "Let me solve this
+    step by step. <think>"), the completion goes on from there, and must not open it again. The
+    format is that of DeepSeek-R1 (arXiv:2501.12948, table 1).
     """
-    return [_tagged(text) for text in completion_texts(completions)]
+    begun = beginnings(len(completions), prefills, prompts)
+    return [
+        _tagged(prefill[prefill.index("<think>") :] + text if "<think>" in prefill else text)
+        for text, prefill in zip(completion_texts(completions), begun, strict=True)
+    ]
 
 
 def _tagged(text: str) -> float:

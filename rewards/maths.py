@@ -13,7 +13,7 @@ from typing import Any, Never, TypeVar
 
 from rewards.answer import parse_number, same_text
 from rewards.base import completion_texts
-from rewards.extract import AnswerIn, answer_of, last_boxed
+from rewards.extract import AnswerIn, answer_of, beginnings, last_boxed, question_of
 
 T = TypeVar("T")
 ALARM_AGAIN_S = 0.1
@@ -30,8 +30,9 @@ class _Late(BaseException):
 class MathAnswer:
     """1.0 where the completion's answer equals the column `answer` in value, else 0.0.
 
-    answer_in: "boxed" (the last LaTeX box) or "tags" (`<answer>...</answer>`, once). timeout_s:
-    whole seconds for reading one answer, and again for comparing it.
+    answer_in: "boxed" (the last LaTeX box) or "tags" (`<answer>...</answer>`, once), in the final
+    part of the completion: what it only thinks does not count. timeout_s: whole seconds for reading
+    one answer, and again for comparing it.
 
     An answer that takes longer is an error ("timeout"), not a 0: whether it is right is not known.
     That bound is SIGALRM's and needs a main thread, as reward children have; rewards.timeout_s
@@ -65,17 +66,19 @@ class MathAnswer:
         prompts: Sequence[Any],
         completions: Sequence[Any],
         answer: Sequence[Any],
+        prefills: Sequence[str] | None = None,
         **_: Any,
     ) -> list[float | Exception | None]:
         texts = completion_texts(completions)
-        questions = completion_texts(prompts)
+        questions = [question_of(prompt) for prompt in prompts]
+        begun = beginnings(len(texts), prefills, prompts)
         return [
-            None if known is None else self._score(question, text, str(known))
-            for question, text, known in zip(questions, texts, answer, strict=True)
+            None if known is None else self._score(question, text, str(known), prefill)
+            for question, text, known, prefill in zip(questions, texts, answer, begun, strict=True)
         ]
 
-    def _score(self, question: str, text: str, known: str) -> float | Exception:
-        said = answer_of(text, self._answer_in)
+    def _score(self, question: str, text: str, known: str, prefill: str) -> float | Exception:
+        said = answer_of(text, self._answer_in, prefill)
         if said is None:
             return 0.0
         said, known = _bare(said), _bare(known)

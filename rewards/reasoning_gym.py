@@ -16,9 +16,8 @@ from functools import lru_cache
 from typing import Any
 
 from actors.records import Messages, derive_seed
-from rewards.base import completion_texts
 from rewards.config import RewardFunctionConfig
-from rewards.extract import last_boxed, tagged
+from rewards.extract import final_parts, last_boxed, tagged
 from rewards.tasks import Row, TaskError
 
 # One question in so many is for evaluation, whatever the seeds.
@@ -148,9 +147,13 @@ def score(
     entry: Sequence[Mapping[str, Any] | None],
     dataset: Sequence[Mapping[str, Any] | None],
     answer_in: str = "tags",
+    prompts: Sequence[Any] | None = None,
+    prefills: Sequence[str] | None = None,
     **_: Any,
 ) -> list[dict[str, float] | Exception | None]:
     """What reasoning-gym's own scorer says, in [0, 1], partial credit included.
+
+    What a completion only thinks does not count (see `rewards.extract.final_part`).
 
     entry, dataset: columns of the task; None where a row has none, and the function does not apply.
     answer_in: see ReasoningGymTask; a completion without an answer is scored as reasoning-gym
@@ -161,15 +164,17 @@ def score(
         raise ValueError(f"answer_in must be one of {', '.join(ANSWER_IN)}, got {answer_in!r}")
     return [
         None if item is None or made_by is None else _score(text, item, made_by, answer_in)
-        for text, item, made_by in zip(completion_texts(completions), entry, dataset, strict=True)
+        for text, item, made_by in zip(
+            final_parts(completions, prefills, prompts), entry, dataset, strict=True
+        )
     ]
 
 
 def _score(
-    text: str, entry: Mapping[str, Any], dataset: Mapping[str, Any], answer_in: str
+    text: str | None, entry: Mapping[str, Any], dataset: Mapping[str, Any], answer_in: str
 ) -> dict[str, float] | Exception:
     scorer = _scorer(dataset["name"], json.dumps(dataset["config"], sort_keys=True))
-    answer = _answer(text, answer_in)
+    answer = None if text is None else _answer(text, answer_in)
     # The dataset that made an entry of a composite one is named inside.
     kind = entry["metadata"].get("source_dataset", dataset["name"])
     allowed = EVALUATED.get(kind)

@@ -82,4 +82,7 @@ def _text(prompt: Any, completion: str) -> dict[str, Any]:
     said = unicode_text(completion)
     if isinstance(prompt, str):
         return {"input": unicode_text(prompt) + said}
+    *before, last = prompt
+    if last["role"] == "assistant":  # the beginning of the answer
+        return {"messages": [*before, {**last, "content": last["content"] + said}]}
     return {"messages": [*prompt, {"role": "assistant", "content": said}]}

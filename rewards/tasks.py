@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +15,7 @@ from actors.records import Messages, Prompt, derive_seed
 from rewards.base import RewardLoadError, error_tail, load_attribute, resolve_path
 from rewards.config import RewardFunctionConfig, TaskConfig
 from rewards.rates import NO_RATES, PassRates
+from rewards.rendering import RenderError, TokenizerRenderer
 
 
 class TaskError(ValueError):
@@ -263,25 +264,40 @@ def sample_rows(
 class PromptRenderer:
     """Turns rows into prompts: the chat template is rendered here, once, to token ids.
 
+    A last message of the assistant is the beginning of the answer: the model goes on from there.
+
     tokenizer: a transformers tokenizer. max_prompt_tokens: the longest prompt that leaves room for
-    a completion; None for no bound.
+    a completion; None for no bound. template_arguments: given to the chat template; raises
+    TaskError for one that it does not read.
     """
 
-    def __init__(self, tokenizer: Any, max_prompt_tokens: int | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        max_prompt_tokens: int | None = None,
+        template_arguments: Mapping[str, Any] | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
         self.max_prompt_tokens = max_prompt_tokens
+        try:
+            self._tokens = TokenizerRenderer(tokenizer, template_arguments)
+        except RenderError as error:
+            raise TaskError(str(error)) from error
 
     def render(self, row: Row, epoch: int, cursor: int = 0) -> Prompt:
         """The prompt of a row; its id is stable over resume. Never cut, even when too long.
 
         cursor: the row's position, named in errors. Raises TaskError: messages without a chat
-        template, a template that refuses them, no tokens at all.
+        template, a template that refuses them, a text that the tokenizer refuses, no tokens at all.
         """
         where = f"row {row.id} (epoch {epoch}, position {cursor})"
-        if isinstance(row.content, str):
-            token_ids = self._plain(row.content)
-        else:
-            token_ids = self._chat(row.content, where)
+        try:
+            if isinstance(row.content, str):
+                token_ids = tuple(self._tokens.plain(row.content))
+            else:
+                token_ids = tuple(self._tokens.chat(row.content))
+        except RenderError as error:
+            raise TaskError(f"{where}: {error}") from error
         if not token_ids:
             raise TaskError(f"{where}: the prompt has no tokens")
         text = self._tokenizer.decode(token_ids)
@@ -299,27 +315,6 @@ class PromptRenderer:
         if end is None:
             raise TaskError("the model's tokenizer has no end-of-sequence token to stop at")
         return (*token_ids, end)
-
-    def _plain(self, text: str) -> tuple[int, ...]:
-        # A text that already starts with the special token must not get a second one.
-        bos = self._tokenizer.bos_token
-        special = not (bos and text.startswith(bos))
-        return tuple(self._tokenizer(text, add_special_tokens=special)["input_ids"])
-
-    def _chat(self, messages: Messages, where: str) -> tuple[int, ...]:
-        if not self._tokenizer.chat_template:
-            raise TaskError(
-                f"{where}: the prompt is a list of messages, but the model's tokenizer has no chat "
-                "template; use prompts that are plain strings, or a model with a chat template"
-            )
-        try:
-            token_ids = self._tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=False
-            )
-        # Templates raise what they like: jinja errors, ValueError, TypeError.
-        except Exception as error:
-            raise TaskError(f"{where}: the chat template failed: {error}") from error
-        return tuple(token_ids)
 
 
 def split_overlong(

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from actors.records import Completion, Failure, Group, Prompt, ScoreMeta
+from actors.text import completion_text
 from cluster.check.sheet import Stage
 from cluster.config import Config
 from cluster.prepare import RunError
@@ -161,19 +162,21 @@ def made_up(prompt: Prompt, demonstration: str | None, tokenizer: Any) -> Group:
             texts = {kind.format(name=name): form.format(text=text) for kind, form in FORMS.items()}
             break
     if demonstration is not None:
-        texts[SHOWN] = demonstration
+        texts[SHOWN] = demonstration.removeprefix(prompt.prefill)
     texts |= {ECHO: last, NOTHING: ""}
     return Group(
         prompt.id,
         prompt,
         tuple(
-            _completion(kind, text, prompt, tokenizer(text, add_special_tokens=False)["input_ids"])
+            _completion(
+                kind, prompt, tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer
+            )
             for kind, text in texts.items()
         ),
     )
 
 
-def _completion(kind: str, text: str, prompt: Prompt, token_ids: list[int]) -> Completion:
+def _completion(kind: str, prompt: Prompt, token_ids: list[int], tokenizer: Any) -> Completion:
     return Completion(
         id=kind,
         prompt_id=prompt.id,
@@ -182,7 +185,8 @@ def _completion(kind: str, text: str, prompt: Prompt, token_ids: list[int]) -> C
         finish_reason="stop",
         seed=0,
         weight_versions=(0, 0),
-        text=text,
+        # As in a run: what rewards read has been through the tokenizer.
+        text=completion_text(tokenizer, token_ids),
     )
 
 

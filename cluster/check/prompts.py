@@ -50,7 +50,7 @@ def check_prompts(
 ) -> tuple[PromptRenderer, list[Prompt], Lengths]:
     """Render every prompt; show the first two of the run, and the lengths against the limits."""
     limit = longest_prompt(config, model.context)
-    renderer = PromptRenderer(model.tokenizer, limit)
+    renderer = PromptRenderer(model.tokenizer, limit, config.model.template_arguments)
     train, held_out = rendered_splits(task, renderer)
     for number, (epoch, row) in enumerate(sample_rows(task, config.run.seed, 0, SHOWN_PROMPTS), 1):
         _show(number, renderer.render(row, epoch), stage)

@@ -14,6 +14,8 @@ import json
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from rewards.extract import final_part
+
 # A plan of two weeks has about 4,000 characters; the bounds keep hostile texts cheap.
 MAX_CHARACTERS = 20_000
 MAX_DAYS = 60
@@ -45,13 +47,14 @@ class Plan:
 
 
 def parse_plan(text: str) -> Plan:
-    """The itinerary in a completion: its first JSON object, also within a code fence.
+    """The itinerary in a completion: the first JSON object of its final part (see
+    `rewards.extract.final_part`), also within a code fence.
 
-    Text before and after the object is allowed; what a reasoning model thinks, up to its last
-    `</think>`, is passed over. Raises PlanError for everything that is not in the format: another
-    or a doubled key, a value of another type, NaN, an empty name, no days, too long.
+    Text before and after the object is allowed. Raises PlanError for everything that is not
+    in the format: another or a doubled key, a value of another type, NaN, an empty name, no days,
+    too long.
     """
-    _, _, said = text.rpartition("</think>")
+    said = final_part(text) or ""
     start = said.find("{")
     if start < 0:
         raise PlanError("no JSON object")

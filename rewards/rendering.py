@@ -1,0 +1,198 @@
+"""Prompts as the model reads them: the tokens of messages and of plain texts."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from actors.records import Messages
+
+# Stands for the assistant's words while a template is asked where they go. Letters only: templates
+# cut, strip and split what they print.
+MARK = "TheAssistantsOwnWords"
+# What templates of thinking models put before an answer without thinking.
+EMPTY_THINKING = re.compile(r"<think>\s*</think>\s*")
+# Arguments of apply_chat_template that are set here.
+OURS = frozenset(
+    {
+        "self", "conversation", "messages", "chat_template", "add_generation_prompt",
+        "continue_final_message", "tokenize", "padding", "truncation", "max_length",
+        "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
+        "kwargs",
+    }
+)  # fmt: skip
+
+
+class RenderError(ValueError):
+    """The tokenizer cannot render a prompt; the message says why."""
+
+
+class TokenizerRenderer:
+    """A tokenizer with its chat template.
+
+    template_arguments: given to the chat template, `{"enable_thinking": False}` for example.
+    Raises RenderError for an argument that the template does not read.
+    """
+
+    def __init__(self, tokenizer: Any, template_arguments: Mapping[str, Any] | None = None) -> None:
+        self._tokenizer = tokenizer
+        self._arguments = dict(template_arguments or {})
+        template = _template_of(tokenizer, self._arguments)
+        reads = set() if template is None else names_read(template)
+        _check_arguments(self._arguments, template, reads, tokenizer)
+        self._opens_answers = "add_generation_prompt" in reads
+        self._appended: list[int] | None = None
+
+    def plain(self, text: str) -> list[int]:
+        """The tokens of a text, with one beginning-of-sequence token where the model has one.
+
+        Tokens that a tokenizer appends (an end of sequence, a separator) are left out: what follows
+        a prompt is the model's answer.
+        """
+        # A text that already starts with the special token must not get a second one.
+        bos = self._tokenizer.bos_token
+        special = not (bos and text.startswith(bos))
+        ids = self._tokens(text, special)
+        appended = self._appended_tokens()
+        if special and appended and ids[-len(appended) :] == appended:
+            return ids[: -len(appended)]
+        return ids
+
+    def chat(self, messages: Messages) -> list[int]:
+        """The tokens of messages, up to where the assistant's words begin.
+
+        A last message of the assistant is the beginning of its answer, and is continued: the prompt
+        ends with exactly that text. The template is not shown it, for templates trim what they
+        print, and take thinking out of it.
+        """
+        if not self._tokenizer.chat_template:
+            raise RenderError(
+                "the prompt is a list of messages, but the model's tokenizer has no chat "
+                "template; use prompts that are plain strings, or a model with a chat template"
+            )
+        if messages and messages[-1]["role"] == "assistant":
+            return self._tokens(self._header(messages) + messages[-1]["content"], special=False)
+        if self._opens_answers:
+            return list(self._apply(messages, add_generation_prompt=True, tokenize=True))
+        return self._tokens(self._opened(messages), special=False)
+
+    def _header(self, messages: Messages) -> str:
+        """What stands before the words of a last message of the assistant."""
+        *before, last = messages
+        rendered = self._apply([*before, {**last, "content": MARK}], add_generation_prompt=False)
+        if rendered.count(MARK) != 1:
+            raise RenderError(
+                "the prompt ends in the assistant's words, and the chat template does not print "
+                "them as they are, so they cannot be continued: leave that message out"
+            )
+        header = str(rendered.partition(MARK)[0])
+        # Qwen3's template shows every last answer as one without thinking. Here it has begun only.
+        if before and header.rstrip().endswith("</think>"):
+            start = self._apply(before, add_generation_prompt=True)
+            if header.startswith(start) and EMPTY_THINKING.fullmatch(header[len(start) :]):
+                return str(start)
+        return header
+
+    def _opened(self, messages: Messages) -> str:
+        """The messages and the beginning of an answer, by a template that has no way to ask for it.
+
+        Some need none: Mistral's answers follow the question as they are.
+        """
+        rendered = str(self._apply(messages, add_generation_prompt=True))
+        try:
+            header = self._header([*messages, {"role": "assistant", "content": ""}])
+        except RenderError:
+            return rendered
+        # Only whitespace more belongs to the answer's first token.
+        if header.startswith(rendered) and header[len(rendered) :].strip():
+            return header
+        return rendered
+
+    def _apply(
+        self, messages: Messages, *, add_generation_prompt: bool, tokenize: bool = False
+    ) -> Any:
+        try:
+            return self._tokenizer.apply_chat_template(
+                messages,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=tokenize,
+                return_dict=False,
+                **self._arguments,
+            )
+        # Templates raise what they like: jinja errors, ValueError, TypeError.
+        except Exception as error:
+            raise RenderError(f"the chat template failed: {error}") from error
+
+    def _tokens(self, text: str, special: bool) -> list[int]:
+        try:
+            return list(self._tokenizer(text, add_special_tokens=special)["input_ids"])
+        # Half a surrogate, which is no text: each tokenizer says so with an error of its own.
+        except Exception as error:
+            raise RenderError(
+                f"the tokenizer cannot read the prompt: {type(error).__name__}: {error}"
+            ) from error
+
+    def _appended_tokens(self) -> list[int]:
+        """The tokens that the tokenizer adds after every text."""
+        if self._appended is None:
+            own, whole = self._tokens("a", special=False), self._tokens("a", special=True)
+            starts = [i for i in range(len(whole)) if own and whole[i : i + len(own)] == own]
+            self._appended = whole[starts[0] + len(own) :] if starts else []
+        return self._appended
+
+
+def names_read(template: str) -> set[str]:
+    """The variables that a chat template reads from outside; empty when it is not a template."""
+    import jinja2
+    import jinja2.ext
+    import jinja2.meta
+    import jinja2.nodes
+
+    class Generation(jinja2.ext.Extension):
+        """transformers' own block around the assistant's words; here only its body matters."""
+
+        tags = {"generation"}
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    environment = jinja2.Environment(extensions=[Generation, jinja2.ext.loopcontrols])
+    try:
+        tree = environment.parse(template)
+    except jinja2.TemplateError:
+        return set()
+    return set(jinja2.meta.find_undeclared_variables(tree)) - set(environment.globals)
+
+
+def _template_of(tokenizer: Any, arguments: Mapping[str, Any]) -> str | None:
+    template = tokenizer.chat_template
+    if isinstance(template, dict):  # several, by name
+        return str(tokenizer.get_chat_template(tools=arguments.get("tools")))
+    return template or None
+
+
+def _check_arguments(
+    arguments: Mapping[str, Any], template: str | None, reads: set[str], tokenizer: Any
+) -> None:
+    if not arguments:
+        return
+    if template is None:
+        raise RenderError(
+            "model.template_arguments: the model's tokenizer has no chat template to read them"
+        )
+    functions = {"raise_exception", "strftime_now"}
+    special = set(tokenizer.special_tokens_map)
+    known = sorted(reads - OURS - functions - special)
+    for name in arguments:
+        if name in OURS:
+            raise RenderError(f"model.template_arguments.{name}: not the template's; leave it out")
+        if name not in reads:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"it reads {', '.join(known) or 'none'}"
+            raise RenderError(
+                f"model.template_arguments.{name}: the model's chat template does not read it; "
+                f"{hint}"
+            )
