@@ -31,6 +31,8 @@ def request(name: str, samples: int = 2, step: int = 0, tokens: int = 4) -> Requ
 
 
 class Tokenizer:
+    eos_token_id = pad_token_id = None
+
     def decode(self, ids: list[int], **_: Any) -> str:
         return " ".join(map(str, ids))
 
