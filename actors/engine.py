@@ -19,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from actors.process import KEEP_HEAP
+from actors.proof import Feed, Proof, file_digests
 from actors.records import FinishReason, SamplingSpec
 
 GIB = 1024**3
@@ -84,6 +85,8 @@ class Engine:
         self._spec = spec
         self._stop_ids = stop_ids
         self.progress = 0
+        self._proof: Proof | None = None
+        self._reading: tuple[str, asyncio.Future[dict[str, int]]] | None = None
         self._count_tokens()
         self._death = asyncio.ensure_future(self._watch())
 
@@ -275,6 +278,9 @@ class Engine:
         """
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
+        if self._reading is not None:
+            self._reading[1].cancel()
+        self._reading = (path, asyncio.ensure_future(self._read(path)))
         async with self.paused():
             update = WeightTransferUpdateRequest(
                 update_info={"path": path, "names": names, "fingerprint": digest}
@@ -286,13 +292,47 @@ class Engine:
                 raise EngineError("vLLM could not reset its prefix cache after the weight update")
 
     async def prove(self, path: str, version: int) -> None:
-        """Raise WeightsNotServed unless the engine serves this version of the weights."""
-        del path
+        """Raise WeightsNotServed unless the engine serves this version of the weights.
+
+        What the engine's layers compute with is read back and compared with the file.
+        """
         held = await self._answer(self._llm.get_weight_version())
         if held != str(version):
             raise WeightsNotServed(
                 f"the engine says that it serves weights {held}, it was told to load {version}"
             )
+        published = await self._published(path)
+        workers = [_numbers(one) for one in await self._call("served_weights")]
+        if self._proof is None:
+            layouts = await self._call("served_layout")
+            if not layouts[0]["layers"]:
+                raise WeightsNotServed(f"the engine has loaded nothing of weights {version}")
+            self._proof = Proof(
+                [_feeds(one["layers"]) for one in layouts], workers, published, layouts[0]["tied"]
+            )
+            if self._proof.transposed:
+                published = await asyncio.to_thread(file_digests, path, self._proof.transposed)
+        wrong = self._proof.wrong(workers, published)
+        if wrong is not None:
+            raise WeightsNotServed(
+                f"after weights {version} the engine does not serve what was published: {wrong}"
+            )
+
+    async def _call(self, method: str) -> list[Any]:
+        """What every worker of the engine answers; see `actors.shared_memory.WorkerExtension`."""
+        answers: list[Any] = await self._answer(self._llm.collective_rpc(method))
+        return answers
+
+    async def _published(self, path: str) -> dict[str, int]:
+        """The file's digests, which are computed while the engine loads it."""
+        begun, self._reading = self._reading, None
+        if begun is not None and begun[0] == path:
+            return await begun[1]
+        return await self._read(path)
+
+    async def _read(self, path: str) -> dict[str, int]:
+        turned = self._proof.transposed if self._proof is not None else ()
+        return await asyncio.to_thread(file_digests, path, turned)
 
     async def score(self, token_ids: list[int], request_id: str) -> list[float]:
         """Log-probabilities of tokens 1..n-1 of a sequence at temperature 1, under the weights.
@@ -310,6 +350,17 @@ class Engine:
         output = await self._answer(_finished(queue))
         scored = output.prompt_logprobs[1:]
         return [entry[token].logprob for entry, token in zip(scored, token_ids[1:], strict=True)]
+
+
+def _numbers(worker: dict[str, str]) -> dict[str, int | None]:
+    return {layer: int(value) if value else None for layer, value in worker.items()}
+
+
+def _feeds(layers: dict[str, list[Any]]) -> dict[str, list[Feed]]:
+    return {
+        layer: [Feed(name, turned, int(value)) for name, turned, value in fed]
+        for layer, fed in layers.items()
+    }
 
 
 async def _finished(queue: Any) -> Any:

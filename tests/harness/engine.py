@@ -21,6 +21,7 @@ import pytest
 import xxhash
 
 from actors.engine import Engine, EngineSpec
+from actors.proof import digest
 from actors.rollout import RolloutActor
 from tests.harness import policy
 from tests.harness.local_ray import current_actor, current_ray
@@ -200,6 +201,16 @@ class Vllm:
 
     async def get_weight_version(self) -> str:
         return self._version
+
+    async def collective_rpc(self, method: str) -> list[Any]:
+        """The one worker's answers; see `actors.shared_memory.WorkerExtension`."""
+        held = {
+            name: str(digest(tensor)) for name, tensor in policy.as_tensors(self.weights).items()
+        }
+        if method == "served_weights":
+            return [held]
+        assert method == "served_layout"
+        return [{"layers": {n: [[n, False, value]] for n, value in held.items()}, "tied": {}}]
 
     async def reset_prefix_cache(self, reset_running_requests: bool = False, **_: Any) -> bool:
         self._cached.clear()

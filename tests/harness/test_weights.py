@@ -1,0 +1,42 @@
+"""Whole runs whose engines do not load what they were told to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from actors.pool import RolloutError
+from tests.harness.world import World
+
+MakeWorld = Callable[..., World]
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_an_update_that_an_engine_ignores_ends_the_run_at_that_update(
+    world: MakeWorld, staleness: int
+) -> None:
+    # The probe sees nothing: it would take a thousand such steps.
+    run = world(run__steps=6, learner__learning_rate=1e-7, actors__max_staleness=staleness)
+    run.on("update", lambda event: setattr(event, "reply", "ignore"), actor="rollout-1", nth=3)
+    with pytest.raises(RolloutError, match=r"rollout-1 .* does not serve what was published"):
+        run.train()
+    assert len(run.events("publish")) == 3
+    assert run.rows()[-1]["mismatch/probe_gap"] < 1e-4
+
+
+def test_one_number_that_is_another_ends_the_run(world: MakeWorld) -> None:
+    run = world(run__steps=4)
+
+    def spoil(event: object) -> None:
+        def later() -> None:
+            weights = event.detail["engine"].weights  # type: ignore[attr-defined]
+            weights["head"][7] = np.nextafter(weights["head"][7], np.float32(9))
+
+        run.sleep_until(0.0, later)
+
+    run.on("update", spoil, actor="rollout-0", nth=2)
+    with pytest.raises(RolloutError, match=r"1 of 2 layers .* \(others\): head"):
+        run.train()
+    assert len(run.events("publish")) == 2
