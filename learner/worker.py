@@ -23,6 +23,7 @@ from learner.batch import BatchTensors, build_micro_batch
 from learner.checkpoint import HF_FOLDER, CheckpointError
 from learner.grpo import LossStats, kl_in_reward, policy_loss
 from learner.plan import MicroBatch
+from learner.safe_load import only_data
 from learner.spec import LearnerSpec, ModelFacts, RankResult, UpdateResult
 from learner.weights import WeightFiles
 
@@ -467,9 +468,10 @@ class LearnerWorker:
                     " set model.path to the model that the run started from"
                 )
             self.reference.load(source)
-        path, client_state = self.engine.load_checkpoint(
-            str(source / DEEPSPEED_FOLDER), tag=DEEPSPEED_TAG, load_lr_scheduler_states=False
-        )
+        with only_data(source):
+            path, client_state = self.engine.load_checkpoint(
+                str(source / DEEPSPEED_FOLDER), tag=DEEPSPEED_TAG, load_lr_scheduler_states=False
+            )
         if path is None:
             raise CheckpointError(f"DeepSpeed found nothing to load in {source}")
         self.steps_done = int(client_state["steps_done"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
+import shutil
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -566,6 +568,27 @@ def test_resume_is_exact(run: Any, learner: LearnerGroup, tmp_path: Path) -> Non
             other.kill()
 
     run(check())
+
+
+def test_a_checkpoint_with_a_program_is_refused(
+    run: Any, learner: LearnerGroup, tmp_path: Path
+) -> None:
+    """A pickle that makes a file, in place of DeepSpeed's own: refused, and not run."""
+    run(at_start(learner))
+    shutil.copytree(Path(learner.spec.shm_dir) / "start", tmp_path / "start")
+    for file in (tmp_path / "start").rglob("*.pt"):
+        torch.save({"module": Planted(tmp_path / "ran")}, file)
+    with pytest.raises(LearnerError, match=r"more than tensors and plain values \(posix\.system\)"):
+        run(learner.load(tmp_path / "start"))
+    assert not (tmp_path / "ran").exists()
+
+
+class Planted:
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.file}",)
 
 
 def test_other_shape_is_refused_before_loading(run: Any, learner: LearnerGroup) -> None:
