@@ -36,7 +36,7 @@ def cgroup_limits(root: Path = Path("/"), pid: str = "self") -> CgroupLimits:
     cpus: list[float] = []
     memory: list[int] = []
     available: list[int] = []
-    for controllers, folder in _groups(root, pid):
+    for controllers, folder in cgroups(root, pid):
         if controllers is None or "memory" in controllers:
             for limit, left in (_memory_v2 if controllers is None else _memory_v1)(folder):
                 memory.append(limit)
@@ -70,7 +70,9 @@ def usable_cores(root: Path = Path("/")) -> tuple[int, ...]:
     return tuple(sorted((cores[first:] + cores[:first])[:count]))
 
 
-def _groups(root: Path, pid: str) -> Iterator[tuple[frozenset[str] | None, Path]]:
+def cgroups(
+    root: Path = Path("/"), pid: str = "self"
+) -> Iterator[tuple[frozenset[str] | None, Path]]:
     """Every group of the process, up to the mount point; controllers: None for version 2."""
     paths: dict[str, str] = {}
     for line in _text(root / "proc" / pid / "cgroup").splitlines():
@@ -82,7 +84,9 @@ def _groups(root: Path, pid: str) -> Iterator[tuple[frozenset[str] | None, Path]
         if kind not in ("cgroup", "cgroup2"):
             continue
         top, place = (_unescaped(word).rstrip("/") for word in before.split(" ")[3:5])
-        controllers = None if kind == "cgroup2" else frozenset(options.split(",")) & paths.keys()
+        controllers = (
+            None if kind == "cgroup2" else frozenset(paths.keys() & set(options.split(",")))
+        )
         if controllers is not None and not controllers:
             continue
         path = paths.get("" if controllers is None else min(controllers))

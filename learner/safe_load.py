@@ -27,12 +27,14 @@ def only_data(folder: Path) -> Iterator[None]:
     """
     import torch
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
+    known = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
     before = {name: os.environ.pop(name, None) for name in (FORCED, FORBIDDEN)}
     os.environ[FORCED] = "1"
     try:
-        with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, fragment_address]):
+        with torch.serialization.safe_globals(known):
             yield
     except pickle.UnpicklingError as error:
         named = re.search(r"(?:GLOBAL|function|class) ([\w.]+)", str(error))

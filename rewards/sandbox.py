@@ -1,27 +1,32 @@
 """Running untrusted programs: bubblewrap namespaces and resource limits.
 
 Inside, a program sees a read-only /usr, an empty /tmp of bounded size, no network, no other
-process, no file of the host and no variable of its environment. Bubblewrap keeps honest mistakes
-and ordinary malice away from the run; against attacks on the kernel itself use a machine, or a
-gVisor runtime, that holds nothing else.
+process, no file of the host and no variable of its environment, and can make no namespaces of its
+own. Memory and processes are bounded for a program and all that it starts together, and nothing of
+it is left when it ends. Bubblewrap keeps honest mistakes and ordinary malice away from the run;
+against attacks on the kernel itself use a machine, or a gVisor runtime, that holds nothing else.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
+import re
 import select
-import selectors
 import shutil
-import signal
-import subprocess
+import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from rewards import reaper
+from rewards.seccomp import refused_calls
+from rewards.supervise import HELPERS, Limits, Outcome, Start, in_memory, supervise
+from rewards.usage import ControlGroup, clear_left_groups, user_threads
+
+__all__ = ["Limits", "Outcome", "Sandbox", "SandboxError"]
+
+REAPER = reaper.__file__
 NOBODY = 65534
 SYSTEM_FOLDERS = ("bin", "sbin", "lib", "lib32", "lib64")
 PATH = "/usr/local/bin:/usr/bin:/bin"
@@ -32,36 +37,20 @@ class SandboxError(RuntimeError):
     """No sandbox can be had on this machine; the message says what to install or to set."""
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Bounds on one program. seconds: by the clock. Bytes of output: stdout and stderr, each."""
-
-    seconds: float = 5.0
-    memory_bytes: int = 512 << 20
-    file_bytes: int = 16 << 20
-    output_bytes: int = 1 << 20
-    processes: int = 32
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a program ended. returncode: None when it was killed for `stopped`."""
-
-    returncode: int | None
-    stdout: bytes
-    stderr: bytes
-    seconds: float
-    stopped: Literal["", "time", "output"] = ""
-
-
 class Sandbox:
     """Runs programs, isolated by bubblewrap, or (mode "none") only limited.
+
+    control_groups: whether to bound memory by a control group where one can be made; else, and
+    without, the program is looked at every few milliseconds.
 
     Raises SandboxError when bubblewrap is wanted and not there, or not allowed to work.
     """
 
     def __init__(
-        self, mode: Literal["bwrap", "none"] = "bwrap", limits: Limits | None = None
+        self,
+        mode: Literal["bwrap", "none"] = "bwrap",
+        limits: Limits | None = None,
+        control_groups: bool = True,
     ) -> None:
         if mode not in ("bwrap", "none"):
             raise ValueError(f"sandbox must be 'bwrap' or 'none', got {mode!r}")
@@ -70,6 +59,8 @@ class Sandbox:
         self._prlimit = shutil.which("prlimit", path=PATH)
         if self._prlimit is None:
             raise SandboxError("prlimit (package util-linux) is not installed")
+        self._grouped = control_groups
+        clear_left_groups()
         self._bwrap: str | None = None
         self._user: int | None = None
         if mode == "bwrap":
@@ -92,22 +83,58 @@ class Sandbox:
             "--",
             *command,
         ]
-        if self._bwrap is None:
-            return self._unisolated(bounded, files, stdin)
-        status, told = os.pipe()
-        descriptors = [told]
+        group = self._group()
         try:
-            wrapped = [self._bwrap, *self._namespaces(), "--json-status-fd", str(told)]
-            for name, text in files.items():
-                descriptors.append(_in_memory(text))
-                wrapped += ["--ro-bind-data", str(descriptors[-1]), f"/work/{name}"]
-            wrapped += ["--remount-ro", "/", "--chdir", "/work", "--", *bounded]
-            outcome = _supervise(wrapped, stdin, limits, descriptors, self._user, None, {})
+            if self._bwrap is None:
+                return self._unisolated(bounded, files, stdin, group)
+            return self._isolated(bounded, files, stdin, group)
         finally:
-            for descriptor in descriptors:
-                os.close(descriptor)
-            with os.fdopen(status, "rb") as file:
-                said = file.read()
+            if group is not None:
+                group.close()
+
+    def _group(self) -> ControlGroup | None:
+        """A control group for one program; None where none can be made."""
+        if not self._grouped:
+            return None
+        try:
+            return ControlGroup(self.limits.memory_bytes, self.limits.processes + HELPERS)
+        except OSError:
+            return None
+
+    def _isolated(
+        self,
+        command: Sequence[str],
+        files: Mapping[str, str],
+        stdin: str,
+        group: ControlGroup | None,
+    ) -> Outcome:
+        status, told = os.pipe()
+        waits, gate = os.pipe()
+        passed = [told, waits]
+        wrapped = [str(self._bwrap), *self._namespaces()]
+        wrapped += ["--json-status-fd", str(told), "--block-fd", str(waits)]
+        if (filter_ := refused_calls()) is not None:
+            passed.append(in_memory(filter_))
+            wrapped += ["--seccomp", str(passed[-1])]
+        else:
+            wrapped += ["--unshare-user", "--disable-userns"]
+        for name, text in files.items():
+            passed.append(in_memory(text.encode(errors="replace")))
+            wrapped += ["--ro-bind-data", str(passed[-1]), f"/work/{name}"]
+        wrapped += ["--remount-ro", "/", "--chdir", "/work", "--", *command]
+        said = b""
+
+        def first_process(_: int) -> int | None:
+            nonlocal said
+            if select.select([status], [], [], PROBE_S)[0]:
+                said = os.read(status, 1 << 12)
+            found = re.search(rb'"child-pid": *(\d+)', said)
+            return int(found[1]) if found else None
+
+        start = Start(wrapped, gate, False, passed, self._user, "/", {}, first_process)
+        with os.fdopen(status, "rb") as file:
+            outcome = supervise(start, stdin.encode(errors="replace"), self.limits, group)
+            said += file.read()
         # A sandbox that did not start is no fault of the program.
         if not outcome.stopped and b"exit-code" not in said:
             words = outcome.stderr.decode(errors="replace").strip()
@@ -153,90 +180,21 @@ class Sandbox:
             "sandbox: none in the options of this reward function to run the code without isolation"
         )
 
-    def _unisolated(self, command: Sequence[str], files: Mapping[str, str], stdin: str) -> Outcome:
+    def _unisolated(
+        self,
+        command: Sequence[str],
+        files: Mapping[str, str],
+        stdin: str,
+        group: ControlGroup | None,
+    ) -> Outcome:
         with tempfile.TemporaryDirectory(prefix="cohort-code-") as folder:
             for name, text in files.items():
-                Path(folder, name).write_text(text, encoding="utf-8")
-            # The limit on processes counts all of the user's here.
-            loose = [item for item in command if not item.startswith("--nproc=")]
+                Path(folder, name).write_bytes(text.encode(errors="replace"))
+            # The kernel's limit on processes counts all threads of the user's here.
+            most = user_threads() + self.limits.processes
+            loose = [f"--nproc={most}" if "--nproc" in item else item for item in command]
+            waits, gate = os.pipe()
+            reaped = [sys.executable, "-I", "-S", "-B", REAPER, str(waits), *loose]
             environment = {"PATH": PATH, "HOME": folder, "LANG": "C.UTF-8"}
-            return _supervise(loose, stdin, self.limits, [], None, folder, environment)
-
-
-def _in_memory(text: str) -> int:
-    """A descriptor of an unnamed file with this text, at its beginning."""
-    descriptor = os.memfd_create("cohort")
-    with os.fdopen(os.dup(descriptor), "wb") as file:
-        file.write(text.encode(errors="replace"))
-    os.lseek(descriptor, 0, os.SEEK_SET)
-    return descriptor
-
-
-def _supervise(
-    command: Sequence[str],
-    stdin: str,
-    limits: Limits,
-    descriptors: Sequence[int],
-    user: int | None,
-    folder: str | None,
-    environment: Mapping[str, str],
-) -> Outcome:
-    """Run a command until it ends, or is killed for its time or its output."""
-    began = time.monotonic()
-    given = _in_memory(stdin)
-    try:
-        process = subprocess.Popen(
-            list(command),
-            stdin=given,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            cwd=folder or "/",
-            env=dict(environment),
-            pass_fds=list(descriptors),
-            start_new_session=True,
-            user=user,
-            group=user,
-            extra_groups=None if user is None else [],
-        )
-    finally:
-        os.close(given)
-    assert process.stdout is not None
-    assert process.stderr is not None
-    collected = {process.stdout.fileno(): bytearray(), process.stderr.fileno(): bytearray()}
-    stopped: Literal["", "time", "output"] = ""
-    with process, selectors.DefaultSelector() as selector:
-        try:
-            for descriptor in collected:
-                selector.register(descriptor, selectors.EVENT_READ)
-            while selector.get_map() and not stopped:
-                left = began + limits.seconds - time.monotonic()
-                ready = selector.select(max(0.0, left))
-                if left <= 0:
-                    stopped = "time"
-                for key, _ in ready:
-                    chunk = os.read(key.fd, 1 << 16)
-                    collected[key.fd] += chunk
-                    if not chunk:
-                        selector.unregister(key.fd)
-                    elif len(collected[key.fd]) > limits.output_bytes:
-                        stopped = "output"
-            if not stopped and not _ended(process.pid, began + limits.seconds):
-                stopped = "time"
-        finally:
-            # The whole group, also after a normal end: nothing that it started may stay. The
-            # process is not reaped yet, so the group's id is still its own.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-    stdout, stderr = (bytes(data[: limits.output_bytes]) for data in collected.values())
-    seconds = time.monotonic() - began
-    return Outcome(None if stopped else process.returncode, stdout, stderr, seconds, stopped)
-
-
-def _ended(pid: int, deadline: float) -> bool:
-    """Wait until a child ends, without reaping it; False when the deadline passes before."""
-    descriptor = os.pidfd_open(pid)
-    try:
-        left = max(0.1, deadline - time.monotonic())
-        return bool(select.select([descriptor], [], [], left)[0])
-    finally:
-        os.close(descriptor)
+            start = Start(reaped, gate, True, [waits], None, folder, environment, lambda pid: pid)
+            return supervise(start, stdin.encode(errors="replace"), self.limits, group)
