@@ -10,6 +10,7 @@ from typing import Any
 
 from cluster.stream import Batch
 from learner.group import StepResult
+from learner.plan import zero_variance
 
 
 @dataclass
@@ -113,7 +114,9 @@ def step_metrics(
         "step": batch.step,
         "reward/mean": _mean(rewards),
         "reward/std": _std(rewards),
-        "reward/zero_variance_fraction": _mean([_same(g.scores.totals) for g in batch.groups]),
+        "reward/zero_variance_fraction": _mean(
+            [zero_variance(group.meta, group.scores) for group in batch.groups]
+        ),
         "reward/error_rate": reward_errors(batch)[0],
         "rollout/completion_tokens": _mean(
             [count for group in batch.groups for count in group.meta.completion_tokens]
@@ -202,11 +205,6 @@ def logged_metrics(batch: Batch) -> dict[str, float]:
 def quantile(values: Sequence[float], share: float) -> float:
     """The smallest value that is not below `share` of the values; NaN without any."""
     return sorted(values)[max(0, math.ceil(share * len(values)) - 1)] if values else math.nan
-
-
-def _same(totals: tuple[float | None, ...]) -> bool:
-    valid = [total for total in totals if total is not None]
-    return len(set(valid)) <= 1
 
 
 def _mean(values: list[Any]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -26,7 +27,10 @@ class LearnerConfig(BaseModel):
         "constant", description="The learning rate after warm-up, until the last update of the run."
     )
     lr_final: float = Field(
-        0.1, gt=0, le=1, description="Share of the peak at the last update; constant ignores it."
+        0.1,
+        gt=0,
+        le=1,
+        description="Share of the peak at the last update; for lr_schedule=linear and cosine.",
     )
     adam_betas: tuple[float, float] = Field((0.9, 0.99), description="Betas of AdamW.")
     adam_eps: float = Field(1e-8, gt=0, description="Epsilon of AdamW.")
@@ -84,6 +88,12 @@ class LearnerConfig(BaseModel):
                 )
             elif key == "zero_optimization" and "stage" in value:
                 problems.append("learner.deepspeed.zero_optimization.stage: use learner.zero_stage")
+        usual = type(self).model_fields["lr_final"].default
+        if self.lr_schedule == "constant" and self.lr_final != usual:
+            problems.append(
+                f"learner.lr_final={self.lr_final:g} is not used with learner.lr_schedule=constant:"
+                f" set it to {usual:g}, or learner.lr_schedule to linear or cosine"
+            )
         return problems
 
 
@@ -109,7 +119,7 @@ Aggregation = Literal["token", "sequence", "prompt", "constant"]
 KLEstimator = Literal["k1", "k2", "k3"]
 
 # A preset only sets keys; every key given in the config wins over it. What is not named keeps the
-# default below.
+# default below. docs/algorithms.md works each of them out in numbers.
 PRESETS: dict[str, dict[str, Any]] = {
     "cohort": {},
     # DeepSeekMath (arXiv 2402.03300): mean over completions of their token means, KL 0.04 to the
@@ -136,17 +146,22 @@ PRESETS: dict[str, dict[str, Any]] = {
     "dapo": {"dual_clip": None, "overlong_buffer": 0.2, "dynamic_sampling_rounds": 10},
     # Dr. GRPO (arXiv 2503.20783): no division by std, constant length normaliser, symmetric clip.
     "dr_grpo": {"scale": "none", "aggregation": "constant", "clip_high": 0.2, "dual_clip": None},
-    # GSPO (arXiv 2507.18071): one ratio a sequence, and a clip range a thousand times narrower.
+    # GSPO (arXiv 2507.18071): one ratio a sequence, and a clip range a thousand times narrower. The
+    # mean is over all completions, so nothing is filtered. The paper has no weight for the engine's
+    # mismatch; one for each token would mix levels.
     "gspo": {
         "ratio": "sequence",
         "aggregation": "sequence",
+        "correction": "off",
         "clip_low": 3e-4,
         "clip_high": 4e-4,
         "dual_clip": None,
+        "drop_zero_variance": False,
     },
     # CISPO (arXiv 2506.13585) with the cap of 5 of ScaleRL (arXiv 2510.13786): clip_high = cap - 1.
-    "cispo": {"objective": "cispo", "clip_high": 4.0},
-    # RLOO (arXiv 2402.14740): leave-one-out baseline, log-probs of whole completions.
+    "cispo": {"objective": "cispo", "clip_high": 4.0, "dual_clip": None},
+    # RLOO (arXiv 2402.14740): leave-one-out baseline, log-probs of whole completions. The constant
+    # max_tokens that they are divided by is ours.
     "rloo": {
         "baseline": "leave_one_out",
         "scale": "none",
@@ -162,6 +177,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "correction": "off",
         "clip_low": 0.2,
         "clip_high": 0.2,
+        "dual_clip": None,
     },
 }
 
@@ -186,14 +202,16 @@ class AlgorithmConfig(BaseModel):
         "all rewards that the step trains, or by nothing.",
     )
     drop_zero_variance: bool = Field(
-        True, description="Leave out groups whose rewards are all equal: they carry no gradient."
+        True,
+        description="Leave out groups whose task rewards are all equal: the weighted totals of "
+        "rewards.functions, before length penalty and KL.",
     )
     overlong_buffer: float = Field(
         0.0,
         ge=0,
         le=1,
         description="Soft length penalty: over this last share of actors.max_tokens the reward "
-        "falls by up to 1. 0: none.",
+        "falls by up to 1. It never makes a group worth training. 0: none.",
     )
     mask_truncated: bool = Field(
         False, description="Do not train completions that were cut at actors.max_tokens."
@@ -201,7 +219,8 @@ class AlgorithmConfig(BaseModel):
     dynamic_sampling_rounds: int = Field(
         0,
         ge=0,
-        description="How often a step may draw new prompts in place of groups without gradient.",
+        description="How often a step may draw new prompts in place of groups that "
+        "drop_zero_variance leaves out.",
     )
     objective: Literal["clip", "cispo", "dppo_tv", "cross_entropy"] = Field(
         "clip",
@@ -217,23 +236,31 @@ class AlgorithmConfig(BaseModel):
         description="The ratio is against the learner's log-probs at the start of the step, or "
         "against those the engine sampled with.",
     )
-    clip_low: float = Field(0.2, gt=0, description="Ratios are clipped below at 1 - clip_low.")
+    clip_low: float = Field(
+        0.2, gt=0, description="Ratios are clipped below at 1 - clip_low; not for objective=cispo."
+    )
     clip_high: float = Field(0.28, gt=0, description="Ratios are clipped above at 1 + clip_high.")
     dual_clip: float | None = Field(
-        3.0, gt=1, description="Bound of the ratio for negative advantages. Empty: none."
+        3.0,
+        gt=1,
+        description="Bound of the ratio for negative advantages, for objective=clip. Empty: none.",
     )
     aggregation: Aggregation = Field(
         "token",
-        description="token: mean over all tokens of the update; sequence: mean over completions of "
-        "their token means; prompt: mean over prompts of their token means; constant: token sum / "
-        "(completions * max_tokens).",
+        description="token: mean over all tokens that the update trains; sequence: mean over "
+        "completions of their token means; prompt: mean over prompts of their token means; "
+        "constant: token sum / (completions * max_tokens), counting all completions with a "
+        "reward, trained or not.",
     )
     correction: Literal["truncate", "mask", "off"] = Field(
         "truncate",
         description="Weight w = learner / engine probability of each token: min(w, cap), or 0 "
-        "outside [low, cap]. Only for anchor=learner: an engine ratio holds w already.",
+        "outside [low, cap]. Only for anchor=learner (an engine ratio holds w already) and "
+        "ratio=token.",
     )
-    correction_cap: float = Field(2.0, ge=1, description="Largest weight of a token.")
+    correction_cap: float = Field(
+        2.0, ge=1, description="Largest weight of a token, for correction=truncate and mask."
+    )
     correction_low: float = Field(0.5, ge=0, le=1, description="Smallest, for correction=mask.")
     sequence_mask: tuple[float, float] | None = Field(
         None,
@@ -251,7 +278,11 @@ class AlgorithmConfig(BaseModel):
     kl_estimator: KLEstimator = Field(
         "k3", description="In the loss: k3, weighted by the ratio, or k2. In the reward: k1."
     )
-    kl_in: Literal["loss", "reward"] = Field("loss", description="Where the KL is applied.")
+    kl_in: Literal["loss", "reward"] = Field(
+        "loss",
+        description="loss: on every token. reward: summed over a completion and taken off its "
+        "reward, after drop_zero_variance has looked at it.",
+    )
     reference_refresh_steps: int = Field(
         0,
         ge=0,
@@ -271,16 +302,39 @@ class AlgorithmConfig(BaseModel):
         preset = given.get("preset", "cohort") if isinstance(given, dict) else None
         # A preset of a wrong type or name is left for the field's own check to report.
         if isinstance(preset, str) and preset in PRESETS:
-            return {**PRESETS[preset], **given}
+            values = {**PRESETS[preset], **given}
+            if values.get("objective", "clip") != "clip":
+                # There is none then, whatever the preset has: only who asks for one is refused.
+                values["dual_clip"] = given.get("dual_clip")
+            return values
         return given
+
+    def refreshes_reference(self, steps_done: int) -> bool:
+        """Whether the policy becomes the reference after this step."""
+        every = self.reference_refresh_steps
+        return self.kl_coef > 0 and every > 0 and steps_done % every == 0
 
     def contradictions(self) -> list[str]:
         """What cannot work together, one line each, with the keys to change."""
-        problems = []
+        if self.objective == "cross_entropy":
+            return [
+                f"algorithm.{key}={getattr(self, key)} does not apply to "
+                f"algorithm.objective=cross_entropy: set it to {needed}"
+                for key, needed in CROSS_ENTROPY_NEEDS.items()
+                if getattr(self, key) != needed
+            ]
+        problems = self._unused()
         if self.anchor == "engine" and self.correction != "off":
             problems.append(
                 f"algorithm.correction={self.correction} with algorithm.anchor=engine would apply "
                 "the same ratio twice: set algorithm.correction=off or algorithm.anchor=learner"
+            )
+        elif self.ratio == "sequence" and self.correction != "off":
+            problems.append(
+                f"algorithm.correction={self.correction} weighs tokens, algorithm.ratio=sequence "
+                "whole completions: set algorithm.correction=off. algorithm.anchor=engine holds "
+                "the engine's mismatch in the ratio, algorithm.sequence_mask leaves out the "
+                "completions where it is large"
             )
         if self.kl_in == "loss" and self.kl_estimator == "k1":
             problems.append(
@@ -291,11 +345,6 @@ class AlgorithmConfig(BaseModel):
             problems.append(
                 f"algorithm.kl_estimator={self.kl_estimator} in the reward has a wrong gradient: "
                 "use k1, or algorithm.kl_in=loss"
-            )
-        if self.reference_refresh_steps and self.kl_coef == 0:
-            problems.append(
-                "algorithm.reference_refresh_steps is set, but algorithm.kl_coef=0 uses no "
-                "reference"
             )
         if self.objective != "clip" and self.ratio == "sequence":
             problems.append(
@@ -314,26 +363,64 @@ class AlgorithmConfig(BaseModel):
             problems.append(
                 f"algorithm.sequence_mask={list(self.sequence_mask)} must be [low, high]"
             )
-        if self.objective == "cross_entropy":
-            problems += [
-                f"algorithm.{key}={getattr(self, key)} does not apply to "
-                f"algorithm.objective=cross_entropy: set it to {needed}"
-                for key, needed in CROSS_ENTROPY_NEEDS.items()
-                if getattr(self, key) != needed
-            ]
         return problems
 
+    def _unused(self) -> list[str]:
+        """Keys that the others leave without any effect, though they were changed.
 
-# Demonstrations have no rewards, no engine that sampled them, and one update each. Baseline, scale,
-# clipping and the correction have nothing to work on.
+        A key counts as changed when it has another value than its preset gives it, or than its
+        default: a config that was written out in full, every key present, can be read again.
+        """
+        usual = {name: field.default for name, field in type(self).model_fields.items()}
+        usual |= PRESETS[self.preset]
+        if self.objective != "clip":
+            usual["dual_clip"] = None
+        return [
+            f"algorithm.{key}={getattr(self, key)} is not used: {because}. Leave it out, or set "
+            f"it to {'null' if usual[key] is None else usual[key]}"
+            for key, (used, because) in USED_WHEN.items()
+            if not used(self) and getattr(self, key) != usual[key]
+        ]
+
+
+# The keys that others can leave without effect: whether they are used, and why not. What is not
+# here is used by every objective but cross_entropy.
+USED_WHEN: dict[str, tuple[Callable[[AlgorithmConfig], bool], str]] = {
+    "clip_low": (
+        lambda algorithm: algorithm.objective != "cispo",
+        "algorithm.objective=cispo bounds its weights above only, at 1 + clip_high",
+    ),
+    "dual_clip": (
+        lambda algorithm: algorithm.objective == "clip",
+        "it is a part of algorithm.objective=clip",
+    ),
+    "correction_cap": (
+        lambda algorithm: algorithm.correction != "off",
+        "algorithm.correction is off",
+    ),
+    "correction_low": (
+        lambda algorithm: algorithm.correction == "mask",
+        "it is the lower bound of algorithm.correction=mask",
+    ),
+    "kl_estimator": (lambda algorithm: algorithm.kl_coef > 0, "algorithm.kl_coef=0 has no KL"),
+    "kl_in": (lambda algorithm: algorithm.kl_coef > 0, "algorithm.kl_coef=0 has no KL"),
+    "reference_refresh_steps": (
+        lambda algorithm: algorithm.kl_coef > 0,
+        "algorithm.kl_coef=0 uses no reference",
+    ),
+    "update_on": (
+        lambda algorithm: algorithm.updates_per_step > 1,
+        "algorithm.updates_per_step=1 has one update, on all groups",
+    ),
+}
+
+# Demonstrations have no rewards, no engine that sampled them, and one update each: no other key has
+# anything to work on.
 CROSS_ENTROPY_NEEDS: dict[str, Any] = {
-    "aggregation": "token",
-    "kl_coef": 0.0,
-    "entropy_coef": 0.0,
-    "overlong_buffer": 0.0,
-    "mask_truncated": False,
-    "dynamic_sampling_rounds": 0,
-    "updates_per_step": 1,
-    "sequence_mask": None,
-    "negative_mask": None,
+    **{
+        name: field.default
+        for name, field in AlgorithmConfig.model_fields.items()
+        if name not in ("preset", "objective")
+    },
+    "dual_clip": None,
 }

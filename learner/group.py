@@ -38,8 +38,9 @@ class StepResult:
     loss_scale: of the last. k3_kl: estimate of KL(engine || learner), nats per token,
     engine_ratio: mean of learner / engine probability, logprob_abs_max: largest |learner - engine|
     log-prob; all three raw. corrected_fraction: tokens whose weight the correction changed from
-    that ratio. reference_kl: k3 estimate of KL(policy || reference), nats per token. seconds: of
-    the slowest rank.
+    that ratio. reference_kl: estimate of KL(policy || reference), nats per token: k3 over what is
+    trained, or k1 over all completions where `algorithm.kl_in` is reward. seconds: of the slowest
+    rank.
     """
 
     version: int
@@ -71,9 +72,16 @@ class StepResult:
 
 
 def pool(
-    plan: StepPlan, results: Sequence[RankResult], version: int, nonfinite_in_a_row: int
+    plan: StepPlan,
+    results: Sequence[RankResult],
+    version: int,
+    nonfinite_in_a_row: int,
+    reference_kl: float | None = None,
 ) -> StepResult:
-    """Pool the ranks' sums and counts. Without results, the step had nothing to train on."""
+    """Pool the ranks' sums and counts. Without results, the step had nothing to train on.
+
+    reference_kl: of the step, where it is not the ranks that measure it.
+    """
     stats = sum((update.stats for result in results for update in result.updates), LossStats())
     tokens = max(stats.tokens, 1)
     first = results[0].updates if results else ()
@@ -93,7 +101,7 @@ def pool(
         engine_ratio=stats.engine_ratio / tokens,
         logprob_abs_max=stats.log_ratio_abs_max,
         corrected_fraction=stats.corrected / tokens,
-        reference_kl=stats.kl / tokens,
+        reference_kl=stats.kl / tokens if reference_kl is None else reference_kl,
         tokens=stats.tokens,
         seconds=max((result.seconds for result in results), default=0.0),
         trained=plan.trained,
@@ -153,12 +161,13 @@ class LearnerGroup:
             raise
         return cls(spec, workers, facts[0])
 
-    def plan(self, groups: Sequence[ScoredRef]) -> StepPlan:
+    def plan(self, groups: Sequence[ScoredRef], kl: Mapping[str, float] | None = None) -> StepPlan:
         """How the next step would be carried out; see `plan_step`."""
         return plan_step(
             [(group.meta, group.scores) for group in groups],
             self.spec.algorithm,
             max_tokens=self.spec.max_tokens,
+            kl=kl,
             **self._limits(),
         )
 
@@ -180,12 +189,14 @@ class LearnerGroup:
         nothing and says so in the result. Raises LearnerError after `learner.max_skipped_steps`
         non-finite updates in a row.
         """
-        algorithm = self.spec.algorithm
+        algorithm, kl, kl_a_token = self.spec.algorithm, None, None
         if algorithm.kl_coef > 0 and algorithm.kl_in == "reward":
-            groups = await self._with_kl_in_rewards(groups)
-        plan = self.plan(groups)
+            kl = await self._reference_kl(groups)
+            tokens = sum(sum(group.meta.completion_tokens) for group in groups)
+            kl_a_token = sum(kl.values()) / max(tokens, 1)
+        plan = self.plan(groups, kl)
         if plan.micro_batches == 0:
-            return pool(plan, [], self.version, self.nonfinite_in_a_row)
+            return pool(plan, [], self.version, self.nonfinite_in_a_row, kl_a_token)
         refs = {group.meta.group_id: group.ref for group in groups}
         calls = []
         for rank, worker in enumerate(self._workers):
@@ -208,11 +219,10 @@ class LearnerGroup:
                     f"step {self.version}. Lower learner.learning_rate, or look at the last "
                     "rollouts"
                 )
-        return pool(plan, results, self.version, self.nonfinite_in_a_row)
+        return pool(plan, results, self.version, self.nonfinite_in_a_row, kl_a_token)
 
-    async def _with_kl_in_rewards(self, groups: Sequence[ScoredRef]) -> list[ScoredRef]:
-        """The groups with `kl_coef` times their KL to the reference taken off their rewards."""
-        coefficient = self.spec.algorithm.kl_coef
+    async def _reference_kl(self, groups: Sequence[ScoredRef]) -> dict[str, float]:
+        """k1 of engine against reference, summed over every completion that has tokens, by id."""
         shards = score_batches([group.meta for group in groups], **self._limits())
         refs = {group.meta.group_id: group.ref for group in groups}
         calls = [
@@ -222,21 +232,7 @@ class LearnerGroup:
         kl: dict[str, float] = {}
         for found in await self._all("scoring with the reference", calls):
             kl.update(found)
-        return [
-            replace(
-                group,
-                scores=replace(
-                    group.scores,
-                    totals=tuple(
-                        total if total is None else total - coefficient * kl.get(completion_id, 0.0)
-                        for completion_id, total in zip(
-                            group.meta.completion_ids, group.scores.totals, strict=True
-                        )
-                    ),
-                ),
-            )
-            for group in groups
-        ]
+        return kl
 
     async def publish(self, remote: bool = False) -> WeightsInfo:
         """Publish the current weights; the version is the number of steps applied.

@@ -30,10 +30,23 @@ def valid(reward: float | None) -> TypeGuard[float]:
     return reward is not None and math.isfinite(reward)
 
 
+def all_equal(rewards: Sequence[float | None]) -> bool:
+    """Whether the rewards that take part are at least two, and equal but for rounding.
+
+    Equal: within 1e-6 (STD_FLOOR), or within 1e-9 of their size. The same answer, scored twice,
+    can differ by that much: weighted sums round, and reward models compute in float32.
+    """
+    chosen = [r for r in rewards if valid(r)]
+    return len(chosen) >= 2 and math.isclose(
+        min(chosen), max(chosen), rel_tol=1e-9, abs_tol=STD_FLOOR
+    )
+
+
 def standard_deviation(values: Sequence[float]) -> float:
     """Of the population (ddof 0), and never below STD_FLOOR."""
     mean = math.fsum(values) / len(values)
-    return max(math.sqrt(math.fsum((v - mean) ** 2 for v in values) / len(values)), STD_FLOOR)
+    # hypot: the squares of large rewards would overflow.
+    return max(math.hypot(*(v - mean for v in values)) / math.sqrt(len(values)), STD_FLOOR)
 
 
 def advantages(
@@ -51,8 +64,8 @@ def advantages(
 
     A reward that is None or not finite takes no part in the statistics and its advantage is None:
     the completion is not trained. With fewer than two valid rewards all are None. Equal rewards
-    give exactly 0.0 with a baseline: equality is tested on the rewards themselves, because the
-    rounding residue of `r - mean` divided by an equally small std would give advantages of order 1.
+    (see `all_equal`) give exactly 0.0 with a baseline: the rounding residue of `r - mean` divided
+    by an equally small std would give advantages of order 1.
 
     Raises ValueError for scale="batch" without `batch_std`.
     """
@@ -60,7 +73,7 @@ def advantages(
     n = len(chosen)
     if n < 2:
         return [None] * len(rewards)
-    if baseline != "none" and all(r == chosen[0] for r in chosen):
+    if baseline != "none" and all_equal(chosen):
         return [0.0 if valid(r) else None for r in rewards]
     mean = math.fsum(chosen) / n if baseline != "none" else 0.0
     # r - (n mean - r)/(n - 1) = n/(n - 1) (r - mean)
@@ -75,16 +88,41 @@ def advantages(
 
 
 def group_advantages(
-    rewards: Sequence[float | None], algorithm: AlgorithmConfig, batch_std: float | None = None
+    rewards: Sequence[float | None],
+    algorithm: AlgorithmConfig,
+    batch_std: float | None = None,
+    kl: Sequence[float] | None = None,
 ) -> list[float | None]:
     """The advantages that `algorithm` gives one group; see `advantages`.
+
+    kl: of each completion, see `kl_in_reward`; `algorithm.kl_coef` times it is taken off its
+    reward. Where the rewards are all equal before that, scale=group does not divide: it would
+    bring any difference in KL, however small, to -1 and +1.
 
     A demonstration counts 1 whatever its reward, and may be the only one of its group; None or a
     reward that is not finite leaves it out.
     """
     if algorithm.objective == "cross_entropy":
         return [1.0 if valid(reward) else None for reward in rewards]
-    return advantages(rewards, algorithm.baseline, algorithm.scale, batch_std)
+    if kl is None:
+        return advantages(rewards, algorithm.baseline, algorithm.scale, batch_std)
+    alone = algorithm.scale == "group" and all_equal(rewards)
+    return advantages(
+        without_kl(rewards, kl, algorithm.kl_coef),
+        algorithm.baseline,
+        "none" if alone else algorithm.scale,
+        batch_std,
+    )
+
+
+def without_kl(
+    rewards: Sequence[float | None], kl: Sequence[float], coefficient: float
+) -> list[float | None]:
+    """The rewards, with `coefficient` times each completion's KL taken off."""
+    return [
+        None if reward is None else reward - coefficient * k
+        for reward, k in zip(rewards, kl, strict=True)
+    ]
 
 
 def overlong_penalty(tokens: int, max_tokens: int, buffer: float) -> float:
@@ -99,14 +137,21 @@ def overlong_penalty(tokens: int, max_tokens: int, buffer: float) -> float:
 
 
 def token_weights(
-    lengths: Sequence[Sequence[int]], aggregation: Aggregation, max_tokens: int
+    lengths: Sequence[Sequence[int]],
+    aggregation: Aggregation,
+    max_tokens: int,
+    sampled: int | None = None,
 ) -> list[list[float]]:
-    """The weight of each token of each completion in the loss of one optimizer step.
+    """The weight of each token of each completion in the loss of one optimizer update.
 
-    lengths: for every prompt, the tokens of its completions, over all that the step trains.
+    lengths: for every prompt, the tokens of its completions, over all that the update trains.
+    sampled: the completions with a reward that the update stands for, those included that are
+    not trained because their group carries no signal or because they were cut; None: as many as
+    `lengths` has.
 
     token: 1 / all tokens. sequence: 1 / (completions * length). prompt: 1 / (prompts * tokens of
-    the prompt's completions). constant: 1 / (completions * max_tokens).
+    the prompt's completions). These three are means over what is trained. constant:
+    1 / (sampled * max_tokens), whatever else is trained (Dr. GRPO, arXiv 2503.20783).
     """
     completions = sum(len(group) for group in lengths)
     tokens = sum(sum(group) for group in lengths)
@@ -120,7 +165,8 @@ def token_weights(
         elif aggregation == "prompt":
             weights.append([1.0 / (prompts * sum(group))] * len(group))
         else:
-            weights.append([1.0 / (completions * max_tokens)] * len(group))
+            counted = completions if sampled is None else sampled
+            weights.append([1.0 / (counted * max_tokens)] * len(group))
     return weights
 
 
@@ -233,14 +279,23 @@ def correction_weights(
     mask_T: torch.Tensor,
     algorithm: AlgorithmConfig,
 ) -> torch.Tensor:
-    """What each token's term is multiplied by because engine and learner are not the same policy.
+    """What each token's objective is multiplied by: `engine_weights` and `negative_mask`."""
+    weight_T = engine_weights(mismatch_T, sequence_T, mask_T, algorithm)
+    return weight_T * negative_mask(drift_T, advantages_T, sequence_T, mask_T, algorithm)
 
-    mismatch_T: log pi_old - log mu; w = exp of it. drift_T: log pi - log mu of the policy as it is
-    now. `algorithm.correction`: truncate: min(w, cap) (TIS, arXiv 2505.24298's behaviour weight);
-    mask: w inside [low, cap], else 0 (IcePop). `sequence_mask`: 0 for all of a completion unless
-    the geometric mean of its w lies in the band. `negative_mask`: 0 for a completion with a
-    negative advantage that the policy has left by more than this many nats per token
-    (DeepSeek-V3.2, arXiv 2512.02556).
+
+@torch.no_grad()
+def engine_weights(
+    mismatch_T: torch.Tensor,
+    sequence_T: torch.Tensor,
+    mask_T: torch.Tensor,
+    algorithm: AlgorithmConfig,
+) -> torch.Tensor:
+    """The weight of each token because engine and learner are not the same policy.
+
+    mismatch_T: log pi_old - log mu; w = exp of it. `algorithm.correction`: truncate: min(w, cap)
+    (TIS, arXiv 2505.24298's behaviour weight); mask: w inside [low, cap], else 0 (IcePop).
+    `sequence_mask`: 0 for all of a completion unless the geometric mean of its w lies in the band.
     """
     w_T = bounded_exp(mismatch_T)
     if algorithm.correction == "truncate":
@@ -254,10 +309,27 @@ def correction_weights(
         low, high = algorithm.sequence_mask
         geometric_T = sequence_means(mismatch_T, sequence_T, mask_T).exp()
         weight_T = weight_T * ~((geometric_T < low) | (geometric_T > high))
-    if algorithm.negative_mask is not None:
-        left_T = sequence_means(-drift_T, sequence_T, mask_T) > algorithm.negative_mask
-        weight_T = weight_T * ~(left_T & (advantages_T < 0))
     return weight_T
+
+
+@torch.no_grad()
+def negative_mask(
+    drift_T: torch.Tensor,
+    advantages_T: torch.Tensor,
+    sequence_T: torch.Tensor,
+    mask_T: torch.Tensor,
+    algorithm: AlgorithmConfig,
+) -> torch.Tensor:
+    """False for completions with a negative advantage that the policy has left too far.
+
+    drift_T: log pi - log mu of the policy as it is now. Too far: by more than
+    `algorithm.negative_mask` nats per token (DeepSeek-V3.2, arXiv 2512.02556). It masks the
+    objective; the KL in the loss stays, as in the paper.
+    """
+    if algorithm.negative_mask is None:
+        return torch.ones_like(mask_T)
+    left_T = sequence_means(-drift_T, sequence_T, mask_T) > algorithm.negative_mask
+    return ~(left_T & (advantages_T < 0))
 
 
 @dataclass(frozen=True)
@@ -366,15 +438,15 @@ def policy_loss(
         objective_T, clipped_T = clipped_objective(
             scored_T, advantages_T, low, high, algorithm.dual_clip
         )
+    mismatch_T = old_T - behaviour_T
+    correction_T = engine_weights(mismatch_T, sequence_T, mask_T, algorithm)
+    kept_T = negative_mask(now_T - behaviour_T, advantages_T, sequence_T, mask_T, algorithm)
+    objective_T = objective_T * kept_T
     if algorithm.kl_coef > 0 and algorithm.kl_in == "loss":
         if reference_T is None:
             raise ValueError("algorithm.kl_coef > 0 needs the reference policy's log-probs")
         penalty_T = kl_penalty(logprobs_T, clean(reference_T), log_ratio_T, algorithm.kl_estimator)
         objective_T = objective_T - algorithm.kl_coef * penalty_T
-    mismatch_T = old_T - behaviour_T
-    correction_T = correction_weights(
-        mismatch_T, now_T - behaviour_T, advantages_T, sequence_T, mask_T, algorithm
-    )
     loss = -(weights_T * correction_T * objective_T).sum()
     if algorithm.entropy_coef > 0:
         if entropy_T is None:
@@ -387,7 +459,7 @@ def policy_loss(
         if reference_T is not None:
             d_T = (now_T - clean(reference_T)).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
             kl = float(((-d_T).exp() - 1.0 + d_T).sum())
-        changed_T = correction_T != (w_T if algorithm.correction != "off" else 1.0)
+        changed_T = (correction_T != (w_T if algorithm.correction != "off" else 1.0)) | ~kept_T
         stats = LossStats(
             tokens=int(mask_T.sum()),
             loss=float(loss),

@@ -14,18 +14,20 @@ once for all of them and every completion sees exactly what it would see alone:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from actors.records import GroupMeta, ScoreMeta
 from learner.config import AlgorithmConfig
 from learner.grpo import (
+    all_equal,
     group_advantages,
     overlong_penalty,
     standard_deviation,
     token_weights,
     valid,
+    without_kl,
 )
 
 # The tokens of a forward pass are padded to a multiple of this, so that the same shapes come back
@@ -101,8 +103,8 @@ Shards = tuple[tuple[MicroBatch, ...], ...]
 class StepPlan:
     """One step: one or several optimizer updates on the completions of its groups.
 
-    trained + filtered + failed = all samples that came in. filtered: their group's rewards are all
-    equal, or they were cut and `algorithm.mask_truncated` leaves them out. failed: no valid reward,
+    trained + filtered + failed = all samples that came in. filtered: their group's task rewards are
+    all equal, or they were cut and `algorithm.mask_truncated` leaves them out. failed: no reward,
     no tokens, or alone in its group (unless it is a demonstration). trained_tokens, row_tokens and
     padded_tokens count what all updates see.
     """
@@ -164,48 +166,101 @@ class _Chosen:
         return [self.meta.completion_tokens[i] for i, _ in self.completions]
 
 
-def shaped_rewards(
-    meta: GroupMeta, scores: ScoreMeta, algorithm: AlgorithmConfig, max_tokens: int
-) -> list[float | None]:
-    """The rewards that advantages are made of: with the length penalty, None without tokens.
+def task_rewards(meta: GroupMeta, scores: ScoreMeta) -> list[float | None]:
+    """The weighted totals of the reward functions, before anything else shapes them.
+
+    None without tokens: such a completion has no action to reinforce, whatever its reward.
 
     Raises ValueError when sizes and scores do not belong together.
     """
     _check_pair(meta, scores)
     return [
-        # A completion without tokens has no action to reinforce, whatever its reward.
-        None
-        if reward is None or tokens == 0
-        else reward + overlong_penalty(tokens, max_tokens, algorithm.overlong_buffer)
+        None if tokens == 0 else reward
         for reward, tokens in zip(scores.totals, meta.completion_tokens, strict=True)
     ]
 
 
-def _choose(
-    meta: GroupMeta, rewards: Sequence[float | None], algorithm: AlgorithmConfig, std: float | None
-) -> _Chosen:
-    values = group_advantages(rewards, algorithm, std)
-    return _Chosen(
+def zero_variance(meta: GroupMeta, scores: ScoreMeta) -> bool:
+    """Whether a group's task rewards are two or more, and all equal; see `all_equal`."""
+    return all_equal(task_rewards(meta, scores))
+
+
+def shaped_rewards(
+    meta: GroupMeta, scores: ScoreMeta, algorithm: AlgorithmConfig, max_tokens: int
+) -> list[float | None]:
+    """The task rewards with the length penalty; a KL in the reward is still to be taken off."""
+    return [
+        None
+        if reward is None
+        else reward + overlong_penalty(tokens, max_tokens, algorithm.overlong_buffer)
+        for reward, tokens in zip(task_rewards(meta, scores), meta.completion_tokens, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """A group before anything is known of the others.
+
+    rewards: with the length penalty. kl: to be taken off them, of every completion; None: none is.
+    signal: whether the policy gradient of the task rewards can be anything but zero. Neither the
+    length penalty nor the KL makes a signal: without a difference in the task, the scale would
+    bring the smallest difference in them to full size.
+    """
+
+    meta: GroupMeta
+    rewards: list[float | None]
+    kl: list[float] | None
+    signal: bool
+
+    def advantages(self, algorithm: AlgorithmConfig, std: float | None) -> list[float | None]:
+        return group_advantages(self.rewards, algorithm, std, self.kl)
+
+    def final(self, algorithm: AlgorithmConfig) -> list[float]:
+        """The valid rewards that advantages are made of."""
+        rewards = self.rewards
+        if self.kl is not None:
+            rewards = without_kl(rewards, self.kl, algorithm.kl_coef)
+        return [reward for reward in rewards if valid(reward)]
+
+    def choose(self, algorithm: AlgorithmConfig, std: float | None) -> _Chosen:
+        values = self.advantages(algorithm, std)
+        return _Chosen(
+            self.meta,
+            tuple(
+                (i, value)
+                for i, value in enumerate(values)
+                if value is not None and not _left_out(self.meta, i, algorithm)
+            ),
+        )
+
+
+def _left_out(meta: GroupMeta, index: int, algorithm: AlgorithmConfig) -> bool:
+    # A cut completion stays in its group's statistics: it was cut for being long.
+    return algorithm.mask_truncated and meta.truncated[index]
+
+
+def _judge(
+    meta: GroupMeta,
+    scores: ScoreMeta,
+    algorithm: AlgorithmConfig,
+    max_tokens: int,
+    kl: Mapping[str, float] | None = None,
+) -> _Judged:
+    by_task = group_advantages(task_rewards(meta, scores), algorithm, 1.0)
+    return _Judged(
         meta,
-        tuple(
-            (i, value)
-            for i, value in enumerate(values)
-            # A cut completion stays in its group's statistics: it was cut for being long.
-            if value is not None and not (algorithm.mask_truncated and meta.truncated[i])
-        ),
+        shaped_rewards(meta, scores, algorithm, max_tokens),
+        # What has no tokens was not scored by the reference, and has no reward either.
+        None if kl is None else [kl.get(name, 0.0) for name in meta.completion_ids],
+        any(value and not _left_out(meta, i, algorithm) for i, value in enumerate(by_task)),
     )
-
-
-def _carries_gradient(chosen: _Chosen) -> bool:
-    return any(value != 0.0 for _, value in chosen.completions)
 
 
 def informative(
     meta: GroupMeta, scores: ScoreMeta, algorithm: AlgorithmConfig, max_tokens: int
 ) -> bool:
-    """Whether the policy gradient of this group can be anything but zero."""
-    rewards = shaped_rewards(meta, scores, algorithm, max_tokens)
-    return _carries_gradient(_choose(meta, rewards, algorithm, 1.0))
+    """Whether the task rewards of this group tell its completions apart."""
+    return _judge(meta, scores, algorithm, max_tokens).signal
 
 
 def plan_step(
@@ -218,51 +273,62 @@ def plan_step(
     logit_chunk_tokens: int = 1024,
     cost: RowCost | None = None,
     share_prompts: bool = True,
+    kl: Mapping[str, float] | None = None,
 ) -> StepPlan:
     """Plan one step. Pure: the same input gives the same plan.
 
     micro_batch_tokens: budget of a forward pass, padding counted; a single row that exceeds it gets
     a forward pass of its own. max_tokens: the longest completion the run allows. share_prompts:
-    whether the model can compute a prompt once for several completions.
+    whether the model can compute a prompt once for several completions. kl: of every completion
+    with tokens, by id, when `algorithm.kl_in` is reward; see `kl_in_reward`.
 
     Raises ValueError when a group's sizes and scores do not belong together.
     """
     row_cost = cost if cost is not None else RowCost()
-    shaped = [
-        (meta, shaped_rewards(meta, scores, algorithm, max_tokens)) for meta, scores in groups
-    ]
-    kept: list[tuple[GroupMeta, list[float | None]]] = []
-    filtered = failed = groups_filtered = groups_failed = 0
-    for meta, rewards in shaped:
+    kept: list[_Judged] = []
+    # Completions that could be trained, of the groups that are kept and of those that are not.
+    kept_sizes: list[int] = []
+    filtered_sizes: list[int] = []
+    filtered = failed = groups_failed = 0
+    for meta, scores in groups:
+        judged = _judge(meta, scores, algorithm, max_tokens, kl)
         # The batch's standard deviation is that of the groups that are kept; it moves no zero.
-        chosen = _choose(meta, rewards, algorithm, 1.0)
-        scored = group_advantages(rewards, algorithm, 1.0)
-        failed += scored.count(None)
-        usable = len(scored) - scored.count(None)
+        values = judged.advantages(algorithm, 1.0)
+        usable = len(values) - values.count(None)
+        failed += len(values) - usable
+        chosen = judged.choose(algorithm, 1.0)
         if not usable:
             groups_failed += 1
-        elif not chosen.completions or (
-            algorithm.drop_zero_variance and not _carries_gradient(chosen)
-        ):
+        elif not chosen.completions or (algorithm.drop_zero_variance and not judged.signal):
             filtered += usable
-            groups_filtered += 1
+            filtered_sizes.append(usable)
         else:
             filtered += usable - len(chosen.completions)
-            kept.append((meta, rewards))
+            kept.append(judged)
+            kept_sizes.append(usable)
 
     std = None
     if algorithm.scale == "batch" and kept:
-        std = standard_deviation([r for _, rewards in kept for r in rewards if valid(r)])
-    trained = [_choose(meta, rewards, algorithm, std) for meta, rewards in kept]
+        std = standard_deviation([r for judged in kept for r in judged.final(algorithm)])
+    trained = [judged.choose(algorithm, std) for judged in kept]
     # Groups are divided over this many updates, all of which are made this many times.
     count, repeats = 1, algorithm.updates_per_step
     if algorithm.update_on == "share":
         count, repeats = repeats, 1
-    count = min(count, len(trained))
-    shares = [trained[start::count] for start in range(count)]
+    # Groups that are not trained are dealt out after the others: an update stands for all
+    # completions of its share. An update without a group to train is not made.
+    sizes = kept_sizes + filtered_sizes
     rows = [
-        _rows(share, algorithm, max_tokens, micro_batch_tokens, row_cost, share_prompts)
-        for share in shares
+        _rows(
+            trained[start::count],
+            sum(sizes[start::count]),
+            algorithm,
+            max_tokens,
+            micro_batch_tokens,
+            row_cost,
+            share_prompts,
+        )
+        for start in range(min(count, len(trained)))
     ]
     updates = [
         _shards(of_share, ranks, micro_batch_tokens, logit_chunk_tokens, row_cost)
@@ -274,7 +340,7 @@ def plan_step(
         filtered=filtered,
         failed=failed,
         groups_trained=len(trained),
-        groups_filtered=groups_filtered,
+        groups_filtered=len(filtered_sizes),
         groups_failed=groups_failed,
         trained_tokens=repeats * sum(sum(chosen.lengths) for chosen in trained),
         row_tokens=repeats * sum(row.length for of_share in rows for row in of_share),
@@ -286,6 +352,7 @@ def plan_step(
 
 def _rows(
     share: Sequence[_Chosen],
+    sampled: int,
     algorithm: AlgorithmConfig,
     max_tokens: int,
     budget: int,
@@ -293,7 +360,9 @@ def _rows(
     share_prompts: bool,
 ) -> list[Row]:
     """The rows of one update, every completion with its weight in the update's loss."""
-    weights = token_weights([chosen.lengths for chosen in share], algorithm.aggregation, max_tokens)
+    weights = token_weights(
+        [chosen.lengths for chosen in share], algorithm.aggregation, max_tokens, sampled
+    )
     rows: list[Row] = []
     for chosen, group_weights in zip(share, weights, strict=True):
         meta = chosen.meta

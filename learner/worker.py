@@ -228,8 +228,8 @@ class LearnerWorker:
         )
         if any(result.applied for result in results):
             self.steps_done += 1
-            every = self.spec.algorithm.reference_refresh_steps
-            if self.reference is not None and every and self.steps_done % every == 0:
+            refresh = self.spec.algorithm.refreshes_reference(self.steps_done)
+            if self.reference is not None and refresh:
                 self.reference.become(self.model)
         return RankResult(self.spec.rank, results, self.steps_done, time.monotonic() - started)
 

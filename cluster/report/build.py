@@ -203,8 +203,8 @@ def _completion_notes(
         )
         if algorithm.kl_in == "reward" and algorithm.kl_coef > 0:
             notes.append(
-                "algorithm.kl_in=reward: the KL that the learner takes off the advantage of each "
-                "token is not in the advantages shown."
+                "algorithm.kl_in=reward: the KL that the learner takes off the reward of each "
+                "completion is not recorded, and not in the advantages shown."
             )
     if shown.unread:
         notes.append(

@@ -156,7 +156,7 @@ def with_advantages(
     """All groups of one step with the advantages that the learner gives their completions.
 
     The learner's own plan of a step decides. What it does not hold is a KL in the reward, which the
-    learner adds to every token.
+    learner takes off the reward of each completion: that needs the reference model.
     """
     pairs = []
     for place, group in enumerate(groups):

@@ -25,7 +25,7 @@ from cluster.metrics import (
 from cluster.stream import Batch, GroupStream
 from cluster.tracking import STEP_KEYS
 from learner.group import StepResult
-from learner.plan import ScoredRef
+from learner.plan import ScoredRef, plan_step
 from rewards.rates import Outcome, PassRates, RateHistory
 from rewards.tasks import Taken
 
@@ -202,6 +202,43 @@ def test_groups_without_gradient_are_replaced_in_bounded_rounds(
         await stream.admit(1)
         following = await stream.take(1)
         assert following.groups[0].meta.group_id == f"1:0-{cursor}"
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("resumed_at", [0, 5])
+def test_groups_that_only_a_length_penalty_tells_apart_are_replaced(resumed_at: int) -> None:
+    """Equal rewards, lengths of 3 and 5 under a penalty: no signal, and every sample counted."""
+
+    async def main() -> None:
+        settings = config(
+            algorithm={"dynamic_sampling_rounds": 9, "overlong_buffer": 1.0},
+            actors={"max_tokens": 6},
+        )
+        stream = stream_of(
+            Pool(lose=f"{resumed_at}:0-2"), OftenEqual(), settings, first_step=resumed_at
+        )
+        counters = Counters(group_size=G, trained=7, filtered=2, failed=1, admitted=10, before=10)
+        for step in (resumed_at, resumed_at + 1):
+            await stream.admit(step + 1)
+            batch = await stream.take(step)
+            assert batch.refill_rounds > 0
+            plan = plan_step(
+                [(group.meta, group.scores) for group in batch.groups],
+                settings.algorithm, ranks=1, micro_batch_tokens=64, max_tokens=6,
+            )  # fmt: skip
+            assert plan.groups_trained == 4
+            step_result = result(
+                trained=plan.trained, filtered=plan.filtered, failed=plan.failed,
+                groups_trained=plan.groups_trained, groups_filtered=plan.groups_filtered,
+            )  # fmt: skip
+            counters.add(batch, step_result)
+            counters.check(stream.admitted, stream.in_flight)
+            times = StepTimes(step=10.0, generate=4.0, reward=1.0, train=3.0, sync=1.5)
+            metrics = step_metrics(batch, step_result, times, counters, 1, 0.0, 0)
+            share = plan.groups_filtered / len(batch.groups)
+            assert metrics["reward/zero_variance_fraction"] == pytest.approx(share)
+            assert share > 0.5
 
     asyncio.run(main())
 

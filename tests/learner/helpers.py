@@ -163,23 +163,41 @@ def reference_logprobs(
 
 
 def reference_advantages(
-    groups: list[ScoredGroup], algorithm: AlgorithmConfig, max_tokens: int
-) -> list[tuple[int, ScoredGroup, int, float]]:
-    """(prompt, group, index, advantage) of every completion that is trained, the long way."""
-    shaped = []
+    groups: list[ScoredGroup],
+    algorithm: AlgorithmConfig,
+    max_tokens: int,
+    kl: dict[str, float] | None = None,
+) -> tuple[list[tuple[int, ScoredGroup, int, float]], int]:
+    """(prompt, group, index, advantage) of every completion that is trained, the long way, and how
+    many completions were sampled and scored.
+
+    kl: of each completion, for a KL in the reward.
+    """
+    shaped, sampled = [], 0
+    equal_tasks = set()
     for group in groups:
+        task: list[float | None] = []
         rewards: list[float | None] = []
         for completion, total in zip(group.group.completions, group.totals, strict=True):
             length = len(completion.token_ids)
+            task.append(total if length else None)
             if total is not None and algorithm.overlong_buffer:
                 soft = max_tokens * (1 - algorithm.overlong_buffer)
                 over = max(0.0, length - soft) / (max_tokens - soft)
                 total -= min(1.0, over)
+            if total is not None and kl is not None and length:
+                total -= algorithm.kl_coef * kl[completion.id]
             rewards.append(total if length else None)
-        if sum(r is not None for r in rewards) >= 2:
-            shaped.append((group, rewards))
-    if algorithm.drop_zero_variance:
-        shaped = [(g, r) for g, r in shaped if np.ptp([x for x in r if x is not None]) > 1e-9]
+        scored = [r for r in task if r is not None]
+        if len(scored) < 2:
+            continue
+        sampled += len(scored)
+        equal = max(scored) - min(scored) <= 1e-6
+        if algorithm.drop_zero_variance and equal and algorithm.baseline != "none":
+            continue
+        if equal:
+            equal_tasks.add(group.group.id)
+        shaped.append((group, rewards))
     everything = [r for _, rewards in shaped for r in rewards if r is not None]
     found = []
     for prompt, (group, rewards) in enumerate(shaped):
@@ -190,12 +208,14 @@ def reference_advantages(
             others = (known.sum() - reward) / (len(known) - 1)
             base = {"mean": known.mean(), "leave_one_out": others, "none": 0.0}[algorithm.baseline]
             std = {"group": known.std(), "batch": np.std(everything), "none": 1.0}[algorithm.scale]
-            same = np.ptp(known) < 1e-9 and algorithm.baseline != "none"
+            if kl is not None and algorithm.scale == "group" and group.group.id in equal_tasks:
+                std = 1.0
+            same = np.ptp(known) <= 1e-6 and algorithm.baseline != "none"
             advantage = 0.0 if same else float((reward - base) / std)
             cut = group.group.completions[i].finish_reason == "length"
             if not (cut and algorithm.mask_truncated):
                 found.append((prompt, group, i, advantage))
-    return found
+    return found, sampled
 
 
 def reference_loss(
@@ -207,14 +227,15 @@ def reference_loss(
     max_tokens: int = 32,
     reference: Any = None,
     old: Any = None,
+    kl: dict[str, float] | None = None,
 ) -> torch.Tensor:
     """The first update of a step as the papers have it: one completion, one token at a time.
 
     reference: the reference model; None: the model itself. old: the model at the start of the
-    step; None: the model as it is.
+    step; None: the model as it is. kl: of each completion, for a KL in the reward.
     """
     algorithm = algorithm or AlgorithmConfig()
-    trained = reference_advantages(groups, algorithm, max_tokens)
+    trained, sampled = reference_advantages(groups, algorithm, max_tokens, kl)
     lengths = [len(group.group.completions[i].token_ids) for _, group, i, _ in trained]
     by_prompt: dict[int, int] = {}
     for (prompt, *_), length in zip(trained, lengths, strict=True):
@@ -236,11 +257,11 @@ def reference_loss(
             w = (start - mu).exp()
             geometric = float((start - mu).mean().exp())
             left = float((mu - now).mean())
-        keep = 1.0
+        keep = near = 1.0
         if algorithm.sequence_mask is not None:
             keep = float(algorithm.sequence_mask[0] <= geometric <= algorithm.sequence_mask[1])
         if algorithm.negative_mask is not None and advantage < 0 and left > algorithm.negative_mask:
-            keep = 0.0
+            near = 0.0
         for t in range(length):
             log_ratio = now[t] - anchor[t]
             ratio = log_ratio.exp()
@@ -259,7 +280,8 @@ def reference_loss(
                 objective = torch.minimum(ratio * advantage, clipped * advantage)
                 if algorithm.dual_clip is not None and advantage < 0:
                     objective = objective.clamp(min=algorithm.dual_clip * advantage)
-            if algorithm.kl_coef:
+            objective = near * objective
+            if algorithm.kl_coef and algorithm.kl_in == "loss":
                 with torch.no_grad():
                     base = score(model if reference is None else reference)[t]
                 d = now[t] - base
@@ -278,7 +300,7 @@ def reference_loss(
                 "token": sum(lengths),
                 "sequence": len(lengths) * length,
                 "prompt": len(by_prompt) * by_prompt[prompt],
-                "constant": len(lengths) * max_tokens,
+                "constant": sampled * max_tokens,
             }[algorithm.aggregation]
             loss = loss - weight * objective / divisor
     return loss

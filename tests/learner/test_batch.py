@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,16 @@ from actors.records import ScoredGroup
 from learner.attention import Tree
 from learner.batch import build_micro_batch
 from learner.config import AlgorithmConfig
-from learner.plan import MicroBatch, Piece, RowCost, StepPlan, informative, plan_step, score_batches
+from learner.plan import (
+    MicroBatch,
+    Piece,
+    RowCost,
+    StepPlan,
+    informative,
+    plan_step,
+    score_batches,
+    zero_variance,
+)
 from tests.learner.helpers import metas, scored_group
 
 
@@ -274,11 +284,136 @@ def test_cut_completions_are_judged_but_not_trained() -> None:
         assert (found.micro_batches, found.filtered, found.groups_filtered) == (0, 2, 1)
 
 
-def test_length_penalty_makes_equal_rewards_differ() -> None:
-    group = scored_group("a", [1.0, 1.0], [32, 4])
-    assert plan([group]).groups_filtered == 1
-    pieces = pieces_of(plan([group], algorithm=AlgorithmConfig(overlong_buffer=0.5)))
-    assert (pieces["a/0"].advantage, pieces["a/1"].advantage) == (-1, 1)
+def test_a_length_penalty_is_no_signal() -> None:
+    """All wrong, one completion a little into the buffer: nothing to learn for a task."""
+    group = scored_group("a", [0.0] * 8, [27, 20, 3, 9, 9, 9, 9, 9])
+    dapo = AlgorithmConfig(preset="dapo")
+    found = plan([group], algorithm=dapo)
+    assert (found.trained, found.filtered, found.groups_filtered) == (0, 8, 1)
+    assert not informative(*metas(group), dapo, 32)
+    # The formula, where such groups are trained all the same.
+    kept = dapo.model_copy(update={"drop_zero_variance": False})
+    pieces = pieces_of(plan([group], algorithm=kept))
+    assert pieces["a/0"].advantage == pytest.approx(-(7**0.5))
+    assert pieces["a/1"].advantage == pytest.approx(1 / 7**0.5)
+
+
+def test_a_length_penalty_shapes_groups_that_have_a_signal() -> None:
+    group = scored_group("a", [1.0, 0.0, 0.0], [32, 4, 4])
+    dapo = AlgorithmConfig(preset="dapo")
+    # 1 - 1, 0, 0: the task tells them apart, so they are trained, on what is left of it.
+    found = plan([group], algorithm=dapo)
+    assert (found.trained, found.filtered) == (3, 0)
+    assert {piece.advantage for piece in pieces_of(found).values()} == {0.0}
+    half = scored_group("a", [1.0, 0.0, 0.0], [29, 4, 4])
+    pieces = pieces_of(plan([half], algorithm=dapo))
+    assert pieces["a/0"].advantage == pytest.approx(2**0.5)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
+def test_kl_in_the_reward_is_no_signal(scale: Any, baseline: Any) -> None:
+    groups = [
+        scored_group("a", [1.0, 1.0], [3, 4]),
+        scored_group("b", [0.0, 1.0], [3, 4]),
+    ]
+    kl = {"a/0": 0.02, "a/1": 0.03, "b/0": 0.5, "b/1": -0.5}
+    algorithm = AlgorithmConfig(
+        kl_coef=0.01, kl_in="reward", kl_estimator="k1", scale=scale, baseline=baseline
+    )
+    found = plan(groups, algorithm=algorithm, kl=kl)
+    assert (found.trained, found.filtered) == (2, 2)
+    # It is in the rewards of the groups that are trained: -0.005 and 1.005.
+    raw = {"mean": 0.505, "leave_one_out": 1.01}[baseline]
+    expected = raw / (1 if scale == "none" else 0.505)
+    assert pieces_of(found)["b/1"].advantage == pytest.approx(expected)
+    # Groups without a difference in the task, kept: the KL's own size, never -1 and +1.
+    kept = algorithm.model_copy(update={"drop_zero_variance": False})
+    pieces = pieces_of(plan(groups, algorithm=kept, kl=kl))
+    assert set(pieces) == {"a/0", "a/1", "b/0", "b/1"}
+    assert 0 < pieces["a/0"].advantage < 1e-3
+    assert pieces["a/1"].advantage == pytest.approx(-pieces["a/0"].advantage)
+
+
+def test_a_completion_whose_kl_is_not_a_number_is_left_out() -> None:
+    group = scored_group("a", [0.0, 1.0, 0.5], [3, 4, 5])
+    algorithm = AlgorithmConfig(kl_coef=0.1, kl_in="reward", kl_estimator="k1")
+    kl = {"a/0": 0.0, "a/1": 0.0, "a/2": float("nan")}
+    found = plan([group], algorithm=algorithm, kl=kl)
+    assert (found.trained, found.filtered, found.failed) == (2, 0, 1)
+    assert pieces_of(found)["a/1"].advantage == 1
+
+
+@pytest.mark.parametrize("noise", [1e-9, 1e-7, 0.1 + 0.2 - 0.3])
+def test_rewards_that_differ_by_rounding_are_equal(noise: float) -> None:
+    flat = scored_group("a", [0.3, 0.3 + noise, 0.3], [3, 3, 3])
+    assert plan([flat]).groups_filtered == 1
+    assert zero_variance(*metas(flat))
+    kept = plan([flat], algorithm=AlgorithmConfig(drop_zero_variance=False))
+    assert {piece.advantage for piece in pieces_of(kept).values()} == {0.0}
+    small = scored_group("a", [0.3, 0.3 + 1e-4, 0.3], [3, 3, 3])
+    assert plan([small]).groups_trained == 1
+    assert not zero_variance(*metas(small))
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("overlong", [0.0, 0.5])
+def test_filter_plan_and_metric_agree(seed: int, overlong: float) -> None:
+    """What dynamic sampling replaces is what the plan leaves out and what the metric counts."""
+    groups = random_groups(seed, count=12)
+    algorithm = AlgorithmConfig(overlong_buffer=overlong)
+    found = plan(groups, algorithm=algorithm)
+    assert found.groups_trained == sum(informative(*metas(g), algorithm, 32) for g in groups)
+    assert found.groups_filtered == sum(zero_variance(*metas(g)) for g in groups)
+
+
+@pytest.mark.parametrize("preset", ["dr_grpo", "rloo"])
+def test_a_constant_is_over_all_completions(preset: Any) -> None:
+    """One group of eight with a signal: its tokens weigh what they would among seven others."""
+    algorithm = AlgorithmConfig(preset=preset)
+    eight = [scored_group(str(i), [0.0, 1.0, 1.0], [3, 4, 5]) for i in range(8)]
+    one = [eight[0], *(scored_group(str(i), [1.0] * 3, [3, 4, 5]) for i in range(1, 8))]
+    for groups in (eight, one):
+        found = plan(groups, algorithm=algorithm)
+        for piece in pieces_of(found).values():
+            assert piece.weight == pytest.approx(1 / (8 * 3 * 32))
+    assert found.groups_trained == 1
+    # The same gradient as with nothing left out.
+    everything = plan(one, algorithm=algorithm.model_copy(update={"drop_zero_variance": False}))
+    assert found.groups_trained < everything.groups_trained
+    for name, piece in pieces_of(everything).items():
+        assert piece.advantage == 0 or piece == pieces_of(found)[name]
+
+
+def test_a_constant_counts_cut_completions_and_not_those_without_a_reward() -> None:
+    groups = [
+        scored_group("a", [0.0, 1.0, None, 1.0], [3, 4, 5, 9], truncated=(3,)),
+        scored_group("b", [None, 1.0], [3, 4]),  # alone with its reward: as if never drawn
+        scored_group("c", [0.5, 0.5], [3, 4]),
+    ]
+    algorithm = AlgorithmConfig(preset="dr_grpo", mask_truncated=True)
+    found = plan(groups, algorithm=algorithm)
+    assert (found.trained, found.filtered, found.failed) == (2, 3, 3)
+    assert {piece.weight for piece in pieces_of(found).values()} == {1 / (5 * 32)}
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("signal", [range(8), [5], [0, 3, 4], []])
+def test_a_constant_over_shares_ranks_and_rows(ranks: int, signal: Any) -> None:
+    """Each update stands for its share of all groups, however few of them are trained."""
+    groups = [scored_group(str(i), [1.0, float(i not in signal)], [3, 4]) for i in range(8)]
+    options: dict[str, Any] = dict(ranks=ranks, micro_batch_tokens=16)
+    share = AlgorithmConfig(preset="dr_grpo", updates_per_step=2, update_on="share")
+    found = plan(groups, algorithm=share, **options)
+    assert len(found.updates) == min(2, len(signal))
+    for update in range(len(found.updates)):
+        weights = {piece.weight for piece in pieces_of(found, update).values()}
+        assert weights == {1 / (4 * 2 * 32)}
+    everything = AlgorithmConfig(preset="dr_grpo", updates_per_step=3)
+    found = plan(groups, algorithm=everything, **options)
+    for update in range(len(found.updates)):
+        weights = {piece.weight for piece in pieces_of(found, update).values()}
+        assert weights <= {1 / (8 * 2 * 32)}
 
 
 def test_batch_scale_is_of_the_groups_that_are_kept() -> None:

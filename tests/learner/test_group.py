@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from learner.config import AlgorithmConfig, LearnerConfig
-from learner.group import LearnerError, _all, pool
+from learner.group import LearnerError, LearnerGroup, _all, pool
 from learner.grpo import LossStats
 from learner.optimizer import client_optimizer, deepspeed_config, lr_at
-from learner.plan import plan_step
-from learner.spec import RankResult, UpdateResult
-from tests.learner.helpers import metas, scored_group
+from learner.plan import Piece, plan_step
+from learner.spec import LearnerSpec, ModelFacts, RankResult, UpdateResult
+from tests.learner.helpers import metas, scored_group, scored_ref
 
 
 def test_learning_rate_starts_above_zero_and_stays_at_its_peak() -> None:
@@ -61,6 +63,88 @@ def test_metrics_pool_over_unequal_ranks() -> None:
     assert found.k3_kl == pytest.approx(0.02)
     assert found.logprob_abs_max == 0.7
     assert (found.grad_norm, found.version, found.applied) == (3.0, 5, True)
+
+
+class Ranks:
+    """The learner's ranks: each call answers like a rank, and is written down."""
+
+    def __init__(self, kl: dict[str, float] | None = None) -> None:
+        self.kl = kl or {}
+        self.finite = True
+        self.planned: dict[str, Piece] = {}
+        self.calls: list[str] = []
+        self.done = 0
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return SimpleNamespace(remote=lambda *given: self._answer(name, *given))
+
+    async def _answer(self, name: str, *given: Any) -> Any:
+        self.calls.append(name)
+        if name == "reference_kl":
+            ids = [p.completion_id for b in given[0] for row in b.rows for p in row.pieces]
+            return {i: self.kl[i] for i in ids}
+        if name == "step":
+            pieces = [p for u in given[0] for b in u for row in b.rows for p in row.pieces]
+            self.planned = {piece.completion_id: piece for piece in pieces}
+            self.done += self.finite
+            norm = 1.0 if self.finite else math.nan
+            update = UpdateResult(LossStats(tokens=9, loss=norm), self.finite, norm, 1e-6)
+            return RankResult(0, (update,), self.done, 0.1)
+        return None
+
+
+def group_of(ranks: Ranks, **algorithm: Any) -> LearnerGroup:
+    spec = LearnerSpec(
+        model_path="none", dtype="float32", learner=LearnerConfig(),
+        algorithm=AlgorithmConfig(**algorithm), temperature=1.0, max_tokens=32, rank=0,
+        world_size=1, device="cpu", threads=1, seed=0, shm_dir="none",
+    )  # fmt: skip
+    return LearnerGroup(spec, [ranks], ModelFacts(1, 1e-3, True, True))
+
+
+def test_a_kl_in_the_reward_comes_off_after_the_filter() -> None:
+    """Its noise makes no equal rewards differ, and it is reported."""
+    kl = {"a/0": 0.02, "a/1": 0.03, "b/0": 0.5, "b/1": -0.5, "b/2": 0.0}
+    ranks = Ranks(kl)
+    keys: dict[str, Any] = dict(kl_coef=0.2, kl_in="reward", kl_estimator="k1", scale="none")
+    group = group_of(ranks, **keys)
+    refs = [
+        scored_ref(scored_group("a", [1.0, 1.0], [3, 4])),
+        scored_ref(scored_group("b", [0.0, 1.0, None, None], [3, 4, 2, 0])),
+    ]
+    result = asyncio.run(group.step(refs))
+    assert (result.trained, result.filtered, result.failed) == (2, 2, 2)
+    # Rewards of -0.1 and 1.1.
+    found = {name: piece.advantage for name, piece in ranks.planned.items()}
+    assert found == pytest.approx({"b/0": -0.6, "b/1": 0.6})
+    assert result.reference_kl == pytest.approx(0.05 / 16)
+    assert refs[1].scores.totals == (0.0, 1.0, None, None)
+    nothing = asyncio.run(group.step(refs[:1]))
+    assert (nothing.applied, nothing.filtered) == (False, 2)
+
+
+def test_after_a_step_that_was_not_finite_nothing_is_saved(tmp_path: Path) -> None:
+    ranks = Ranks()
+    group = group_of(ranks)
+    refs = [scored_ref(scored_group("a", [0.0, 1.0], [3, 4]))]
+    ranks.finite = False
+    result = asyncio.run(group.step(refs))
+    assert (result.applied, result.version, group.nonfinite_in_a_row) == (False, 0, 1)
+    for write in (group.save, group.export):
+        with pytest.raises(LearnerError, match="not finite"):
+            asyncio.run(write(tmp_path))
+    assert ranks.calls == ["step"]
+    ranks.finite = True
+    assert asyncio.run(group.step(refs)).version == 1
+    asyncio.run(group.save(tmp_path))
+    assert ranks.calls[-1] == "save"
+    ranks.finite = False
+    asyncio.run(group.step(refs))
+    asyncio.run(group.step(refs))
+    with pytest.raises(LearnerError, match="3 optimizer updates in a row"):
+        asyncio.run(group.step(refs))
 
 
 async def fail_after(seconds: float, error: Exception) -> Any:

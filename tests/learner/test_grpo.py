@@ -13,9 +13,11 @@ from learner.config import AlgorithmConfig
 from learner.grpo import (
     LossStats,
     advantages,
+    all_equal,
     cispo_objective,
     clipped_objective,
     correction_weights,
+    group_advantages,
     kl_penalty,
     overlong_penalty,
     policy_loss,
@@ -71,6 +73,46 @@ def test_equal_rewards_give_exactly_zero(baseline: Any, scale: Any) -> None:
         assert advantages([value] * 8, baseline, scale, 1e-9) == [0.0] * 8
 
 
+@pytest.mark.parametrize(
+    ("rewards", "expected"),
+    [
+        ([0.3, 0.1 + 0.2], True),
+        ([0.3, 0.3 + 1e-9, None], True),
+        ([float(torch.tensor(0.7)), 0.7], True),  # float32
+        ([1e7, 1e7 + 1e-3], True),
+        ([0.0, 1e-5], False),
+        ([1e7, 1e7 + 1.0], False),
+        ([1.0], False),
+        ([1.0, None, math.nan], False),
+        ([], False),
+    ],
+)
+def test_equal_rewards_are_equal_but_for_rounding(rewards: Any, expected: bool) -> None:
+    assert all_equal(rewards) == expected
+    if expected:
+        assert {a for a in advantages(rewards) if a is not None} == {0.0}
+
+
+def test_a_kl_off_the_reward() -> None:
+    """R = r - 0.1 KL, then as any reward; alone it is not brought to size 1."""
+    keys: dict[str, Any] = dict(kl_coef=0.1, kl_in="reward", kl_estimator="k1")
+    kl = [2.0, -1.0, 4.0, 0.0]
+    for baseline, scale in KINDS.values():
+        algorithm = AlgorithmConfig(**keys, baseline=baseline, scale=scale)
+        found = group_advantages([1.0, 0.0, None, 0.5], algorithm, kl=kl)
+        expected = advantages([0.8, 0.1, None, 0.5], baseline, scale)
+        assert [a is None for a in found] == [False, False, True, False]
+        assert [a for a in found if a is not None] == pytest.approx(
+            [a for a in expected if a is not None]
+        )
+        alone = group_advantages([0.5] * 4, algorithm, kl=[1e-4, 0.0, 0.0, -1e-4])
+        assert 0 < max(abs(a) for a in alone if a is not None) < 2e-5
+
+
+def test_large_rewards_do_not_overflow() -> None:
+    assert advantages([1e200, 0.0, 0.0, 0.0]) == pytest.approx([3**0.5, *[-(3**-0.5)] * 3])
+
+
 def test_rounding_residue_does_not_blow_up() -> None:
     found = advantages([0.35] * 7 + [1.0])
     assert max(abs(a) for a in found) <= math.sqrt(8)
@@ -114,6 +156,14 @@ def test_aggregation(aggregation: Any, expected: float) -> None:
 def test_prompt_mean_weighs_prompts_alike() -> None:
     assert token_weights([[2, 6], [1]], "prompt", 99) == [[1 / 16, 1 / 16], [1 / 2]]
     assert token_weights([[2, 6], [1]], "sequence", 99) == [[1 / 6, 1 / 18], [1 / 3]]
+
+
+def test_a_constant_is_over_all_that_was_sampled() -> None:
+    assert token_weights([[2, 6], [1]], "constant", 10, sampled=8) == [[1 / 80] * 2, [1 / 80]]
+    assert token_weights([[2, 6], [1]], "constant", 10) == [[1 / 30] * 2, [1 / 30]]
+    for aggregation in ("token", "sequence", "prompt"):
+        found = token_weights([[2, 6], [1]], aggregation, 10, sampled=8)
+        assert found == token_weights([[2, 6], [1]], aggregation, 10)
 
 
 @pytest.mark.parametrize(
@@ -324,6 +374,24 @@ def test_negative_mask(advantage: float, drift: float, kept: float) -> None:
         AlgorithmConfig(negative_mask=0.5),
     )
     assert found.tolist() == [kept, kept]
+
+
+def test_the_negative_mask_is_not_on_the_kl() -> None:
+    """DeepSeek-V3.2: the mask multiplies the objective; the KL pulls all the same."""
+    now = torch.tensor([-3.0, -3.0], requires_grad=True)
+    inputs: dict[str, Any] = dict(
+        behaviour_T=torch.tensor([-1.0, -1.0]),
+        advantages_T=torch.tensor([-1.0, -1.0]),
+        weights_T=torch.tensor([0.5, 0.5]),
+        sequence_T=torch.zeros(2, dtype=torch.long),
+        reference_T=torch.tensor([-2.0, -2.5]),
+    )
+    keys: dict[str, Any] = dict(correction="off", negative_mask=0.5, kl_coef=0.1)
+    loss, stats = policy_loss(now, algorithm=AlgorithmConfig(**keys), **inputs)
+    loss.backward()
+    # The gradient of the KL is d = log pi - log ref.
+    assert now.grad.tolist() == pytest.approx([0.05 * -1.0, 0.05 * -0.5])
+    assert stats.corrected == 2
 
 
 def test_a_mask_does_not_hide_what_is_not_finite() -> None:

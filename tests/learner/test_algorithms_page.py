@@ -1,0 +1,214 @@
+"""docs/algorithms.md is right: every number on it is computed again by the real functions."""
+
+from __future__ import annotations
+
+import math
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+
+from actors.records import GroupMeta, ScoreMeta
+from learner.config import PRESETS, AlgorithmConfig, Preset
+from learner.grpo import (
+    cispo_objective,
+    clipped_objective,
+    engine_weights,
+    kl_penalty,
+    policy_loss,
+    sequence_means,
+    tv_objective,
+)
+from learner.plan import Piece, plan_step, shaped_rewards
+
+PAGE = (Path(__file__).parents[2] / "docs" / "algorithms.md").read_text(encoding="utf-8")
+MAX_TOKENS = 10
+POLICIES = ("now", "old", "engine", "reference")
+
+
+@cache
+def sections() -> dict[str, str]:
+    """The text under each heading of the second level; a preset's heading is its name in code."""
+    parts = re.split(r"^## (.*)$", PAGE, flags=re.MULTILINE)
+    return {title.strip("` "): text for title, text in zip(parts[1::2], parts[2::2], strict=True)}
+
+
+def table(text: str, first: str) -> list[dict[str, str]]:
+    """The rows of the table whose first column has this name."""
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    [start] = [i for i, cells in enumerate(lines) if cells[0] == first]
+    found = []
+    for cells in lines[start + 2 :]:
+        if len(cells) != len(lines[start]):
+            break
+        found.append(dict(zip(lines[start], cells, strict=True)))
+    return found
+
+
+def tokens_of(name: str) -> list[str]:
+    """`A1.1` is one token, `A3.1 to A3.9` are nine."""
+    first, _, last = name.partition(" to ")
+    completion, _, low = first.partition(".")
+    high = last.partition(".")[2] or low
+    return [f"{completion}.{i}" for i in range(int(low), int(high) + 1)]
+
+
+@cache
+def inputs() -> tuple[list[tuple[GroupMeta, ScoreMeta]], dict[str, dict[str, float]]]:
+    """The example's groups, and the log-probs of every token under each policy."""
+    text = sections()["The example"]
+    tokens = {
+        token: {policy: float(row[policy]) for policy in POLICIES}
+        for row in table(text, "token")
+        for token in tokens_of(row["token"])
+    }
+    groups = []
+    completions = table(text, "completion")
+    for name in dict.fromkeys(row["completion"][0] for row in completions):
+        rows = [row for row in completions if row["completion"][0] == name]
+        ids = tuple(row["completion"] for row in rows)
+        lengths = tuple(int(row["tokens"]) for row in rows)
+        for completion, length in zip(ids, lengths, strict=True):
+            assert [t for t in tokens if t.startswith(f"{completion}.")] == [
+                f"{completion}.{i + 1}" for i in range(length)
+            ]
+        meta = GroupMeta(name, 1, ids, lengths, (False,) * len(ids), (0, 0), "a", 0.0)
+        totals = tuple(float(row["reward"]) for row in rows)
+        groups.append((meta, ScoreMeta(name, totals, {}, (), 0.0)))
+    return groups, tokens
+
+
+@cache
+def pieces(preset: Preset) -> dict[str, Piece]:
+    groups, _ = inputs()
+    plan = plan_step(
+        groups,
+        AlgorithmConfig(preset=preset),
+        ranks=1,
+        micro_batch_tokens=8192,
+        max_tokens=MAX_TOKENS,
+    )
+    [[batches]] = plan.updates
+    return {piece.completion_id: piece for b in batches for row in b.rows for piece in row.pieces}
+
+
+@cache
+def computed(preset: Preset) -> tuple[dict[str, dict[str, float]], float]:
+    """What the functions of learner/grpo.py give every trained token, and the loss of all."""
+    algorithm = AlgorithmConfig(preset=preset)
+    _, logprobs = inputs()
+    trained = pieces(preset)
+    names = [name for name in logprobs if name.partition(".")[0] in trained]
+    of = [trained[name.partition(".")[0]] for name in names]
+    now, old, engine, reference = (
+        torch.tensor([logprobs[name][policy] for name in names], dtype=torch.float64)
+        for policy in POLICIES
+    )
+    advantages = torch.tensor([piece.advantage for piece in of], dtype=torch.float64)
+    weights = torch.tensor([piece.weight for piece in of], dtype=torch.float64).requires_grad_()
+    order = list(trained)
+    sequence = torch.tensor([order.index(piece.completion_id) for piece in of])
+    loss, _ = policy_loss(
+        now, engine, advantages, weights, sequence, algorithm, old_T=old, reference_T=reference
+    )
+    # The loss is a weighted sum over tokens: its slope times the weight is a token's part.
+    loss.backward()
+    parts = (weights.grad * weights.detach()).tolist()
+    mask = torch.ones(len(names), dtype=torch.bool)
+    log_ratio = now - (engine if algorithm.anchor == "engine" else old)
+    own_ratio = log_ratio
+    if algorithm.ratio == "sequence":
+        log_ratio = sequence_means(log_ratio, sequence, mask)
+    low, high = algorithm.clip_low, algorithm.clip_high
+    if algorithm.objective == "cispo":
+        objective, _ = cispo_objective(now, log_ratio, advantages, 1 + high)
+    elif algorithm.objective == "dppo_tv":
+        objective, _ = tv_objective(now, log_ratio, advantages, low, high)
+    else:
+        objective, _ = clipped_objective(log_ratio, advantages, low, high, algorithm.dual_clip)
+    columns = {
+        "ratio": log_ratio.exp().tolist(),
+        "objective": objective.tolist(),
+        "w": engine_weights(old - engine, sequence, mask, algorithm).tolist(),
+        "loss": parts,
+    }
+    if algorithm.kl_coef:
+        columns["KL"] = kl_penalty(now, reference, own_ratio, "k3").tolist()
+    return {
+        name: {column: values[i] for column, values in columns.items()}
+        for i, name in enumerate(names)
+    }, loss.item()
+
+
+def near(text: str) -> Any:
+    """Equal to what is written, as far as it is written."""
+    digits = len(text.partition(".")[2])
+    return pytest.approx(float(text), abs=0.5001 * 10**-digits)
+
+
+@pytest.mark.parametrize("preset", get_args(Preset))
+def test_advantages_and_weights(preset: Preset) -> None:
+    algorithm = AlgorithmConfig(preset=preset)
+    trained = pieces(preset)
+    rows = table(sections()[preset], "completion")
+    groups, _ = inputs()
+    shaped = {
+        name: reward
+        for meta, scores in groups
+        for name, reward in zip(
+            meta.completion_ids, shaped_rewards(meta, scores, algorithm, MAX_TOKENS), strict=True
+        )
+    }
+    assert [row["completion"] for row in rows] == list(shaped)
+    for row in rows:
+        name = row["completion"]
+        assert shaped[name] == near(row["reward"])
+        if name not in trained:
+            assert row["advantage"] == row["weight of a token"] == "left out"
+            continue
+        assert trained[name].advantage == near(row["advantage"])
+        assert trained[name].weight == near(row["weight of a token"])
+
+
+@pytest.mark.parametrize("preset", get_args(Preset))
+def test_the_loss_of_every_token(preset: Preset) -> None:
+    found, loss = computed(preset)
+    rows = table(sections()[preset], "token")
+    written = [token for row in rows for token in tokens_of(row["token"])]
+    # Group B, with an advantage of 0 and no distance to anything, gives nothing.
+    assert written == [name for name in found if name.startswith("A")]
+    assert all(abs(found[name]["loss"]) < 1e-12 for name in found if name not in written)
+    for row in rows:
+        assert set(row) == {"token", *found[written[0]]}
+        for token in tokens_of(row["token"]):
+            for column, value in found[token].items():
+                assert value == near(row[column]), (token, column)
+    [total] = re.findall(r"Loss of the update: \*\*(-?[\d.]+)\*\*", sections()[preset])
+    assert loss == near(total)
+    added = sum(float(row["loss"]) * len(tokens_of(row["token"])) for row in rows)
+    assert added == pytest.approx(loss, abs=1e-4)
+
+
+def test_what_is_to_be_computed_by_hand_comes_out() -> None:
+    """Every line `expression = number` of the blocks that are Python."""
+    names = {"exp": math.exp, "sqrt": math.sqrt, "min": min, "max": max}
+    for preset in PRESETS:
+        blocks = re.findall(r"```python\n(.*?)```", sections()[preset], re.DOTALL)
+        lines = [line.partition("#")[0] for block in blocks for line in block.splitlines()]
+        lines = [line.rpartition(" = ") for line in lines if " = " in line]
+        assert len(lines) >= 3, preset
+        for expression, _, number in lines:
+            value = eval(expression, {"__builtins__": {}}, names)  # our own page
+            assert value == near(number.strip()), f"{preset}: {expression}"
+
+
+def test_the_page_names_every_preset_and_every_key_it_sets() -> None:
+    for preset, values in PRESETS.items():
+        for key in values:
+            assert f"`{key}`" in sections()[preset] or f"{key}:" in sections()[preset], (
+                preset,
+                key,
+            )
