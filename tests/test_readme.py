@@ -1,70 +1,90 @@
-"""Every command in the README is run by continuous integration or by a test."""
+"""What the documents show is run: the cheap commands and the snippets here, the others where
+`tests/shown.py` sends them."""
 
 from __future__ import annotations
 
+import json
 import re
-import shlex
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from cluster.cli import app
 from cluster.config import all_keys, load_config
+from rewards.adapters import load_reward
+from rewards.tasks import load_task
+from rewards.worker import reward_specs
+from tests.shown import DOCUMENTS, ROOT, Shown, blocks, commands, environment, scratch_copy
 
-ROOT = Path(__file__).resolve().parents[1]
+if TYPE_CHECKING:
+    from tests.harness.world import World
 
-# Start of a command -> the file that runs it, and what to find there.
-RUN_BY = {
-    "make train": (".ci/run", "make train"),
-    "make test": (".ci/run", "make test"),
-    "make lint": (".ci/run", "make lint"),
-    "cohort train": ("tests/system/test_train.py", "cohort.train("),
-    "cohort keys": ("tests/test_readme.py", 'invoke(app, ["keys"])'),
-    "cohort check": ("tests/system/test_check.py", 'cohort.arguments("check"'),
-    "cohort eval": ("tests/system/test_train.py", 'cohort_command("eval"'),
-    "cohort warmup": ("tests/system/test_warmup.py", '"warmup"'),
-    "cohort export": ("tests/system/test_train.py", 'cohort_command("export"'),
-    "cohort report": ("tests/cluster/test_report.py", '"report"'),
-    ".venv/bin/python -m vllm.entrypoints.launchers.api_server.entry": (
-        "tests/system/test_served_models.py",
-        '"-m", "vllm.entrypoints.launchers.api_server.entry"',
-    ),
-    ".venv/bin/python deploy/ask_for_a_trip.py": (
-        "tests/rewards/test_ask_for_a_trip.py",
-        "ask_for_a_trip(",
-    ),
-    "cohort submit": ("tests/system/test_submit.py", "submit("),
-}
-
-
-def commands() -> list[str]:
-    """The lines of the README's shell blocks, comments removed."""
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line]
+# What the snippets name and a reader has: a reward in verl's form.
+VERL = (
+    "def compute_score(data_source, solution_str, ground_truth, extra_info=None):\n    return 1.0\n"
+)
 
 
 def test_the_readme_shows_commands() -> None:
-    assert len(commands()) >= 8
+    assert len(commands("README.md")) >= 8
     first_screen = (ROOT / "README.md").read_text().splitlines()[:25]
     assert any(line.startswith("make train") for line in first_screen)
     assert any(line.startswith("make test") for line in first_screen)
 
 
-@pytest.mark.parametrize("command", commands())
-def test_each_command_is_run_somewhere(command: str) -> None:
-    start = next((key for key in RUN_BY if command.startswith(key)), None)
-    assert start is not None, f"nothing runs `{command}`"
-    file, text = RUN_BY[start]
-    assert text in (ROOT / file).read_text()
+@pytest.mark.parametrize("command", commands(), ids=str)
+def test_each_command_is_run_somewhere(command: Shown) -> None:
+    # Raises when nothing runs commands of its kind; those that are run nowhere need machines.
+    assert command.where in ("fast", "stack", "cluster", "elsewhere")
+    assert command.where != "elsewhere" or command.document == "deploy/README.md"
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if ".yaml" in c and "cohort" in c])
-def test_configs_and_overrides_in_the_readme_are_valid(command: str) -> None:
-    words = shlex.split(command)
-    [config] = [word for word in words if word.endswith(".yaml")]
-    overrides = [word for word in words if re.match(r"[a-z]+\.[a-z_]+=", word)]
+def test_a_command_that_nothing_runs_is_an_error() -> None:
+    with pytest.raises(LookupError, match="`cohort fly --high`, and no test runs such"):
+        Shown("README.md", "cohort fly --high").where  # noqa: B018
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return scratch_copy(tmp_path_factory.mktemp("scratch") / "cohort")
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c.where == "fast"], ids=str)
+def test_a_cheap_command_does_what_the_document_says(
+    command: Shown, scratch: Path, world: Callable[..., World]
+) -> None:
+    if command.kind == "cohort report":
+        run = world()
+        run.folder = scratch / command.words[2]
+        run.train()
+    done = subprocess.run(
+        command.text,
+        shell=True,
+        cwd=scratch,
+        env=environment(scratch),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    if command.kind == "cohort report":
+        assert (scratch / command.words[2] / "report.html").stat().st_size > 10_000
+    if command.kind == "cohort keys":
+        assert "run.steps=" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "command", [c for c in commands() if ".yaml" in c.text and c.words[0] == "cohort"], ids=str
+)
+def test_configs_and_overrides_in_the_documents_are_valid(command: Shown) -> None:
+    [config] = [word for word in command.words if word.endswith(".yaml")]
+    overrides = [word for word in command.words if re.match(r"[a-z]+\.[a-z_]+=", word)]
     load_config(ROOT / config, overrides)
 
 
@@ -78,9 +98,79 @@ def test_keys_named_in_the_readme_exist() -> None:
     assert not {k for k in keys - known - files if not (ROOT / k).exists()}
 
 
+def test_files_that_the_documents_link_to_exist() -> None:
+    for document in DOCUMENTS:
+        folder = (ROOT / document).parent
+        links = re.findall(r"\]\(([^)#]+)\)", (ROOT / document).read_text())
+        local = [link for link in links if not link.startswith("http")]
+        assert not [link for link in local if not (folder / link).exists()], document
+
+
 def test_cohort_keys_lists_every_key_with_its_meaning() -> None:
     result = CliRunner().invoke(app, ["keys"])
     assert result.exit_code == 0
     lines = result.output.splitlines()
     assert [line.split("=")[0] for line in lines[0::2]] == all_keys()
     assert all(line.startswith("    ") and len(line) > 12 for line in lines[1::2])
+
+
+def snippets(language: str) -> list[Any]:
+    found = [(document, text) for document in DOCUMENTS for text in blocks(document, language)]
+    return [
+        pytest.param(text, id=f"{document}-{number}")
+        for number, (document, text) in enumerate(found)
+    ]
+
+
+@pytest.fixture
+def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the files that the snippets name, as the README describes them."""
+    [python] = blocks("README.md", "python")
+    (tmp_path / "my_rewards.py").write_text(python)
+    (tmp_path / "my_verl_reward.py").write_text(VERL)
+    text = (ROOT / "README.md").read_text()
+    [row] = re.findall(r"rows\.jsonl +# (\{.*\})", text)
+    content = json.loads(row)["prompt"][0]["content"]
+    rows = [json.loads(row)] + [
+        {"prompt": [{"role": "user", "content": content.replace("2 +", f"{n} +")}], "answer": n + 2}
+        for n in range(20)
+    ]
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps(r) + "\n" for r in [json.loads(row), *rows])
+    )
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("text", snippets("yaml"))
+def test_a_yaml_snippet_loads_with_its_task_and_its_rewards(
+    text: str, reader: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from datasets import Dataset
+
+    def of_the_hub(name: str, config: str | None, split: str) -> Dataset:
+        assert (name, config) == ("openai/gsm8k", "main")
+        rows = [{"question": f"{split}: {n} + 1?", "answer": f"So\n#### {n + 1}"} for n in range(9)]
+        return Dataset.from_list(rows)
+
+    monkeypatch.setattr("datasets.load_dataset", of_the_hub)
+    content = yaml.safe_load(text) | {"model": {"path": str(tiny_model)}}
+    (reader / "config.yaml").write_text(yaml.safe_dump(content))
+    config = load_config(reader / "config.yaml", [])
+    if config.task.name == "dataset" and config.rewards.functions is None:
+        config = config.model_copy(
+            update={
+                "rewards": config.rewards.model_copy(update={"functions": ["my_rewards.py:near"]})
+            }
+        )
+    task = load_task(config.task, seed=0)
+    assert task.train_size() > 0
+    for spec in reward_specs(task, config.rewards):
+        assert callable(load_reward(spec.path, spec.kind, spec.options))
+
+
+@pytest.mark.usefixtures("reader")
+def test_the_readmes_reward_scores_as_it_says() -> None:
+    near = load_reward("my_rewards.py:near", "trl", {})
+    said = [[{"role": "assistant", "content": text}] for text in (" 4", "5")]
+    assert near(completions=said, answer=[4, 4], prompts=["2 + 2?"] * 2) == [1.0, 0.0]

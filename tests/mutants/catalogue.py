@@ -1,4 +1,4 @@
-"""The mutants. `old` must occur exactly once in its file: who changes such a line changes it here."""
+"""The mutants. `old` occurs exactly once in its file: who changes such a line changes it here."""
 
 from __future__ import annotations
 

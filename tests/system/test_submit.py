@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import secrets
 import socket
 import subprocess
@@ -24,6 +25,7 @@ import yaml
 
 from cluster.tracking import STEP_KEYS
 from tests.models import tiny_llama
+from tests.shown import Shown, commands
 from tests.system.conftest import REWARDS, shared_files
 from tests.system.runs import rollouts, rows
 
@@ -211,3 +213,28 @@ def test_without_the_token_nothing_runs(cluster: Cluster, tmp_path: Path) -> Non
     assert code != 0
     assert "RAY_AUTH" in log
     assert "submitted" not in log
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c.where == "cluster"], ids=str)
+def test_a_command_does_what_the_document_says(
+    cluster: Cluster, tmp_path: Path, command: Shown
+) -> None:
+    """As it is shown, to this cluster: a config that is checked, sent, and refused there at once.
+
+    A whole job is the first test's; here the words of the document must be understood.
+    """
+    (address,) = re.findall(r"http://[\w.]+:8265", command.text)
+    line = command.text.replace(address, cluster.address)
+    done = subprocess.run(
+        f"{line} model.path=/nonexistent run.dir={tmp_path}/run",
+        shell=True,
+        cwd=REPOSITORY,
+        env=cluster.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 1, done.stdout
+    assert "model.path=/nonexistent: there is no such folder" in done.stdout
+    assert "FAILED" in done.stdout
