@@ -1,4 +1,4 @@
-# make setup | train | test | mutants | lint | lock. Each may be run again at any time; nothing is done twice.
+# make setup | train | test | exhaustive | mutants | lint | lock. Each may be run again at any time; nothing is done twice.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,13 +8,14 @@ ARGS ?=
 # Newest output is flushed line by line, also when it goes into a file.
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup model train test test-fast mutants lint format lock clean
+.PHONY: help setup model train test test-fast exhaustive mutants lint format lock clean
 
 help:
 	@echo "make setup      virtual environment, locked packages, the quickstart's model"
 	@echo "make train      set up, then train the quickstart (CONFIG=..., ARGS='key=value ...')"
 	@echo "make test       set up, then run all tests (about 12 minutes)"
 	@echo "make test-fast  the tests that need no engine (two to three minutes)"
+	@echo "make exhaustive the learner's other combinations, unless they have passed on this code"
 	@echo "make mutants    put known faults into copies of the code; the fast tests must notice each"
 	@echo "make lint       ruff and mypy"
 	@echo "make lock       resolve requirements/cpu.in again"
@@ -41,6 +42,9 @@ test: setup
 
 test-fast: $(STAMP)
 	$(BIN)/pytest -n 2 -m "not system" $(ARGS)
+
+exhaustive: setup
+	$(BIN)/python -m tests.exhaustive $(ARGS)
 
 mutants: $(STAMP)
 	$(BIN)/python -m tests.mutants $(ARGS)

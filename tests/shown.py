@@ -30,6 +30,7 @@ PLACES: dict[str, Where] = {
     "make train": "stack",
     "make test": "stack",
     "make test-fast": "stack",
+    "make exhaustive": "stack",
     "make mutants": "stack",
     "make lint": "stack",
     "make format": "stack",

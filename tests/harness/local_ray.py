@@ -431,6 +431,8 @@ def _new_task(loop: Any, work: Any, context: Any = None) -> asyncio.Task[Any]:
     task = asyncio.Task(_in_life(work, actor, actor.life), loop=loop, context=context)
     # A task that is cancelled before it began leaves its coroutine untouched.
     task.add_done_callback(lambda _: work.close())
+    # Those of the dead never end; nobody needs to be told.
+    task._log_destroy_pending = False  # type: ignore[attr-defined]
     return task
 
 

@@ -14,16 +14,13 @@ from rewards.base import RewardLoadError
 from rewards.code import CodeTests
 from rewards.sandbox import Limits, Sandbox, SandboxError
 from rewards.worker import RewardActor, RewardSpec
-
-needs_bwrap = pytest.mark.skipif(
-    shutil.which("bwrap") is None, reason="bubblewrap is not installed"
-)
+from tests import needs
 
 SUM = [{"input": "3 4\n", "output": "7"}, {"input": "1 1\n", "output": "2\n"}]
 ADD = ["assert add(1, 2) == 3", "assert add(2, 2) == 4"]
 
 
-@pytest.fixture(scope="module", params=[pytest.param("bwrap", marks=needs_bwrap), "none"])
+@pytest.fixture(scope="module", params=[pytest.param("bwrap", marks=needs.bubblewrap), "none"])
 def judge(request: pytest.FixtureRequest) -> CodeTests:
     return CodeTests(sandbox=request.param, seconds=1, memory_mb=256)
 
@@ -103,7 +100,7 @@ def sandbox() -> Sandbox:
     return Sandbox("bwrap", Limits(seconds=5, memory_bytes=256 << 20))
 
 
-@needs_bwrap
+@needs.bubblewrap
 @pytest.mark.parametrize(
     ("code", "words"),
     [
@@ -131,7 +128,7 @@ def test_the_sandbox_is_closed(sandbox: Sandbox, code: str, words: str) -> None:
     assert not Path("/tmp/a").exists()
 
 
-@needs_bwrap
+@needs.bubblewrap
 def test_secrets_and_leftovers(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hunter2")
     code = (
@@ -173,7 +170,7 @@ def test_without_a_sandbox_it_is_refused_with_what_to_do(
     assert CodeTests(sandbox="none")
 
 
-@needs_bwrap
+@needs.bubblewrap
 def test_a_sandbox_that_breaks_later_is_an_error_not_a_zero(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -145,6 +145,8 @@ def run_as_shown(command: Shown, reader: Reader) -> None:
         more = [f"ARGS={' '.join(keys)}"]
     elif kind in ("make test", "make test-fast"):
         more = ["ARGS=tests/actors/test_records.py"]
+    elif kind == "make exhaustive":
+        more = ["ARGS=--collect-only"]
     elif kind == "make mutants":
         more = ["ARGS=max_staleness"]
     elif "api_server" in kind:
