@@ -1,9 +1,9 @@
 """`make exhaustive`: the tests marked so, unless they have passed on this very code.
 
 They take minutes and depend on the learner and the actors alone, so they are run when those have
-changed: what they passed on is written down, as a hash over its files, in `tests/exhaustive.passed`.
-Commit that file with a change of the learner; where it does not fit, continuous integration runs
-them.
+changed: what they passed on is written down, as a hash over its files, in
+`tests/exhaustive.passed`. Commit that file with a change of the learner; where it does not fit,
+continuous integration runs them.
 """
 
 from __future__ import annotations

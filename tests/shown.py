@@ -100,6 +100,9 @@ def scratch_copy(folder: Path) -> Path:
     """A copy of the tree to run commands in, on this tree's virtual environment."""
     ignore = shutil.ignore_patterns("__pycache__", "*.pyc", ".*", "runs", "wandb", "*.egg-info")
     shutil.copytree(ROOT, folder, ignore=ignore, dirs_exist_ok=True)
+    # ruff heeds .gitignore in a repository only, and whatever makes a folder one is enough.
+    shutil.copy(ROOT / ".gitignore", folder)
+    (folder / ".git").mkdir()
     (folder / ".venv").symlink_to(Path(sys.executable).parent.parent)
     # Older than the environment's stamp: `make setup` has nothing to install from here.
     for name in ("requirements/cpu.lock", "pyproject.toml"):

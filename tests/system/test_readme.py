@@ -136,7 +136,8 @@ def run_as_shown(command: Shown, reader: Reader) -> None:
     elif kind == "cohort check":
         more = [*keys_for(command, reader), "--prompts", "2"]
     elif kind == "cohort warmup":
-        more = [*keys_for(command, reader), "--steps", "2", "--batch-size", "2", "--examples", "8"]
+        # Its other keys are the training's.
+        more = [*keys_for(command, reader)[:2], "--steps", "2", "--batch-size", "2"]
     elif kind == "cohort eval":
         of_a_run = not any(word.endswith(".yaml") for word in command.words)
         more = [*([] if of_a_run else keys_for(command, reader)), "task.eval_prompts=2"]
