@@ -53,7 +53,7 @@ from learner.checkpoint import latest, load_state
 from tests.harness import clock, policy
 from tests.harness.engine import LocalRolloutActor, install_vllm
 from tests.harness.learner import LocalLearnerWorker
-from tests.harness.local_ray import Event, LocalRay
+from tests.harness.local_ray import NODE, Event, LocalRay
 from tests.harness.rewards import LoadedHere, LocalRewardActor
 
 T = TypeVar("T")
@@ -70,7 +70,8 @@ class World:
     """A run directory, and the runs that are made in it.
 
     overrides: config keys, `a__b` for a.b. ray: of the current or last run; a new one each time.
-    run: what `loop.train` got.
+    run: what `loop.train` got. nodes: machines of the cluster, over which actors are spread. slow:
+    how many times longer than usual an actor takes, by name.
     """
 
     def __init__(self, folder: Path, model: Path, **overrides: Any) -> None:
@@ -79,6 +80,8 @@ class World:
         self.overrides = overrides
         self.ray = LocalRay(STAND_INS)
         self.run: Any = None
+        self.nodes = 1
+        self.slow: dict[str, float] = {}
         self.loop: clock.VirtualLoop | None = None
         self._hooks: list[Callable[[Event], None]] = []
         self._shm: set[Path] = set()
@@ -124,6 +127,8 @@ class World:
         config = self.config(**overrides)
         self.ray = LocalRay(STAND_INS)
         self.ray.hooks = list(self._hooks)
+        self.ray.slow = dict(self.slow)
+        self.ray.node_names = [NODE, *(f"{number:056x}" for number in range(1, self.nodes))]
         with pytest.MonkeyPatch.context() as patch:
             install_vllm(patch)
             patch.setenv("WANDB_MODE", "disabled")
