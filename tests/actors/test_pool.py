@@ -13,6 +13,7 @@ from actors.config import ActorsConfig
 from actors.pool import MAX_RESTARTS, Probe, RolloutError, RolloutPool, probe_gap
 from actors.records import Failure, GroupMeta, Prompt, SamplingSpec, WeightsInfo
 from actors.rollout import Place, Request, RolloutActor, split_cores
+from tests.harness import clock
 
 LEARNER = [-1.0, -2.0]
 NOTICES: list[str] = []
@@ -135,7 +136,7 @@ def test_requests_are_dealt_evenly_in_order_and_in_one_call(made: list[FakeActor
         tasks = await pool.generate([request(f"g{i}") for i in range(6)])
         return [await task for task in tasks]
 
-    outcomes = asyncio.run(main())
+    outcomes = clock.run(main())
     assert [meta.group_id for meta, _ in outcomes] == [f"g{i}" for i in range(6)]
     assert [ref for _, ref in outcomes] == [f"ref:g{i}" for i in range(6)]
     assert made[0].batches == [["g0", "g2", "g4"]]
@@ -143,7 +144,7 @@ def test_requests_are_dealt_evenly_in_order_and_in_one_call(made: list[FakeActor
 
 
 def test_cores_are_disjoint(made: list[FakeActor]) -> None:
-    asyncio.run(started(pool_of(made, [])))
+    clock.run(started(pool_of(made, [])))
     assert made[0].cores == (0, 1)
     assert made[1].cores == (2, 3)
 
@@ -154,7 +155,7 @@ def test_an_engine_never_gets_more_than_it_may_work_on(made: list[FakeActor]) ->
         tasks = await pool.generate([request(f"g{i}") for i in range(9)])
         return len([await task for task in tasks])
 
-    assert asyncio.run(main()) == 9
+    assert clock.run(main()) == 9
     assert made[0].peak == 4
 
 
@@ -173,7 +174,7 @@ def test_a_lost_group_is_generated_elsewhere_by_a_synced_actor(
         assert "is replaced: " in NOTICES[-1]
         return outcomes
 
-    outcomes = asyncio.run(main())
+    outcomes = clock.run(main())
     assert [meta.group_id for meta, _ in outcomes] == ["g0", "g1", "g2", "g3"]
     # The new actor was brought to version 7 before it generated anything.
     assert {meta.weight_versions for meta, _ in outcomes} == {(7, 7)}
@@ -195,7 +196,7 @@ def test_completions_arrive_before_their_group_and_again_after_a_loss(
         assert sorted(arrived) == [("g0", 0, "ref:g0"), *[("g1", 0, "ref:g1")] * 2]
         await asyncio.gather(*tasks)
 
-    asyncio.run(main())
+    clock.run(main())
     assert sorted(arrived)[1:3] == [("g0", 1, "ref:g0")] * 2
     assert len(arrived) == 5
 
@@ -210,7 +211,7 @@ def test_one_death_noticed_by_many_groups_is_one_replacement(made: list[FakeActo
         assert all(isinstance(meta, GroupMeta) for meta, _ in outcomes)
         return pool.restarts
 
-    assert asyncio.run(main()) == 1
+    assert clock.run(main()) == 1
 
 
 def test_a_group_that_cannot_be_generated_anywhere_is_not_tried_again(
@@ -224,7 +225,7 @@ def test_a_group_that_cannot_be_generated_anywhere_is_not_tried_again(
         assert pool.restarts == 0
         return await task
 
-    assert asyncio.run(main()) == (bad, None)
+    assert clock.run(main()) == (bad, None)
 
 
 def test_an_actor_that_keeps_failing_ends_the_run_with_its_last_words(
@@ -239,7 +240,7 @@ def test_an_actor_that_keeps_failing_ends_the_run_with_its_last_words(
             await task
 
     with pytest.raises(RolloutError, match=r"failed 4 times in a row; the last time: boom 3"):
-        asyncio.run(main())
+        clock.run(main())
 
 
 @pytest.mark.parametrize("how", ["die", Failure("infra", "broke", "its engine died")])
@@ -251,7 +252,7 @@ def test_an_actor_lost_during_a_sync_is_replaced(made: list[FakeActor], how: Any
         await pool.sync(info(7), probe())
         return pool
 
-    pool = asyncio.run(main())
+    pool = clock.run(main())
     assert pool.restarts == 2
     assert [actor.version for actor in made] == [7, 0, -1, 7]
 
@@ -264,7 +265,7 @@ def test_a_replacement_that_cannot_start_is_tried_again(made: list[FakeActor]) -
         [task] = await pool.generate([request("g0")])
         return [(await task)[0], pool.restarts]
 
-    meta, restarts = asyncio.run(main())
+    meta, restarts = clock.run(main())
     assert isinstance(meta, GroupMeta)
     assert restarts == 2
 
@@ -277,7 +278,7 @@ def test_weights_that_no_engine_takes_stop_the_run(made: list[FakeActor]) -> Non
         await pool.sync(info(1), probe())
 
     with pytest.raises(RolloutError, match="refused weights: older"):
-        asyncio.run(main())
+        clock.run(main())
     assert len(made) == 1
 
 
@@ -292,7 +293,7 @@ def test_failures_far_apart_do_not_add_up(made: list[FakeActor]) -> None:
             assert isinstance((await task)[0], GroupMeta)
         return pool.restarts
 
-    assert asyncio.run(main()) == MAX_RESTARTS + 2
+    assert clock.run(main()) == MAX_RESTARTS + 2
 
 
 def test_wrong_weights_stop_the_run(made: list[FakeActor]) -> None:
@@ -302,7 +303,7 @@ def test_wrong_weights_stop_the_run(made: list[FakeActor]) -> None:
         await pool.sync(info(1), probe())
 
     with pytest.raises(RolloutError, match=r"rollout-1 does not serve .* 0\.2500 .* version 1"):
-        asyncio.run(main())
+        clock.run(main())
 
 
 def test_nan_in_the_probe_is_not_within_tolerance(made: list[FakeActor]) -> None:
@@ -312,13 +313,13 @@ def test_nan_in_the_probe_is_not_within_tolerance(made: list[FakeActor]) -> None
         await pool.sync(info(1), probe())
 
     with pytest.raises(RolloutError, match="does not serve"):
-        asyncio.run(main())
+        clock.run(main())
 
 
 def test_an_engine_that_cannot_start_says_why(made: list[FakeActor]) -> None:
     plan = {"start": Failure("infra", "rollout-0 could not start its engine", "no such model")}
     with pytest.raises(RolloutError, match="no such model"):
-        asyncio.run(started(pool_of(made, [plan])))
+        clock.run(started(pool_of(made, [plan])))
 
 
 def test_probe_gap_is_the_mean_absolute_difference() -> None:
@@ -342,7 +343,7 @@ def test_split_cores(cores: Any, parts: int, expected: Any) -> None:
 
 def test_an_actor_refuses_to_generate_before_it_has_pulled_weights(tmp_path: Any) -> None:
     actor = RolloutActor("r", spec=None, log_dir=str(tmp_path))  # type: ignore[arg-type]
-    answer = asyncio.run(actor.submit([request("g0")]))
+    answer = clock.run(actor.submit([request("g0")]))
     assert isinstance(answer, Failure)
     assert answer.kind == "infra"
     assert "not pulled weights" in answer.message

@@ -28,6 +28,7 @@ from actors.records import Failure, GroupMeta
 from actors.rollout import NotSynced
 from actors.watch import BUSY_FACTOR, Watch
 from tests.actors.stand_ins import LEARNER, PROBE, Handle, StandInEngine, info, request
+from tests.harness import clock
 
 PROBING = Probe(PROBE, LEARNER, tolerance=0.1)
 RAY_LOSSES = [
@@ -79,7 +80,7 @@ def run(main: Any, seconds: float = 20) -> Any:
         await asyncio.sleep(0)
         return result
 
-    result = asyncio.run(watched())
+    result = clock.run(watched())
     assert not unseen, unseen
     return result
 
@@ -353,7 +354,7 @@ def test_what_waits_is_served_oldest_step_first_also_what_was_lost() -> None:
         await asyncio.sleep(0.002)
         new = await pool.generate([request(f"new{i}", step=4) for i in range(4)])
         made.handles[0].kill()
-        await asyncio.sleep(0.005)
+        await asyncio.sleep(0)
         # A refill of the older step, drawn late.
         new += await pool.generate([request("refill", step=3)])
         await asyncio.gather(*old, *new)

@@ -28,6 +28,7 @@ from learner.group import StepResult
 from learner.plan import ScoredRef, plan_step
 from rewards.rates import Outcome, PassRates, RateHistory
 from rewards.tasks import Taken
+from tests.harness import clock
 
 G = 2
 
@@ -102,7 +103,7 @@ def test_batches_hold_their_own_step_in_order_with_their_own_rewards() -> None:
                 assert group.scores.totals[0] == float(name.rsplit("-", 1)[1])
         assert stream.in_flight == 0
 
-    asyncio.run(main())
+    clock.run(main())
 
 
 def test_a_resumed_stream_draws_the_same_prompts_with_the_same_seeds() -> None:
@@ -114,8 +115,8 @@ def test_a_resumed_stream_draws_the_same_prompts_with_the_same_seeds() -> None:
             await stream.take(step)
         return pool.seeds
 
-    straight = asyncio.run(seeds(0))
-    resumed = asyncio.run(seeds(2))
+    straight = clock.run(seeds(0))
+    resumed = clock.run(seeds(2))
     assert resumed == {name: seed for name, seed in straight.items() if name[0] in "23"}
     assert len(set(straight.values())) == 16
 
@@ -148,8 +149,8 @@ def test_a_stream_chooses_by_pass_rates_and_resumes_with_what_was_seen(staleness
             saved.append(json.loads(json.dumps(history.as_dict())))
         return pool.seeds, saved
 
-    straight, saved = asyncio.run(run(0, RateHistory(staleness)))
-    resumed, _ = asyncio.run(run(3, RateHistory.resumed(saved[2], staleness)))
+    straight, saved = clock.run(run(0, RateHistory(staleness)))
+    resumed, _ = clock.run(run(3, RateHistory.resumed(saved[2], staleness)))
     assert resumed == {name: seed for name, seed in straight.items() if name[0] in "345"}
     for step in range(6):
         known = max(0, step - staleness)
@@ -203,7 +204,7 @@ def test_groups_without_gradient_are_replaced_in_bounded_rounds(
         following = await stream.take(1)
         assert following.groups[0].meta.group_id == f"1:0-{cursor}"
 
-    asyncio.run(main())
+    clock.run(main())
 
 
 @pytest.mark.parametrize("resumed_at", [0, 5])
@@ -282,7 +283,7 @@ def test_a_group_is_scored_while_others_are_still_generated() -> None:
         await stream.admit(0)
         return await stream.take(0)
 
-    assert len(asyncio.run(main()).groups) == 4
+    assert len(clock.run(main()).groups) == 4
     assert scored[3] == "0:0-2"
 
 
@@ -318,7 +319,7 @@ def test_completions_are_judged_while_their_group_is_generated() -> None:
         assert len((await stream.take(0)).groups) == 1
 
     judging = asyncio.Event()
-    asyncio.run(main())
+    clock.run(main())
     name = "0:0-0 attempt 1"
     assert handed == [[f"a judged, {name}", f"b judged, {name}"]]
 
@@ -343,7 +344,7 @@ def test_an_error_is_shown_once_for_each_function_and_cause(
         return await stream.take(1)
 
     with caplog.at_level(logging.WARNING):
-        batch = asyncio.run(main())
+        batch = clock.run(main())
     assert sorted("timeout" in text for text in caplog.messages) == [False, True]
     assert any("f (raised) on c/0" in text and "Traceback" in text for text in caplog.messages)
     counts = logged_metrics(batch)
@@ -371,7 +372,7 @@ def test_what_functions_log_is_pooled_over_the_step() -> None:
         await stream.admit(0)
         return await stream.take(0)
 
-    batch = asyncio.run(main())
+    batch = clock.run(main())
     times = StepTimes(step=10.0, generate=4.0, reward=1.0, train=3.0, sync=1.5)
     metrics = step_metrics(batch, result(), times, Counters(), version=5, probe_gap=0.0, restarts=0)
     assert metrics["reward_part/f/part"] == 1.5
@@ -389,7 +390,7 @@ def test_a_group_that_failed_is_counted_not_dropped() -> None:
         await stream.admit(0)
         return stream, await stream.take(0)
 
-    stream, batch = asyncio.run(main())
+    stream, batch = clock.run(main())
     assert [group.meta.group_id for group in batch.groups] == ["0:0-0", "0:0-1", "0:0-3"]
     assert len(batch.failures) == 1
     counters = Counters(group_size=G)
@@ -414,7 +415,7 @@ def test_metrics_of_a_step_are_pooled_over_completions() -> None:
         await stream.admit(0)
         return await stream.take(0)
 
-    batch = asyncio.run(main())
+    batch = clock.run(main())
     times = StepTimes(step=10.0, generate=4.0, reward=1.0, train=3.0, sync=1.5)
     counters = Counters(group_size=G)
     counters.add(batch, result(trained=8, filtered=0))

@@ -70,11 +70,15 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         return future
 
 
-def run(main: Coroutine[Any, Any, T], patch: pytest.MonkeyPatch) -> T:
-    """Run a program in virtual time, `time.monotonic` included."""
+def run(main: Coroutine[Any, Any, T]) -> T:
+    """Run a program in virtual time, `time.monotonic` included: `asyncio.run` for tests that wait.
+
+    Raises Deadlock when it can never end.
+    """
     loop = VirtualLoop()
-    patch.setattr(time, "monotonic", loop.time)
     asyncio.set_event_loop(loop)
+    patch = pytest.MonkeyPatch()
+    patch.setattr(time, "monotonic", loop.time)
     try:
         return loop.run_until_complete(main)
     finally:
@@ -88,5 +92,6 @@ def run(main: Coroutine[Any, Any, T], patch: pytest.MonkeyPatch) -> T:
         finally:
             loop.threads += 1  # its shutdown waits in a thread of its own
             loop.run_until_complete(loop.shutdown_default_executor())
+            patch.undo()
             asyncio.set_event_loop(None)
             loop.close()

@@ -149,7 +149,7 @@ class World:
                     return await run_training(config)
 
             try:
-                return clock.run(main(), patch)
+                return clock.run(main())
             finally:
                 for folder in self._shm:
                     shutil.rmtree(folder, ignore_errors=True)
@@ -226,7 +226,7 @@ def in_cluster(main: Callable[[LocalRay], Coroutine[Any, Any, T]]) -> T:
                 finally:
                     ray.shutdown()
 
-        return clock.run(program(), patch)
+        return clock.run(program())
 
 
 class Chaos:
