@@ -19,6 +19,8 @@ from typing import Any
 MARKER = "COHORT_REAP"
 WATCHER_START_S = 30
 TRACKER_S = 5.0
+# How the names of files begin through which Python's and vLLM's processes talk.
+TALK = ("psm_", "sem.")
 RAISED = re.compile(r"\b[A-Z]\w*(Error|Exception): \S.*")
 
 # Read by glibc when a process starts: keep freed memory, in huge pages. By default what is large
@@ -109,14 +111,23 @@ def reap_also(files: Iterable[Path]) -> None:
 
 
 def mapped_shared_memory(pids: Iterable[int]) -> set[Path]:
-    """Files in /dev/shm that these processes made for talking to each other."""
-    found = set()
+    """Files in /dev/shm that these processes made for talking to each other.
+
+    Found by inode: a semaphore is made under one name and linked to another, and the map shows the
+    first.
+    """
+    inodes = set()
     for pid in pids:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            for line in Path(f"/proc/{pid}/maps").read_text(encoding="utf-8").splitlines():
+            for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
                 name = line.rpartition("/dev/shm/")[2]
-                if name != line and name.startswith(("psm_", "sem.")):
-                    found.add(Path("/dev/shm") / name.removesuffix(" (deleted)"))
+                if name != line and name.startswith(TALK):
+                    inodes.add(int(line.split()[4]))
+    found = set()
+    for file in os.scandir("/dev/shm") if inodes else ():
+        with contextlib.suppress(FileNotFoundError):
+            if file.name.startswith(TALK) and file.inode() in inodes:
+                found.add(Path(file.path))
     return found
 
 
@@ -147,13 +158,15 @@ def _watch(parent: int, marker: str, folders: list[str]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     # Until the other end closes: what else there is to remove.
-    files = [line.strip() for line in sys.stdin]
+    files = {line.strip() for line in sys.stdin}
     entry = f"{MARKER}={marker}".encode()
     ended = {parent}
     trackers_end = time.monotonic() + TRACKER_S
     # One may be starting another while it is being killed: look until none is left.
     while alive := _marked(entry):
         ended.update(alive)
+        # Also what was made since, or by one that was killed before it could tell.
+        files.update(map(str, mapped_shared_memory(alive)))
         for pid in alive:
             # Python's resource trackers remove the shared memory of the dead, then end themselves.
             if _is_tracker(pid) and time.monotonic() < trackers_end:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -140,7 +141,7 @@ class WeightFiles:
 
         Raises ValueError when a tensor is not what its spec says, or one is missing.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        _own_folder(self.folder)
         header, offsets, size = encode_header(specs)
         temporary = self.folder / f".v{version}.{os.getpid()}.tmp"
         unread = [old for old in self._views if old != version and old not in keep]
@@ -165,8 +166,25 @@ class WeightFiles:
         return fingerprint, size
 
 
+def _own_folder(folder: Path) -> None:
+    """Make a folder for this user alone; or find one that nobody else can put anything into.
+
+    Raises FileExistsError when there is something else of that name, a link for example.
+    """
+    try:
+        folder.mkdir(mode=0o700, parents=True)
+    except FileExistsError:
+        found = folder.lstat()
+        private = stat.S_ISDIR(found.st_mode) and not found.st_mode & 0o022
+        if not private or found.st_uid != os.getuid():
+            raise FileExistsError(
+                f"{folder} is not a folder of this user's own: weights are not published into it"
+            ) from None
+
+
 def _new_file(path: Path, size: int) -> mmap.mmap:
-    with open(path, "wb+") as file:
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    with open(os.open(path, flags, 0o600), "rb+") as file:
         file.truncate(size)
         # Reserves the pages: a full /dev/shm is an error here, not a SIGBUS while copying.
         os.posix_fallocate(file.fileno(), 0, size)

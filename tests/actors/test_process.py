@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import subprocess
 import sys
+import time
+from multiprocessing import shared_memory
+from pathlib import Path
+
+from actors.process import mapped_shared_memory
 
 LATE = """
 import time
@@ -34,3 +41,56 @@ def test_a_late_block_shows_where_it_is() -> None:
 
 def test_one_in_time_leaves_nothing() -> None:
     assert run(timeout_s=0.4, seconds=0.01) == ("went on\n", "")
+
+
+def test_semaphores_and_shared_memory_are_found_by_what_they_are() -> None:
+    """Python links a semaphore to another name than it was mapped under."""
+    lock = multiprocessing.get_context("spawn").Lock()
+    block = shared_memory.SharedMemory(create=True, size=64)
+    try:
+        found = {path.name for path in mapped_shared_memory([os.getpid()])}
+        assert f"sem.{lock._semlock.name.strip('/')}" in found
+        assert block.name in found
+    finally:
+        block.close()
+        block.unlink()
+    assert block.name not in {path.name for path in mapped_shared_memory([os.getpid()])}
+
+
+def test_nothing_in_shared_memory_outlives_a_killed_process(tmp_path: Path) -> None:
+    """Also what its children map that it never told of."""
+    folder = tmp_path / "weights"
+    code = f"""
+import multiprocessing, os, signal, time
+from pathlib import Path
+from actors.process import start_reaper
+
+def child(lock, ready):
+    Path(ready).touch()
+    time.sleep(60)
+
+if __name__ == "__main__":
+    folder = Path({str(folder)!r})
+    start_reaper(folder)
+    folder.mkdir()
+    context = multiprocessing.get_context("spawn")
+    lock = context.Lock()
+    ready = folder.with_name("ready")
+    context.Process(target=child, args=(lock, ready)).start()
+    while not ready.exists():
+        time.sleep(0.05)
+    print(lock._semlock.name.strip("/"), flush=True)
+    # As when it is killed with its tracker, which would remove the name.
+    from multiprocessing import resource_tracker
+    os.kill(resource_tracker._resource_tracker._pid, signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    name = Path("/dev/shm") / f"sem.{done.stdout.strip()}"
+    assert done.stdout.startswith("mp-"), done.stderr
+    deadline = time.monotonic() + 20
+    while name.exists() or folder.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -114,3 +115,30 @@ def test_what_is_no_weight_file_is_refused(damage: str) -> None:
     }[damage]
     with pytest.raises(ValueError):
         decode_header(data)
+
+
+def test_files_are_made_anew_in_a_folder_of_ones_own(tmp_path: Path) -> None:
+    spec, tensors = [TensorSpec("a", (4,), torch.float32)], [("a", torch.ones(4))]
+    files = WeightFiles(tmp_path / "made")
+    files.publish(1, [], spec, tensors)
+    assert files.folder.stat().st_mode & 0o777 == 0o700
+    assert files.path(1).stat().st_mode & 0o777 == 0o600
+
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    planted = tmp_path / "planted"
+    planted.symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").mkdir()
+    with pytest.raises(FileExistsError):
+        WeightFiles(planted).publish(1, [], spec, tensors)
+    assert not list((tmp_path / "elsewhere").iterdir())
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o777)
+    with pytest.raises(FileExistsError):
+        WeightFiles(shared).publish(1, [], spec, tensors)
+    # A link under the name of the file that is about to be written.
+    (files.folder / f".v2.{os.getpid()}.tmp").symlink_to(victim)
+    with pytest.raises(FileExistsError):
+        files.publish(2, [1], spec, tensors)
+    assert victim.read_text() == "precious"

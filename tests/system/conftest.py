@@ -139,7 +139,9 @@ def shared_files() -> set[str]:
         for name in names
         if (of := re.match(r"__KMP_REGISTERED_LIB_(\d+)", name)) and psutil.pid_exists(int(of[1]))
     }
-    return {name for name in names - used if name.startswith(("cohort-", "psm_", "__KMP_"))}
+    return {
+        name for name in names - used if name.startswith(("cohort-", "psm_", "sem.mp-", "__KMP_"))
+    }
 
 
 @pytest.fixture
