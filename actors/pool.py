@@ -12,9 +12,7 @@ import asyncio
 import contextlib
 import heapq
 import itertools
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 from actors.config import ActorsConfig
@@ -22,6 +20,7 @@ from actors.errors import failure_of
 from actors.probe import Probe, limit_of, probe_gap, stale
 from actors.records import Failure, GroupMeta, WeightsInfo
 from actors.rollout import NotSynced, Place, Request, split_cores
+from actors.slot import ActorLost, RolloutError, Slot
 from actors.watch import Watch
 
 __all__ = ["MAX_RESTARTS", "Probe", "RolloutError", "RolloutPool", "probe_gap"]
@@ -38,35 +37,8 @@ Outcome = tuple[GroupMeta | Failure, Any]
 Arrived = Callable[[str, int, Any], None]
 
 
-class RolloutError(Exception):
-    """The pool cannot go on; the message says which actor, what happened, what to change."""
-
-
-@dataclass
-class _Slot:
-    """A place in the pool; the actor in it may be replaced.
-
-    ready: it may be given groups. repair: the task that is replacing its actor. gap: the probe's at
-    its last update. waiters: calls that its watch is kept for.
-    """
-
-    index: int
-    handle: Any
-    cores: tuple[int, ...] = ()
-    load: int = 0
-    ready: bool = False
-    syncing: bool = False
-    failures: int = 0
-    generation: int = 0
-    gap: float = 0.0
-    repair: asyncio.Task[None] | None = None
-    watch: Watch = field(default_factory=Watch)
-    waiters: int = 0
-    beats: asyncio.Task[None] | None = None
-
-
 # (step, order of arrival, completions, who waits)
-_Waiting = tuple[int, int, int, "asyncio.Future[_Slot]"]
+_Waiting = tuple[int, int, int, "asyncio.Future[Slot]"]
 
 
 class RolloutPool:
@@ -81,7 +53,7 @@ class RolloutPool:
         self._make_actor = make_actor
         self._config = config
         self._notify = notify
-        self._slots: list[_Slot] = []
+        self._slots: list[Slot] = []
         self._queue: list[_Waiting] = []
         self._arrivals = itertools.count()
         self._published: tuple[WeightsInfo, Probe] | None = None
@@ -89,7 +61,6 @@ class RolloutPool:
         self._first_gap: float | None = None
         self._serve_loaded = False
         self._broken: RolloutError | None = None
-        self._beat_s = min(BEAT_S, config.group_timeout_s / 5, config.sync_timeout_s / 5)
         self.places: list[Place] = []
         self.restarts = 0
 
@@ -100,15 +71,20 @@ class RolloutPool:
         Raises RolloutError naming the actor and the engine's own last words.
         """
         self._serve_loaded = serve_loaded
+        limits = (self._config.group_timeout_s, self._config.sync_timeout_s)
         self._slots = [
-            _Slot(index, self._make_actor(f"rollout-{index}"))
+            Slot(
+                index,
+                self._make_actor(f"rollout-{index}"),
+                beat_s=min(BEAT_S, min(limits) / 5),
+                pause_s=self._config.sync_timeout_s,
+            )
             for index in range(self._config.count)
         ]
         try:
             self.places = await asyncio.gather(
                 *(
-                    self._within(
-                        slot,
+                    slot.within(
                         slot.handle.place.remote(),
                         place_timeout_s,
                         f"to be placed by Ray, one of {self._config.count} actors "
@@ -123,19 +99,18 @@ class RolloutPool:
                 for index, cores in zip(here, shares, strict=True):
                     self._slots[index].cores = cores
             return list(await asyncio.gather(*(self._start_engine(slot) for slot in self._slots)))
-        except _ActorLost as lost:
+        except ActorLost as lost:
             # Nothing ran yet: what fails now is most likely the setup, which a retry repeats.
             raise RolloutError(str(lost)) from None
 
-    async def _start_engine(self, slot: _Slot) -> float:
-        answer = await self._within(
-            slot,
+    async def _start_engine(self, slot: Slot) -> float:
+        answer = await slot.within(
             slot.handle.start.remote(slot.cores, self._serve_loaded),
             self._config.start_timeout_s,
             "to start its engine (actors.start_timeout_s)",
         )
         if isinstance(answer, Failure):
-            raise _ActorLost(f"{answer.what}: {answer.message}")
+            raise ActorLost(f"{answer.what}: {answer.message}")
         slot.ready = self._serve_loaded
         return float(answer)
 
@@ -165,26 +140,25 @@ class RolloutPool:
             raise self._broken
         return max(slot.gap for slot in self._slots if slot.ready)
 
-    async def _catch_up(self, slot: _Slot) -> None:
+    async def _catch_up(self, slot: Slot) -> None:
         generation = slot.generation
         try:
             await self._pull(slot)
-        except _ActorLost as lost:
+        except ActorLost as lost:
             self._lose(slot, generation, str(lost))
 
-    async def _pull(self, slot: _Slot) -> None:
+    async def _pull(self, slot: Slot) -> None:
         while await self._load_newest(slot):
             pass
 
-    async def _load_newest(self, slot: _Slot) -> bool:
+    async def _load_newest(self, slot: Slot) -> bool:
         """Have an actor load the newest version and prove it; whether there is a newer one now."""
         if self._published is None:
             return False
         published = info, probe = self._published
         slot.syncing = True
         try:
-            answer = await self._moving(
-                slot,
+            answer = await slot.moving(
                 slot.handle.sync.remote(info, probe.token_ids),
                 self._config.sync_timeout_s,
                 f"to load weights {info.version} (actors.sync_timeout_s)",
@@ -196,7 +170,7 @@ class RolloutPool:
                 # Its file may be gone already: the newest is what counts.
                 return True
             text = f"{answer.what}: {answer.message}"
-            raise _ActorLost(text) if answer.kind == "infra" else RolloutError(text)
+            raise ActorLost(text) if answer.kind == "infra" else RolloutError(text)
         slot.gap = self._proven(slot, info, probe, answer)
         if self._published is not published:
             return True
@@ -204,7 +178,7 @@ class RolloutPool:
         self._dispatch()
         return False
 
-    def _proven(self, slot: _Slot, info: WeightsInfo, probe: Probe, logprobs: list[float]) -> float:
+    def _proven(self, slot: Slot, info: WeightsInfo, probe: Probe, logprobs: list[float]) -> float:
         """The probe's gap; RolloutError when the engine computes with other weights."""
         gap = probe_gap(probe.logprobs, logprobs)
         limit = limit_of(probe, self._first_gap)
@@ -232,7 +206,7 @@ class RolloutPool:
         the group's task ends. A group that is tried again has new ones, which count alone.
         """
         batches: dict[int, list[Request]] = {}
-        chosen: list[tuple[int, _Slot | None]] = []
+        chosen: list[tuple[int, Slot | None]] = []
         for request in requests:
             order = next(self._arrivals)
             samples = request.sampling.n
@@ -257,7 +231,7 @@ class RolloutPool:
             for request, (order, slot) in zip(requests, chosen, strict=True)
         ]
 
-    def _least_loaded(self, samples: int) -> _Slot | None:
+    def _least_loaded(self, samples: int) -> Slot | None:
         free = [
             slot
             for slot in self._slots
@@ -265,17 +239,16 @@ class RolloutPool:
         ]
         return min(free, key=lambda slot: (slot.load, slot.index), default=None)
 
-    async def _submit(self, slot: _Slot, requests: list[Request]) -> Failure | Exception | None:
+    async def _submit(self, slot: Slot, requests: list[Request]) -> Failure | Exception | None:
         """None when the actor has taken them. Errors are values: many groups wait for this."""
         try:
-            answer: Failure | None = await self._moving(
-                slot,
+            answer: Failure | None = await slot.moving(
                 slot.handle.submit.remote(requests),
                 self._config.group_timeout_s,
                 f"to take {len(requests)} groups (actors.group_timeout_s)",
             )
             return answer
-        except (_ActorLost, RolloutError) as error:
+        except (ActorLost, RolloutError) as error:
             return error
 
     async def _produce(
@@ -283,7 +256,7 @@ class RolloutPool:
         request: Request,
         order: int,
         arrived: Arrived | None,
-        slot: _Slot | None,
+        slot: Slot | None,
         taken: asyncio.Task[Failure | Exception | None] | None,
     ) -> Outcome:
         samples = request.sampling.n
@@ -316,7 +289,7 @@ class RolloutPool:
                         raise RolloutError(f"{failure.what}: {failure.message}")
                     attempt += 1
                     self._lose(slot, generation, failure.message)
-            except _ActorLost as lost:
+            except ActorLost as lost:
                 failure = Failure("infra", f"group {request.group_id} was lost", str(lost))
                 attempt += 1
                 self._lose(slot, generation, str(lost))
@@ -330,7 +303,7 @@ class RolloutPool:
         return failure, None
 
     async def _collect(
-        self, slot: _Slot, request: Request, attempt: int, arrived: Arrived | None
+        self, slot: Slot, request: Request, attempt: int, arrived: Arrived | None
     ) -> Outcome:
         name = request.group_id
 
@@ -346,8 +319,7 @@ class RolloutPool:
         waiting = [asyncio.create_task(early(index)) for index in range(count)]
         try:
             meta_ref, group = slot.handle.collect.options(num_returns=2).remote(name)
-            meta = await self._moving(
-                slot,
+            meta = await slot.moving(
                 meta_ref,
                 self._config.group_timeout_s,
                 f"while it generated group {name} (actors.group_timeout_s)",
@@ -359,7 +331,7 @@ class RolloutPool:
             for task in waiting:
                 task.cancel()
 
-    def _forget(self, slot: _Slot, generation: int, request: Request) -> None:
+    def _forget(self, slot: Slot, generation: int, request: Request) -> None:
         """Nobody waits for a group any more: its actor stops generating it."""
 
         def tell() -> None:
@@ -368,14 +340,14 @@ class RolloutPool:
 
         asyncio.get_running_loop().call_soon(tell)
 
-    async def _free_slot(self, request: Request, order: int) -> _Slot:
+    async def _free_slot(self, request: Request, order: int) -> Slot:
         """Wait for an actor with room; the oldest step's groups are served first.
 
         How long that takes is the engines' business, each of which is watched: only when there is
         none left to wait for is it an error.
         """
         samples = request.sampling.n
-        future: asyncio.Future[_Slot] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Slot] = asyncio.get_running_loop().create_future()
         heapq.heappush(self._queue, (request.step, order, samples, future))
         self._dispatch()
         try:
@@ -409,86 +381,7 @@ class RolloutPool:
                 future.set_result(slot)
             heapq.heappop(self._queue)
 
-    async def _moving(self, slot: _Slot, reference: Any, limit_s: float, what: str) -> Any:
-        """An actor's answer, however long it takes; _ActorLost once it makes no progress."""
-        generation, watch = slot.generation, slot.watch
-        since = watch.total_s
-        call = asyncio.ensure_future(_value(reference))
-        slot.waiters += 1
-        if slot.beats is None:
-            slot.beats = asyncio.create_task(self._beat(slot))
-        try:
-            while not (await asyncio.wait({call}, timeout=self._beat_s))[0]:
-                if slot.generation != generation:
-                    raise _ActorLost(f"rollout-{slot.index} was replaced {what}")
-                # An update stops generation: it has a limit of its own.
-                pause = self._config.sync_timeout_s if slot.syncing else 0.0
-                if watch.late(since, max(limit_s, pause)):
-                    raise _ActorLost(
-                        f"rollout-{slot.index} made no progress for {limit_s:g} s {what}"
-                    )
-            watch.silent_s = 0.0
-            return self._answer(slot, call)
-        finally:
-            call.cancel()
-            slot.waiters -= 1
-            if not slot.waiters and slot.beats is not None:
-                slot.beats.cancel()
-                slot.beats = None
-
-    async def _beat(self, slot: _Slot) -> None:
-        """Ask the slot's actor now and then how far it is, for as long as somebody waits for it."""
-        asking: asyncio.Future[Any] | None = None
-        watch, last = slot.watch, time.monotonic()
-        try:
-            while True:
-                if watch is not slot.watch:
-                    # Another actor: the old one's answer says nothing of it.
-                    watch = slot.watch
-                    _drop(asking)
-                    asking = None
-                if asking is None:
-                    asking = asyncio.ensure_future(_value(slot.handle.place.remote()))
-                await asyncio.sleep(self._beat_s)
-                now = time.monotonic()
-                # More than two beats: it was this process that did not run.
-                elapsed, last = min(now - last, 2 * self._beat_s), now
-                place = None
-                if asking.done():
-                    # An error is noticed by those who wait, in their own calls.
-                    place = None if asking.exception() else asking.result()
-                    asking = None
-                if place is None:
-                    watch.beat(elapsed)
-                else:
-                    watch.beat(elapsed, place.progress, place.cpu_s)
-        finally:
-            _drop(asking)
-
-    async def _within(self, slot: _Slot, reference: Any, timeout_s: float, what: str) -> Any:
-        """An actor's answer; _ActorLost when it takes longer than that."""
-        call = asyncio.ensure_future(_value(reference))
-        try:
-            if (await asyncio.wait({call}, timeout=timeout_s))[0]:
-                return self._answer(slot, call)
-            raise _ActorLost(f"rollout-{slot.index} took over {timeout_s:.0f} s {what}")
-        finally:
-            call.cancel()
-
-    def _answer(self, slot: _Slot, call: asyncio.Future[Any]) -> Any:
-        """What an actor answered, or what is to be done about its error."""
-        error = call.exception()
-        if error is None:
-            return call.result()
-        if not isinstance(error, Exception):
-            raise error
-        failure = failure_of(error, f"rollout-{slot.index}")
-        if failure.kind == "infra":
-            raise _ActorLost(f"{failure.what} died: {failure.message}") from None
-        # Its methods answer with values: an exception is a mistake in the program.
-        raise RolloutError(f"{failure.what} failed: {failure.message}") from error
-
-    def _lose(self, slot: _Slot, generation: int, why: str | None) -> None:
+    def _lose(self, slot: Slot, generation: int, why: str | None) -> None:
         """Replace a slot's actor, once for all the groups that noticed its end.
 
         why: None: the actor lives and has no weights; it pulls them.
@@ -499,14 +392,14 @@ class RolloutPool:
             slot.ready = False
             slot.repair = asyncio.create_task(self._repair(slot, why))
 
-    async def _repair(self, slot: _Slot, why: str | None) -> None:
+    async def _repair(self, slot: Slot, why: str | None) -> None:
         import ray
 
         try:
             if why is None:
                 try:
                     return await self._pull(slot)
-                except _ActorLost as lost:
+                except ActorLost as lost:
                     why = str(lost)
             while True:
                 slot.failures += 1
@@ -524,7 +417,7 @@ class RolloutPool:
                 try:
                     await self._bring_up(slot)
                     return
-                except _ActorLost as lost:
+                except ActorLost as lost:
                     why = str(lost)
         except RolloutError as error:
             self._broken = self._broken or error
@@ -535,10 +428,9 @@ class RolloutPool:
             slot.repair = None
             self._dispatch()
 
-    async def _bring_up(self, slot: _Slot) -> None:
+    async def _bring_up(self, slot: Slot) -> None:
         """Place and start a new actor, with the newest weights."""
-        await self._within(
-            slot,
+        await slot.within(
             slot.handle.place.remote(),
             self._config.start_timeout_s,
             "to be placed by Ray (actors.start_timeout_s)",
@@ -549,7 +441,7 @@ class RolloutPool:
 
     async def memory(self) -> int:
         """Peak resident bytes of all actors and engines that answer within half a minute."""
-        calls = [asyncio.ensure_future(_value(s.handle.memory.remote())) for s in self._slots]
+        calls = [asyncio.ensure_future(s.handle.memory.remote()) for s in self._slots]
         done, late = await asyncio.wait(calls, timeout=30) if calls else (set(), set())
         for call in late:
             call.cancel()
@@ -564,17 +456,3 @@ class RolloutPool:
                 if task is not None:
                     task.cancel()
             ray.kill(slot.handle)
-
-
-class _ActorLost(Exception):
-    """An actor died or makes no progress."""
-
-
-async def _value(reference: Any) -> Any:
-    return await reference
-
-
-def _drop(asking: asyncio.Future[Any] | None) -> None:
-    """Cancel a call; its error, if it has one already, was seen."""
-    if asking is not None and not asking.cancel() and not asking.cancelled():
-        asking.exception()

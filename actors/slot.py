@@ -1,0 +1,129 @@
+"""A place in the pool: the actor in it, and calls to it that notice when it is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from actors.errors import failure_of
+from actors.watch import Watch
+
+
+class RolloutError(Exception):
+    """The pool cannot go on; the message says which actor, what happened, what to change."""
+
+
+class ActorLost(Exception):
+    """An actor died or makes no progress."""
+
+
+@dataclass
+class Slot:
+    """A place in the pool; the actor in it may be replaced.
+
+    ready: it may be given groups. repair: the task that is replacing its actor. gap: the probe's at
+    its last update. waiters: calls that its watch is kept for. beat_s: between two looks at it.
+    pause_s: how long an update may be without progress, while generation stands still.
+    """
+
+    index: int
+    handle: Any
+    cores: tuple[int, ...] = ()
+    load: int = 0
+    ready: bool = False
+    syncing: bool = False
+    failures: int = 0
+    generation: int = 0
+    gap: float = 0.0
+    repair: asyncio.Task[None] | None = None
+    watch: Watch = field(default_factory=Watch)
+    waiters: int = 0
+    beats: asyncio.Task[None] | None = None
+    beat_s: float = 5.0
+    pause_s: float = 0.0
+
+    async def moving(self, reference: Any, limit_s: float, what: str) -> Any:
+        """An actor's answer, however long it takes; ActorLost once it makes no progress."""
+        generation, watch = self.generation, self.watch
+        since = watch.total_s
+        call = asyncio.ensure_future(reference)
+        self.waiters += 1
+        if self.beats is None:
+            self.beats = asyncio.create_task(self._beat())
+        try:
+            while not (await asyncio.wait({call}, timeout=self.beat_s))[0]:
+                if self.generation != generation:
+                    raise ActorLost(f"rollout-{self.index} was replaced {what}")
+                pause = self.pause_s if self.syncing else 0.0
+                if watch.late(since, max(limit_s, pause)):
+                    raise ActorLost(
+                        f"rollout-{self.index} made no progress for {limit_s:g} s {what}"
+                    )
+            watch.silent_s = 0.0
+            return self._answer(call)
+        finally:
+            _drop(call)
+            self.waiters -= 1
+            if not self.waiters and self.beats is not None:
+                self.beats.cancel()
+                self.beats = None
+
+    async def _beat(self) -> None:
+        """Ask the slot's actor now and then how far it is, for as long as somebody waits for it."""
+        asking: asyncio.Future[Any] | None = None
+        watch, last = self.watch, time.monotonic()
+        try:
+            while True:
+                if watch is not self.watch:
+                    # Another actor: the old one's answer says nothing of it.
+                    watch = self.watch
+                    _drop(asking)
+                    asking = None
+                if asking is None:
+                    asking = asyncio.ensure_future(self.handle.place.remote())
+                await asyncio.sleep(self.beat_s)
+                now = time.monotonic()
+                # More than two beats: it was this process that did not run.
+                elapsed, last = min(now - last, 2 * self.beat_s), now
+                place = None
+                if asking.done():
+                    # An error is noticed by those who wait, in their own calls.
+                    place = None if asking.exception() else asking.result()
+                    asking = None
+                if place is None:
+                    watch.beat(elapsed)
+                else:
+                    watch.beat(elapsed, place.progress, place.cpu_s)
+        finally:
+            _drop(asking)
+
+    async def within(self, reference: Any, timeout_s: float, what: str) -> Any:
+        """An actor's answer; ActorLost when it takes longer than that."""
+        call = asyncio.ensure_future(reference)
+        try:
+            if (await asyncio.wait({call}, timeout=timeout_s))[0]:
+                return self._answer(call)
+            raise ActorLost(f"rollout-{self.index} took over {timeout_s:.0f} s {what}")
+        finally:
+            call.cancel()
+
+    def _answer(self, call: asyncio.Future[Any]) -> Any:
+        """What an actor answered, or what is to be done about its error."""
+        error = call.exception()
+        if error is None:
+            return call.result()
+        if not isinstance(error, Exception):
+            raise error
+        failure = failure_of(error, f"rollout-{self.index}")
+        if failure.kind == "infra":
+            raise ActorLost(f"{failure.what} died: {failure.message}") from None
+        # Its methods answer with values: an exception is a mistake in the program.
+        raise RolloutError(f"{failure.what} failed: {failure.message}") from error
+
+
+def _drop(asking: asyncio.Future[Any] | None) -> None:
+    """Cancel a call; its error, if it has one already, was seen."""
+    if asking is not None and not asking.cancel() and not asking.cancelled():
+        asking.exception()
