@@ -6,25 +6,23 @@ TRL, verl and Open-R1 use too.
 
 from __future__ import annotations
 
+import functools
 import logging
-import signal
-from collections.abc import Callable, Sequence
-from typing import Any, Never, TypeVar
+import threading
+from collections.abc import Sequence
+from typing import Any
 
 from rewards.answer import parse_number, same_text
 from rewards.base import completion_texts
+from rewards.bounded import Bounded, TooMuch
 from rewards.extract import AnswerIn, answer_of, beginnings, last_boxed, question_of
 
-T = TypeVar("T")
-ALARM_AGAIN_S = 0.1
+# Where one answer of a call has used up its time, how long each of the others may take.
+NEXT_S = 1.0
 
 
 def _not_about_timeouts(record: logging.LogRecord) -> bool:
     return "Timeout is disabled" not in record.getMessage()
-
-
-class _Late(BaseException):
-    """Not an Exception: parsers catch those."""
 
 
 class MathAnswer:
@@ -60,6 +58,9 @@ class MathAnswer:
         boxed = LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)
         self._said = [boxed]
         self._known = [boxed, ExprExtractionConfig()]
+        self._expected = functools.lru_cache(maxsize=256)(self._read_known)
+        self._bounded = Bounded(self._compare)
+        self._one_at_a_time = threading.Lock()
 
     def __call__(
         self,
@@ -72,12 +73,24 @@ class MathAnswer:
         texts = completion_texts(completions)
         questions = [question_of(prompt) for prompt in prompts]
         begun = beginnings(len(texts), prefills, prompts)
-        return [
-            None if known is None else self._score(question, text, str(known), prefill)
-            for question, text, known, prefill in zip(questions, texts, answer, begun, strict=True)
-        ]
+        seconds = float(self._timeout_s)
+        scores: list[float | Exception | None] = []
+        with self._one_at_a_time:
+            for question, text, known, prefill in zip(questions, texts, answer, begun, strict=True):
+                if known is None:
+                    scores.append(None)
+                    continue
+                try:
+                    scores.append(self._score(question, text, str(known), prefill, seconds))
+                except TooMuch:
+                    scores.append(0.0)
+                    seconds = min(seconds, NEXT_S)
+        return scores
 
-    def _score(self, question: str, text: str, known: str, prefill: str) -> float | Exception:
+    def _score(
+        self, question: str, text: str, known: str, prefill: str, seconds: float
+    ) -> float | Exception:
+        """Raises TooMuch for an answer that takes too much."""
         said = answer_of(text, self._answer_in, prefill)
         if said is None:
             return 0.0
@@ -87,62 +100,45 @@ class MathAnswer:
         if parse_number(known) is not None and _squeezed(said) in _squeezed(question):
             return 0.0
         try:
-            expected = self._read(known, self._known)
-            return float(bool(expected) and self._equal(expected, self._read(said, self._said)))
-        except _Late:
-            return TimeoutError(f"the answer {said[:80]!r} took over {self._timeout_s} s")
-        except MemoryError:
-            return MemoryError(f"the answer {said[:80]!r} took too much memory")
+            self._bounded(self._timeout_s, None, known)
+        except TooMuch as error:
+            return TimeoutError(f"the row's answer {known[:80]!r} cannot be read: {error}")
+        return float(self._bounded(seconds, said, known))
+
+    def _compare(self, said: str | None, known: str) -> bool:
+        """In the bounded process. said: None to read only what is known, for what comes next."""
+        expected = self._expected(known)
+        if said is None or not expected:
+            return False
+        found = self._read(said, self._said)
+        return bool(found) and self._equal(expected, found)
+
+    def _read_known(self, known: str) -> list[Any]:
+        return self._read(known, self._known)
 
     def _read(self, text: str, how: list[Any]) -> list[Any]:
-        def parse() -> list[Any]:
-            try:
-                return list(
-                    self._parse(
-                        f"\\boxed{{{text}}}",
-                        extraction_config=how,
-                        extraction_mode="first_match",
-                        parsing_timeout=None,
-                        raise_on_error=True,
-                    )
+        try:
+            return list(
+                self._parse(
+                    f"\\boxed{{{text}}}",
+                    extraction_config=how,
+                    extraction_mode="first_match",
+                    parsing_timeout=None,
+                    raise_on_error=True,
                 )
-            except MemoryError:
-                raise
-            except Exception:  # noqa: BLE001  what sympy cannot read is no answer
-                return []
-
-        return _bounded(parse, self._timeout_s)
+            )
+        except MemoryError:
+            raise
+        except Exception:  # noqa: BLE001  what sympy cannot read is no answer
+            return []
 
     def _equal(self, expected: list[Any], said: list[Any]) -> bool:
-        def verify() -> bool:
-            try:
-                return bool(self._verify(expected, said, timeout_seconds=None, raise_on_error=True))
-            except MemoryError:
-                raise
-            except Exception:  # noqa: BLE001  what sympy cannot compare is not shown to be equal
-                return False
-
-        return bool(said) and _bounded(verify, self._timeout_s)
-
-
-def _bounded(call: Callable[[], T], seconds: int) -> T:
-    """What the call returns, or _Late. math-verify's own alarm rings once, and is lost where it
-    rings inside a handler of every error."""
-
-    def ring(*_: Any) -> Never:
-        raise _Late
-
-    before = signal.signal(signal.SIGALRM, ring)
-    try:
         try:
-            signal.setitimer(signal.ITIMER_REAL, seconds, ALARM_AGAIN_S)
-            return call()
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-    finally:
-        # Again, for an alarm that rang in the line above.
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+            return bool(self._verify(expected, said, timeout_seconds=None, raise_on_error=True))
+        except MemoryError:
+            raise
+        except Exception:  # noqa: BLE001  what sympy cannot compare is not shown to be equal
+            return False
 
 
 def _squeezed(text: str) -> str:

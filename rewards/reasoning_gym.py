@@ -16,6 +16,7 @@ from functools import lru_cache
 from typing import Any
 
 from actors.records import Messages, derive_seed
+from rewards.bounded import Bounded, TooMuch
 from rewards.config import RewardFunctionConfig
 from rewards.extract import final_parts, last_boxed, tagged
 from rewards.tasks import Row, TaskError
@@ -24,6 +25,8 @@ from rewards.tasks import Row, TaskError
 HOLD_OUT_EVERY = 5
 # Questions that are tried for one row before the task is said to have too few.
 MAX_TRIES = 100
+# How long a scorer may take for one answer, and for those after one that took too long.
+SECONDS, NEXT_S = 3.0, 1.0
 # A longer answer is none.
 MAX_ANSWER = 20_000
 ANSWER_IN = ("tags", "boxed", "text")
@@ -158,23 +161,35 @@ def score(
     entry, dataset: columns of the task; None where a row has none, and the function does not apply.
     answer_in: see ReasoningGymTask; a completion without an answer is scored as reasoning-gym
     scores None. `unreadable` is 1 where the scorer refuses the answer: it raises for this one and
-    not for the known one, or the answer is code where a formula is wanted. Such an answer is wrong.
+    not for the known one, the answer takes too long, or is code where a formula is wanted. Such an
+    answer is wrong.
     """
     if answer_in not in ANSWER_IN:
         raise ValueError(f"answer_in must be one of {', '.join(ANSWER_IN)}, got {answer_in!r}")
-    return [
-        None if item is None or made_by is None else _score(text, item, made_by, answer_in)
-        for text, item, made_by in zip(
-            final_parts(completions, prefills, prompts), entry, dataset, strict=True
-        )
-    ]
+    seconds = SECONDS
+    scores: list[dict[str, float] | Exception | None] = []
+    for text, item, made_by in zip(
+        final_parts(completions, prefills, prompts), entry, dataset, strict=True
+    ):
+        if item is None or made_by is None:
+            scores.append(None)
+            continue
+        # Made here too, so that the process that scores has it and all its imports from the start.
+        _scorer(made_by["name"], json.dumps(made_by["config"], sort_keys=True))
+        answer = None if text is None else _answer(text, answer_in)
+        try:
+            scores.append(_bounded(seconds, answer, item, made_by))
+        except TooMuch:
+            # `9**9**9**9`; where there are many of them, the rest have less time.
+            scores.append({"score": 0.0, "unreadable": 1.0})
+            seconds = NEXT_S
+    return scores
 
 
-def _score(
-    text: str | None, entry: Mapping[str, Any], dataset: Mapping[str, Any], answer_in: str
+def _judge(
+    answer: str | None, entry: Mapping[str, Any], dataset: Mapping[str, Any]
 ) -> dict[str, float] | Exception:
     scorer = _scorer(dataset["name"], json.dumps(dataset["config"], sort_keys=True))
-    answer = None if text is None else _answer(text, answer_in)
     # The dataset that made an entry of a composite one is named inside.
     kind = entry["metadata"].get("source_dataset", dataset["name"])
     allowed = EVALUATED.get(kind)
@@ -190,8 +205,11 @@ def _score(
             scorer.score_answer(entry["answer"], entry)
         # It cannot score at all: that is no fault of the answer.
         except Exception:  # noqa: BLE001
-            return error
+            return RuntimeError(f"{type(error).__name__}: {error}")
         return {"score": 0.0, "unreadable": 1.0}
+
+
+_bounded = Bounded(_judge)
 
 
 def _answer(text: str, answer_in: str) -> str | None:

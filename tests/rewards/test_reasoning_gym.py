@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import pickle
+import time
 from typing import Any
 
 import pytest
+import reasoning_gym
 
 from rewards.config import TaskConfig
 from rewards.reasoning_gym import EVALUATED, score
@@ -158,3 +160,17 @@ def test_too_few_questions_are_said(monkeypatch: Any) -> None:
     assert task.eval_row(0)
     with pytest.raises(TaskError, match="chain_sum has too few different questions"):
         task.train_row(0)
+
+
+@pytest.mark.parametrize("said", ["9**9**9**9", "x**9**9**9**9", "(" * 90 + "9**9**9" + ")" * 90])
+def test_an_answer_without_end_is_wrong(said: str) -> None:
+    """It is evaluated where it can be ended; the next answer is scored as before."""
+    made_by = {"name": "simple_integration", "config": {}}
+    entry = reasoning_gym.create_dataset("simple_integration", seed=0, size=1)[0]
+    texts = [f"<answer>{said}</answer>", f"<answer>{entry['answer'].replace('+ C', '')}</answer>"]
+    started = time.perf_counter()
+    wrong, right = score(texts, [entry] * 2, [made_by] * 2)
+    assert time.perf_counter() - started < 10
+    assert isinstance(wrong, dict)
+    assert wrong["score"] == 0.0
+    assert right == {"score": 1.0, "unreadable": 0.0}

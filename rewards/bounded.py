@@ -1,0 +1,126 @@
+"""Calls that a model's answer may make endless: run in a process of their own that can be killed.
+
+`9**9**9**9` keeps Python inside one multiplication for hours, where no signal reaches it. The
+process is forked, so it has what this one has loaded, and it is kept from call to call.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import select
+import signal
+import struct
+import time
+from collections.abc import Callable
+from typing import Any
+
+from rewards.results import error_tail
+
+HEADER = struct.Struct(">Q")
+
+
+class TooMuch(Exception):
+    """The call took longer than it may, or more memory, or took its process down."""
+
+
+class Bounded:
+    """Calls `function(*arguments)` in a process that is ended after `seconds`.
+
+    Arguments and results are plain values. What the function raises is raised here as RuntimeError
+    with its words; `TooMuch` says that it was ended.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self._pid = 0
+        self._owner = 0
+        self._to = self._from = -1
+
+    def __call__(self, seconds: float, *arguments: Any) -> Any:
+        # A fork of the process that made it has no helper of its own.
+        if self._owner != os.getpid():
+            self._start()
+        deadline = time.monotonic() + seconds
+        try:
+            _send(self._to, pickle.dumps(arguments))
+            raised, value = _receive(self._from, deadline)
+        except (EOFError, BrokenPipeError) as error:
+            self.close()
+            raise TooMuch("its process died, most likely of too much memory") from error
+        except TimeoutError as error:
+            self.close()
+            raise TooMuch(f"it took over {seconds:g} s") from error
+        if raised == "memory":
+            raise TooMuch("it took too much memory")
+        if raised:
+            raise RuntimeError(value)
+        return value
+
+    def close(self) -> None:
+        """End the process, if there is one."""
+        if self._owner != os.getpid():
+            return
+        os.kill(self._pid, signal.SIGKILL)
+        os.waitpid(self._pid, 0)
+        os.close(self._to)
+        os.close(self._from)
+        self._owner = 0
+
+    def _start(self) -> None:
+        theirs, self._to = os.pipe()
+        self._from, out = os.pipe()
+        self._pid = os.fork()
+        if self._pid == 0:
+            os.close(self._to)
+            os.close(self._from)
+            _serve(self._function, theirs, out)
+        os.close(theirs)
+        os.close(out)
+        self._owner = os.getpid()
+
+
+def _serve(function: Callable[..., Any], requests: int, replies: int) -> None:
+    """The forked process: never returns."""
+    # An alarm of the process it came from is none of it.
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    try:
+        while True:
+            arguments = _receive(requests, None)
+            try:
+                reply = pickle.dumps(("", function(*arguments)))
+            except MemoryError:
+                reply = pickle.dumps(("memory", None))
+            # At a process boundary every error becomes a value.
+            except Exception as error:  # noqa: BLE001
+                reply = pickle.dumps(("raised", error_tail(error)))
+            _send(replies, reply)
+    except (EOFError, BrokenPipeError):
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+def _send(descriptor: int, body: bytes) -> None:
+    rest = memoryview(HEADER.pack(len(body)) + body)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
+
+
+def _receive(descriptor: int, deadline: float | None) -> Any:
+    (size,) = HEADER.unpack(_exactly(descriptor, HEADER.size, deadline))
+    return pickle.loads(_exactly(descriptor, size, deadline))
+
+
+def _exactly(descriptor: int, size: int, deadline: float | None) -> bytes:
+    data = bytearray()
+    while len(data) < size:
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        if not select.select([descriptor], [], [], left)[0]:
+            raise TimeoutError
+        chunk = os.read(descriptor, min(size - len(data), 1 << 20))
+        if not chunk:
+            raise EOFError
+        data += chunk
+    return bytes(data)

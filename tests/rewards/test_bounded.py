@@ -1,0 +1,83 @@
+"""Calls that may never end are made in a process that does."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rewards.bounded import Bounded, TooMuch
+
+calls: list[str] = []
+
+
+def work(what: str) -> Any:
+    calls.append(what)
+    if what == "power":
+        return 9 ** (9**9)
+    if what == "sleep":
+        time.sleep(60)
+    if what == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what == "memory":
+        resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+        return len(b"x" * (4 << 30))
+    if what == "raise":
+        raise KeyError("of its own")
+    if what == "large":
+        return "x" * 3_000_000
+    return os.getpid(), len(calls)
+
+
+@pytest.fixture
+def bounded() -> Iterator[Bounded]:
+    made = Bounded(work)
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("what", ["power", "sleep", "die", "memory"])
+def test_what_takes_too_much_is_ended_and_the_next_call_works(bounded: Bounded, what: str) -> None:
+    first, _ = bounded(5, "ok")
+    started = time.perf_counter()
+    with pytest.raises(TooMuch):
+        bounded(0.5, what)
+    assert time.perf_counter() - started < 2
+    second, _ = bounded(5, "ok")
+    assert what == "memory" or second != first
+    assert not Path(f"/proc/{first}").exists() or what == "memory"
+
+
+def test_the_process_is_kept_and_is_another(bounded: Bounded) -> None:
+    pid, count = bounded(5, "ok")
+    assert pid != os.getpid()
+    assert bounded(5, "ok") == (pid, count + 1)
+    assert "ok" not in calls
+
+
+def test_errors_and_long_results(bounded: Bounded) -> None:
+    with pytest.raises(RuntimeError, match="KeyError: 'of its own'"):
+        bounded(5, "raise")
+    assert len(bounded(5, "large")) == 3_000_000
+    with pytest.raises(RuntimeError, match="pickle"):
+        Bounded(lambda: lambda: 0)(5)
+
+
+def test_it_ends_with_its_owner(tmp_path: Path) -> None:
+    pid = os.fork()
+    if pid == 0:
+        helper, _ = Bounded(work)(5, "ok")
+        (tmp_path / "helper").write_text(str(helper), encoding="utf-8")
+        os._exit(0)
+    os.waitpid(pid, 0)
+    helper = int((tmp_path / "helper").read_text(encoding="utf-8"))
+    deadline = time.monotonic() + 5
+    while Path(f"/proc/{helper}").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not Path(f"/proc/{helper}").exists()
