@@ -8,6 +8,12 @@ LOOP = "tests/harness/test_loop.py"
 RESUME = "tests/harness/test_resume.py"
 CHAOS = "tests/harness/test_chaos.py"
 DURABLE = "tests/harness/test_durable.py"
+COSTS = "tests/harness/test_costs.py"
+RECOVERY = "tests/actors/test_recovery.py"
+POOL = "tests/actors/test_pool.py"
+WEIGHTS = "tests/harness/test_weights.py"
+BATCH = "tests/learner/test_batch.py"
+GRPO = "tests/learner/test_grpo.py"
 
 MUTANTS = (
     Mutant(
@@ -40,7 +46,7 @@ MUTANTS = (
     ),
     Mutant(
         "actors/rollout.py",
-        "if info.version < self._version:",
+        "if info.version < self._newest:",
         "if False:",
         "an actor refuses weights older than its own",
         (f"{LOOP}::test_an_actor_refuses_weights_older_than_its_own",),
@@ -58,5 +64,176 @@ MUTANTS = (
         "",
         "a checkpoint's files are on the disk before it is complete",
         (f"{DURABLE}::test_every_file_and_folder_is_written_through_before_the_marker",),
+    ),
+    # The rollout actors and their pool.
+    Mutant(
+        "actors/pool.py",
+        "here = [slot for slot in self._slots if slot.repair is None]",
+        "here = list(self._slots)",
+        "an actor in repair is left alone by an update",
+        (
+            f"{RECOVERY}::test_an_update_leaves_an_actor_in_repair_alone_and_it_comes_up_with_the_newest",
+        ),
+    ),
+    Mutant(
+        "actors/pool.py",
+        "if isinstance(refused, NotSynced):",
+        "if False:",
+        "an actor without weights is waited for, not replaced",
+        (f"{RECOVERY}::test_not_synced_is_a_reason_to_wait_not_to_replace",),
+    ),
+    Mutant(
+        "actors/pool.py",
+        "if not gap <= limit:",
+        "if gap > limit:",
+        "a probe that is not a number proves nothing",
+        (f"{POOL}::test_nan_in_the_probe_is_not_within_tolerance",),
+    ),
+    Mutant(
+        "actors/pool.py",
+        "if stale(probe, self._probe_before, logprobs, usual):",
+        "if False:",
+        "an engine that stayed at the version before is noticed by the probe",
+        (f"{RECOVERY}::test_an_engine_that_stays_at_the_version_before_ends_the_run",),
+    ),
+    Mutant(
+        "actors/pool.py",
+        "if watch.late(since, max(limit_s, pause)):",
+        "if watch.late(since, 100 * max(limit_s, pause)):",
+        "an engine that makes no progress is replaced after its timeout",
+        (f"{COSTS}::test_a_frozen_engine_costs_its_timeout_and_no_more",),
+    ),
+    Mutant(
+        "actors/pool.py",
+        "                    watch.beat(elapsed, place.progress, place.cpu_s)",
+        "                    watch.beat(elapsed)",
+        "an engine that is slow and healthy is never replaced",
+        (f"{COSTS}::test_a_slow_engine_is_not_a_dead_one",),
+    ),
+    Mutant(
+        "actors/pool.py",
+        "heapq.heappush(self._queue, (request.step, order, samples, future))",
+        "heapq.heappush(self._queue, (0, order, samples, future))",
+        "what waits is served oldest step first",
+        (f"{RECOVERY}::test_what_waits_is_served_oldest_step_first_also_what_was_lost",),
+    ),
+    Mutant(
+        "actors/pool.py",
+        "                        slot.failures = 0\n",
+        "",
+        "failures far apart do not add up to a run that ends",
+        (f"{POOL}::test_failures_far_apart_do_not_add_up",),
+    ),
+    Mutant(
+        "actors/rollout.py",
+        "                self._version = UNSYNCED\n                await engine.update",
+        "                await engine.update",
+        "an actor whose update failed does not generate",
+        (f"{RECOVERY}::test_an_actor_whose_update_failed_says_not_synced_and_takes_the_next",),
+    ),
+    Mutant(
+        "actors/rollout.py",
+        "                await engine.prove(path, info.version)\n",
+        "",
+        "an update that an engine ignores is caught at that update",
+        (f"{WEIGHTS}::test_an_update_that_an_engine_ignores_ends_the_run_at_that_update",),
+    ),
+    Mutant(
+        "actors/rollout.py",
+        "if self._version == UNSYNCED:",
+        "if False:",
+        "nothing is generated before weights were pulled",
+        (f"{POOL}::test_an_actor_refuses_to_generate_before_it_has_pulled_weights",),
+    ),
+    Mutant(
+        "actors/errors.py",
+        "if isinstance(error, (RayError, TimeoutError, ConnectionError, MemoryError)):",
+        "if isinstance(error, (TimeoutError, ConnectionError, MemoryError)):",
+        "every loss that Ray reports is the machine's fault, to be tried elsewhere",
+        (
+            "tests/actors/test_errors.py"
+            "::test_every_error_of_ray_is_infra_but_those_that_a_program_makes",
+        ),
+    ),
+    Mutant(
+        "actors/machine.py",
+        'for name in ("memory.max", "memory.high"):',
+        'for name in ("memory.max",):',
+        "a container's memory limits are heeded",
+        ("tests/actors/test_machine.py::test_version_2",),
+    ),
+    # The learner.
+    Mutant(
+        "learner/plan.py",
+        "    by_task = group_advantages(task_rewards(meta, scores), algorithm, 1.0)",
+        "    by_task = group_advantages("
+        "shaped_rewards(meta, scores, algorithm, max_tokens), algorithm, 1.0)",
+        "a length penalty alone is no signal",
+        (f"{BATCH}::test_a_length_penalty_is_no_signal",),
+    ),
+    Mutant(
+        "learner/plan.py",
+        "            sum(sizes[start::count]),\n",
+        "            sum(kept_sizes[start::count]),\n",
+        "a constant normaliser is over all completions, trained or not",
+        (f"{BATCH}::test_a_constant_is_over_all_completions",),
+    ),
+    Mutant(
+        "learner/plan.py",
+        "        None if tokens == 0 else reward\n",
+        "        reward\n",
+        "a completion without tokens is not trained",
+        (f"{BATCH}::test_plan_invariants",),
+    ),
+    Mutant(
+        "learner/grpo.py",
+        '    alone = algorithm.scale == "group" and all_equal(rewards)\n',
+        "    alone = False\n",
+        "a KL off equal rewards is not brought to full size",
+        (f"{GRPO}::test_a_kl_off_the_reward",),
+    ),
+    Mutant(
+        "learner/grpo.py",
+        "ratio_T.clamp(1.0 - clip_low, 1.0 + clip_high) * advantages_T",
+        "ratio_T.clamp(1.0 - clip_low, 1.0 + clip_low) * advantages_T",
+        "the upper clip bound is its own",
+        (f"{GRPO}::test_clipped_objective",),
+    ),
+    Mutant(
+        "learner/grpo.py",
+        "weight_T = w_T.clamp(max=algorithm.correction_cap)",
+        "weight_T = torch.ones_like(w_T)",
+        "the engine's mismatch is corrected",
+        (f"{GRPO}::test_token_corrections",),
+    ),
+    Mutant(
+        "learner/batch.py",
+        "            before[0] = first + prompt - 1\n",
+        "",
+        "a completion's first token is predicted by the prompt's last, wherever it lies in the row",
+        (f"{BATCH}::test_tensors_against_brute_force",),
+    ),
+    Mutant(
+        "learner/weights.py",
+        "            fingerprint = xxhash.xxh3_128(view).hexdigest()",
+        "            fingerprint = xxhash.xxh3_128(header).hexdigest()",
+        "a torn weight file is noticed by its fingerprint",
+        ("tests/learner/test_weights.py::test_file_is_the_model",),
+    ),
+    # Rewards.
+    Mutant(
+        "rewards/environment.py",
+        "    known = name in NAMES or (name.startswith(PREFIXES) and not SECRET.search(name))",
+        "    known = not SECRET.search(name)",
+        "reward code sees only variables that are known to be harmless",
+        ("tests/rewards/test_environment.py::test_only_harmless_variables_pass",),
+    ),
+    # Config.
+    Mutant(
+        "cluster/values.py",
+        'NULLS = frozenset({"", "~", "null", "Null", "NULL"})',
+        'NULLS = frozenset({"", "~", "null", "Null", "NULL", "no"})',
+        "a text key gets its value as it is written",
+        ("tests/cluster/test_values.py::test_texts_of_the_command_line_stay_what_they_are",),
     ),
 )
