@@ -1,7 +1,6 @@
-"""What is checked and loaded before anything starts: model folder, task, rewards, lengths, run.dir.
+"""What is checked and loaded before anything starts: model folder, task, rewards, lengths.
 
-Nothing here needs Ray, an engine or a learner; nothing is written except the run's folder,
-or one for logs.
+Nothing here needs Ray, an engine or a learner; nothing is written except a folder for passing logs.
 """
 
 from __future__ import annotations
@@ -178,25 +177,6 @@ def check_lengths(
     return max(len(prompt.token_ids) for prompt in fitting), len(overlong)
 
 
-def find_run_dir(config: Config) -> Path:
-    """The run's folder, which need not exist yet; writes nothing.
-
-    Raises RunError when it is a file, or holds a run that is not to be continued.
-    """
-    folder = expand(config.run.dir).absolute()
-    if folder.exists() and not folder.is_dir():
-        raise RunError(f"run.dir={folder} is a file")
-    holds = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
-    if (folder / "config.yaml").exists() and not config.run.resume:
-        raise RunError(
-            f"run.dir={folder} already holds a run: add run.resume=true to continue it, or "
-            "choose another run.dir"
-        )
-    if holds - {"logs"} and "config.yaml" not in holds:
-        raise RunError(f"run.dir={folder} holds other files and no run: choose another run.dir")
-    return folder
-
-
 @contextmanager
 def passing_logs(command: str) -> Iterator[Path]:
     """A folder for the logs of a command that has no run directory.
@@ -206,22 +186,6 @@ def passing_logs(command: str) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix=f"cohort-{command}-"))
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def claim_run_dir(config: Config) -> Path:
-    """The run's folder, made if needed.
-
-    Raises RunError when it cannot be written, or holds a run that is not to be continued.
-    """
-    folder = find_run_dir(config)
-    try:
-        (folder / "logs").mkdir(parents=True, exist_ok=True)
-        probe = folder / "logs" / f".write-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise RunError(f"run.dir={folder} cannot be written: {error.strerror}") from error
-    return folder
 
 
 def first_probe(prepared: Prepared) -> list[int]:

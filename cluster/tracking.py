@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
@@ -11,7 +12,8 @@ import os
 import secrets
 import string
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +21,8 @@ from urllib.parse import urlsplit
 
 from actors.records import ScoredGroup
 from cluster.config import Config
+from cluster.files import replacing, write_atomically
+from learner.aside import Aside
 
 logger = logging.getLogger(__name__)
 
@@ -115,21 +119,6 @@ def plain(name: str, value: Any) -> int | float | None:
     return number if math.isfinite(number) else None
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` by `text`; a crash leaves the old file or the new one, never a mixture."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl; a last line torn by a crash is left out.
 
@@ -185,16 +174,35 @@ def rollout_rows(step: int, scored_groups: Sequence[ScoredGroup]) -> list[dict[s
     return rows
 
 
+@contextmanager
+def rollout_writer(
+    folder: Path, step: int
+) -> Iterator[Callable[[ScoredGroup], list[dict[str, Any]]]]:
+    """Write folder/step-NNNNNN.jsonl group by group: the function adds one, returns its rows.
+
+    The file is there when the block has ended, whole, or not at all.
+    """
+    target = folder / f"step-{step:06d}.jsonl"
+    with replacing(target) as file:
+
+        def add(scored: ScoredGroup) -> list[dict[str, Any]]:
+            rows = rollout_rows(step, [scored])
+            for row in rows:
+                text = json.dumps(row, ensure_ascii=False) + "\n"
+                # Half a surrogate pair, which a dataset may hold, has no UTF-8; as an escape it
+                # is JSON.
+                file.write(text.encode("utf-8", "backslashreplace"))
+            return rows
+
+        yield add
+
+
 def write_rollouts(
     folder: Path, step: int, scored_groups: Sequence[ScoredGroup]
 ) -> list[dict[str, Any]]:
     """Write a step's completions to folder/step-NNNNNN.jsonl, one a line; returns the rows."""
-    rows = rollout_rows(step, scored_groups)
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    # Half a surrogate pair, which a dataset may hold, has no UTF-8; as an escape it is JSON.
-    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
-    write_atomically(folder / f"step-{step:06d}.jsonl", text)
-    return rows
+    with rollout_writer(folder, step) as add:
+        return [row for scored in scored_groups for row in add(scored)]
 
 
 def table_rows(rows: Sequence[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
@@ -213,8 +221,9 @@ class Tracker:
 
     first_step: the first step that will be logged: the number of completed steps in the checkpoint
     the run continues from, 0 for a new run. Rows and rollout files from there on belong to work
-    that will be done again, and are removed.
+    that will be done again, and are moved aside.
     resume_state: what `state()` returned when that checkpoint was saved; None for a new run.
+    unwritten: rows that could not be written yet; they are tried again with the next one.
 
     Raises ValueError when metrics.jsonl is damaged. W&B never raises: its first failure is
     one warning, and the run goes on with metrics.jsonl.
@@ -227,17 +236,19 @@ class Tracker:
         resume_state: dict[str, Any] | None = None,
         *,
         first_step: int = 0,
+        aside: Aside | None = None,
     ) -> None:
         rollouts = run_dir / "rollouts"
         rollouts.mkdir(parents=True, exist_ok=True)
+        aside = aside or Aside(run_dir)
         metrics = run_dir / "metrics.jsonl"
-        kept = {row["step"]: row for row in read_metrics(metrics) if row["step"] < first_step}
-        write_atomically(metrics, "".join(json.dumps(row) + "\n" for row in kept.values()))
-        for file in rollouts.glob("step-*.jsonl"):
+        self._last_step = _keep_metrics(metrics, first_step, aside)
+        for file in sorted(rollouts.glob("step-*.jsonl")):
             if int(file.stem.removeprefix("step-")) >= first_step:
-                file.unlink()
-        self._last_step = max(kept, default=-1)
-        self._metrics = metrics.open("a", encoding="utf-8")
+                aside.move(file)
+        # Without a buffer: what could not be written must not be written later by chance.
+        self._metrics = metrics.open("ab", buffering=0)
+        self.unwritten: list[str] = []
         self._wandb: _Wandb | None = None
         mode = wandb_mode(config.tracking.wandb, os.environ)
         self._wandb_id: str | None = (resume_state or {}).get("wandb_id")
@@ -259,7 +270,7 @@ class Tracker:
         """Append one step; on disk when this returns.
 
         Raises ValueError for missing STEP_KEYS, for values that are not numbers, and for a step
-        that is not above the last one.
+        that is not above the last one; OSError when the file cannot be written.
         """
         missing = [key for key in STEP_KEYS if key not in metrics]
         if missing:
@@ -269,12 +280,24 @@ class Tracker:
         step = row["step"]
         if not isinstance(step, int) or step <= self._last_step:
             raise ValueError(f"step {step} does not follow step {self._last_step}")
-        self._metrics.write(json.dumps(row) + "\n")
-        self._metrics.flush()
-        os.fsync(self._metrics.fileno())
         self._last_step = step
         if self._wandb is not None:
             self._wandb.log({key: value for key, value in row.items() if value is not None})
+        self.unwritten.append(json.dumps(row) + "\n")
+        self._write()
+
+    def _write(self) -> None:
+        """Write every row that is not in the file yet, or none of them."""
+        size = os.fstat(self._metrics.fileno()).st_size
+        text = "".join(self.unwritten).encode()
+        try:
+            if (written := self._metrics.write(text)) != len(text):
+                raise OSError(errno.ENOSPC, f"{written} of {len(text)} bytes were written")
+            os.fsync(self._metrics.fileno())
+        except OSError:
+            os.ftruncate(self._metrics.fileno(), size)
+            raise
+        self.unwritten.clear()
 
     def table(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
         """Show rows of `rollout_rows` as a W&B table."""
@@ -284,9 +307,40 @@ class Tracker:
     def close(self, exit_code: int = 0) -> None:
         """Finish the W&B run with this exit code and close the files. May be called twice."""
         if not self._metrics.closed:
+            try:
+                if self.unwritten:
+                    self._write()
+            except OSError as error:
+                logger.warning(
+                    "the metrics of the last %d steps could not be written: %s",
+                    len(self.unwritten),
+                    error,
+                )
             self._metrics.close()
         if self._wandb is not None:
             self._wandb.finish(exit_code)
+
+
+def _keep_metrics(file: Path, first_step: int, aside: Aside) -> int:
+    """Leave the rows of steps before `first_step` in the file; returns the last of them, or -1."""
+    read_metrics(file)  # raises when it is damaged
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    kept: dict[int, str] = {}
+    others = []
+    for line in text.splitlines(keepends=True):
+        try:
+            step = json.loads(line)["step"]
+        except json.JSONDecodeError:
+            step = first_step  # the last line, torn
+        if step < first_step:
+            others += [kept[step]] if step in kept else []
+            kept[step] = line.rstrip("\n") + "\n"
+        else:
+            others.append(line)
+    if others:
+        aside.write(file.name, "".join(others))
+    write_atomically(file, "".join(kept.values()))
+    return max(kept, default=-1)
 
 
 def _run_id(file: Path, known: str | None) -> str:

@@ -1,7 +1,7 @@
 """Checkpoints that are either complete or ignored.
 
     checkpoints/
-      tmp-40/            being written; removed at the next start
+      tmp-40/            being written; moved aside at the next start
       step-20/
         hf/              the policy as a Hugging Face folder
         deepspeed/       optimizer state, one part per rank
@@ -24,51 +24,99 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from learner.aside import Aside
+
 STATE = "state.json"
 MANIFEST = "manifest.json"
 COMPLETE = "COMPLETE"
 HF_FOLDER = "hf"
+TRIAL = "tmp-trial"
+DRIVER_WAS_HERE = "driver"
 
 
 class CheckpointError(Exception):
     """A checkpoint cannot be written, found or used; the message says which and why."""
 
 
+class NotFiniteError(CheckpointError):
+    """The weights hold a NaN or an infinity: they are not saved."""
+
+
 class Checkpoints:
     """The checkpoint folder of one run. One process, the driver, uses it at a time.
 
-    expected_bytes: size of one checkpoint, about.
+    expected_bytes: size of one checkpoint, about. aside: where a half checkpoint of an earlier
+    start, and one that is in the way of another, are moved.
     """
 
-    def __init__(self, folder: str | Path, keep: int, expected_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        keep: int,
+        expected_bytes: int = 0,
+        aside: Aside | None = None,
+    ) -> None:
         self.folder = Path(folder)
         self.keep = keep
         self.expected_bytes = expected_bytes
+        self._aside = aside or Aside(self.folder.parent)
         self.folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(self.folder / TRIAL, ignore_errors=True)
         for leftover in self.folder.glob("tmp-*"):
-            shutil.rmtree(leftover)
+            self._aside.move(leftover)
 
     def begin(self, step: int) -> Path:
         """A fresh folder for the ranks to write into; `commit` makes it a checkpoint.
 
         Raises CheckpointError when it would not fit on the disk.
         """
+        self.discard(step)
         self.require_space()
         temporary = self._temporary(step)
-        if temporary.exists():
-            shutil.rmtree(temporary)
         temporary.mkdir()
         return temporary
 
-    def require_space(self) -> None:
-        """Raise CheckpointError unless one more checkpoint fits: old ones go after it is there."""
+    def discard(self, step: int) -> None:
+        """Give up what was begun for a step, and the space that it takes."""
+        shutil.rmtree(self._temporary(step), ignore_errors=True)
+
+    def require_space(self, saves: int = 1) -> None:
+        """Raise CheckpointError unless there is room for what the next `saves` checkpoints need.
+
+        An old one goes only after a new one is complete, so that there is one more than `keep`.
+        """
+        there = sum(map(is_complete, _by_step(self.folder)))
+        more = max(1, min(saves, self.keep + 1 - there))
+        needed = more * self.expected_bytes
         free = shutil.disk_usage(self.folder).free
-        if free < self.expected_bytes:
+        if free < needed:
+            several = f", {more} of them {size_of(needed)}" if more > 1 else ""
             raise CheckpointError(
-                f"{self.folder}: a checkpoint takes about {self.expected_bytes / 2**30:.1f} GiB, "
-                f"and {free / 2**30:.1f} GiB are free on this disk: make room there, lower "
+                f"{self.folder}: a checkpoint takes about {size_of(self.expected_bytes)}{several}, "
+                f"and {size_of(free)} are free on this disk: make room there, lower "
                 "run.keep_checkpoints, or choose another run.dir"
             )
+
+    @contextmanager
+    def trial(self) -> Iterator[Path]:
+        """A folder in which everything that saving does to files is tried, and then removed.
+
+        Raises CheckpointError when the folder cannot be written as a checkpoint is.
+        """
+        folder = self.folder / TRIAL
+        try:
+            folder.mkdir(exist_ok=True)
+            _write(folder / "written", "by the driver\n")
+            _sync(folder)
+            os.rename(folder / "written", folder / DRIVER_WAS_HERE)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.folder}: a checkpoint could not be written: {error}"
+            ) from error
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def commit(self, step: int, state: dict[str, Any]) -> Path:
         """Add the driver's state, make everything durable, give it its name, drop old ones.
@@ -90,12 +138,18 @@ class Checkpoints:
 
         final = self.folder / f"step-{step}"
         if final.exists():
-            # Only a torn one, or the same step of an earlier attempt, can be here.
-            shutil.rmtree(final)
+            # A torn one, or the same step of an earlier attempt.
+            self._aside.move(final)
         os.rename(temporary, final)
-        _sync(self.folder)
-        _write(final / COMPLETE, "")
-        _sync(final)
+        try:
+            _sync(self.folder)
+            _write(final / COMPLETE, "")
+            _sync(final)
+        except OSError:
+            # No half checkpoint under a checkpoint's name: the caller may try again.
+            (final / COMPLETE).unlink(missing_ok=True)
+            os.rename(final, temporary)
+            raise
         self.prune()
         return final
 
@@ -104,19 +158,27 @@ class Checkpoints:
         return latest(self.folder)
 
     def prune(self) -> None:
-        """Delete all but the newest `keep` complete checkpoints, and torn ones older than those."""
+        """Delete all but the newest `keep` complete checkpoints; move older torn ones aside."""
         complete = [path for path in _by_step(self.folder) if is_complete(path)]
-        if not complete:
-            return
-        kept = complete[: self.keep]
         for path in _by_step(self.folder):
-            if path not in kept and _step(path) < _step(complete[0]):
-                # Without its marker first: a deletion that is cut short leaves no half checkpoint.
-                (path / COMPLETE).unlink(missing_ok=True)
-                shutil.rmtree(path)
+            if path in complete[self.keep :]:
+                # By another name first: a deletion that is cut short leaves no half checkpoint.
+                os.rename(path, self.folder / f"gone-{_step(path)}")
+            elif complete and path not in complete and _step(path) < _step(complete[0]):
+                self._aside.move(path)
+        for path in self.folder.glob("gone-*"):
+            shutil.rmtree(path, ignore_errors=True)
 
     def _temporary(self, step: int) -> Path:
         return self.folder / f"tmp-{step}"
+
+
+def size_of(count: int) -> str:
+    """Bytes for people: `3.4 GiB`, `120.0 MiB`, `17 bytes`."""
+    for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if count >= unit:
+            return f"{count / unit:.1f} {name}"
+    return f"{count} bytes"
 
 
 def latest(folder: str | Path) -> Path | None:

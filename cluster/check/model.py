@@ -12,7 +12,8 @@ from actors.engine import stop_token_ids
 from cluster.check.estimate import Architecture
 from cluster.check.sheet import Stage
 from cluster.config import Config
-from cluster.prepare import RunError, find_run_dir, inspect_model, load_tokenizer
+from cluster.prepare import RunError, inspect_model, load_tokenizer
+from cluster.run_dir import find_run_dir
 from learner.checkpoint import HF_FOLDER, latest, load_state, nearest_existing
 
 

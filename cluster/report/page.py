@@ -18,10 +18,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from cluster.files import write_atomically
 from cluster.report.build import Report, ReportError, build
 from cluster.report.completions import Limits
 from cluster.report.samples import LONGEST_TEXT, Text, shorten
-from cluster.tracking import write_atomically
 
 # A page that cannot keep this much of each text is not worth looking at.
 SHORTEST_TEXT = 200
