@@ -13,9 +13,10 @@ from actors.records import Failure, Group, SamplingSpec, ScoreMeta, derive_seed
 from actors.rollout import Request
 from cluster.config import Config
 from cluster.console import Console
+from cluster.making import make_pool, make_rewards
 from cluster.placement import plan
 from cluster.prepare import RunError, passing_logs, prepare
-from cluster.run import connect, make_pool, make_rewards, shut_down
+from cluster.run import connect, shut_down
 from learner.checkpoint import latest
 from rewards.base import error_tail
 from rewards.tasks import Measures, Row, Task

@@ -74,20 +74,22 @@ class StepTimes:
 
 
 def reward_errors(batch: Batch) -> tuple[float, str]:
-    """Share of scores that failed in a step, and the first failure in words."""
-    scores = errors = 0
-    example = ""
-    for group in batch.groups:
-        scores += len(group.scores.totals) * len(group.scores.by_function)
-        errors += len(group.scores.errors)
-        if group.scores.errors and not example:
-            first = group.scores.errors[0]
-            example = f"{first.function} {first.cause}: {first.message}"
-    for failure in batch.failures:
-        if "scored" in failure.what or failure.what.startswith("score "):
-            scores, errors = scores + 1, errors + 1
-            example = example or f"{failure.what}: {failure.message}"
-    return (errors / scores if scores else 0.0), example
+    """The failed share of a step, and the first failure in words.
+
+    It is that of completions which were lost (not generated), or could not be scored, among those
+    that were admitted for the step. A group that failed as a whole counts with all its completions.
+    This is what `rewards.max_error_rate` bounds.
+    """
+    sizes = [len(group.scores.totals) for group in batch.groups]
+    failed, admitted, reasons = 0, sum(sizes), []
+    for group, size in zip(batch.groups, sizes, strict=True):
+        # A function that failed on a completion leaves it without a total.
+        failed += min(size, len({error.completion_id for error in group.scores.errors}))
+        reasons += [f"{e.function} {e.cause}: {e.message}" for e in group.scores.errors[:1]]
+    lost = len(batch.failures) * (max(sizes) if sizes else 1)
+    reasons += [f"{failure.what}: {failure.message}" for failure in batch.failures[:1]]
+    share = (failed + lost) / (admitted + lost) if admitted + lost else 0.0
+    return share, reasons[0] if reasons else ""
 
 
 def step_metrics(
@@ -124,6 +126,7 @@ def step_metrics(
         "rollout/tokens_per_s": tokens / batch.generation_wall_s,
         "rollout/truncated_fraction": _mean(truncated),
         "rollout/refill_rounds": batch.refill_rounds,
+        "rollout/groups_lost": len(batch.failures),
         "learner/loss": result.loss,
         "learner/grad_norm": result.grad_norm,
         "learner/entropy": result.entropy,
@@ -132,7 +135,7 @@ def step_metrics(
         "learner/updates": result.updates,
         "learner/learning_rate": result.learning_rate,
         "learner/loss_scale": result.loss_scale,
-        "learner/tokens_per_s": result.tokens / times.train,
+        "learner/tokens_per_s": result.tokens / max(times.train, 1e-9),
         "learner/skipped_steps": counters.skipped_steps,
         "mismatch/k3_kl": result.k3_kl,
         "mismatch/ratio_mean": result.engine_ratio,
@@ -140,7 +143,7 @@ def step_metrics(
         "mismatch/corrected_fraction": result.corrected_fraction,
         "mismatch/probe_gap": probe_gap,
         "async/staleness_mean": _mean(staleness),
-        "async/staleness_max": max(staleness),
+        "async/staleness_max": max(staleness, default=math.nan),
         "weights/version": version,
         "time/step": times.step,
         "time/generate": times.generate,
@@ -158,11 +161,11 @@ def step_metrics(
         "actors/restarts": restarts,
     }
     metrics |= source_metrics(batch)
-    for name in batch.groups[0].scores.by_function:
+    for name in dict.fromkeys(name for g in batch.groups for name in g.scores.by_function):
         values = [
             value
             for group in batch.groups
-            for value in group.scores.by_function[name]
+            for value in group.scores.by_function.get(name, ())
             if value is not None
         ]
         metrics[f"reward/{name}"] = _mean(values)

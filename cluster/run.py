@@ -5,18 +5,26 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import signal
 import socket
-import uuid
+from collections.abc import Coroutine
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from actors.engine import EngineSpec
 from actors.pool import RolloutError, RolloutPool
-from actors.rollout import RolloutActor
 from cluster.config import Config, ConfigError, compact, dump_config, expand
 from cluster.console import Console
-from cluster.loop import Run, TrainingError, train
+from cluster.files import write_atomically
+from cluster.loop import TrainingError, train
+from cluster.making import (
+    draw_from,
+    make_pool,
+    make_rewards,
+    probe_floor,
+    probe_tolerance,
+    rate_history,
+    start_learner,
+)
 from cluster.metrics import Counters
 from cluster.placement import (
     Placement,
@@ -24,30 +32,27 @@ from cluster.placement import (
     Resources,
     checkpoint_bytes,
     connected_cluster,
-    cpu_environment,
     object_store_bytes,
     plan,
     this_machine,
 )
-from cluster.prepare import Prepared, RunError, claim_run_dir, first_probe, prepare
+from cluster.prepare import Prepared, RunError, first_probe, prepare
+from cluster.recording import Run
+from cluster.run_dir import RunDir, claim_run_dir
 from cluster.scribe import Scribe
+from cluster.signals import Signals, Stopped
 from cluster.stream import GroupStream
-from cluster.tracking import Tracker, write_atomically
+from cluster.tracking import Tracker, read_metrics
+from learner.aside import Aside
 from learner.checkpoint import CheckpointError, Checkpoints, latest, load_state
 from learner.group import LearnerError, LearnerGroup
-from learner.spec import LearnerSpec
 from rewards.pool import RewardPool
-from rewards.rates import PassRates, RateHistory
-from rewards.tasks import Curriculum, Taken, TaskError, take_prompts
-from rewards.worker import RewardActor, longest_score_s
+from rewards.tasks import TaskError
 
 CONNECT_TIMEOUT_S = 10
-# Engine and learner use different kernels: the gap is about 0.1 in bfloat16, an eighth of that in
-# float16, below 1e-4 in float32.
-PROBE_TOLERANCE = {"bfloat16": 0.5, "float16": 0.1, "float32": 0.01}
-FLOAT8_PROBE_TOLERANCE = 1.0
-# What is derived from the first update's gap is no less than this share of them.
-PROBE_FLOOR = 0.1
+# How often our signal handlers are set again while Ray sets its own.
+HANDLERS_S = 0.05
+GOODBYE_S = 30
 
 
 EXPECTED_ERRORS = (
@@ -103,276 +108,304 @@ def connect(config: Config) -> Resources:
     return have
 
 
-def engine_spec(prepared: Prepared, placement: Placement) -> EngineSpec:
-    """The engine that every rollout actor of this run builds."""
-    config = prepared.config
-    return EngineSpec(
-        model_path=prepared.model_path,
-        dtype=config.model.dtype,
-        device=placement.device,
-        max_length=prepared.max_length,
-        max_concurrent=config.actors.max_concurrent,
-        kv_cache_gib=config.actors.kv_cache_gib,
-        gpu_memory=config.actors.gpu_memory,
-        tensor_parallel=config.actors.tensor_parallel,
-        compile=config.actors.compile,
-        quantization=config.actors.quantization,
-        seed=config.run.seed,
-    )
-
-
-def probe_tolerance(config: Config) -> float:
-    """How far engine and learner may be apart on the probe sequence, nats a token."""
-    if config.actors.probe_tolerance is not None:
-        return config.actors.probe_tolerance
-    if config.actors.quantization != "none" or config.learner.float8 != "off":
-        return FLOAT8_PROBE_TOLERANCE
-    return PROBE_TOLERANCE[config.model.dtype]
-
-
-def probe_floor(config: Config) -> float | None:
-    """The least limit that the first update's gap may lead to; None: the limit is given."""
-    if config.actors.probe_tolerance is not None:
-        return None
-    return PROBE_FLOOR * probe_tolerance(config)
-
-
-def make_pool(
-    prepared: Prepared, placement: Placement, log_dir: Path, console: Console
-) -> RolloutPool:
-    """The rollout actors, not started yet."""
-    import ray
-
-    spec = engine_spec(prepared, placement)
-
-    def make_actor(name: str) -> Any:
-        return (
-            ray.remote(RolloutActor)
-            .options(max_concurrency=10_000, **placement.rollout)
-            .remote(name, spec, str(log_dir))
-        )
-
-    return RolloutPool(make_actor, prepared.config.actors, console.note)
-
-
-def make_rewards(prepared: Prepared, placement: Placement) -> RewardPool:
-    """The reward actors; Ray starts one again when it dies, for it holds no state."""
-    import ray
-
-    config = prepared.config.rewards
-    actors = [
-        ray.remote(RewardActor)
-        .options(max_restarts=-1, **placement.reward)
-        .remote(prepared.rewards, config.timeout_s, memory_bytes=config.memory_bytes)
-        for _ in range(config.workers)
-    ]
-    group_size = prepared.config.task.group_size
-    bound = longest_score_s(config.timeout_s, len(prepared.rewards), group_size)
-    return RewardPool(actors, timeout_s=bound + 30)
-
-
-def learner_spec(
-    prepared: Prepared, placement: Placement, log_dir: Path, cores: int
-) -> LearnerSpec:
-    """Rank 0 of this run's learner; the others differ in their number only."""
-    config = prepared.config
-    ranks = config.learner.workers
-    return LearnerSpec(
-        model_path=prepared.model_path,
-        dtype=config.model.dtype,
-        learner=config.learner,
-        algorithm=config.algorithm,
-        temperature=config.actors.temperature,
-        max_tokens=config.actors.max_tokens,
-        rank=0,
-        world_size=ranks,
-        device=placement.device,
-        threads=max(1, cores // ranks),
-        seed=config.run.seed,
-        shm_dir=f"/dev/shm/cohort-learner-{uuid.uuid4().hex[:12]}",
-        log_dir=str(log_dir),
-        total_steps=config.run.steps,
-    )
-
-
-async def start_learner(
-    prepared: Prepared, placement: Placement, log_dir: Path, cores: int
-) -> LearnerGroup:
-    """The learner's ranks, ready to train from the model folder."""
-    config = prepared.config
-    ranks = config.learner.workers
-    spec = learner_spec(prepared, placement, log_dir, cores)
-    environment = cpu_environment(spec.threads) if placement.device == "cpu" else {}
-    options = [
-        {**placement.learner, "runtime_env": {"env_vars": environment}} for _ in range(ranks)
-    ]
-    return await LearnerGroup.start(spec, options, config.cluster.start_timeout_s)
-
-
 async def run_training(config: Config) -> int:
-    """Check, start, train, stop. Returns the exit code: 0 done, 130/143 stopped and saved.
+    """Check, start, train, stop. Returns the exit code: 0 done, 128 + a signal's number when that
+    stopped it; what was trained is saved then.
 
     Raises one of EXPECTED_ERRORS when the run cannot start or go on.
     """
-    prepared = prepare(config)
-    # What can be known to fail is said before anything is written.
-    if address := ray_address(config):
-        check_reachable(address)
-    else:
-        plan(config, this_machine(), prepared.parameters)
-    folder = claim_run_dir(config)
-    console = Console(config.run.steps, config.tracking.console)
-    with console:
-        console.header(f"cohort: {folder}\n{compact(config)}")
-        if prepared.overlong:
-            console.note(f"{prepared.overlong} prompts are too long and left out")
-        return await _train_in(prepared, folder, console)
+    with Signals() as signals:
+        try:
+            prepared = prepare(config)
+            # What can be known to fail is said before anything is written.
+            if address := ray_address(config):
+                check_reachable(address)
+            else:
+                plan(config, this_machine(), prepared.parameters)
+            signals.check()
+            with (
+                claim_run_dir(config) as run_dir,
+                Console(config.run.steps, config.tracking.console) as console,
+            ):
+                console.header(f"cohort: {run_dir.path}\n{compact(config)}")
+                if prepared.overlong:
+                    console.note(f"{prepared.overlong} prompts are too long and left out")
+                signals.check()
+                return await _train_in(prepared, run_dir, console, signals)
+        except Stopped as stopped:
+            print(f"{stopped}: stopped before training", flush=True)
+            return stopped.exit_code
 
 
-async def _train_in(prepared: Prepared, folder: Path, console: Console) -> int:
+async def _train_in(prepared: Prepared, run_dir: RunDir, console: Console, signals: Signals) -> int:
     import ray
 
     config = prepared.config
-    checkpoints = Checkpoints(
-        folder / "checkpoints",
-        config.run.keep_checkpoints,
-        checkpoint_bytes(config, prepared.parameters),
-    )
-    checkpoints.require_space()
-    resume_from = latest(folder / "checkpoints") if config.run.resume else None
-    saved = load_state(resume_from) if resume_from else None
-    if saved and saved["step"] >= config.run.steps:
+    saved = where_to_go_on(config, run_dir.path)
+    if saved and saved.step >= config.run.steps:
         console.note(
-            f"nothing to do: the checkpoint has {saved['step']} steps, run.steps is "
-            f"{config.run.steps}"
+            f"nothing to do: the checkpoint has {saved.step} steps, run.steps is {config.run.steps}"
         )
         return 0
     if config.run.resume and not saved:
         console.note("no complete checkpoint to resume from: starting at step 0")
+    first_step = saved.step if saved else 0
+    checkpoints = Checkpoints(
+        run_dir.path / "checkpoints",
+        config.run.keep_checkpoints,
+        checkpoint_bytes(config, prepared.parameters),
+        run_dir.aside,
+    )
+    checkpoints.require_space(planned_saves(config, first_step))
 
-    console.stage("starting Ray")
-    placement = plan(config, connect(config), prepared.parameters)
-    pool = make_pool(prepared, placement, folder / "logs", console)
-    rewards = make_rewards(prepared, placement)
-    learner: LearnerGroup | None = None
-    tracker: Tracker | None = None
+    actors = Actors()
+    run: Run | None = None
     exit_code = 1
     try:
-        console.stage(
-            f"starting {config.actors.count} engine(s), {config.learner.workers} learner rank(s), "
-            f"{config.rewards.workers} reward worker(s)"
-        )
-        cores = int(this_machine().cpus)
-        started = await asyncio.gather(
-            start_learner(prepared, placement, folder / "logs", cores),
-            pool.start(config.cluster.start_timeout_s),
-            rewards.check(config.cluster.start_timeout_s),
-        )
-        learner, seconds = started[0], started[1]
-        console.note(f"engine(s) started in {max(seconds):.1f} s")
-        if resume_from and saved:
-            console.stage(f"loading checkpoint {saved['step']}")
-            await learner.load(resume_from)
-        write_atomically(folder / "config.yaml", dump_config(config))
-        first_step = saved["step"] if saved else 0
-        tracker = Tracker(
-            folder, config, saved["tracking"] if saved else None, first_step=first_step
-        )
-        console.note(tracker.describe())
-        run = Run(
-            config=config,
-            pool=pool,
-            learner=learner,
-            stream=GroupStream(
-                config,
-                draw_from(prepared),
-                pool,
-                rewards,
-                first_step,
-                saved["cursor"] if saved else 0,
-                rate_history(prepared, saved),
-            ),
-            tracker=tracker,
-            scribe=Scribe(
-                folder / "rollouts",
-                config.tracking.samples_per_step,
-                config.tracking.table_every,
-                tracker,
-            ),
-            console=console,
-            checkpoints=checkpoints,
-            several_nodes=sum(node["Alive"] for node in ray.nodes()) > 1,
-            probe_ids=first_probe(prepared),
-            probe_tolerance=probe_tolerance(config),
-            probe_floor=probe_floor(config),
-            stop=asyncio.Event(),
-            step=first_step,
-            counters=Counters.resumed(saved["counters"])
-            if saved
-            else Counters(group_size=config.task.group_size),
-        )
-        caught = stop_on_signals(run.stop, console, "saving, then leaving")
+        with checkpoints.trial() as trial:
+            starting = asyncio.ensure_future(
+                start(prepared, run_dir, console, actors, saved, trial, signals)
+            )
+            signals.then(starting.cancel)
+            try:
+                await starting
+            except asyncio.CancelledError:
+                signals.check()
+                raise
+            signals.check()
+        run = assemble(prepared, run_dir, console, actors, saved, checkpoints)
+        signals.then(lambda: stop(run, console, signals))
         console.stage("publishing the first weights")
         await train(run)
-        exit_code = 128 + caught[0] if caught else 0
+        exit_code = 0 if signals.caught is None else 128 + signals.caught
         await say_goodbye(run, prepared)
         return exit_code
     finally:
-        if tracker is not None:
-            tracker.close(exit_code)
-        shut_down(pool, rewards, learner)
+        signals.then(lambda: None)
+        if run is not None:
+            run.tracker.close(exit_code)
+        actors.kill()
         ray.shutdown()
 
 
-def draw_from(prepared: Prepared) -> Any:
-    """(cursor, count, pass rates) -> that many prompts and the cursor after them."""
+@dataclass
+class Actors:
+    """What of a run lives in other processes, as far as it was started."""
 
-    def draw(cursor: int, count: int, rates: PassRates) -> Taken:
-        return take_prompts(
-            prepared.task, prepared.renderer, prepared.config.run.seed, cursor, count, rates
+    placement: Placement | None = None
+    pool: RolloutPool | None = None
+    rewards: RewardPool | None = None
+    learner: LearnerGroup | None = None
+
+    def kill(self) -> None:
+        """End every actor, whatever state the run is in; their watchers clean up after them."""
+        if self.pool is not None and self.rewards is not None:
+            shut_down(self.pool, self.rewards, self.learner)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The checkpoint that a run goes on from, and the driver's state in it."""
+
+    checkpoint: Path
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return int(self.state["step"])
+
+
+def where_to_go_on(config: Config, folder: Path) -> Saved | None:
+    """The newest complete checkpoint if the run is to be resumed; None to begin at step 0.
+
+    Raises RunError when what is recorded in the folder cannot be gone on from.
+    """
+    try:
+        read_metrics(folder / "metrics.jsonl")
+    except ValueError as error:
+        raise RunError(f"{error}: move that file away, or choose another run.dir") from error
+    found = latest(folder / "checkpoints") if config.run.resume else None
+    return Saved(found, load_state(found)) if found else None
+
+
+def planned_saves(config: Config, first_step: int) -> int:
+    """How many checkpoints this run will write."""
+    every, steps = config.run.checkpoint_every, config.run.steps
+    periodic = (steps - 1) // every - first_step // every if every else 0
+    return periodic + 1
+
+
+async def start(
+    prepared: Prepared,
+    run_dir: RunDir,
+    console: Console,
+    actors: Actors,
+    saved: Saved | None,
+    trial: Path,
+    signals: Signals,
+) -> None:
+    """Start Ray and every actor, and load the checkpoint; `actors` holds what was started."""
+    config = prepared.config
+    console.stage("starting Ray")
+    have = await connect_aside(config, signals)
+    placement = actors.placement = plan(config, have, prepared.parameters)
+    pool = actors.pool = make_pool(prepared, placement, run_dir.path / "logs", console)
+    rewards = actors.rewards = make_rewards(prepared, placement)
+    console.stage(
+        f"starting {config.actors.count} engine(s), {config.learner.workers} learner rank(s), "
+        f"{config.rewards.workers} reward worker(s)"
+    )
+    cores = int(this_machine().cpus)
+
+    async def learner() -> None:
+        actors.learner = await start_learner(
+            prepared, placement, run_dir.path / "logs", cores, trial
         )
 
-    return draw
+    async def engines() -> None:
+        seconds = await pool.start(config.cluster.start_timeout_s)
+        console.note(f"engine(s) started in {max(seconds):.1f} s")
+
+    await together(learner(), engines(), rewards.check(config.cluster.start_timeout_s))
+    if saved and actors.learner is not None:
+        console.stage(f"loading checkpoint {saved.step}")
+        await actors.learner.load(saved.checkpoint)
 
 
-def rate_history(prepared: Prepared, saved: dict[str, Any] | None) -> RateHistory | None:
-    """The pass rates for a task that chooses its rows by them; None for other tasks."""
-    if not isinstance(prepared.task, Curriculum):
-        return None
-    delay = prepared.config.actors.max_staleness
-    if saved and saved["pass_rates"]:
-        return RateHistory.resumed(saved["pass_rates"], delay)
-    return RateHistory(delay)
+async def connect_aside(config: Config, signals: Signals) -> Resources:
+    """`connect` in a thread: it takes seconds, in which a signal must be heard.
 
-
-def stop_on_signals(stop: asyncio.Event, console: Console, what: str) -> list[int]:
-    """First Ctrl-C or SIGTERM: set `stop` and say what follows. A second one leaves at once.
-
-    Returns a list that will hold the signal's number.
+    Ray sets handlers of its own meanwhile, which print native stacks and exit with 15; ours are set
+    again until it is done.
     """
-    caught: list[int] = []
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    connecting = asyncio.ensure_future(asyncio.to_thread(connect, config))
+    try:
+        while not connecting.done():
+            await asyncio.wait({connecting}, timeout=HANDLERS_S)
+            signals.install()
+    except asyncio.CancelledError:
+        # Half of a Ray cannot be shut down.
+        await asyncio.wait({connecting})
+        signals.install()
+        raise
+    return connecting.result()
 
-    def on_signal(number: int) -> None:
-        if caught:
-            os._exit(128 + number)
-        caught.append(number)
-        console.note(f"{signal.Signals(number).name}: {what}; once more leaves at once")
-        stop.set()
 
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, on_signal, number)
-    return caught
+async def together(*work: Coroutine[Any, Any, Any]) -> None:
+    """Await all of it; on the first error end the rest, and raise that error."""
+    tasks = [asyncio.ensure_future(item) for item in work]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        for task in tasks:
+            if not task.cancelled():
+                task.exception()  # seen; the first one is raised
+
+
+def assemble(
+    prepared: Prepared,
+    run_dir: RunDir,
+    console: Console,
+    actors: Actors,
+    saved: Saved | None,
+    checkpoints: Checkpoints,
+) -> Run:
+    """The run, ready to train. From here on the folder holds this run; what was in its way is
+    moved aside."""
+    import ray
+
+    config, folder = prepared.config, run_dir.path
+    pool, rewards, learner = actors.pool, actors.rewards, actors.learner
+    assert pool is not None and rewards is not None and learner is not None
+    state = saved.state if saved else None
+    first_step = saved.step if saved else 0
+    write_config(folder / "config.yaml", dump_config(config), run_dir.aside)
+    tracker = Tracker(
+        folder,
+        config,
+        state["tracking"] if state else None,
+        first_step=first_step,
+        aside=run_dir.aside,
+    )
+    console.note(tracker.describe())
+    if replaced := run_dir.aside.describe():
+        console.note(replaced)
+    counters = (
+        Counters.resumed(state["counters"])
+        if state
+        else Counters(group_size=config.task.group_size)
+    )
+    return Run(
+        config=config,
+        pool=pool,
+        learner=learner,
+        stream=GroupStream(
+            config,
+            draw_from(prepared),
+            pool,
+            rewards,
+            first_step,
+            state["cursor"] if state else 0,
+            rate_history(prepared, state),
+        ),
+        tracker=tracker,
+        scribe=Scribe(
+            folder / "rollouts",
+            config.tracking.samples_per_step,
+            config.tracking.table_every,
+            tracker,
+        ),
+        console=console,
+        checkpoints=checkpoints,
+        several_nodes=sum(node["Alive"] for node in ray.nodes()) > 1,
+        probe_ids=first_probe(prepared),
+        probe_tolerance=probe_tolerance(config),
+        probe_floor=probe_floor(config),
+        stop=asyncio.Event(),
+        step=first_step,
+        counters=counters,
+    )
+
+
+def write_config(file: Path, text: str, aside: Aside) -> None:
+    """Write config.yaml; one that says something else, run.resume apart, is moved aside first."""
+    if file.exists():
+        before = file.read_text(encoding="utf-8")
+        if before.replace("resume: false", "resume: true") != text.replace(
+            "resume: false", "resume: true"
+        ):
+            aside.move(file)
+    write_atomically(file, text)
+
+
+def stop(run: Run, console: Console, signals: Signals) -> None:
+    """The first signal during training: finish what is in hand, save, leave."""
+    console.note(f"{signals.name()}: saving, then leaving; once more leaves at once")
+    run.stop.set()
 
 
 async def say_goodbye(run: Run, prepared: Prepared) -> None:
-    """The last lines: what was reached, what it took, what to do next."""
+    """The last lines: what was reached, what it took, what to do next. Raises nothing."""
     folder = expand(prepared.config.run.dir)
-    engines, ranks = await asyncio.gather(run.pool.memory(), run.learner.memory())
-    learner = sum(rank["peak_rss_bytes"] for rank in ranks)
-    run.console.note(
-        f"peak memory: engines {engines / 2**30:.1f} GiB, learner {learner / 2**30:.1f} GiB"
-    )
+    try:
+        async with asyncio.timeout(GOODBYE_S):
+            engines, ranks = await asyncio.gather(run.pool.memory(), run.learner.memory())
+    except Exception as error:  # noqa: BLE001 - all is done and saved
+        run.console.note(f"peak memory: not known ({type(error).__name__}: {error})")
+    else:
+        learner = sum(rank["peak_rss_bytes"] for rank in ranks)
+        run.console.note(
+            f"peak memory: engines {engines / 2**30:.1f} GiB, learner {learner / 2**30:.1f} GiB"
+        )
+    missed = ", ".join(f"{name} of {count} steps" for name, count in run.missed.items())
+    if missed:
+        run.console.note(f"not recorded: {missed}")
     if run.step < prepared.config.run.steps:
         run.console.note(
             f"stopped after step {run.step} of {prepared.config.run.steps}; to go on: add "

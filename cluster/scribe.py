@@ -3,35 +3,95 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from pathlib import Path
 from typing import Any
 
-from cluster.tracking import Tracker, table_rows, write_rollouts
+from actors.errors import failure_of
+from cluster.tracking import Tracker, rollout_writer, table_rows
 
-WRITE_TIMEOUT_S = 60
+# How often a write that takes long is asked how far it is, and how long it may stand still. How
+# long it takes in all does not matter: a step may have gigabytes of completions.
+ASK_S = 5.0
+STALLED_S = 120.0
+ATTEMPTS = 2
+
+
+class ScribeError(Exception):
+    """A step's completions could not be written; the message says why."""
 
 
 class Scribe:
-    """One small Ray actor on the driver's node; the driver gets back the few rows it shows."""
+    """One small Ray actor on the driver's node; the driver gets back the few rows it shows.
+
+    One that died or stands still is replaced. replaced: how often.
+    """
 
     def __init__(self, folder: Path, rows_shown: int, table_every: int, tracker: Tracker) -> None:
+        self._folder = folder
+        self._rows_shown = rows_shown
+        self._table_every = table_every
+        self._tracker = tracker
+        self.replaced = 0
+        self._actor = self._make()
+
+    def _make(self) -> Any:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        self._actor = (
+        return (
             ray.remote(_Writer)
-            .options(num_cpus=0, scheduling_strategy=here)
-            .remote(str(folder), rows_shown)
+            # Two calls at a time: one writes, the other says how far it is.
+            .options(num_cpus=0, scheduling_strategy=here, max_concurrency=2)
+            .remote(str(self._folder), self._rows_shown)
         )
-        self._table_every = table_every
-        self._tracker = tracker
 
     async def write(self, step: int, groups: list[Any]) -> None:
-        """Write a step's groups to rollouts/step-NNNNNN.jsonl; now and then a table for W&B."""
-        rows = await asyncio.wait_for(self._actor.write.remote(step, groups), WRITE_TIMEOUT_S)
-        if step % self._table_every == 0:
-            self._tracker.table(step, rows)
+        """Write a step's groups to rollouts/step-NNNNNN.jsonl; now and then a table for W&B.
+
+        Raises ScribeError when they could not be written.
+        """
+        from ray.exceptions import RayTaskError
+
+        why = ""
+        for _ in range(ATTEMPTS):
+            try:
+                rows = await self._patiently(self._actor.write.remote(step, groups))
+            except Exception as error:  # noqa: BLE001 - sorted here
+                why = failure_of(error, "the scribe").message.strip().splitlines()[-1]
+                if isinstance(error, RayTaskError):
+                    break  # it lives, and would fail again
+                self._replace()
+            else:
+                if step % self._table_every == 0:
+                    self._tracker.table(step, rows)
+                return
+        raise ScribeError(f"rollouts/step-{step:06d}.jsonl was not written: {why}")
+
+    async def _patiently(self, writing: Any) -> list[dict[str, Any]]:
+        """The answer to `write`, as long as there is progress; raises TimeoutError without any."""
+        answer = asyncio.ensure_future(_value(writing))
+        seen, still_s = -1, 0.0
+        try:
+            while True:
+                done, _ = await asyncio.wait({answer}, timeout=ASK_S)
+                if done:
+                    return answer.result()
+                still_s += ASK_S
+                with contextlib.suppress(TimeoutError):
+                    progress = await asyncio.wait_for(_value(self._actor.progress.remote()), ASK_S)
+                    if progress != seen:
+                        seen, still_s = progress, 0.0
+                if still_s >= STALLED_S:
+                    raise TimeoutError(f"nothing was written for {STALLED_S:.0f} s")
+        finally:
+            answer.cancel()
+
+    def _replace(self) -> None:
+        self.kill()
+        self.replaced += 1
+        self._actor = self._make()
 
     def kill(self) -> None:
         import ray
@@ -39,13 +99,27 @@ class Scribe:
         ray.kill(self._actor)
 
 
+async def _value(reference: Any) -> Any:
+    return await reference
+
+
 class _Writer:
     def __init__(self, folder: str, rows_shown: int) -> None:
         self._folder = Path(folder)
         self._rows_shown = rows_shown
+        self._done = 0
 
     def write(self, step: int, groups: list[Any]) -> list[dict[str, Any]]:
         import ray
 
-        rows = write_rollouts(self._folder, step, ray.get(groups))
-        return table_rows(rows, self._rows_shown)
+        shown: list[dict[str, Any]] = []
+        with rollout_writer(self._folder, step) as add:
+            # One after the other: a step may be larger than what this process should hold.
+            for group in groups:
+                shown += table_rows(add(ray.get(group)), self._rows_shown)
+                self._done += 1
+        return table_rows(shown, self._rows_shown)
+
+    def progress(self) -> int:
+        """Groups written so far, over all steps."""
+        return self._done

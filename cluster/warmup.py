@@ -28,15 +28,11 @@ from actors.records import (
 )
 from cluster.config import SECTIONS, Config, ConfigError, compact, parse_overrides
 from cluster.console import Console, duration
+from cluster.making import start_learner
 from cluster.placement import plan, this_machine
 from cluster.prepare import Prepared, passing_logs, prepare
-from cluster.run import (
-    check_reachable,
-    connect,
-    ray_address,
-    start_learner,
-    stop_on_signals,
-)
+from cluster.run import check_reachable, connect_aside, ray_address
+from cluster.signals import Signals
 from learner.checkpoint import new_folder, require_free
 from learner.config import AlgorithmConfig
 from learner.group import LearnerGroup, StepResult
@@ -204,9 +200,23 @@ async def run_warmup(config: Config, given: WarmUp, out: Path) -> int:
         check_reachable(address)
     else:
         plan(config, this_machine(), prepared.parameters)
-    with passing_logs("warmup") as log_dir, Console(given.steps, "plain") as console:
+    with (
+        Signals() as signals,
+        passing_logs("warmup") as log_dir,
+        Console(given.steps, "plain") as console,
+    ):
         console.header(f"cohort warmup: {out}\n{compact(config)}")
-        return await _warm_up(prepared, given, first, batches, out, log_dir, console)
+        working = asyncio.ensure_future(
+            _warm_up(prepared, given, first, batches, out, log_dir, console, signals)
+        )
+        signals.then(working.cancel)
+        try:
+            return await working
+        except asyncio.CancelledError:
+            if signals.caught is None:
+                raise
+            console.note(f"{signals.name()}: stopped before training; nothing was written")
+            return 128 + signals.caught
 
 
 async def _warm_up(
@@ -217,19 +227,27 @@ async def _warm_up(
     out: Path,
     log_dir: Path,
     console: Console,
+    signals: Signals,
 ) -> int:
     import ray
 
     config = prepared.config
     console.stage("starting Ray")
-    placement = plan(config, connect(config), prepared.parameters)
+    placement = plan(config, await connect_aside(config, signals), prepared.parameters)
     learner: LearnerGroup | None = None
     try:
         console.stage(f"starting {config.learner.workers} learner rank(s)")
         cores = int(this_machine().cpus)
         learner = await start_learner(prepared, placement, log_dir, cores)
         stop = asyncio.Event()
-        caught = stop_on_signals(stop, console, "leaving after the step in hand")
+
+        def leave() -> None:
+            console.note(
+                f"{signals.name()}: leaving after the step in hand; once more leaves at once"
+            )
+            stop.set()
+
+        signals.then(leave)
         held_out = _held_out(prepared)
         before = await held_out_loss(learner, held_out)
         console.note(f"held-out loss {before:.4f} on {len(held_out)} demonstrations")
@@ -244,7 +262,7 @@ async def _warm_up(
             console.note(step_line(step + 1, given.steps, result, now - step_began, eta))
             if stop.is_set():
                 console.note(f"stopped after step {step + 1} of {given.steps}; nothing was written")
-                return 128 + caught[0]
+                return 128 + (signals.caught or 0)
         after = await held_out_loss(learner, held_out)
         console.note(f"held-out loss {before:.4f} -> {after:.4f}")
         with new_folder(out) as folder:

@@ -12,7 +12,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from actors.records import WeightsInfo
-from learner.checkpoint import CheckpointError
+from learner.checkpoint import CheckpointError, NotFiniteError
 from learner.grpo import LossStats
 from learner.plan import MicroBatch, RowCost, ScoredRef, StepPlan, plan_step, score_batches
 from learner.spec import LearnerSpec, ModelFacts, RankResult
@@ -25,7 +25,14 @@ CONSEQUENCES = ("gloo", "nccl", "connection closed", "connection reset", "broken
 
 
 class LearnerError(Exception):
-    """The learner cannot go on; the message names the rank, what it did, and its own error."""
+    """The learner cannot go on; the message names the rank, what it did, and its own error.
+
+    savable: every rank lives and answers, so that what was learned may still be saved.
+    """
+
+    def __init__(self, message: str, savable: bool = True) -> None:
+        super().__init__(message)
+        self.savable = savable
 
 
 @dataclass(frozen=True)
@@ -207,7 +214,9 @@ class LearnerGroup:
         applied = [update.applied for update in results[0].updates]
         for result in results:
             if [update.applied for update in result.updates] != applied:
-                raise LearnerError(f"the learner ranks disagree on the step: {results}")
+                raise LearnerError(
+                    f"the learner ranks disagree on the step: {results}", savable=False
+                )
         self.version = results[0].steps_done
         limit = self.spec.learner.max_skipped_steps
         for moved in applied:
@@ -252,12 +261,15 @@ class LearnerGroup:
         calls = [w.logprobs.remote(list(token_ids)) for w in self._workers]
         return (await self._all("scoring the probe", calls))[0]
 
-    async def save(self, folder: str | Path) -> None:
+    async def save(self, folder: str | Path, after_skipped: bool = False) -> None:
         """Write the learner's part of a checkpoint into an existing folder.
 
-        Raises LearnerError when the last step was not finite: what led to it may be in the weights.
+        after_skipped: also after an update that was not finite. It was left out and has changed
+        nothing; the ranks look at the weights themselves, and write none that are not finite.
+        Raises LearnerError otherwise.
         """
-        self._require_finite()
+        if not after_skipped:
+            self._require_finite()
         calls = [w.save.remote(str(folder)) for w in self._workers]
         await self._all("saving a checkpoint", calls)
 
@@ -323,18 +335,20 @@ async def _all(what: str, calls: Sequence[Any], timeout_s: float) -> list[Any]:
         )
         errors = _errors(tasks)
         if errors and waiting:
-            await asyncio.wait(waiting, timeout=GRACE_S)
+            _, waiting = await asyncio.wait(waiting, timeout=GRACE_S)
             errors = _errors(tasks)
         if errors:
             rank = min(errors, key=lambda rank: _blame(errors[rank]))
             raise LearnerError(
-                f"learner rank {rank} failed {what}: {_message(errors[rank])}"
+                f"learner rank {rank} failed {what}: {_message(errors[rank])}",
+                savable=not waiting and all(map(_is_alive, errors.values())),
             ) from errors[rank]
         if waiting:
             late = [rank for rank, task in enumerate(tasks) if task in waiting]
             raise LearnerError(
                 f"learner rank(s) {late} did not finish {what} within {timeout_s} s;"
-                " the end of each rank's log shows where it was"
+                " the end of each rank's log shows where it was",
+                savable=False,
             )
         return [task.result() for task in tasks]
     finally:
@@ -349,6 +363,11 @@ def _errors(tasks: Sequence[asyncio.Future[Any]]) -> dict[int, BaseException]:
         if error is not None:
             errors[rank] = error
     return errors
+
+
+def _is_alive(error: BaseException) -> bool:
+    """Whether a rank that answered with this error is still there, with weights that are sound."""
+    return isinstance(error, RayTaskError) and not isinstance(error.cause, NotFiniteError)
 
 
 def _blame(error: BaseException) -> int:

@@ -16,7 +16,8 @@ class LearnerSpec:
     model_path: a Hugging Face folder, or a hub id. temperature, max_tokens: of the rollouts.
     threads: CPU threads of the rank. shm_dir: where rank 0 publishes weights; removed when it ends.
     log_dir: where the rank's output goes; None leaves it with Ray's. total_steps: of the whole run,
-    where the learning rate's schedule ends.
+    where the learning rate's schedule ends. trial_dir: where driver and ranks try to
+    save before anything is trained; None: nothing will be saved.
     """
 
     model_path: str
@@ -33,6 +34,7 @@ class LearnerSpec:
     shm_dir: str
     log_dir: str | None = None
     total_steps: int = 1
+    trial_dir: str | None = None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import resource
-import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,23 +23,13 @@ from learner.checkpoint import HF_FOLDER, CheckpointError
 from learner.grpo import LossStats, kl_in_reward, policy_loss
 from learner.plan import MicroBatch
 from learner.safe_load import only_data
+from learner.saved import PatientEngine, require_finite, try_to_write, write_model
 from learner.spec import LearnerSpec, ModelFacts, RankResult, UpdateResult
 from learner.weights import WeightFiles
 
 LEARNER_FILE = "learner.json"
 DEEPSPEED_FOLDER = "deepspeed"
 DEEPSPEED_TAG = "state"
-# What an engine or a plain transformers program needs beside the weights and config.json.
-COMPANION_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "chat_template*",
-    "generation_config.json",
-)
 
 
 @dataclass
@@ -138,6 +127,8 @@ class LearnerWorker:
         parameters = sum(p.numel() for p in self.policy.parameters())
         self.model = self.policy.model
         self.policy.self_check(spec.temperature)
+        if spec.trial_dir is not None:
+            try_to_write(self.model, self.model_folder, Path(spec.trial_dir), spec.rank)
         if spec.learner.float8 != "off":
             from learner.float8 import convert
 
@@ -401,25 +392,42 @@ class LearnerWorker:
 
     @_watched
     def save(self, folder: str) -> None:
-        """Write this rank's optimizer state; rank 0 also writes the Hugging Face folder."""
+        """Write this rank's optimizer state; rank 0 also writes the Hugging Face folder.
+
+        Raises CheckpointError, on every rank, when any could not write or the weights are not
+        finite.
+        """
+        import torch.distributed as dist
+
         target = Path(folder)
-        saved = self.engine.save_checkpoint(
-            str(target / DEEPSPEED_FOLDER),
-            tag=DEEPSPEED_TAG,
-            client_state={"steps_done": self.steps_done, "updates_done": self.updates_done},
-            save_latest=False,
-        )
-        if not saved:
-            raise CheckpointError(f"DeepSpeed did not save into {target}")
-        self._export(target / HF_FOLDER)
+        require_finite(self.model, self.device)
+        with PatientEngine(self.engine) as writing:
+            try:
+                self.engine.save_checkpoint(
+                    str(target / DEEPSPEED_FOLDER),
+                    tag=DEEPSPEED_TAG,
+                    client_state={"steps_done": self.steps_done, "updates_done": self.updates_done},
+                    save_latest=False,
+                )
+            except OSError as error:
+                # A script that DeepSpeed copies beside its files; the others wait at the end.
+                writing.error = writing.error or error
+                dist.barrier()
+        state = self._whole_state()
+        if self.spec.rank == 0:
+            with writing.kept():
+                write_model(self.model, state, self.model_folder, target / HF_FOLDER)
         if self.reference is not None and self.reference.refreshed:
-            self.reference.save(target, write=self.spec.rank == 0)
-        if self.spec.rank != 0:
-            return
-        facts = {"steps_done": self.steps_done, **_must_match(self.spec)}
-        if self.reference is not None:
-            facts["reference"] = self.reference.fingerprint
-        (target / LEARNER_FILE).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+            with writing.kept():
+                self.reference.save(target, write=self.spec.rank == 0)
+        if self.spec.rank == 0:
+            facts = {"steps_done": self.steps_done, **_must_match(self.spec)}
+            if self.reference is not None:
+                facts["reference"] = self.reference.fingerprint
+            with writing.kept():
+                text = json.dumps(facts, indent=1)
+                (target / LEARNER_FILE).write_text(text, encoding="utf-8")
+        writing.agree(self.device)
 
     @_watched
     def export(self, folder: str) -> None:
@@ -428,13 +436,8 @@ class LearnerWorker:
 
     def _export(self, target: Path) -> None:
         state = self._whole_state()
-        if self.spec.rank != 0:
-            return
-        self.model.save_pretrained(target, state_dict=state)
-        for pattern in COMPANION_FILES:
-            for file in self.model_folder.glob(pattern):
-                if file.is_file():
-                    shutil.copy(file, target / file.name)
+        if self.spec.rank == 0:
+            write_model(self.model, state, self.model_folder, target)
 
     def _whole_state(self) -> dict[str, Any]:
         """Rank 0: a copy of all weights in main memory, tied ones sharing theirs."""

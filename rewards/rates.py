@@ -63,6 +63,16 @@ class PassRates:
 NO_RATES = PassRates()
 
 
+@dataclass(frozen=True)
+class _Before:
+    """A history before a step was recorded: its last steps, and the rates that the step changed."""
+
+    step: int
+    last: list[tuple[int, tuple[Outcome, ...]]]
+    rows: Mapping[str, Rate | None]
+    sources: Mapping[str, Rate | None]
+
+
 class RateHistory:
     """The outcomes of a run so far, and which of them the prompts of a step may depend on.
 
@@ -76,9 +86,19 @@ class RateHistory:
         self._rows: dict[str, Rate] = {}
         self._sources: dict[str, Rate] = {}
         self._last: list[tuple[int, tuple[Outcome, ...]]] = []
+        # What it was before the newest step, as far as that changed it.
+        self._before: _Before | None = None
 
     def record(self, step: int, outcomes: Sequence[Outcome]) -> None:
         """Add the outcomes of a finished step."""
+        merged = [o for s, old in self._last if s <= step - self._delay for o in old]
+        merged += outcomes if self._delay == 0 else []
+        self._before = _Before(
+            step,
+            list(self._last),
+            {o.row_id: self._rows.get(o.row_id) for o in merged},
+            {o.source: self._sources.get(o.source) for o in merged if o.source is not None},
+        )
         self._last.append((step, tuple(outcomes)))
         while self._last and self._last[0][0] <= step - self._delay:
             _, old = self._last.pop(0)
@@ -92,14 +112,25 @@ class RateHistory:
                 _add(rows, sources, outcomes)
         return PassRates(rows, sources)
 
-    def as_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps, as JSON holds it."""
+    def as_dict(self, before: int | None = None) -> dict[str, Any]:
+        """What a checkpoint keeps, as JSON holds it.
+
+        before: without the newest step if it is this one or a later one, as when a run ends between
+        the recording of a step's outcomes and the end of the step.
+        """
+        rows: Mapping[str, Rate | None] = self._rows
+        sources: Mapping[str, Rate | None] = self._sources
+        last = self._last
+        if before is not None and self._before is not None and self._before.step >= before:
+            last = self._before.last
+            rows = {**rows, **self._before.rows}
+            sources = {**sources, **self._before.sources}
         return {
-            "rows": {name: _listed(rate) for name, rate in self._rows.items()},
-            "sources": {name: _listed(rate) for name, rate in self._sources.items()},
+            "rows": {name: _listed(rate) for name, rate in rows.items() if rate},
+            "sources": {name: _listed(rate) for name, rate in sources.items() if rate},
             "last": [
                 [step, [[o.row_id, o.source, o.tries, o.solved, o.reward] for o in outcomes]]
-                for step, outcomes in self._last
+                for step, outcomes in last
             ],
         }
 

@@ -16,10 +16,10 @@ from cluster.check.prompts import bounded
 from cluster.check.sheet import Stage
 from cluster.config import Config
 from cluster.console import Console
+from cluster.making import make_pool
 from cluster.metrics import quantile
 from cluster.placement import Placement
 from cluster.prepare import Prepared, RunError, passing_logs
-from cluster.run import make_pool
 from cluster.stream import group_request
 from learner.plan import informative
 

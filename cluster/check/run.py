@@ -15,9 +15,10 @@ from cluster.check.prompts import Lengths, check_prompts, check_task
 from cluster.check.rollout import check_completions, generate
 from cluster.check.sheet import Sheet, Stage
 from cluster.config import SECTIONS, Config
+from cluster.making import learner_spec
 from cluster.placement import Placement, this_machine
 from cluster.prepare import Prepared
-from cluster.run import check_reachable, connect, learner_spec, ray_address
+from cluster.run import check_reachable, connect, ray_address
 from learner.worker import check_loadable
 from rewards.tasks import PromptRenderer, Task, take_prompts
 from rewards.worker import RewardSpec
