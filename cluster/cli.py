@@ -14,10 +14,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from cluster.signals import leave_at_once_on_signals
 
-from cluster.config import SECTIONS, Config, ConfigError, all_keys, load_config
-from cluster.values import written
+# Before the imports that take the command's first seconds.
+leave_at_once_on_signals()
+
+import typer  # noqa: E402
+
+from cluster.config import SECTIONS, Config, ConfigError, all_keys, load_config  # noqa: E402
+from cluster.values import written  # noqa: E402
 
 EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections import deque
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, Literal, TextIO
+from typing import IO, Any, Literal, TextIO
 
 from rich.console import Console as RichConsole
 from rich.console import Group, RenderableType
@@ -75,6 +76,22 @@ def step_line(
     )
 
 
+class _Terminal(RichConsole):
+    def on_broken_pipe(self) -> None:
+        # rich would raise SystemExit here.
+        point_at_nothing(self.file)
+
+
+def point_at_nothing(stream: IO[str]) -> None:
+    """Nobody reads a stream any more (`| head`, a terminal that is gone): what is written goes
+    nowhere, also by others and by the interpreter's own flush at the end."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, stream.fileno())
+    finally:
+        os.close(nothing)
+
+
 class Console:
     """Progress of a run of `total` steps. Use it as a context manager.
 
@@ -98,7 +115,7 @@ class Console:
         self._stage: tuple[str, float] | None = None
         self._live: Live | None = None
         if mode == "rich" or (mode == "auto" and self._stream.isatty()):
-            console = RichConsole(
+            console = _Terminal(
                 file=self._stream, force_terminal=True if mode == "rich" else None, highlight=False
             )
             self._live = Live(
@@ -144,8 +161,11 @@ class Console:
         if self._live is None:
             average = mean(self._rewards)
             self._print(step_line(metrics, self._total, average, self._eta_s()))
-        else:
+            return
+        try:
             self._live.refresh()
+        except OSError:
+            point_at_nothing(self._stream)
 
     def note(self, text: str) -> None:
         """Something worth a line of its own: a warning, a restart, a checkpoint."""
@@ -155,7 +175,10 @@ class Console:
         """Stop the live view; what it last showed stays on the terminal. May be called twice."""
         self._end_stage()
         if self._live is not None and self._live.is_started:
-            self._live.stop()
+            try:
+                self._live.stop()
+            except OSError:
+                point_at_nothing(self._stream)
 
     def _end_stage(self) -> None:
         if self._stage is not None:
@@ -164,10 +187,13 @@ class Console:
             self._print(f"{text} {duration(time.monotonic() - since)}")
 
     def _print(self, text: str) -> None:
-        if self._live is None:
-            print(text, file=self._stream, flush=True)
-        else:
-            self._live.console.print(Text(text), soft_wrap=True)
+        try:
+            if self._live is None:
+                print(text, file=self._stream, flush=True)
+            else:
+                self._live.console.print(Text(text), soft_wrap=True)
+        except OSError:
+            point_at_nothing(self._stream)
 
     def _eta_s(self) -> float | None:
         pace = mean(self._seconds)

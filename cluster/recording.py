@@ -41,6 +41,7 @@ class Run:
     step: the next one; so many are done. cursor: where its prompts begin. saved: the step of the
     newest checkpoint. unrecorded: the step that is done and not written down yet. unsaved_since:
     when a checkpoint could last not be written. missed: what could not be recorded, by its name.
+    lost: why no actor will answer any more.
     """
 
     config: Config
@@ -64,6 +65,7 @@ class Run:
     unsaved_since: float | None = None
     missed: Counter[str] = field(default_factory=Counter)
     said: set[str] = field(default_factory=set)
+    lost: str = ""
 
     def __post_init__(self) -> None:
         self.cursor = self.stream.cursor

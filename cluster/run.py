@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from actors.pool import RolloutError, RolloutPool
 from cluster.config import Config, ConfigError, compact, dump_config, expand
 from cluster.console import Console
@@ -53,6 +55,9 @@ CONNECT_TIMEOUT_S = 10
 # How often our signal handlers are set again while Ray sets its own.
 HANDLERS_S = 0.05
 GOODBYE_S = 30
+# Without these nothing that a Ray of our own runs goes on.
+RAY_SERVERS = {"raylet", "gcs_server"}
+WATCH_S = 5.0
 
 
 EXPECTED_ERRORS = (
@@ -176,7 +181,7 @@ async def _train_in(prepared: Prepared, run_dir: RunDir, console: Console, signa
         run = assemble(prepared, run_dir, console, actors, saved, checkpoints)
         signals.then(lambda: stop(run, console, signals))
         console.stage("publishing the first weights")
-        await train(run)
+        await train_watched(run)
         exit_code = 0 if signals.caught is None else 128 + signals.caught
         await say_goodbye(run, prepared)
         return exit_code
@@ -270,6 +275,26 @@ async def start(
     if saved and actors.learner is not None:
         console.stage(f"loading checkpoint {saved.step}")
         await actors.learner.load(saved.checkpoint)
+
+
+async def train_watched(run: Run) -> None:
+    """`train`, given up when a process of our own Ray dies: nothing would be answered any more."""
+    servers = [process for process in psutil.Process().children() if process.name() in RAY_SERVERS]
+    training = asyncio.ensure_future(train(run))
+    try:
+        while servers and not training.done():
+            await asyncio.wait({training}, timeout=WATCH_S)
+            for process in servers:
+                if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+                    run.lost = f"Ray's process {process.pid} died, and every actor with it"
+                    training.cancel()
+        await training
+    except asyncio.CancelledError:
+        if run.lost:
+            raise RunError(f"{run.lost}; the ends of Ray's logs show why") from None
+        training.cancel()
+        await asyncio.wait({training})
+        raise
 
 
 async def connect_aside(config: Config, signals: Signals) -> Resources:

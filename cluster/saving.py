@@ -79,10 +79,11 @@ async def save_at_the_end(run: Run) -> None:
 async def rescue(run: Run, error: BaseException) -> None:
     """Before an error ends a run: record and save what the learner has done. Raises nothing."""
     try:
-        await record_late(run)
+        if not run.lost:
+            await record_late(run)
         if run.saved == run.step:
             return
-        if isinstance(error, LearnerError) and not error.savable:
+        if run.lost or (isinstance(error, LearnerError) and not error.savable):
             run.console.note(f"the learner is lost: {_newest(run)}")
             return
         run.console.note(f"the run ends with an error after step {run.step}: saving first")

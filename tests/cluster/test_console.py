@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -170,3 +174,34 @@ def test_an_error_passes_and_the_terminal_is_restored() -> None:
         raise RuntimeError("boom")
     assert stream.getvalue().rindex("\x1b[?25h") > stream.getvalue().rindex("\x1b[?25l")
     console.close()
+
+
+@pytest.mark.parametrize("mode", ["plain", "rich"])
+def test_a_pipe_that_nobody_reads_ends_nothing(mode: str) -> None:
+    """As with `cohort train ... | head -1`; the interpreter's own flush at the end counts, too."""
+    program = f"""
+import os, signal, sys, time
+from cluster.console import Console
+sys.stdin.readline()
+with Console(3, {mode!r}) as console:
+    for number in range(50):
+        console.note("x" * 5000)
+        console.stage("saving")
+    print("more")
+sys.exit(7)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+    )
+    assert process.stdout is not None and process.stdin is not None
+    process.stdout.close()
+    process.stdin.write("go\n")
+    process.stdin.close()
+    assert process.wait(60) == 7
+    assert process.stderr is not None
+    assert "Error" not in process.stderr.read()
