@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from learner import checkpoint
 from learner.checkpoint import CheckpointError, Checkpoints, export, latest, load_state
 
 
@@ -119,3 +120,69 @@ def test_export(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not an empty folder"):
         export(run, tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "run"]
+
+
+def test_a_half_checkpoint_of_an_earlier_start_is_kept_elsewhere(tmp_path: Path) -> None:
+    (Checkpoints(tmp_path / "checkpoints", keep=1).begin(7) / "file").write_text("half")
+    Checkpoints(tmp_path / "checkpoints", keep=1)
+    moved = tmp_path / "replaced-001" / "checkpoints" / "tmp-7" / "file"
+    assert moved.read_text() == "half"
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_a_complete_checkpoint_is_never_overwritten(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
+    save(checkpoints, 5)
+    (checkpoints.folder / "step-5" / "mark").write_text("of another history")
+    save(checkpoints, 5)
+    kept = tmp_path / "replaced-001" / "checkpoints" / "step-5"
+    assert (kept / "mark").read_text() == "of another history"
+    assert not (checkpoints.folder / "step-5" / "mark").exists()
+
+
+def test_a_commit_that_fails_leaves_no_checkpoint_and_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    old = save(checkpoints, 5)
+    real = checkpoint._write
+
+    def full(path: Path, text: str) -> None:
+        if path.name == "COMPLETE":
+            raise OSError(28, "No space left on device")
+        real(path, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_write", full)
+        with pytest.raises(OSError, match="No space"):
+            save(checkpoints, 6)
+    assert latest(tmp_path) == old
+    checkpoints.discard(6)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-5"]
+    assert save(checkpoints, 6) == latest(tmp_path)
+
+
+def test_a_deletion_that_was_cut_short_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    save(checkpoints, 5)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "rmtree", lambda *_, **__: None)
+        save(checkpoints, 6)
+    assert latest(tmp_path) == tmp_path / "step-6"
+    save(checkpoints, 7)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-7"]
+
+
+def test_a_trial_of_saving_leaves_nothing(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    with checkpoints.trial() as folder:
+        assert (folder / checkpoint.DRIVER_WAS_HERE).is_file()
+        (folder / "hf").mkdir()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sizes_are_in_a_unit_that_shows_them() -> None:
+    shown = [checkpoint.size_of(n) for n in (17, 3 << 10, 30 << 20, 5 << 29)]
+    assert shown == ["17 bytes", "3.0 KiB", "30.0 MiB", "2.5 GiB"]
