@@ -14,6 +14,10 @@ POOL = "tests/actors/test_pool.py"
 WEIGHTS = "tests/harness/test_weights.py"
 BATCH = "tests/learner/test_batch.py"
 GRPO = "tests/learner/test_grpo.py"
+ENDS = "tests/harness/test_ends.py"
+RESCUE = "tests/harness/test_rescue.py"
+RUN_DIR = "tests/cluster/test_run_dir.py"
+SAVED = "tests/learner/test_saved.py"
 
 MUTANTS = (
     Mutant(
@@ -31,9 +35,9 @@ MUTANTS = (
         (f"{LOOP}::test_completions_are_as_old_as_allowed_and_never_older",),
     ),
     Mutant(
-        "cluster/loop.py",
-        "run.step, cursor = run.step + 1, batch.cursor",
-        "run.step, cursor = run.step + 1, run.stream.cursor",
+        "cluster/recording.py",
+        "self.cursor = finished.batch.cursor",
+        "self.cursor = self.stream.cursor",
         "a checkpoint holds its own step's place in the data, not the stream's",
         (f"{RESUME}::test_every_checkpoint_of_an_overlapped_run_holds_its_own_steps_cursor",),
     ),
@@ -235,5 +239,89 @@ MUTANTS = (
         'NULLS = frozenset({"", "~", "null", "Null", "NULL", "no"})',
         "a text key gets its value as it is written",
         ("tests/cluster/test_values.py::test_texts_of_the_command_line_stay_what_they_are",),
+    Mutant(
+        "cluster/loop.py",
+        "        await rescue(run, error)\n",
+        "",
+        "what was learned is saved before an error ends the run",
+        (f"{RESCUE}::test_a_learner_that_lives_is_saved_before_an_error_ends_the_run",),
+    ),
+    Mutant(
+        "cluster/saving.py",
+        "await run.learner.save(folder, after_skipped=True)",
+        "await run.learner.save(folder)",
+        "a last step that is not finite loses nothing",
+        (f"{RESCUE}::test_a_last_step_that_is_not_finite_loses_nothing",),
+    ),
+    Mutant(
+        "cluster/saving.py",
+        "    while error := await _try_to_save(run):\n",
+        "    if error := await _try_to_save(run):\n",
+        "a full disk at the end of a run is waited for",
+        (f"{RESCUE}::test_a_full_disk_at_the_end_is_waited_for",),
+    ),
+    Mutant(
+        "cluster/saving.py",
+        "history.as_dict(before=run.step)",
+        "history.as_dict()",
+        "outcomes of a step that was not trained are not saved",
+        (f"{RESCUE}::test_pass_rates_of_a_step_that_was_not_trained_are_not_saved",),
+    ),
+    Mutant(
+        "learner/saved.py",
+        "    if not bool(finite):\n",
+        "    if False:\n",
+        "weights that are not finite are never saved",
+        (f"{SAVED}::test_weights_that_are_not_finite_are_found",),
+    ),
+    Mutant(
+        "learner/saved.py",
+        "    if own:\n",
+        "    if False:\n",
+        "generation settings that transformers refuses to write are copied",
+        (f"{SAVED}::test_generation_settings_are_copied_as_they_are",),
+    ),
+    Mutant(
+        "learner/checkpoint.py",
+        "            # A torn one, or the same step of an earlier attempt.\n"
+        "            self._aside.move(final)\n",
+        "            shutil.rmtree(final)\n",
+        "a complete checkpoint of another history is never overwritten",
+        ("tests/learner/test_checkpoint.py::test_a_complete_checkpoint_is_never_overwritten",),
+    ),
+    Mutant(
+        "cluster/tracking.py",
+        "                aside.move(file)\n",
+        "                file.unlink()\n",
+        "completions after the checkpoint that is resumed from are kept",
+        (f"{ENDS}::test_a_run_that_ended_in_any_stage_is_continued_and_keeps_what_it_recorded",),
+    ),
+    Mutant(
+        "cluster/run_dir.py",
+        "        if locked is False:\n",
+        "        if False:\n",
+        "one driver at a time uses a run directory",
+        (f"{RUN_DIR}::test_a_live_driver_keeps_others_out_and_a_dead_one_does_not",),
+    ),
+    Mutant(
+        "cluster/run_dir.py",
+        "                if os.fstat(file).st_mtime != before:\n",
+        "                if False:\n",
+        "a driver on another machine that lives is not taken over",
+        (f"{RUN_DIR}::test_another_machines_driver_that_goes_on_beating_is_refused",),
+    ),
+    Mutant(
+        "cluster/metrics.py",
+        "lost = len(batch.failures) * (max(sizes) if sizes else 1)",
+        "lost = len(batch.failures)",
+        "a group that was lost counts with all its completions",
+        (f"{RESCUE}::test_lost_groups_count_with_all_their_completions",),
+    ),
+    Mutant(
+        "cluster/scribe.py",
+        "                self._replace()\n",
+        "                break\n",
+        "a scribe that died is replaced",
+        (f"{RESCUE}::test_a_scribe_that_dies_is_replaced",),
     ),
 )
