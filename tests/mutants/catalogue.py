@@ -239,6 +239,8 @@ MUTANTS = (
         'NULLS = frozenset({"", "~", "null", "Null", "NULL", "no"})',
         "a text key gets its value as it is written",
         ("tests/cluster/test_values.py::test_texts_of_the_command_line_stay_what_they_are",),
+    ),
+    # A run's life: start, stop, saving, reporting.
     Mutant(
         "cluster/loop.py",
         "        await rescue(run, error)\n",

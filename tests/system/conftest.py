@@ -81,6 +81,10 @@ class Cohort:
             check=False,
         )
 
+    def processes(self) -> list[tuple[psutil.Process, str]]:
+        """The live processes of our runs, and what they call themselves."""
+        return ours(self.mark)
+
     def process(self, title: str) -> psutil.Process:
         """The live process of our runs that calls itself so; vLLM and Ray set titles."""
         [found] = [process for process, name in ours(self.mark) if name.startswith(title)]

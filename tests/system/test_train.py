@@ -133,6 +133,79 @@ def wait_for(path: Path, text: str, process: subprocess.Popen[str], timeout: flo
         time.sleep(0.1)
 
 
+def test_a_start_that_was_stopped_at_any_moment_is_started_again(
+    cohort: Cohort, nothing_left: Callable[[], None]
+) -> None:
+    """The same command every time: ended before Ray is there, in the middle of the start by each
+    signal, by an engine that does not start in time; then it trains."""
+    run = cohort.folder / "again"
+    log = cohort.folder / "out.log"
+    for number, text in (
+        (signal.SIGTERM, ""),
+        (signal.SIGTERM, "starting Ray"),
+        (signal.SIGTERM, "starting 1 engine(s)"),
+        (signal.SIGINT, "starting 1 engine(s)"),
+        (signal.SIGKILL, "starting 1 engine(s)"),
+    ):
+        process = cohort.start(run__dir=run)
+        if text:
+            wait_for(log, text, process)
+        time.sleep(1)
+        process.send_signal(number)
+        code = process.wait(60)
+        assert code == (-9 if number == signal.SIGKILL else 128 + number), log.read_text()
+        assert "Traceback" not in log.read_text(), log.read_text()
+        assert "PC: @" not in log.read_text(), log.read_text()
+        nothing_left()
+    failed = cohort.train(run__dir=run, actors__start_timeout_s=0.5)
+    assert failed.returncode == 1, shown(failed)
+    assert "actors.start_timeout_s" in failed.stderr
+    nothing_left()
+    done = cohort.train(run__dir=run)
+    assert done.returncode == 0, shown(done)
+    assert "_GatheringFuture" not in shown(done)
+    assert [row["step"] for row in rows(run)] == [0, 1]
+    # It is a run now, and is not overwritten.
+    again = cohort.train(run__dir=run)
+    assert again.returncode == 1
+    assert "run.resume=true" in again.stderr
+    nothing_left()
+
+
+def test_a_run_whose_scribe_or_ray_dies(cohort: Cohort, nothing_left: Callable[[], None]) -> None:
+    """The scribe is replaced. Without Ray nothing goes on: the run ends, and says so."""
+    run = cohort.folder / "dies"
+    process = cohort.start(run__dir=run, run__steps=500, run__checkpoint_every=2)
+    log = cohort.folder / "out.log"
+    wait_for(log, "step   3/500", process)
+    cohort.process("ray::_Writer").kill()
+    wait_for(log, "step   8/500", process)
+    assert len(list((run / "rollouts").glob("step-*.jsonl"))) >= 7
+    [raylet] = [p for p, name in cohort.processes() if "raylet/raylet" in name]
+    raylet.kill()
+    assert process.wait(90) == 1, log.read_text()
+    assert "died, and every actor with it" in log.read_text()
+    nothing_left()
+    resumed = cohort.train(run__dir=run, run__steps=12, run__resume="true")
+    assert resumed.returncode == 0, shown(resumed)
+    assert [row["step"] for row in rows(run)] == list(range(12))
+
+
+def test_a_model_with_contradictory_generation_settings_trains_and_saves(
+    cohort: Cohort, tiny_model: Path
+) -> None:
+    model = cohort.folder / "contradictory"
+    shutil.copytree(tiny_model, model)
+    settings = {"do_sample": False, "temperature": 0.6}
+    (model / "generation_config.json").write_text(json.dumps(settings))
+    run = cohort.folder / "contradiction"
+    result = cohort.train(run__dir=run, model__path=model, run__steps=1)
+    assert result.returncode == 0, shown(result)
+    checkpoint = latest(run / "checkpoints")
+    assert checkpoint is not None
+    assert json.loads((checkpoint / "hf" / "generation_config.json").read_text()) == settings
+
+
 def test_killed_engines_are_replaced_and_sigterm_saves(
     cohort: Cohort, nothing_left: Callable[[], None]
 ) -> None:
