@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
-from cluster.signals import leave_at_once_on_signals
+from cluster.signals import Stopped, leave_at_once_on_signals
 
 # Before the imports that take the command's first seconds.
 leave_at_once_on_signals()
@@ -65,6 +65,9 @@ def _expecting(work: Callable[[], Any]) -> Any:
         raise _fail(error, 2) from None
     except (*EXPECTED_ERRORS, CheckpointError, ReportError, RewardLoadError, SubmitError) as error:
         raise _fail(error, 1) from None
+    except Stopped as stopped:
+        typer.echo(f"{stopped}: stopped", err=True)
+        raise typer.Exit(stopped.exit_code) from None
 
 
 @app.command(context_settings=EXTRA)

@@ -16,7 +16,8 @@ from cluster.console import Console
 from cluster.making import make_pool, make_rewards
 from cluster.placement import plan
 from cluster.prepare import RunError, passing_logs, prepare
-from cluster.run import connect, shut_down
+from cluster.run import connect_aside, shut_down
+from cluster.signals import Signals
 from learner.checkpoint import latest
 from rewards.base import error_tail
 from rewards.tasks import Measures, Row, Task
@@ -64,7 +65,22 @@ async def evaluate(config: Config, model: Path | None, console: Console) -> Repo
     """Generate and score held-out prompts: once greedily, and group_size samples each.
 
     model: a Hugging Face folder to use in place of model.path.
+
+    Raises Stopped when a signal ends it.
     """
+    with Signals() as signals:
+        working = asyncio.ensure_future(_evaluate(config, model, console, signals))
+        signals.then(working.cancel)
+        try:
+            return await working
+        except asyncio.CancelledError:
+            signals.check()
+            raise
+
+
+async def _evaluate(
+    config: Config, model: Path | None, console: Console, signals: Signals
+) -> Report:
     import ray
 
     if model is not None:
@@ -79,7 +95,7 @@ async def evaluate(config: Config, model: Path | None, console: Console) -> Repo
     prompts = [prepared.renderer.render(row, 0) for row in rows]
     samples = config.task.group_size
     console.stage("starting Ray")
-    placement = plan(config, connect(config), prepared.parameters)
+    placement = plan(config, await connect_aside(config, signals), prepared.parameters)
     with passing_logs("eval") as log_dir:
         pool = make_pool(prepared, placement, log_dir, console)
         rewards = make_rewards(prepared, placement)
