@@ -253,6 +253,10 @@ def reference_loss(
         mu = torch.from_numpy(completion.logprobs)
         start = now.detach() if old is None else score(old).detach()
         anchor = mu if algorithm.anchor == "engine" else start
+        base = torch.zeros(length)
+        if algorithm.kl_coef and algorithm.kl_in == "loss":
+            with torch.no_grad():
+                base = score(model if reference is None else reference)
         with torch.no_grad():
             w = (start - mu).exp()
             geometric = float((start - mu).mean().exp())
@@ -269,9 +273,9 @@ def reference_loss(
                 ratio = (now - anchor).mean().exp()
             if algorithm.objective == "cispo":
                 cap = 1 + algorithm.clip_high
-                objective = min(float(ratio), cap) * advantage * now[t]
+                objective = min(float(ratio.detach()), cap) * advantage * now[t]
             elif algorithm.objective == "dppo_tv":
-                moved = float(now[t].exp() - anchor[t].exp())
+                moved = float(now[t].detach().exp() - anchor[t].exp())
                 outside = moved > algorithm.clip_high if advantage > 0 else False
                 outside = outside or (advantage < 0 and moved < -algorithm.clip_low)
                 objective = ratio * advantage * (0.0 if outside else 1.0)
@@ -282,9 +286,7 @@ def reference_loss(
                     objective = objective.clamp(min=algorithm.dual_clip * advantage)
             objective = near * objective
             if algorithm.kl_coef and algorithm.kl_in == "loss":
-                with torch.no_grad():
-                    base = score(model if reference is None else reference)[t]
-                d = now[t] - base
+                d = now[t] - base[t]
                 if algorithm.kl_estimator == "k3":
                     penalty = log_ratio.exp() * ((-d).exp() - 1 + d)
                 else:
