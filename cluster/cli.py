@@ -126,6 +126,8 @@ def evaluate(
     ] = None,
 ) -> None:
     """Score a model or a checkpoint on the task's held-out prompts: greedy and pass@k."""
+    if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
+        raise _fail(ConfigError(f"--output {output}: no file in a folder that is there"), 2)
 
     def work() -> Any:
         from cluster.console import Console

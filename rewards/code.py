@@ -43,8 +43,9 @@ class CodeTests:
     completion without a code block scores 0. None where the row has no tests.
 
     sandbox: "bwrap", or "none" to run the model's code as this user, with its files and network;
-    seconds, memory_mb: of one test; max_tests: the first so many are run; parallel: programs that
-    run at a time. Keep seconds * tests * group size / parallel below rewards.timeout_s.
+    seconds, memory_mb: of one test, with all processes that it starts; max_tests: the first so many
+    are run; parallel: programs that run at a time. Keep seconds * tests * group size / parallel
+    below rewards.timeout_s.
 
     Raises SandboxError when there is no sandbox.
     """

@@ -190,9 +190,10 @@ class Sandbox:
         with tempfile.TemporaryDirectory(prefix="cohort-code-") as folder:
             for name, text in files.items():
                 Path(folder, name).write_bytes(text.encode(errors="replace"))
-            # The kernel's limit on processes counts all threads of the user's here.
-            most = user_threads() + self.limits.processes
-            loose = [f"--nproc={most}" if "--nproc" in item else item for item in command]
+            loose = [item for item in command if not item.startswith("--nproc=")]
+            if os.getuid() != 0 and (group is None or not group.bounds_processes):
+                # The kernel's limit counts all threads of this user's, and none of root's.
+                loose.insert(1, f"--nproc={user_threads() + self.limits.processes}")
             waits, gate = os.pipe()
             reaped = [sys.executable, "-I", "-S", "-B", REAPER, str(waits), *loose]
             environment = {"PATH": PATH, "HOME": folder, "LANG": "C.UTF-8"}

@@ -498,6 +498,12 @@ def test_a_problem_without_words_is_still_said(monkeypatch: pytest.MonkeyPatch) 
     assert (result.exit_code, result.output) == (2, "error: ConfigError()\n")
 
 
+def test_a_report_that_cannot_be_written_is_said_before_the_work(tmp_path: Path) -> None:
+    for output in (tmp_path, tmp_path / "absent" / "x.json"):
+        result = CliRunner().invoke(app, ["eval", "x.yaml", "--output", str(output)])
+        assert (result.exit_code, result.output[:15]) == (2, "error: --output")
+
+
 def test_reading_is_bounded() -> None:
     with pytest.raises(ValueProblem, match="too deeply"):
         typed(read_yaml("[" * 200 + "]" * 200), Any)
