@@ -119,7 +119,9 @@ def mapped_shared_memory(pids: Iterable[int]) -> set[Path]:
     inodes = set()
     for pid in pids:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+            for line in (
+                Path(f"/proc/{pid}/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+            ):
                 name = line.rpartition("/dev/shm/")[2]
                 if name != line and name.startswith(TALK):
                     inodes.add(int(line.split()[4]))
