@@ -59,7 +59,9 @@ class Owner:
 
 
 def this_process() -> Owner:
-    boot = BOOT_ID.read_text().strip() if BOOT_ID.is_file() else socket.gethostname()
+    boot = (
+        BOOT_ID.read_text(encoding="utf-8").strip() if BOOT_ID.is_file() else socket.gethostname()
+    )
     now = datetime.now(UTC).isoformat(timespec="seconds")
     return Owner(socket.gethostname(), boot, os.getpid(), now, " ".join(sys.argv)[:500])
 

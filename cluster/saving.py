@@ -136,7 +136,7 @@ async def _try_to_save(run: Run) -> Exception | None:
 
 def _require_step(folder: Path, version: int) -> None:
     """Raise CheckpointError unless the ranks saved the step that the driver knows of."""
-    saved = json.loads((folder / LEARNER_FILE).read_text())["steps_done"]
+    saved = json.loads((folder / LEARNER_FILE).read_text(encoding="utf-8"))["steps_done"]
     if saved != version:
         raise CheckpointError(
             f"the learner saved {saved} optimizer steps, and {version} are accounted for"
