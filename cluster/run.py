@@ -189,8 +189,11 @@ async def _train_in(prepared: Prepared, run_dir: RunDir, console: Console, signa
         signals.then(lambda: None)
         if run is not None:
             run.tracker.close(exit_code)
-        actors.kill()
-        ray.shutdown()
+        try:
+            actors.kill()
+            ray.shutdown()
+        except Exception as error:  # noqa: BLE001 - how the run ended is known already
+            console.note(f"not every actor could be ended: {type(error).__name__}: {error}")
 
 
 @dataclass

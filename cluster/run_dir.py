@@ -111,12 +111,17 @@ class RunDir:
         if owner is not None and (locked is None or owner.boot != this_process().boot):
             # The lock of another machine may not be seen here. Its owner is alive if it goes on
             # touching the file; what "now" is, the file system says, not this machine's clock.
-            before = os.fstat(file).st_mtime
+            before = self._beaten()
             waiting = time.time() + SILENCE_S
             while self._age(before) < SILENCE_S and time.time() < waiting:
                 time.sleep(0.2)
-                if os.fstat(file).st_mtime != before:
+                if self._beaten() != before:
                     raise RunError(in_use(self.path, owner))
+
+    def _beaten(self) -> float:
+        """When the lock was last touched. Opened anew: NFS remembers open files."""
+        with (self.path / LOCK).open("rb") as lock:
+            return os.fstat(lock.fileno()).st_mtime
 
     def _age(self, then: float) -> float:
         """Seconds from a time of this file system until now."""

@@ -95,6 +95,7 @@ class Checkpoints:
                 f"{self.folder}: a checkpoint takes about {size_of(self.expected_bytes)}{several}, "
                 f"and {size_of(free)} are free on this disk: make room there, lower "
                 "run.keep_checkpoints, or choose another run.dir"
+                + (f" ({self._aside.folder} may go)" if self._aside.folder else "")
             )
 
     @contextmanager

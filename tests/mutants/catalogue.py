@@ -307,7 +307,7 @@ MUTANTS = (
     ),
     Mutant(
         "cluster/run_dir.py",
-        "                if os.fstat(file).st_mtime != before:\n",
+        "                if self._beaten() != before:\n",
         "                if False:\n",
         "a driver on another machine that lives is not taken over",
         (f"{RUN_DIR}::test_another_machines_driver_that_goes_on_beating_is_refused",),
