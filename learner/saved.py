@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 
 from learner.checkpoint import DRIVER_WAS_HERE, CheckpointError, NotFiniteError
 
+# A network file system may show a new file to other nodes only after a while.
+SEEN_S = 30.0
 GENERATION_CONFIG = "generation_config.json"
 # What an engine or a plain transformers program needs beside the weights and config.json.
 COMPANION_FILES = (
@@ -47,14 +50,19 @@ def write_model(model: Any, state: dict[str, Any], model_folder: Path, target: P
                 shutil.copy(file, target / file.name)
 
 
-def try_to_write(model: Any, model_folder: Path, trial: Path, rank: int) -> None:
+def try_to_write(
+    model: Any, model_folder: Path, trial: Path, rank: int, wait_s: float = SEEN_S
+) -> None:
     """Write everything but the weights into the driver's trial folder, before anything is trained.
 
     Raises CheckpointError when that fails, or this rank does not see the driver's folder.
     """
     import torch
 
-    if not (trial / DRIVER_WAS_HERE).is_file():
+    until = time.monotonic() + wait_s
+    while not (there := (trial / DRIVER_WAS_HERE).is_file()) and time.monotonic() < until:
+        time.sleep(0.2)
+    if not there:
         raise CheckpointError(
             f"{trial.parent}: learner rank {rank} does not see what the driver wrote there. "
             "run.dir must be on a file system that all of them share"

@@ -85,7 +85,7 @@ def test_what_cannot_be_saved_is_refused_before_training(
 def test_a_rank_that_does_not_see_run_dir_says_so(folder: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder)
     with pytest.raises(CheckpointError, match="learner rank 1 does not see"):
-        try_to_write(model, folder, tmp_path / "elsewhere", 1)
+        try_to_write(model, folder, tmp_path / "elsewhere", 1, wait_s=0.3)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
