@@ -98,14 +98,18 @@ async def record(run: Run, times: StepTimes, gap: float) -> None:
             f"step {batch.step}: {failure.what}: {failure.message} (its like is only counted from "
             "now on: rollout/groups_lost)",
         )
+    replaced = run.scribe.replaced
     try:
         await run.scribe.write(batch.step, [group.ref for group in batch.groups])
     except Exception as error:  # noqa: BLE001 - reporting never ends a run
         _missed(run, "rollouts", batch.step, error)
+    if run.scribe.replaced > replaced:
+        run.console.note(f"step {batch.step}: the scribe, which writes rollouts/, was replaced")
     metrics = step_metrics(
         batch, result, times, run.counters, run.learner.version, gap, run.pool.restarts
     )
     metrics |= {f"report/{name}_missed": count for name, count in run.missed.items()}
+    metrics |= {"report/scribe_replaced": run.scribe.replaced} if run.scribe.replaced else {}
     for what, say in (("metrics", run.tracker.log), ("console", run.console.step)):
         _try(run, what, batch.step, say, metrics)
 

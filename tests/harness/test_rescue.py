@@ -252,12 +252,16 @@ def test_space_is_needed_for_one_more_than_is_kept(tmp_path: Path) -> None:
 # Reporting.
 
 
-def test_a_scribe_that_dies_is_replaced(world: MakeWorld) -> None:
+def test_a_scribe_that_dies_is_replaced(
+    world: MakeWorld, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = world(run__steps=4)
     run.on("call", lambda event: run.ray.kill(event.actor), what="write", nth=2)
     assert run.train() == 0
     assert [len(run.rollouts(step)) for step in range(4)] == [16] * 4
     assert run.run.scribe.replaced == 1
+    assert "step 1: the scribe, which writes rollouts/, was replaced" in capsys.readouterr().out
+    assert [row.get("report/scribe_replaced") for row in run.rows()] == [None, 1, 1, 1]
 
 
 def test_a_scribe_that_hangs_is_replaced(world: MakeWorld) -> None:
