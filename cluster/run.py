@@ -178,7 +178,10 @@ async def _train_in(prepared: Prepared, run_dir: RunDir, console: Console, signa
                 signals.check()
                 raise
             signals.check()
-        run = assemble(prepared, run_dir, console, actors, saved, checkpoints)
+        try:
+            run = assemble(prepared, run_dir, console, actors, saved, checkpoints)
+        except OSError as error:
+            raise RunError(f"run.dir={run_dir.path} cannot be written: {error}") from error
         signals.then(lambda: stop(run, console, signals))
         console.stage("publishing the first weights")
         await train_watched(run)
