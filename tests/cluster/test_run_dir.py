@@ -72,6 +72,18 @@ def test_a_live_driver_keeps_others_out_and_a_dead_one_does_not(tmp_path: Path) 
             assert claimed.path == folder
 
 
+def test_the_claim_itself_refuses_whatever_was_looked_at_before(tmp_path: Path) -> None:
+    with claim_run_dir(config(tmp_path / "run")):
+        other = run_dir.RunDir(tmp_path / "run")
+        with pytest.raises(RunError, match="is in use by"):
+            other.claim()
+        other.release()
+        # The refused one has not touched the owner's lock.
+        assert json.loads((tmp_path / "run" / LOCK).read_text())["pid"] == os.getpid()
+        with pytest.raises(RunError, match="is in use by"):
+            run_dir.RunDir(tmp_path / "run").claim()
+
+
 def test_of_many_drivers_that_start_at_once_exactly_one_does(tmp_path: Path) -> None:
     started: list[run_dir.RunDir] = []
     refused: list[RunError] = []

@@ -158,6 +158,47 @@ def test_resume_drops_what_will_be_done_again(tmp_path: Path) -> None:
     assert [row["reward/mean"] for row in rows] == [1.0] * 4 + [2.0] * 4
 
 
+def test_what_a_resume_drops_is_kept_elsewhere(tmp_path: Path) -> None:
+    first = Tracker(tmp_path, config_with(), None)
+    for step in range(4):
+        first.log(metrics_of(step))
+        write_rollouts(tmp_path / "rollouts", step, [scored_group(step, (1.0, 0.0))])
+    texts = [(tmp_path / "rollouts" / f"step-{n:06d}.jsonl").read_text() for n in range(4)]
+    rows = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "rew')
+    for number, kept in ((1, 2), (2, 0)):
+        Tracker(tmp_path, config_with(), None, first_step=kept).close()
+        aside = tmp_path / f"replaced-{number:03d}"
+        gone = range(2, 4) if number == 1 else range(2)
+        torn = '{"step": 4, "rew' if number == 1 else ""
+        assert (aside / "metrics.jsonl").read_text() == "".join(rows[n] for n in gone) + torn
+        for step in gone:
+            assert (aside / "rollouts" / f"step-{step:06d}.jsonl").read_text() == texts[step]
+    # With nothing to keep there is no folder.
+    Tracker(tmp_path, config_with(), None).close()
+    assert not (tmp_path / "replaced-003").exists()
+
+
+def test_rows_that_find_a_full_disk_are_written_with_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = Tracker(tmp_path, config_with(), None)
+    tracker.log(metrics_of(0))
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tracking.os, "fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            tracker.log(metrics_of(1))
+    # Not half of it, and nothing that a crash now would leave torn.
+    assert steps_in(tmp_path) == [0]
+    tracker.log(metrics_of(2))
+    assert steps_in(tmp_path) == [0, 1, 2]
+
+
 def test_resume_twice_from_the_same_checkpoint(tmp_path: Path) -> None:
     for _ in range(2):
         tracker = Tracker(tmp_path, config_with(), None, first_step=0)

@@ -14,7 +14,6 @@ POOL = "tests/actors/test_pool.py"
 WEIGHTS = "tests/harness/test_weights.py"
 BATCH = "tests/learner/test_batch.py"
 GRPO = "tests/learner/test_grpo.py"
-ENDS = "tests/harness/test_ends.py"
 RESCUE = "tests/harness/test_rescue.py"
 RUN_DIR = "tests/cluster/test_run_dir.py"
 SAVED = "tests/learner/test_saved.py"
@@ -296,14 +295,14 @@ MUTANTS = (
         "                aside.move(file)\n",
         "                file.unlink()\n",
         "completions after the checkpoint that is resumed from are kept",
-        (f"{ENDS}::test_a_run_that_ended_in_any_stage_is_continued_and_keeps_what_it_recorded",),
+        ("tests/cluster/test_tracking.py::test_what_a_resume_drops_is_kept_elsewhere",),
     ),
     Mutant(
         "cluster/run_dir.py",
         "        if locked is False:\n",
         "        if False:\n",
         "one driver at a time uses a run directory",
-        (f"{RUN_DIR}::test_a_live_driver_keeps_others_out_and_a_dead_one_does_not",),
+        (f"{RUN_DIR}::test_the_claim_itself_refuses_whatever_was_looked_at_before",),
     ),
     Mutant(
         "cluster/run_dir.py",
