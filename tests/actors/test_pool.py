@@ -191,7 +191,7 @@ def test_completions_arrive_before_their_group_and_again_after_a_loss(
         requests = [request("g0"), request("g1")]
         tasks = await pool.generate(requests, lambda *what: arrived.append(what))
         while len(arrived) < 3:
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.0005)
         assert not any(task.done() for task in tasks)
         # One of g0 was there before its actor died.
         assert sorted(arrived) == [("g0", 0, "ref:g0"), *[("g1", 0, "ref:g1")] * 2]

@@ -18,6 +18,7 @@ T = TypeVar("T")
 # How long real work in other threads, and signals on their way, may take.
 PATIENCE_S = 30.0
 START_S = 1000.0
+MAX_TURNS = 100_000
 
 
 class Deadlock(Exception):
@@ -26,11 +27,16 @@ class Deadlock(Exception):
 
 class _Selector(selectors.DefaultSelector):
     loop: VirtualLoop
+    turns = 0
 
     def select(self, timeout: float | None = None) -> Any:
         ready = super().select(0)
         if ready or timeout == 0:
+            self.turns += 1
+            if self.turns > MAX_TURNS:
+                raise Deadlock(f"{MAX_TURNS} turns of the loop in which no time has passed")
             return ready
+        self.turns = 0
         if self.loop.threads:
             # A thread works on something real: its time is not ours to skip.
             return super().select(PATIENCE_S)
@@ -88,7 +94,7 @@ def run(main: Coroutine[Any, Any, T]) -> T:
                 for task in (left := asyncio.all_tasks(loop)):
                     task.cancel()
                 if left:
-                    loop.run_until_complete(asyncio.wait(left, timeout=60))
+                    loop.run_until_complete(asyncio.wait(left, timeout=0.01))
         finally:
             loop.threads += 1  # its shutdown waits in a thread of its own
             loop.run_until_complete(loop.shutdown_default_executor())
