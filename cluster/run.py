@@ -16,7 +16,7 @@ import psutil
 from actors.pool import RolloutError, RolloutPool
 from cluster.config import Config, ConfigError, compact, dump_config, expand
 from cluster.console import Console
-from cluster.files import write_atomically
+from cluster.continuing import Saved, planned_saves, where_to_go_on, write_config
 from cluster.loop import TrainingError, train
 from cluster.making import (
     draw_from,
@@ -44,9 +44,8 @@ from cluster.run_dir import RunDir, claim_run_dir
 from cluster.scribe import Scribe
 from cluster.signals import Signals, Stopped
 from cluster.stream import GroupStream
-from cluster.tracking import Tracker, read_metrics
-from learner.aside import Aside
-from learner.checkpoint import CheckpointError, Checkpoints, latest, load_state
+from cluster.tracking import Tracker
+from learner.checkpoint import CheckpointError, Checkpoints
 from learner.group import LearnerError, LearnerGroup
 from rewards.pool import RewardPool
 from rewards.tasks import TaskError
@@ -214,38 +213,6 @@ class Actors:
             shut_down(self.pool, self.rewards, self.learner)
 
 
-@dataclass(frozen=True)
-class Saved:
-    """The checkpoint that a run goes on from, and the driver's state in it."""
-
-    checkpoint: Path
-    state: dict[str, Any]
-
-    @property
-    def step(self) -> int:
-        return int(self.state["step"])
-
-
-def where_to_go_on(config: Config, folder: Path) -> Saved | None:
-    """The newest complete checkpoint if the run is to be resumed; None to begin at step 0.
-
-    Raises RunError when what is recorded in the folder cannot be gone on from.
-    """
-    try:
-        read_metrics(folder / "metrics.jsonl")
-    except ValueError as error:
-        raise RunError(f"{error}: move that file away, or choose another run.dir") from error
-    found = latest(folder / "checkpoints") if config.run.resume else None
-    return Saved(found, load_state(found)) if found else None
-
-
-def planned_saves(config: Config, first_step: int) -> int:
-    """How many checkpoints this run will write."""
-    every, steps = config.run.checkpoint_every, config.run.steps
-    periodic = (steps - 1) // every - first_step // every if every else 0
-    return periodic + 1
-
-
 async def start(
     prepared: Prepared,
     run_dir: RunDir,
@@ -402,17 +369,6 @@ def assemble(
         step=first_step,
         counters=counters,
     )
-
-
-def write_config(file: Path, text: str, aside: Aside) -> None:
-    """Write config.yaml; one that says something else, run.resume apart, is moved aside first."""
-    if file.exists():
-        before = file.read_text(encoding="utf-8")
-        if before.replace("resume: false", "resume: true") != text.replace(
-            "resume: false", "resume: true"
-        ):
-            aside.move(file)
-    write_atomically(file, text)
 
 
 def stop(run: Run, console: Console, signals: Signals) -> None:

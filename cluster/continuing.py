@@ -1,0 +1,60 @@
+"""What a run goes on from, and what it finds in its folder when it does.
+
+`where_to_go_on` is the place where a run that is resumed is compared with the one that was saved.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.config import Config
+from cluster.files import write_atomically
+from cluster.prepare import RunError
+from cluster.tracking import read_metrics
+from learner.aside import Aside
+from learner.checkpoint import latest, load_state
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The checkpoint that a run goes on from, and the driver's state in it."""
+
+    checkpoint: Path
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return int(self.state["step"])
+
+
+def where_to_go_on(config: Config, folder: Path) -> Saved | None:
+    """The newest complete checkpoint if the run is to be resumed; None to begin at step 0.
+
+    Raises RunError when what is recorded in the folder cannot be gone on from.
+    """
+    try:
+        read_metrics(folder / "metrics.jsonl")
+    except ValueError as error:
+        raise RunError(f"{error}: move that file away, or choose another run.dir") from error
+    found = latest(folder / "checkpoints") if config.run.resume else None
+    return Saved(found, load_state(found)) if found else None
+
+
+def planned_saves(config: Config, first_step: int) -> int:
+    """How many checkpoints this run will write."""
+    every, steps = config.run.checkpoint_every, config.run.steps
+    periodic = (steps - 1) // every - first_step // every if every else 0
+    return periodic + 1
+
+
+def write_config(file: Path, text: str, aside: Aside) -> None:
+    """Write config.yaml; one that says something else, run.resume apart, is moved aside first."""
+    if file.exists():
+        before = file.read_text(encoding="utf-8")
+        if before.replace("resume: false", "resume: true") != text.replace(
+            "resume: false", "resume: true"
+        ):
+            aside.move(file)
+    write_atomically(file, text)
