@@ -9,18 +9,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from actors.records import Failure, Group, SamplingSpec, ScoreMeta, derive_seed
+from actors.records import Failure, Group, Prompt, SamplingSpec, ScoreMeta, derive_seed
 from actors.rollout import Request
 from cluster.config import Config
 from cluster.console import Console
 from cluster.making import make_pool, make_rewards
 from cluster.placement import plan
-from cluster.prepare import RunError, passing_logs, prepare
+from cluster.prepare import Prepared, RunError, passing_logs, prepare
 from cluster.run import connect_aside, shut_down
 from cluster.signals import Signals
 from learner.checkpoint import latest
 from rewards.base import error_tail
-from rewards.tasks import Measures, Row, Task
+from rewards.tasks import Measures, Row, Task, TaskError
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,8 @@ async def _evaluate(
     if not count:
         raise RunError(f"task {config.task.name} has no held-out prompts")
     rows = [task.eval_row(index) for index in range(count)]
-    prompts = [prepared.renderer.render(row, 0) for row in rows]
+    rows, prompts = fitting_rows(prepared, rows, console)
+    count = len(rows)
     samples = config.task.group_size
     console.stage("starting Ray")
     placement = plan(config, await connect_aside(config, signals), prepared.parameters)
@@ -132,6 +133,26 @@ async def _evaluate(
         task_greedy=task_metrics(task, rows, [texts for _, texts in greedy]),
         task_sampled=task_metrics(task, rows, [texts for _, texts in sampled]),
     )
+
+
+def fitting_rows(
+    prepared: Prepared, rows: Sequence[Row], console: Console
+) -> tuple[list[Row], list[Prompt]]:
+    """The rows whose prompts leave room for a completion, with their prompts.
+
+    Raises TaskError when one does not and task.overlong=error, RunError when none does.
+    """
+    limit = prepared.renderer.max_prompt_tokens
+    pairs = [(row, prepared.renderer.render(row, 0)) for row in rows]
+    kept = [(row, p) for row, p in pairs if limit is None or len(p.token_ids) <= limit]
+    if len(kept) < len(pairs):
+        told = f"{len(pairs) - len(kept)} of {len(pairs)} held-out prompts are longer than {limit}"
+        if prepared.config.task.overlong == "error":
+            raise TaskError(f"{told} tokens: raise model.max_length, or set task.overlong=drop")
+        if not kept:
+            raise RunError(f"{told} tokens: raise model.max_length")
+        console.note(f"{told} tokens and left out")
+    return [row for row, _ in kept], [prompt for _, prompt in kept]
 
 
 def task_metrics(

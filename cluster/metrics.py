@@ -127,6 +127,7 @@ def step_metrics(
         "rollout/truncated_fraction": _mean(truncated),
         "rollout/refill_rounds": batch.refill_rounds,
         "rollout/groups_lost": len(batch.failures),
+        "rollout/overlong_prompts": batch.overlong,
         "learner/loss": result.loss,
         "learner/grad_norm": result.grad_norm,
         "learner/entropy": result.entropy,

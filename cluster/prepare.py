@@ -12,19 +12,13 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-from actors.records import Prompt
 from cluster.config import Config, expand
-from rewards.tasks import (
-    PromptRenderer,
-    Task,
-    TaskError,
-    load_task,
-    sample_rows,
-    split_overlong,
-)
+from cluster.lengths import check_lengths, render_rows
+from rewards.tasks import PromptRenderer, Task, load_task, sample_rows
 from rewards.worker import RewardActor, RewardSpec, reward_specs
 
 PROBE_TOKENS = 32
@@ -60,11 +54,8 @@ def prepare(config: Config) -> Prepared:
     # Loads every function in a child process, as the reward actors will: a wrong path ends here.
     limits = config.rewards
     RewardActor(specs, limits.timeout_s, memory_bytes=limits.memory_bytes).close()
-    renderer = PromptRenderer(
-        tokenizer, longest_prompt(config, context), config.model.template_arguments
-    )
-    train, held_out = rendered_splits(task, renderer)
-    longest, overlong = check_lengths(config, train + held_out, renderer, specs)
+    renderer = make_renderer(config, tokenizer, context)
+    lengths = check_lengths(config, render_rows(task, renderer), renderer, specs)
     return Prepared(
         config=config,
         model_path=path,
@@ -72,8 +63,8 @@ def prepare(config: Config) -> Prepared:
         task=task,
         rewards=specs,
         renderer=renderer,
-        max_length=config.model.max_length or longest + config.actors.max_tokens,
-        overlong=overlong,
+        max_length=lengths.max_length,
+        overlong=lengths.overlong,
     )
 
 
@@ -137,44 +128,18 @@ def longest_prompt(config: Config, context: int) -> int:
     return longest
 
 
-def rendered_splits(task: Task, renderer: PromptRenderer) -> tuple[list[Prompt], list[Prompt]]:
-    """Every training prompt and every held-out one, in the order of the rows."""
-    train = [task.train_row(index) for index in range(task.train_size())]
-    held_out = [task.eval_row(index) for index in range(task.eval_size())]
-    return (
-        [renderer.render(row, 0, index) for index, row in enumerate(train)],
-        [renderer.render(row, 0) for row in held_out],
-    )
+def make_renderer(config: Config, tokenizer: Any, context: int) -> PromptRenderer:
+    """What renders this config's prompts; context: the model's, in tokens.
 
-
-def check_lengths(
-    config: Config, prompts: list[Prompt], renderer: PromptRenderer, specs: list[RewardSpec]
-) -> tuple[int, int]:
-    """The longest prompt that will be used, in tokens, and how many are too long.
-
-    Raises TaskError when a prompt is too long and task.overlong=error, or when all are, and when a
-    reward function is for a source that no row has.
+    Raises RunError when the context has no room for a prompt, TaskError for template arguments
+    that the chat template does not read.
     """
-    sources = {prompt.source for prompt in prompts if prompt.source is not None}
-    for spec in specs:
-        if unknown := sorted(set(spec.sources) - sources):
-            raise TaskError(
-                f"rewards.functions: {spec.path} is for the source {unknown[0]}, and the rows' "
-                f"sources are {', '.join(sorted(sources)) or 'none'}"
-            )
-    fitting, overlong = split_overlong(prompts, renderer.max_prompt_tokens)
-    if overlong and config.task.overlong == "error":
-        worst = max(overlong, key=lambda prompt: len(prompt.token_ids))
-        raise TaskError(
-            f"{len(overlong)} of {len(prompts)} prompts are longer than "
-            f"{renderer.max_prompt_tokens} tokens, which is what the context leaves beside "
-            f"actors.max_tokens={config.actors.max_tokens}; the longest, {worst.id}, has "
-            f"{len(worst.token_ids)}. Raise model.max_length, lower actors.max_tokens, or set "
-            "task.overlong=drop"
-        )
-    if not fitting:
-        raise TaskError(f"every prompt is longer than {renderer.max_prompt_tokens} tokens")
-    return max(len(prompt.token_ids) for prompt in fitting), len(overlong)
+    return PromptRenderer(
+        tokenizer,
+        longest_prompt(config, context),
+        config.model.template_arguments,
+        config.task.overlong,
+    )
 
 
 @contextmanager
@@ -190,11 +155,12 @@ def passing_logs(command: str) -> Iterator[Path]:
 
 def first_probe(prepared: Prepared) -> list[int]:
     """A fixed token sequence made of the task's own prompts: what engines are compared on."""
+    task = prepared.task
     ids: list[int] = []
-    rows = sample_rows(prepared.task, 0, 0, prepared.task.train_size())
-    while len(ids) < 2:
-        for epoch, row in rows:
-            ids += prepared.renderer.render(row, epoch).token_ids
-            if len(ids) >= PROBE_TOKENS:
-                break
+    for cursor in count():
+        # A prompt has at least one token.
+        ((epoch, row),) = sample_rows(task, 0, cursor, 1)
+        ids += prepared.renderer.render(row, epoch).token_ids
+        if len(ids) >= PROBE_TOKENS or (len(ids) > 1 and cursor + 1 >= task.train_size()):
+            break
     return ids[: min(PROBE_TOKENS, prepared.max_length - 1)]

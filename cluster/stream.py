@@ -42,6 +42,7 @@ class Batch:
     cursor: where the next step's prompts begin. generate_s, reward_s: seconds the learner waited
     for each. generation_wall_s: from admission to the last completion. refill_rounds: how often
     new prompts were drawn in place of groups without gradient. outcomes: of the groups, in order.
+    overlong: prompts that were drawn, and left out as too long.
     """
 
     step: int
@@ -53,6 +54,7 @@ class Batch:
     generation_wall_s: float
     refill_rounds: int = 0
     outcomes: tuple[Outcome, ...] = ()
+    overlong: int = 0
 
 
 def group_request(config: Config, step: int, prompt: Prompt) -> Request:
@@ -92,6 +94,7 @@ class GroupStream:
         self._steps: dict[int, list[asyncio.Task[_Produced]]] = {}
         self._started: dict[int, float] = {}
         self._cursors: dict[int, int] = {}
+        self._overlong: dict[int, int] = {}
         # For each step in flight, its prompts by the ids of their groups.
         self._drawn: dict[int, dict[str, Prompt]] = {}
         # Completions being judged: for each group, its attempt at them and their verdicts.
@@ -114,6 +117,7 @@ class GroupStream:
         rates = self.history.before(step) if self.history else NO_RATES
         taken = self._draw(self.cursor, count, rates)
         self.cursor = taken.cursor
+        self._overlong[step] = self._overlong.get(step, 0) + len(taken.overlong)
         requests = [group_request(self._config, step, prompt) for prompt in taken.prompts]
         drawn = self._drawn.setdefault(step, {})
         drawn.update((request.group_id, request.prompt) for request in requests)
@@ -197,6 +201,7 @@ class GroupStream:
             generation_wall_s=max(1e-6, generated - self._started.pop(step)),
             refill_rounds=rounds,
             outcomes=outcomes,
+            overlong=self._overlong.pop(step),
         )
 
     def _outcomes(self, step: int, groups: list[ScoredRef]) -> tuple[Outcome, ...]:

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from actors.records import derive_seed
 from rewards.config import RewardFunctionConfig, TaskConfig
 from rewards.rates import PassRates
+from rewards.survey import Survey, survey_of
 from rewards.tasks import (
     Curriculum,
     Demonstrates,
@@ -137,6 +139,16 @@ class MixtureTask:
         epoch, at = divmod(position, size)
         order = row_order(derive_seed(seed, "mixture", part.label), epoch, size)
         return epoch, _labelled(part, part.task.train_row(order[at]))
+
+    def survey(self) -> Survey:
+        """See `rewards.survey.Surveys`."""
+        parts = [survey_of(part.task) for part in self._parts]
+        numbers, places = np.array(self._eval, dtype=np.int64).T
+        held_out = np.empty(len(self._eval), dtype=np.int64)
+        for number, part in enumerate(parts):
+            held_out[numbers == number] = part.eval_bytes[places[numbers == number]]
+        labels = frozenset(part.label for part in self._parts)
+        return Survey(np.concatenate([part.train_bytes for part in parts]), held_out, labels)
 
     def demonstration(self, row: Row, epoch: int) -> str | None:
         """What the row's own task shows, if it does."""

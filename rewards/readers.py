@@ -1,7 +1,11 @@
-"""Rows of data files and Hugging Face datasets, as plain values, each with the place it is from."""
+"""Rows of data files and Hugging Face datasets, as plain values, each with the place it is from.
+
+Rows are read one after the other, and none is kept here: data may be larger than the memory.
+"""
 
 from __future__ import annotations
 
+import bz2
 import csv
 import datetime
 import decimal
@@ -9,41 +13,66 @@ import glob
 import gzip
 import io
 import json
+import lzma
 import math
 import os
 import re
+import tempfile
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
 import numpy as np
 
+from rewards.progress import with_progress
 from rewards.tasks import TaskError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+PACKED = (".gz", ".zst", ".bz2", ".xz")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
 DATASET_OPTIONS = ("config", "split", "revision")
+BATCH_ROWS = 2000
+UTF8_MARK = b"\xef\xbb\xbf"
+# The longer mark first: it begins with the shorter one.
+OTHER_MARKS = {
+    b"\xff\xfe\x00\x00": "utf-32",
+    b"\x00\x00\xfe\xff": "utf-32",
+    b"\xff\xfe": "utf-16",
+    b"\xfe\xff": "utf-16",
+}
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+NUMBERS = {"NaN": None, "Infinity": math.inf, "-Infinity": -math.inf}
 # A field of a CSV file may be a whole document.
 csv.field_size_limit(1 << 30)
+_decode_json = json.JSONDecoder(parse_constant=NUMBERS.__getitem__).decode
 
 
-@dataclass(frozen=True)
-class Record:
-    """One row. where: its file and number, for errors. id: unique among the rows read together."""
+class Record(NamedTuple):
+    """One row. file, place: where it is from; id: unique among the rows read together."""
 
-    where: str
+    file: str
+    place: str
     id: str
     values: dict[str, Any]
 
+    @property
+    def where(self) -> str:
+        """Its file and number, for errors."""
+        return f"{self.file}:{self.place.removeprefix('line').removeprefix('row')}"
 
-def read_records(location: str, key: str, split: str) -> list[Record]:
+
+def read_records(
+    location: str, key: str, split: str, without: Collection[str] = ()
+) -> Iterator[Record]:
     """The rows of a file, of the files that a glob names, of a folder, or of a dataset by its id.
 
     location: for a folder or an id, `?config=...&split=...&revision=...` may follow. key: the
-    config key that gave it, named in errors. split: the split without `?split=`.
+    config key that gave it, named in errors. split: the split without `?split=`. without: columns
+    that nobody will read, so their values may be anything. A line on stderr tells how far it is
+    where that takes more than a few seconds.
 
     Raises TaskError: nothing there, a kind of file that is not known, a damaged file or row, no
     rows, a library that is missing.
@@ -57,19 +86,8 @@ def read_records(location: str, key: str, split: str) -> list[Record]:
         if not files:
             raise TaskError(f"{key}: no file matches {path}")
     else:
-        return _read_dataset(location, key, split)
-    records: list[Record] = []
-    for file in files:
-        prefix = "" if len(files) == 1 else f"{file.name}:"
-        if len({other.name for other in files}) < len(files):
-            prefix = f"{file}:"
-        before = len(records)
-        for place, values in _read_file(file, key):
-            where = f"{file}:{place.removeprefix('line').removeprefix('row')}"
-            records.append(Record(where, prefix + place, plain_row(values, where)))
-        if len(records) == before:
-            raise TaskError(f"{key}: {file} has no rows")
-    return records
+        return with_progress(_read_dataset(location, key, split, without), f"reading {location}")
+    return with_progress(_read_files(files, key, without), f"reading {location}")
 
 
 # Files --------------------------------------------------------------------------------------------
@@ -77,55 +95,119 @@ def read_records(location: str, key: str, split: str) -> list[Record]:
 Rows = Iterator[tuple[str, Any]]
 
 
-def _read_file(file: Path, key: str) -> Rows:
+def _read_files(files: list[Path], key: str, without: Collection[str]) -> Iterator[Record]:
+    several_alike = len({file.name for file in files}) < len(files)
+    for file in files:
+        prefix = "" if len(files) == 1 else f"{file if several_alike else file.name}:"
+        name = str(file)
+        empty = True
+        for place, values in _read_file(file, key, without):
+            empty = False
+            if not isinstance(values, dict):
+                where = Record(name, place, "", {}).where
+                raise TaskError(f"{where}: a row must be an object, not a {type(values).__name__}")
+            yield Record(name, place, prefix + place, values)
+        if empty:
+            raise TaskError(f"{key}: {file} has no rows")
+
+
+def _read_file(file: Path, key: str, without: Collection[str]) -> Rows:
     """(line or row number, the row) of every row of a file."""
     suffixes = [suffix.lower() for suffix in file.suffixes]
-    packed = suffixes[-1:] == [".gz"]
-    kind = suffixes[-2:-1] if packed else suffixes[-1:]
-    if not kind or kind[0] not in SUFFIXES or (packed and kind[0] == ".parquet"):
+    packed = suffixes[-1] if suffixes and suffixes[-1] in PACKED else ""
+    kind = (suffixes[-2:-1] if packed else suffixes[-1:]) or [""]
+    if kind[0] not in SUFFIXES or (packed and kind[0] == ".parquet"):
         raise TaskError(
-            f"{key}: {file} is of no known kind ({', '.join(SUFFIXES)}; .gz after all but parquet)"
+            f"{key}: {file} is of no known kind ({', '.join(SUFFIXES)}; "
+            f"{', '.join(PACKED)} after all but parquet)"
         )
+    _refuse_pointer(file, key)
     if kind[0] == ".parquet":
-        yield from _parquet(file)
+        yield from _parquet(file, without)
         return
-    reader: Callable[[Any, Path], Rows] = {
+    reader: Callable[[io.BufferedReader, Path], Rows] = {
         ".jsonl": _json_lines,
         ".json": _json,
         ".csv": _csv,
     }[kind[0]]
     try:
-        with gzip.open(file) if packed else file.open("rb") as stream:
-            yield from reader(stream, file)
-    except (OSError, EOFError, zlib.error) as error:
+        with _opened(file, packed) as stream:
+            yield from reader(_as_utf8(stream), file)
+    except (OSError, EOFError, UnicodeError, zlib.error, lzma.LZMAError) as error:
         raise TaskError(f"{key}: {file} cannot be read: {error}") from error
 
 
-def _json_lines(stream: IO[bytes], file: Path) -> Rows:
+def _refuse_pointer(file: Path, key: str) -> None:
+    """Git LFS leaves a small text in place of a file that it has not fetched."""
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(len(LFS_POINTER))
+    except OSError as error:
+        raise TaskError(f"{key}: {file} cannot be read: {error}") from error
+    if start == LFS_POINTER:
+        raise TaskError(
+            f"{key}: {file} is a pointer of Git LFS, not the data itself: run `git lfs pull` in "
+            "its repository"
+        )
+
+
+def _opened(file: Path, packed: str) -> io.BufferedReader:
+    if packed == ".zst":
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.input_stream(str(file), compression="zstd"))
+    openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    opener = openers.get(packed, open)
+    return opener(file, "rb")
+
+
+def _as_utf8(stream: io.BufferedReader) -> io.BufferedReader:
+    """The same, where a mark at the start says that the text is in UTF-16 or UTF-32."""
+    start = stream.peek(4)[:4]
+    for mark, encoding in OTHER_MARKS.items():
+        if start.startswith(mark):
+            text = stream.read().decode(encoding)
+            return io.BufferedReader(io.BytesIO(text.encode()))
+    return stream
+
+
+def _json_lines(stream: io.BufferedReader, file: Path) -> Rows:
     for number, line in enumerate(stream, start=1):
-        if line.strip():
+        if line.startswith(UTF8_MARK):
+            line = line[len(UTF8_MARK) :]
+        if not line.isspace():
             try:
-                yield f"line{number}", json.loads(line.decode("utf-8-sig"))
-            except (ValueError, RecursionError) as error:  # of JSON or of UTF-8
+                yield f"line{number}", _decode_json(line.decode())
+            except UnicodeDecodeError as error:
+                raise TaskError(
+                    f"{file}:{number}: not a line of JSON: {_not_utf8(error)}"
+                ) from error
+            except (ValueError, RecursionError) as error:
                 raise TaskError(f"{file}:{number}: not a line of JSON: {error}") from error
 
 
-def _json(stream: IO[bytes], file: Path) -> Rows:
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    byte = error.object[error.start]
+    return f"byte 0x{byte:02x} is not UTF-8; save the file as UTF-8 ({error})"
+
+
+def _json(stream: io.BufferedReader, file: Path) -> Rows:
     """A list of objects; or JSON lines, which many files of this name hold."""
-    start = stream.read(1000).decode("utf-8-sig", errors="ignore").lstrip()
-    stream.seek(0)
-    if not start.startswith("["):
+    start = stream.peek(1000).removeprefix(UTF8_MARK).lstrip()
+    if not start.startswith(b"["):
         yield from _json_lines(stream, file)
         return
     try:
-        rows = json.loads(stream.read().decode("utf-8-sig"))
+        rows = _decode_json(stream.read().removeprefix(UTF8_MARK).decode())
+    except UnicodeDecodeError as error:
+        raise TaskError(f"{file}: not a list in JSON: {_not_utf8(error)}") from error
     except (ValueError, RecursionError) as error:
         raise TaskError(f"{file}: not a list in JSON: {error}") from error
     for number, row in enumerate(rows, start=1):
         yield f"row{number}", row
 
 
-def _csv(stream: IO[bytes], file: Path) -> Rows:
+def _csv(stream: io.BufferedReader, file: Path) -> Rows:
     """Rows with the names of the first line; every value is a text."""
     with io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
         reader = csv.reader(text, strict=True)
@@ -141,31 +223,65 @@ def _csv(stream: IO[bytes], file: Path) -> Rows:
                         f"{file}:{reader.line_num}: {len(values)} fields, and {len(names)} columns"
                     )
                 yield f"line{reader.line_num}", dict(zip(names, values, strict=True))
-        except (csv.Error, UnicodeDecodeError) as error:
+        except UnicodeDecodeError as error:
+            raise TaskError(f"{file}:{reader.line_num + 1}: not CSV: {_not_utf8(error)}") from error
+        except csv.Error as error:
             raise TaskError(f"{file}:{reader.line_num}: not CSV: {error}") from error
 
 
-def _parquet(file: Path) -> Rows:
+def _parquet(file: Path, without: Collection[str]) -> Rows:
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
         raise TaskError(f"{file}: reading parquet needs pyarrow: pip install pyarrow") from error
-    number = 0
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
-            for batch in table.iter_batches():
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"row{number}", row
+            batches = table.iter_batches(batch_size=BATCH_ROWS)
+            yield from _arrow_rows(batches, str(file), without)
     except (pyarrow.ArrowException, OSError) as error:
         raise TaskError(f"{file}: cannot be read as parquet: {error}") from error
+
+
+def _arrow_rows(batches: Iterable[Any], source: str, without: Collection[str]) -> Rows:
+    """The rows of Arrow's batches; values that JSON has no form for become plain, or an error."""
+    number = 0
+    for batch in batches:
+        special = [
+            field.name
+            for field in batch.schema
+            if field.name not in without and not _is_plain(field.type)
+        ]
+        for row in batch.to_pylist():
+            number += 1
+            for name in special:
+                row[name] = _plain_column(row[name], name, f"{source}:{number}")
+            yield f"row{number}", row
+
+
+def _is_plain(kind: Any) -> bool:
+    """Whether every value of this Arrow type is one of JSON's as it is (not NaN, for example)."""
+    from pyarrow import types
+
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return _is_plain(kind.value_type)
+    if types.is_struct(kind):
+        return all(_is_plain(kind.field(place).type) for place in range(kind.num_fields))
+    return bool(
+        types.is_string(kind)
+        or types.is_large_string(kind)
+        or types.is_integer(kind)
+        or types.is_boolean(kind)
+        or types.is_null(kind)
+    )
 
 
 # Hugging Face datasets ----------------------------------------------------------------------------
 
 
-def _read_dataset(location: str, key: str, split: str) -> list[Record]:
+def _read_dataset(
+    location: str, key: str, split: str, without: Collection[str]
+) -> Iterator[Record]:
     """A folder of data files, or a dataset of the hub, as `datasets` reads it."""
     name, _, query = location.partition("?")
     options = dict(parse_qsl(query, keep_blank_values=True))
@@ -176,62 +292,88 @@ def _read_dataset(location: str, key: str, split: str) -> list[Record]:
                 "org/name?config=main&split=train"
             )
     path = Path(os.path.expandvars(name)).expanduser()
-    looks_like_a_file = path.name.lower().removesuffix(".gz").endswith(SUFFIXES)
-    if not path.is_dir() and (looks_like_a_file or not HUB_ID.fullmatch(name)):
+    bare = path.name.lower()
+    for ending in PACKED:
+        bare = bare.removesuffix(ending)
+    if not path.is_dir() and (bare.endswith(SUFFIXES) or not HUB_ID.fullmatch(name)):
         raise TaskError(f"{key}: no file at {path.absolute()}")
-    try:
-        import datasets
-    except ImportError as error:
-        raise TaskError(
-            f"{key}={location}: reading a folder or a dataset of the hub needs datasets: "
-            "pip install datasets"
-        ) from error
+    if path.is_dir():
+        for file in sorted(path.rglob("*")):
+            if file.is_file():
+                _refuse_pointer(file, key)
     source = str(path) if path.is_dir() else name
     wanted = options.get("split", split)
-    try:
-        if path.is_dir() and (path / "state.json").is_file():
-            table = datasets.load_from_disk(source)
-        elif path.is_dir() and (path / "dataset_dict.json").is_file():
-            table = datasets.load_from_disk(source)[wanted]
-        else:
-            revision = {"revision": options["revision"]} if "revision" in options else {}
-            table = datasets.load_dataset(source, options.get("config"), split=wanted, **revision)
-    # `datasets` and the hub's client raise errors of many kinds.
-    except Exception as error:
-        what = (
-            f"the folder {path.absolute()}" if path.is_dir() else f"the dataset {name} of the hub"
-        )
-        hint = "" if path.is_dir() else f"; nor is there a file {path.absolute()}"
-        raise TaskError(
-            f"{key}={location}: {what} cannot be loaded: {type(error).__name__}: "
-            f"{str(error)[:500]}{hint}"
-        ) from error
-    records = []
-    for number, row in enumerate(table, start=1):
-        where = f"{source} ({wanted}):{number}"
-        records.append(Record(where, f"row{number}", plain_row(row, where)))
-    if not records:
+    with ExitStack() as stack:
+        try:
+            table = _load(source, wanted, options, stack)
+        except ImportError as error:
+            raise TaskError(
+                f"{key}={location}: reading a folder or a dataset of the hub needs datasets: "
+                f"pip install datasets ({error})"
+            ) from error
+        # `datasets` and the hub's client raise errors of many kinds.
+        except Exception as error:
+            local = path.is_dir()
+            what = f"the folder {path.absolute()}" if local else f"the dataset {name} of the hub"
+            hint = "" if local else f"; nor is there a file {path.absolute()}"
+            raise TaskError(
+                f"{key}={location}: {what} cannot be loaded: {type(error).__name__}: "
+                f"{str(error)[:500]}{hint}"
+            ) from error
+        place = None
+        batches = table.with_format("arrow").iter(batch_size=BATCH_ROWS)
+        for place, values in _arrow_rows(batches, f"{source} ({wanted})", without):
+            yield Record(f"{source} ({wanted})", place, place, values)
+    if place is None:
         raise TaskError(f"{key}: {location} has no rows in its split {wanted}")
-    return records
+
+
+def _load(source: str, split: str, options: dict[str, str], stack: ExitStack) -> Any:
+    folder = Path(source)
+    home = stack.enter_context(_writable_home())
+    import datasets
+
+    if (folder / "state.json").is_file():
+        return datasets.load_from_disk(source)
+    if (folder / "dataset_dict.json").is_file():
+        return datasets.load_from_disk(source)[split]
+    given = {"revision": options["revision"]} if "revision" in options else {}
+    if home is not None:
+        given["cache_dir"] = home
+    return datasets.load_dataset(source, options.get("config"), split=split, **given)
+
+
+@contextmanager
+def _writable_home() -> Iterator[str | None]:
+    """Where `datasets` may keep what it prepares: None for its own folder, if it can write there.
+
+    Else a folder that is gone afterwards, so that a home that is read-only or missing does not
+    stop a run.
+    """
+    import datasets
+
+    folder = Path(datasets.config.HF_DATASETS_CACHE)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError:
+        with tempfile.TemporaryDirectory(prefix="cohort-datasets-") as passing:
+            yield passing
+        return
+    yield None
 
 
 # Values -------------------------------------------------------------------------------------------
 
 
-def plain_row(row: Any, where: str) -> dict[str, Any]:
-    """The row with values as JSON holds them; raises TaskError for what has no such form."""
-    if not isinstance(row, dict):
-        raise TaskError(f"{where}: a row must be an object, not a {type(row).__name__}")
-    values = {}
-    for name, value in row.items():
-        try:
-            values[str(name)] = plain(value)
-        except TypeError as error:
-            raise TaskError(
-                f"{where}: the column '{name}' holds {error}; to leave it out: "
-                f"task.options.columns: {{{name}: null}}"
-            ) from error
-    return values
+def _plain_column(value: Any, name: str, where: str) -> Any:
+    try:
+        return plain(value)
+    except TypeError as error:
+        raise TaskError(
+            f"{where}: the column '{name}' holds {error}; to leave it out: "
+            f"task.options.columns: {{{name}: null}}"
+        ) from error
 
 
 def plain(value: Any) -> Any:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 import inspect
 import random
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from actors.records import Messages, Prompt, derive_seed
 from rewards.base import RewardLoadError, error_tail, load_attribute, resolve_path
@@ -234,9 +235,9 @@ def _construct(cls: type, config: TaskConfig, given: dict[str, Any]) -> Any:
 
 
 @lru_cache(maxsize=64)
-def row_order(seed: int, epoch: int, size: int) -> list[int]:
+def row_order(seed: int, epoch: int, size: int) -> Sequence[int]:
     """The numbers 0 to size - 1 in the order of an epoch."""
-    order = list(range(size))
+    order = array("q", range(size))  # 8 bytes a row
     random.Random(derive_seed(seed, "epoch", epoch)).shuffle(order)
     return order
 
@@ -267,8 +268,9 @@ class PromptRenderer:
     A last message of the assistant is the beginning of the answer: the model goes on from there.
 
     tokenizer: a transformers tokenizer. max_prompt_tokens: the longest prompt that leaves room for
-    a completion; None for no bound. template_arguments: given to the chat template; raises
-    TaskError for one that it does not read.
+    a completion; None for no bound. on_overlong: what is done with a training prompt that is
+    longer. template_arguments: given to the chat template; raises TaskError for one that it does
+    not read.
     """
 
     def __init__(
@@ -276,9 +278,11 @@ class PromptRenderer:
         tokenizer: Any,
         max_prompt_tokens: int | None = None,
         template_arguments: Mapping[str, Any] | None = None,
+        on_overlong: Literal["error", "drop"] = "drop",
     ) -> None:
         self._tokenizer = tokenizer
         self.max_prompt_tokens = max_prompt_tokens
+        self.on_overlong = on_overlong
         try:
             self._tokens = TokenizerRenderer(tokenizer, template_arguments)
         except RenderError as error:
@@ -348,16 +352,31 @@ def take_prompts(
     """The next `count` training prompts from `cursor` on that are not too long.
 
     A pure function of (seed, cursor, rates), so that a resumed run takes the same ones. Raises
-    TaskError when a whole epoch's worth of rows has no prompt that fits.
+    TaskError when a whole epoch's worth of rows has no prompt that fits, for a prompt that is too
+    long where the renderer says that this is an error, and for two rows of one epoch with the same
+    id.
     """
     prompts: list[Prompt] = []
     overlong: list[Prompt] = []
+    taken: set[str] = set()
     since_last = 0
     while len(prompts) < count:
         ((epoch, row),) = sample_rows(task, seed, cursor, 1, rates)
         prompt = renderer.render(row, epoch, cursor)
         cursor += 1
+        if prompt.id in taken:
+            raise TaskError(
+                f"two rows of an epoch have the id {row.id}: a row's id must be its own "
+                f"({type(task).__name__}.train_row)"
+            )
+        taken.add(prompt.id)
         fitting, too_long = split_overlong([prompt], renderer.max_prompt_tokens)
+        if too_long and renderer.on_overlong == "error":
+            raise TaskError(
+                f"the prompt {prompt.id} has {len(prompt.token_ids)} tokens, more than the "
+                f"{renderer.max_prompt_tokens} that this run has room for beside a completion: set "
+                "model.max_length to the sum of both, or task.overlong=drop"
+            )
         prompts += fitting
         overlong += too_long
         since_last = 0 if fitting else since_last + 1

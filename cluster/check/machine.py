@@ -6,9 +6,9 @@ import shutil
 
 from cluster.check.estimate import activation_bytes, kv_bytes_per_token, logit_bytes
 from cluster.check.model import Model
-from cluster.check.prompts import Lengths
 from cluster.check.sheet import Stage
 from cluster.config import Config, expand
+from cluster.lengths import Lengths
 from cluster.placement import (
     GIB,
     RANK_OVERHEAD,

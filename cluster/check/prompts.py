@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from actors.records import Prompt
 from cluster.check.estimate import histogram_lines
 from cluster.check.model import Model
 from cluster.check.sheet import Stage
 from cluster.config import Config
+from cluster.lengths import Lengths, check_lengths, render_rows
 from cluster.metrics import quantile
-from cluster.prepare import check_lengths, longest_prompt, rendered_splits
+from cluster.prepare import longest_prompt, make_renderer
 from rewards.tasks import PromptRenderer, Task, load_task, sample_rows
 from rewards.worker import RewardSpec, reward_specs
 
 SHOWN_PROMPTS = 2
 LONGEST_SHOWN = 6000
 LONGEST_COLUMN = 120
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """longest: tokens of the longest prompt that is used; max_length: with its completion.
-
-    overlong: how many prompts are left out.
-    """
-
-    longest: int
-    max_length: int
-    overlong: int
 
 
 def check_task(config: Config, stage: Stage) -> tuple[Task, list[RewardSpec]]:
@@ -48,15 +35,20 @@ def check_task(config: Config, stage: Stage) -> tuple[Task, list[RewardSpec]]:
 def check_prompts(
     config: Config, model: Model, task: Task, specs: list[RewardSpec], stage: Stage
 ) -> tuple[PromptRenderer, list[Prompt], Lengths]:
-    """Render every prompt; show the first two of the run, and the lengths against the limits."""
+    """Show the first two prompts of the run, and the lengths against the limits."""
+    renderer = make_renderer(config, model.tokenizer, model.context)
     limit = longest_prompt(config, model.context)
-    renderer = PromptRenderer(model.tokenizer, limit, config.model.template_arguments)
-    train, held_out = rendered_splits(task, renderer)
+    rendered = render_rows(task, renderer)
     for number, (epoch, row) in enumerate(sample_rows(task, config.run.seed, 0, SHOWN_PROMPTS), 1):
         _show(number, renderer.render(row, epoch), stage)
-    lengths = [len(prompt.token_ids) for prompt in train + held_out]
+    lengths = [len(prompt.token_ids) for prompt in rendered.prompts]
+    which = (
+        f"all {rendered.rows:,} prompts"
+        if rendered.whole
+        else f"{len(lengths):,} of {rendered.rows:,} prompts, the longest among them"
+    )
     stage.say(
-        f"length of all {len(lengths):,} prompts, tokens: median {quantile(lengths, 0.5)}, "
+        f"length of {which}, tokens: median {quantile(lengths, 0.5)}, "
         f"95 % up to {quantile(lengths, 0.95)}, longest {max(lengths)}"
     )
     stage.say("\n".join(f"  {line}" for line in histogram_lines(lengths)))
@@ -65,15 +57,20 @@ def check_prompts(
         f"limit: {limit:,} = {bound} {limit + config.actors.max_tokens:,} - actors.max_tokens "
         f"{config.actors.max_tokens:,}"
     )
-    longest, overlong = check_lengths(config, train + held_out, renderer, specs)
-    if overlong:
+    found = check_lengths(config, rendered, renderer, specs)
+    if found.overlong:
         stage.warn(
-            f"{overlong} of {len(lengths)} prompts are too long and left out: raise "
+            f"{found.overlong} of {len(lengths)} prompts are too long and left out: raise "
             "model.max_length or lower actors.max_tokens to keep them"
         )
-    _check_leakage(train, held_out, stage)
-    max_length = config.model.max_length or longest + config.actors.max_tokens
-    return renderer, train, Lengths(longest, max_length, overlong)
+    if rendered.whole:
+        _check_leakage(rendered.train, rendered.held_out, stage)
+    else:
+        stage.say(
+            f"the others are rendered when they are drawn: the run has room for "
+            f"{found.longest:,} tokens"
+        )
+    return renderer, rendered.train, found
 
 
 def _check_leakage(train: list[Prompt], held_out: list[Prompt], stage: Stage) -> None:

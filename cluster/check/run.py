@@ -11,10 +11,11 @@ from actors.records import Prompt
 from cluster.check.judges import Judges, check_rewards, demonstrations
 from cluster.check.machine import check_machine
 from cluster.check.model import Model, Resumed, check_model, check_run_dir
-from cluster.check.prompts import Lengths, check_prompts, check_task
+from cluster.check.prompts import check_prompts, check_task
 from cluster.check.rollout import check_completions, generate
 from cluster.check.sheet import Sheet, Stage
 from cluster.config import SECTIONS, Config
+from cluster.lengths import Lengths
 from cluster.making import learner_spec
 from cluster.placement import Placement, this_machine
 from cluster.prepare import Prepared

@@ -1,0 +1,196 @@
+"""The prompt of a dataset's row: columns that are JSON as text, templates, system messages."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import re
+import string
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from actors.records import Messages
+from rewards.tasks import TaskError
+
+# Columns that files without nested values (CSV) hold as text, by the field's conventions.
+STRUCTURED = ("reward_model", "reward_spec", "extra_info")
+# What `messages` as a text look like, in JSON or as Python prints them.
+LOOKS_LIKE_MESSAGES = re.compile(
+    r"""\s*\[?\s*\{.*["'](role|content)["']\s*:.*["'](role|content)["']\s*:""", re.DOTALL
+)
+LONGEST_LITERAL = 1_000_000
+
+
+# Text that is JSON --------------------------------------------------------------------------------
+
+
+def read_texts(values: dict[str, Any], prompt: str, names: Collection[str], where: str) -> None:
+    """Put lists and objects in place of columns that hold them as text, in JSON or as Python.
+
+    prompt: the column with the prompt; only messages are taken out of its text. names: columns that
+    are looked into by a dotted path. Raises TaskError for a text that begins like one of these and
+    cannot be read.
+    """
+    text = values.get(prompt)
+    if type(text) is str and "{" in text[:100] and LOOKS_LIKE_MESSAGES.match(text):
+        found = _read(text, prompt, where)
+        values[prompt] = [found] if isinstance(found, dict) else found
+    for name in (*STRUCTURED, *names):
+        text = values.get(name)
+        if type(text) is str and name != prompt and text.lstrip()[:1] == "{":
+            values[name] = _read(text, name, where)
+    text = values.get("tests")
+    if type(text) is str and text.lstrip()[:1] in ("[", "{"):
+        # A test may be code, which can begin like this too.
+        strict = re.match(r"""\s*\[?\s*\{\s*["']""", text) is not None
+        values["tests"] = _read(text, "tests", where) if strict else _or_text(text)
+
+
+def _read(text: str, name: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        found = _literal(text)
+        if found is not None:
+            return found
+        raise TaskError(
+            f"{where}: the column '{name}' is a text that begins like JSON and is none: {error}; "
+            "write it as JSON, or set task.options.json_texts=false to take it as the text it is"
+        ) from error
+
+
+def _or_text(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        found = _literal(text)
+        return text if found is None else found
+
+
+def _literal(text: str) -> Any:
+    """The list or dict that a text is in Python, as `str` of pandas writes it; None for others."""
+    if len(text) > LONGEST_LITERAL:
+        return None
+    try:
+        found = ast.literal_eval(text.strip())
+        # Only what JSON has a form for, keys included.
+        return json.loads(json.dumps(found)) if isinstance(found, (list, dict)) else None
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return None
+
+
+# The template -------------------------------------------------------------------------------------
+
+
+def template_fields(template: str | None) -> tuple[str, ...]:
+    """The columns that a template names. Only plain names in braces: a format may reach into what
+    it prints. Raises TaskError for others."""
+    if template is None:
+        return ()
+    try:
+        fields = [part[1:] for part in string.Formatter().parse(template) if part[1] is not None]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise TaskError(f"task.options.template: {error} (double the braces of a text)") from error
+    for name, form, conversion in fields:
+        if not str(name).isidentifier() or form or conversion:
+            raise TaskError(
+                f"task.options.template: {{{name}}} is not the name of a column; double the braces "
+                "of a text, as in \\boxed{{}}"
+            )
+    if not fields:
+        raise TaskError(
+            "task.options.template must have {prompt}, or name the columns that it is made of"
+        )
+    return tuple(dict.fromkeys(str(name) for name, _, _ in fields))
+
+
+def filled(template: str | None, prompt: str | None, columns: Mapping[str, Any], where: str) -> str:
+    """The template with its columns; the prompt itself without one."""
+    if template is None:
+        return prompt or ""
+    try:
+        return template.format_map({**columns, "prompt": prompt})
+    except KeyError as error:
+        raise TaskError(
+            f"{where}: task.options.template names {error}, and the columns are "
+            f"{', '.join(columns) or 'none'}"
+        ) from error
+
+
+# Prompts ------------------------------------------------------------------------------------------
+
+
+def content_problem(content: Any) -> str | None:
+    """What is wrong with a prompt; None for a text and for messages."""
+    if isinstance(content, str):
+        return None if content.strip() else "'prompt' is empty"
+    if content is None:
+        return "'prompt' is empty (null)"
+    if not isinstance(content, list):
+        return f"'prompt' must be a string or a list of messages, not a {type(content).__name__}"
+    if not content:
+        return "'prompt' is an empty list"
+    for message in content:
+        if not isinstance(message, dict):
+            return f"a message must have role and content, not be a {type(message).__name__}"
+        for name in ("role", "content"):
+            if not isinstance(message.get(name), str):
+                return f"a message of 'prompt' has no text under '{name}'"
+    return None
+
+
+def content_of(
+    prompt: str | Messages,
+    columns: Mapping[str, Any],
+    template: str | None,
+    chat: bool,
+    system: str | None,
+    where: str,
+) -> str | Messages:
+    """What is asked: the prompt in its template, with the system message.
+
+    Raises TaskError where they do not go together.
+    """
+    if isinstance(prompt, str):
+        text = filled(template, prompt, columns, where)
+        if not chat:
+            if system is not None:
+                raise TaskError(
+                    f"{where}: a prompt that is a string has no system message: set "
+                    "task.options.chat=true, or leave out task.options.system"
+                )
+            return text
+        messages: Messages = [{"role": "user", "content": text}]
+    else:
+        messages = list(prompt)
+        users = [at for at, message in enumerate(messages) if message["role"] == "user"]
+        if template is not None:
+            if not users:
+                raise TaskError(f"{where}: no message of a user for task.options.template")
+            last = messages[users[-1]]
+            text = filled(template, last["content"], columns, where)
+            messages[users[-1]] = {**last, "content": text}
+    if system is None:
+        return messages
+    if messages[0]["role"] == "system":
+        raise TaskError(f"{where}: has a system message already: leave out task.options.system")
+    return [{"role": "system", "content": system}, *messages]
+
+
+def prompt_digest(prompt: str | Messages) -> bytes:
+    """The same for texts that differ in whitespace only, and in how the answer is begun."""
+    messages: Sequence[Mapping[str, Any]]
+    messages = [{"content": prompt}] if isinstance(prompt, str) else prompt
+    if len(messages) > 1 and messages[-1].get("role") == "assistant":
+        messages = messages[:-1]
+    turns = [(m.get("role"), " ".join(m["content"].split())) for m in messages]
+    return hashlib.blake2b(json.dumps(turns).encode(), digest_size=16).digest()
+
+
+def byte_length(content: str | Messages) -> int:
+    """Bytes of a prompt's texts in UTF-8."""
+    texts = [content] if isinstance(content, str) else [item["content"] for item in content]
+    return sum(
+        len(text) if text.isascii() else len(text.encode(errors="replace")) for text in texts
+    )

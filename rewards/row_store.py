@@ -1,0 +1,66 @@
+"""Many rows in little memory: as JSON, one after the other, in a file that nobody else sees."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from array import array
+from typing import Any
+
+# So many bytes stay in memory: small data need no file.
+KEPT_BYTES = 32 << 20
+_encode = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":")).encode
+
+
+class RowStore:
+    """Values that JSON has a form for, by number. Read by any number of threads once filled."""
+
+    def __init__(self) -> None:
+        self._ends = array("q", [0])
+        self._recent = bytearray()
+        self._file: Any = None
+        self._written = 0
+        self._digest = hashlib.blake2b(digest_size=16)
+
+    def append(self, value: Any) -> None:
+        """Add a value after the others.
+
+        Raises UnicodeEncodeError for half a surrogate, RecursionError for a value too deep, OSError
+        where the folder for temporary files is full.
+        """
+        data = _encode(value).encode()
+        self._digest.update(data)
+        self._recent += data
+        self._ends.append(self._ends[-1] + len(data))
+        if len(self._recent) > KEPT_BYTES:
+            self._flush()
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        start, end = self._ends[index], self._ends[index + 1]
+        if start >= self._written:
+            data = bytes(self._recent[start - self._written : end - self._written])
+        else:
+            data = os.pread(self._file.fileno(), end - start, start)
+        return json.loads(data)
+
+    def digest(self) -> str:
+        """A fingerprint of all values in their order."""
+        return self._digest.hexdigest()
+
+    def _flush(self) -> None:
+        if self._file is None:
+            # Without a name: gone with the process, however it ends.
+            self._file = tempfile.TemporaryFile(prefix="cohort-rows-", buffering=0)  # noqa: SIM115
+        view = memoryview(self._recent)
+        while view:
+            view = view[self._file.write(view) :]
+        view.release()
+        self._written += len(self._recent)
+        self._recent = bytearray()
