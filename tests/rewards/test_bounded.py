@@ -44,27 +44,27 @@ def bounded() -> Iterator[Bounded]:
 
 @pytest.mark.parametrize("what", ["power", "sleep", "die", "memory"])
 def test_what_takes_too_much_is_ended_and_the_next_call_works(bounded: Bounded, what: str) -> None:
-    first, _ = bounded(5, "ok")
+    first, _ = bounded(30, "ok")
     started = time.perf_counter()
     with pytest.raises(TooMuch):
         bounded(0.5, what)
-    assert time.perf_counter() - started < 2
-    second, _ = bounded(5, "ok")
+    assert time.perf_counter() - started < 10
+    second, _ = bounded(30, "ok")
     assert what == "memory" or second != first
     assert not Path(f"/proc/{first}").exists() or what == "memory"
 
 
 def test_the_process_is_kept_and_is_another(bounded: Bounded) -> None:
-    pid, count = bounded(5, "ok")
+    pid, count = bounded(30, "ok")
     assert pid != os.getpid()
-    assert bounded(5, "ok") == (pid, count + 1)
+    assert bounded(30, "ok") == (pid, count + 1)
     assert "ok" not in calls
 
 
 def test_errors_and_long_results(bounded: Bounded) -> None:
     with pytest.raises(RuntimeError, match="KeyError: 'of its own'"):
-        bounded(5, "raise")
-    assert len(bounded(5, "large")) == 3_000_000
+        bounded(30, "raise")
+    assert len(bounded(30, "large")) == 3_000_000
     with pytest.raises(RuntimeError, match="pickle"):
         Bounded(lambda: lambda: 0)(5)
 
@@ -72,7 +72,7 @@ def test_errors_and_long_results(bounded: Bounded) -> None:
 def test_it_ends_with_its_owner(tmp_path: Path) -> None:
     pid = os.fork()
     if pid == 0:
-        helper, _ = Bounded(work)(5, "ok")
+        helper, _ = Bounded(work)(30, "ok")
         (tmp_path / "helper").write_text(str(helper), encoding="utf-8")
         os._exit(0)
     os.waitpid(pid, 0)

@@ -123,7 +123,7 @@ HUGE = [
 def test_what_takes_too_much_is_wrong(boxed: MathAnswer, said: str) -> None:
     started = time.perf_counter()
     assert score(boxed, f"\\boxed{{{said}}}") == 0.0
-    assert time.perf_counter() - started < 4
+    assert time.perf_counter() - started < 10
     # The next one is judged as before.
     assert score(boxed, r"\boxed{\frac{24}{2}}") == 1.0
 
@@ -136,11 +136,11 @@ def test_a_rows_own_answer_that_takes_too_long_is_an_error(boxed: MathAnswer) ->
 
 
 def test_a_whole_group_of_endless_answers_takes_seconds() -> None:
-    judge = MathAnswer(timeout_s=3)
-    texts = ["\\boxed{100000000!}"] * 3 + [r"\boxed{\frac{24}{2}}"]
+    judge = MathAnswer(timeout_s=4)
+    texts = ["\\boxed{100000000!}"] * 4 + [r"\boxed{\frac{24}{2}}"]
     started = time.perf_counter()
-    assert judge([QUESTION] * 4, texts, ["12"] * 4) == [0.0] * 3 + [1.0]
-    assert time.perf_counter() - started < 8
+    assert judge([QUESTION] * 5, texts, ["12"] * 5) == [0.0] * 4 + [1.0]
+    assert time.perf_counter() - started < 15
 
 
 @pytest.mark.parametrize("options", [{"answer_in": "text"}, {"timeout_s": 0}, {"timeout_s": 0.5}])

@@ -170,7 +170,7 @@ def test_an_answer_without_end_is_wrong(said: str) -> None:
     texts = [f"<answer>{said}</answer>", f"<answer>{entry['answer'].replace('+ C', '')}</answer>"]
     started = time.perf_counter()
     wrong, right = score(texts, [entry] * 2, [made_by] * 2)
-    assert time.perf_counter() - started < 10
+    assert time.perf_counter() - started < 20
     assert isinstance(wrong, dict)
     assert wrong["score"] == 0.0
     assert right == {"score": 1.0, "unreadable": 0.0}

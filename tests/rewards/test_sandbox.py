@@ -44,7 +44,7 @@ def grouped(request: pytest.FixtureRequest) -> bool:
 @pytest.fixture(params=[pytest.param("bwrap", marks=needs_bwrap), "none"])
 def run(request: pytest.FixtureRequest, grouped: bool) -> Run:
     def run_program(code: str, **limits: Any) -> Outcome:
-        bounds = Limits(**{"seconds": 5, "memory_bytes": 256 * MIB, **limits})
+        bounds = Limits(**{"seconds": 20, "memory_bytes": 256 * MIB, **limits})
         sandbox = Sandbox(request.param, bounds, control_groups=grouped)
         python = "/usr/bin/python3" if request.param == "bwrap" else sys.executable
         return sandbox.run([python, "-I", "-B", "main.py"], {"main.py": code})
@@ -76,23 +76,23 @@ import os, time
 read, write = os.pipe()
 for _ in range(5):
     if os.fork() == 0:
-        held = [os.urandom(1) * 10_000_000 for _ in range(19)]
+        held = [os.urandom(1) * 10_000_000 for _ in range(8)]
         os.write(write, b"x")
-        time.sleep(3)
+        time.sleep(30)
         os._exit(0)
 got = b""
 while len(got) < 5:
     got += os.read(read, 5)
-print("all of it")
+print("all of it", flush=True)
+os.killpg(0, 9)
 """
 
 
 def test_five_processes_share_one_bound(run: Run) -> None:
-    """Each stays below 200 MiB, and together they would hold 950."""
-    outcome = run(FIVE, memory_bytes=200 * MIB)
-    assert outcome.stdout == b""
-    assert outcome.stopped in ("memory", "time")
-    assert run(FIVE, memory_bytes=1200 * MIB).stdout == b"all of it\n"
+    """Each stays below 120 MiB, and together they would hold 400."""
+    outcome = run(FIVE, memory_bytes=120 * MIB, seconds=30)
+    assert (outcome.stdout, outcome.stopped) == (b"", "memory")
+    assert run(FIVE, memory_bytes=600 * MIB, seconds=30).stdout == b"all of it\n"
 
 
 def test_pages_that_processes_share_count_once(run: Run) -> None:
@@ -127,7 +127,7 @@ time.sleep(60)  # {mark}
     outcome = run(code, memory_bytes=128 * MIB, seconds=3)
     assert outcome.stopped in ("memory", "time")
     assert outcome.returncode is None
-    assert time.monotonic() - began < 6
+    assert time.monotonic() - began < 15
     assert gone(mark)
 
 
@@ -202,7 +202,7 @@ os.execv('/bin/sleep', ['/bin/sleep', '{mark}'])
 """
     began = time.monotonic()
     assert run(code, seconds=2).returncode is None
-    assert time.monotonic() - began < 6
+    assert time.monotonic() - began < 15
     assert gone(mark)
 
 
@@ -229,7 +229,7 @@ def test_descriptors_and_files_are_bounded(run: Run) -> None:
 
 @pytest.fixture(scope="module")
 def closed() -> Sandbox:
-    return Sandbox("bwrap", Limits(seconds=5, memory_bytes=256 * MIB))
+    return Sandbox("bwrap", Limits(seconds=20, memory_bytes=256 * MIB))
 
 
 C = "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\n"
