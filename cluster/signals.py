@@ -38,6 +38,7 @@ class Signals:
         self.caught: int | None = None
         self._action: Callable[[int], Any] = self._raise
         self._before: dict[int, Any] = {}
+        self._process = os.getpid()
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
@@ -65,6 +66,9 @@ class Signals:
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            # A forked child (of a pool that loads data, say) has its parent's handlers.
+            os._exit(128 + number)
         if self.caught is not None:
             os._exit(128 + number)
         self.caught = number

@@ -73,6 +73,21 @@ def test_a_second_signal_leaves_at_once() -> None:
     assert process.wait(30) == 130
 
 
+def test_a_forked_child_just_ends() -> None:
+    with Signals() as signals:
+        child = os.fork()
+        if child == 0:
+            try:
+                time.sleep(60)
+            finally:
+                os._exit(1)
+        time.sleep(0.1)
+        os.kill(child, signal.SIGTERM)
+        _, status = os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(status) == 143
+        assert signals.caught is None
+
+
 def test_before_a_loop_a_signal_is_an_exception_and_handlers_are_put_back() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with Signals() as signals:
