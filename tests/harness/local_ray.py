@@ -449,6 +449,8 @@ def _gated(work: Any, actor: Actor, life: int) -> Any:
             while actor.life == life and not actor.thawed.is_set():
                 yield from actor.thawed.wait().__await__()
             if actor.life != life:
+                if sent is None:
+                    work.close()  # it may not have begun, and then never will
                 yield from asyncio.get_running_loop().create_future()
             try:
                 waiting_for = send(sent)

@@ -232,13 +232,20 @@ def in_cluster(main: Callable[[LocalRay], Coroutine[Any, Any, T]]) -> T:
 class Chaos:
     """Breaks things at random, the same for every seed, in every run of a world from now on.
 
-    kill, freeze, out_of_memory: shares of the calls of rollout and reward actors at which the actor
-    ends so. lose: share of the groups and scores that are lost once they are stored. done: what was
-    broken, in order.
+    kill, freeze, out_of_memory: shares of the calls of the actors at which the actor ends so. lose:
+    share of the groups and scores that are lost once they are stored. done: what was broken, in
+    order. actors: how the names of those that it may hit begin.
     """
 
-    def __init__(self, world: World, seed: int, **shares: float) -> None:
+    def __init__(
+        self,
+        world: World,
+        seed: int,
+        actors: tuple[str, ...] = ("rollout", "reward"),
+        **shares: float,
+    ) -> None:
         self.done: list[str] = []
+        self._actors = actors
         self._world = world
         self._dice = random.Random(seed)
         self._shares = shares
@@ -252,7 +259,7 @@ class Chaos:
 
     def _hook(self, event: Event) -> None:
         ray = self._world.ray
-        if not event.actor.startswith(("rollout", "reward")):
+        if not event.actor.startswith(self._actors):
             return
         if event.kind == "call":
             if self._happens("kill", event):
