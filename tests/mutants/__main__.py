@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
+from collections.abc import Sequence
 
 from tests.mutants.catalogue import MUTANTS
-from tests.mutants.runner import FAILED, PASSED, import_libraries, run_all, run_tests
+from tests.mutants.runner import FAILED, PASSED, Mutant, import_libraries, run_all, run_tests
+
+
+def out_of_date(mutants: Sequence[Mutant]) -> list[str]:
+    """What has to be changed in the list before it says anything."""
+    reasons = [reason for mutant in mutants if (reason := mutant.stale())]
+    places = Counter((mutant.file, mutant.old) for mutant in mutants)
+    return reasons + [f"{f}: {old!r} is listed twice" for (f, old), n in places.items() if n > 1]
 
 
 def main(words: list[str]) -> int:
     chosen = [m for m in MUTANTS if not words or any(w in m.file + m.breaks for w in words)]
-    stale = [reason for mutant in chosen if (reason := mutant.stale())]
+    stale = out_of_date(chosen)
     if stale or not chosen:
         print("the list of mutants is out of date (tests/mutants/catalogue.py):", file=sys.stderr)
         print("\n".join(stale or ["nothing is chosen"]), file=sys.stderr)

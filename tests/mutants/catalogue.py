@@ -15,6 +15,7 @@ WEIGHTS = "tests/harness/test_weights.py"
 BATCH = "tests/learner/test_batch.py"
 GRPO = "tests/learner/test_grpo.py"
 RESCUE = "tests/harness/test_rescue.py"
+RESCUE = "tests/harness/test_rescue.py"
 RUN_DIR = "tests/cluster/test_run_dir.py"
 SAVED = "tests/learner/test_saved.py"
 
@@ -100,14 +101,14 @@ MUTANTS = (
         (f"{RECOVERY}::test_an_engine_that_stays_at_the_version_before_ends_the_run",),
     ),
     Mutant(
-        "actors/pool.py",
+        "actors/slot.py",
         "if watch.late(since, max(limit_s, pause)):",
         "if watch.late(since, 100 * max(limit_s, pause)):",
         "an engine that makes no progress is replaced after its timeout",
         (f"{COSTS}::test_a_frozen_engine_costs_its_timeout_and_no_more",),
     ),
     Mutant(
-        "actors/pool.py",
+        "actors/slot.py",
         "                    watch.beat(elapsed, place.progress, place.cpu_s)",
         "                    watch.beat(elapsed)",
         "an engine that is slow and healthy is never replaced",
