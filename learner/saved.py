@@ -34,20 +34,41 @@ def write_model(model: Any, state: dict[str, Any], model_folder: Path, target: P
     transformers refuses to write generation settings that contradict one another, which it reads
     without a word. They are no part of training: a folder's own are copied as they are.
     """
-    from transformers import GenerationConfig
-
-    settings = model.generation_config
-    own = (model_folder / GENERATION_CONFIG).is_file()
-    if own:
-        model.generation_config = GenerationConfig()
-    try:
+    if model.can_generate():
+        settings = model.generation_config
+        own = (model_folder / GENERATION_CONFIG).is_file()
+        model.generation_config = _plain_settings(settings, own)
+        try:
+            model.save_pretrained(target, state_dict=state)
+        finally:
+            model.generation_config = settings
+    else:
         model.save_pretrained(target, state_dict=state)
-    finally:
-        model.generation_config = settings
     for pattern in COMPANION_FILES:
         for file in model_folder.glob(pattern):
             if file.is_file():
                 shutil.copy(file, target / file.name)
+
+
+def _plain_settings(settings: Any, replaced: bool) -> Any:
+    """Settings that transformers writes. replaced: they will be replaced by the folder's own.
+
+    Without a file they come from config.json, where old models have sampling parameters, too.
+    """
+    from transformers import GenerationConfig
+
+    if not replaced:
+        try:
+            settings.validate(strict=True)
+        except ValueError:
+            pass
+        else:
+            return settings
+    return GenerationConfig(
+        bos_token_id=settings.bos_token_id,
+        eos_token_id=settings.eos_token_id,
+        pad_token_id=settings.pad_token_id,
+    )
 
 
 def try_to_write(

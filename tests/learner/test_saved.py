@@ -56,6 +56,18 @@ def test_generation_settings_are_copied_as_they_are(
             GenerationConfig.from_pretrained(folder).save_pretrained(tmp_path)
 
 
+def test_sampling_parameters_in_config_json_do_not_stop_a_save(
+    folder: Path, tmp_path: Path
+) -> None:
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.generation_config = GenerationConfig(do_sample=False, temperature=0.6, eos_token_id=2)
+    write_model(model, dict(model.state_dict()), folder, tmp_path / "hf")
+    written = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
+    assert written["eos_token_id"] == 2
+    assert "temperature" not in written
+
+
 def test_the_trial_writes_what_a_checkpoint_would(folder: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder)
     (folder / "generation_config.json").write_text(json.dumps(CONTRADICTORY))

@@ -278,8 +278,8 @@ MUTANTS = (
     ),
     Mutant(
         "learner/saved.py",
-        "    if own:\n",
-        "    if False:\n",
+        "_plain_settings(settings, own)",
+        "settings",
         "generation settings that transformers refuses to write are copied",
         (f"{SAVED}::test_generation_settings_are_copied_as_they_are",),
     ),
