@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,11 +17,9 @@ import pytest
 from rewards.sandbox import Limits, Outcome, Sandbox
 from rewards.seccomp import refused_calls
 from rewards.usage import ControlGroup, descendants, look
+from tests import needs
 
 MIB = 1 << 20
-needs_bwrap = pytest.mark.skipif(
-    shutil.which("bwrap") is None, reason="bubblewrap is not installed"
-)
 Run = Callable[..., Outcome]
 
 
@@ -41,7 +38,7 @@ def grouped(request: pytest.FixtureRequest) -> bool:
     return bool(request.param == "group")
 
 
-@pytest.fixture(params=[pytest.param("bwrap", marks=needs_bwrap), "none"])
+@pytest.fixture(params=[pytest.param("bwrap", marks=needs.bubblewrap), "none"])
 def run(request: pytest.FixtureRequest, grouped: bool) -> Run:
     def run_program(code: str, **limits: Any) -> Outcome:
         bounds = Limits(**{"seconds": 20, "memory_bytes": 256 * MIB, **limits})
@@ -148,7 +145,7 @@ def test_nothing_that_a_program_started_is_left(run: Run, leaving: str, ending: 
     assert gone(mark)
 
 
-@pytest.mark.parametrize("mode", [pytest.param("bwrap", marks=needs_bwrap), "none"])
+@pytest.mark.parametrize("mode", [pytest.param("bwrap", marks=needs.bubblewrap), "none"])
 def test_nothing_is_left_when_the_judging_process_is_killed(mode: str, grouped: bool) -> None:
     mark = str(uuid.uuid4().int % 10**9 + 10**9)
     started = f"subprocess.Popen(['/bin/sleep', '{mark}'], start_new_session=True)"
@@ -235,7 +232,7 @@ def closed() -> Sandbox:
 C = "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\n"
 
 
-@needs_bwrap
+@needs.bubblewrap
 @pytest.mark.parametrize(
     "call",
     [
@@ -261,14 +258,14 @@ def test_calls_that_lead_out_or_hide_memory_are_refused(closed: Sandbox, call: s
     assert outcome.stdout in (b"-1 1\n", b"-1 38\n"), outcome.stderr
 
 
-@needs_bwrap
+@needs.bubblewrap
 def test_no_user_namespace_by_a_tool_either(closed: Sandbox) -> None:
     outcome = closed.run(["/usr/bin/unshare", "-Ur", "/usr/bin/true"], {"x": ""})
     assert outcome.returncode == 1
     assert b"Operation not permitted" in outcome.stderr
 
 
-@needs_bwrap
+@needs.bubblewrap
 def test_threads_and_processes_work_under_the_filter(closed: Sandbox) -> None:
     code = """
 import subprocess, threading

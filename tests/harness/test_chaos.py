@@ -1,0 +1,73 @@
+"""Deaths, freezes and lost objects: nothing is lost, nothing is trained twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from ray.exceptions import OutOfMemoryError
+
+from tests.harness.world import Chaos, World
+
+MakeWorld = Callable[..., World]
+
+
+def check_books(run: World, steps: int) -> None:
+    """What must hold of every run that ended well, whatever happened in it."""
+    rows = run.rows()
+    assert [row["step"] for row in rows] == list(range(steps))
+    last = rows[-1]
+    accounted = last["samples/trained"] + last["samples/filtered"] + last["samples/failed"]
+    assert last["samples/admitted"] == accounted == steps * 16
+    trained = run.trained()
+    assert len(set(trained)) == len(trained) == last["samples/trained"]
+    versions = [row["weights/version"] for row in rows]
+    assert versions == list(range(1, steps + 1))
+    staleness = run.config().actors.max_staleness
+    for row in rows:
+        assert row["async/staleness_max"] <= staleness
+        for sample in run.rollouts(row["step"]):
+            assert sample["weight_versions"][0] >= row["step"] - staleness
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_hundreds_of_steps_with_engines_that_die_freeze_and_lose(
+    world: MakeWorld, seed: int
+) -> None:
+    run = world(run__steps=120, actors__max_staleness=seed, actors__max_concurrent=16)
+    chaos = Chaos(run, seed, actors=("rollout",), kill=0.0015, freeze=0.0005, out_of_memory=0.0005)
+    assert run.train() == 0
+    assert len(chaos.done) > 5
+    assert run.rows()[-1]["actors/restarts"] > 3
+    check_books(run, 120)
+    assert run.rows()[-1]["samples/failed"] == 0
+
+
+def test_one_reward_worker_serves_every_call(world: MakeWorld) -> None:
+    run = world(run__steps=3, rewards__workers=1)
+    assert run.train() == 0
+    check_books(run, 3)
+    assert len([e for e in run.events("done", actor="reward-0") if e.what == "score"]) == 12
+
+
+def test_an_engine_killed_for_memory_is_replaced(world: MakeWorld) -> None:
+    run = world(run__steps=3)
+    full = OutOfMemoryError("killed by Ray's memory monitor")
+    run.on("call", lambda e: run.ray.kill(e.actor, full), actor="rollout-1", what="collect", nth=2)
+    assert run.train() == 0
+    check_books(run, 3)
+    assert run.rows()[-1]["actors/restarts"] == 1
+
+
+def test_an_engine_that_ignores_an_update_is_noticed_at_that_update(world: MakeWorld) -> None:
+    run = world(run__steps=6)
+
+    def ignore(event: object) -> None:
+        event.reply = "ignore"  # type: ignore[attr-defined]
+
+    run.on("update", ignore, actor="rollout-0", nth=3)
+    with pytest.raises(Exception, match="rollout-0"):
+        run.train()
+    # The third update follows the second step; what was learned until then is saved.
+    assert [row["step"] for row in run.rows()] == [0, 1]
+    assert run.state()["step"] == 2
