@@ -254,7 +254,7 @@ def _read(location: str, key: str, prefix: str, split: str, how: RowOptions) -> 
             table.sources.add(source)
         try:
             table.store.append([place, prompt, values, source])
-        except (UnicodeEncodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise TaskError(_unwritable(record, prompt, values, error)) from error
         except OSError as error:
             raise TaskError(

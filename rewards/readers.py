@@ -47,7 +47,10 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 NUMBERS = {"NaN": None, "Infinity": math.inf, "-Infinity": -math.inf}
 # A field of a CSV file may be a whole document.
 csv.field_size_limit(1 << 30)
-_decode_json = json.JSONDecoder(parse_constant=NUMBERS.__getitem__).decode
+_decoder = json.JSONDecoder(parse_constant=NUMBERS.__getitem__)
+BLANK = re.compile(r"[ \t\n\r]*")
+# A list is read in pieces of so many characters.
+JSON_CHARACTERS = 1 << 20
 
 
 class Record(NamedTuple):
@@ -177,7 +180,7 @@ def _json_lines(stream: io.BufferedReader, file: Path) -> Rows:
             line = line[len(UTF8_MARK) :]
         if not line.isspace():
             try:
-                yield f"line{number}", _decode_json(line.decode())
+                yield f"line{number}", _decoder.decode(line.decode())
             except UnicodeDecodeError as error:
                 raise TaskError(
                     f"{file}:{number}: not a line of JSON: {_not_utf8(error)}"
@@ -197,14 +200,57 @@ def _json(stream: io.BufferedReader, file: Path) -> Rows:
     if not start.startswith(b"["):
         yield from _json_lines(stream, file)
         return
+    number = 0
     try:
-        rows = _decode_json(stream.read().removeprefix(UTF8_MARK).decode())
+        with io.TextIOWrapper(stream, encoding="utf-8-sig") as text:
+            for number, row in enumerate(_items(text), start=1):
+                yield f"row{number}", row
     except UnicodeDecodeError as error:
         raise TaskError(f"{file}: not a list in JSON: {_not_utf8(error)}") from error
-    except (ValueError, RecursionError) as error:
-        raise TaskError(f"{file}: not a list in JSON: {error}") from error
-    for number, row in enumerate(rows, start=1):
-        yield f"row{number}", row
+    except json.JSONDecodeError as error:
+        raise TaskError(f"{file}: not a list in JSON: {error.msg} (in row {number + 1})") from error
+    except RecursionError as error:
+        raise TaskError(f"{file}: not a list in JSON: row {number + 1}: {error}") from error
+
+
+def _items(stream: io.TextIOWrapper) -> Iterator[Any]:
+    """The items of a JSON list, one after the other: the whole may be larger than the memory."""
+    text = stream.read(JSON_CHARACTERS)
+    at, whole = text.index("[") + 1, False
+    first = True
+    while True:
+        # A number goes on where the text is cut; so an item counts once something follows it.
+        try:
+            at = _skip(text, at)
+            if text[at : at + 1] == "]":
+                break
+            if not first:
+                if text[at : at + 1] != ",":
+                    raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
+                after = _skip(text, at + 1)
+            else:
+                after = at
+            item, end = _decoder.raw_decode(text, after)
+            if end == len(text):
+                raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
+        except json.JSONDecodeError:
+            if whole:
+                raise
+            more = stream.read(max(JSON_CHARACTERS, len(text) - at))
+            text, at, whole = text[at:] + more, 0, not more
+            continue
+        yield item
+        at, first = end, False
+    rest = text[at + 1 :] + stream.read(1000)
+    if rest.strip():
+        raise json.JSONDecodeError("Extra data", rest, 0)
+
+
+def _skip(text: str, at: int) -> int:
+    """Where the next character is that is no whitespace."""
+    match = BLANK.match(text, at)
+    assert match is not None  # it matches nothing, too
+    return match.end()
 
 
 def _csv(stream: io.BufferedReader, file: Path) -> Rows:

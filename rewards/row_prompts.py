@@ -8,6 +8,7 @@ import json
 import re
 import string
 from collections.abc import Collection, Mapping, Sequence
+from json.encoder import encode_basestring_ascii
 from typing import Any
 
 from actors.records import Messages
@@ -15,10 +16,9 @@ from rewards.tasks import TaskError
 
 # Columns that files without nested values (CSV) hold as text, by the field's conventions.
 STRUCTURED = ("reward_model", "reward_spec", "extra_info")
-# What `messages` as a text look like, in JSON or as Python prints them.
-LOOKS_LIKE_MESSAGES = re.compile(
-    r"""\s*\[?\s*\{.*["'](role|content)["']\s*:.*["'](role|content)["']\s*:""", re.DOTALL
-)
+# What messages look like as a text, in JSON or as Python prints them: the beginning, two keys.
+BEGINS = re.compile(r"\s*\[?\s*\{")
+KEY = re.compile(r"""["'](?:role|content)["']\s*:""")
 LONGEST_LITERAL = 1_000_000
 
 
@@ -33,7 +33,7 @@ def read_texts(values: dict[str, Any], prompt: str, names: Collection[str], wher
     cannot be read.
     """
     text = values.get(prompt)
-    if type(text) is str and "{" in text[:100] and LOOKS_LIKE_MESSAGES.match(text):
+    if type(text) is str and BEGINS.match(text) and len(KEY.findall(text)) > 1:
         found = _read(text, prompt, where)
         values[prompt] = [found] if isinstance(found, dict) else found
     for name in (*STRUCTURED, *names):
@@ -184,8 +184,16 @@ def prompt_digest(prompt: str | Messages) -> bytes:
     messages = [{"content": prompt}] if isinstance(prompt, str) else prompt
     if len(messages) > 1 and messages[-1].get("role") == "assistant":
         messages = messages[:-1]
-    turns = [(m.get("role"), " ".join(m["content"].split())) for m in messages]
-    return hashlib.blake2b(json.dumps(turns).encode(), digest_size=16).digest()
+    # As json.dumps writes it, which takes longer: this is done for every row.
+    turns = ", ".join(
+        f"[{_json_text(m.get('role'))}, {_json_text(' '.join(m['content'].split()))}]"
+        for m in messages
+    )
+    return hashlib.blake2b(f"[{turns}]".encode(), digest_size=16).digest()
+
+
+def _json_text(text: str | None) -> str:
+    return "null" if text is None else encode_basestring_ascii(text)
 
 
 def byte_length(content: str | Messages) -> int:

@@ -218,8 +218,9 @@ def _lookup(values: Mapping[str, Any], name: str) -> Any:
 
 def _mapped(given: Mapping[str, Any], mapping: Columns) -> dict[str, Any]:
     """The row's columns under our names; those that are not mapped keep theirs."""
-    renamed = {*mapping.values(), *(ours for ours, theirs in mapping.items() if theirs is None)}
-    values = {name: value for name, value in given.items() if name not in renamed}
+    values = dict(given)
+    for ours, theirs in mapping.items():
+        values.pop(ours if theirs is None else theirs, None)
     for ours, theirs in mapping.items():
         found = _MISSING if theirs is None else _lookup(given, theirs)
         if found is not _MISSING:

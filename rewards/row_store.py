@@ -1,17 +1,23 @@
-"""Many rows in little memory: as JSON, one after the other, in a file that nobody else sees."""
+"""Many rows in little memory: one after the other in a file that nobody else sees."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import marshal
 import os
+import re
 import tempfile
 from array import array
 from typing import Any
 
 # So many bytes stay in memory: small data need no file.
 KEPT_BYTES = 32 << 20
-_encode = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":")).encode
+# Much faster than JSON, and for one's own eyes only. The last version in which equal values have
+# equal bytes.
+VERSION = 2
+# What half a surrogate looks like in it; lengths and numbers may look like this too.
+SURROGATE = re.compile(rb"\xed[\xa0-\xbf]")
 
 
 class RowStore:
@@ -27,10 +33,12 @@ class RowStore:
     def append(self, value: Any) -> None:
         """Add a value after the others.
 
-        Raises UnicodeEncodeError for half a surrogate, RecursionError for a value too deep, OSError
+        Raises UnicodeEncodeError for half a surrogate, ValueError for a value too deep, OSError
         where the folder for temporary files is full.
         """
-        data = _encode(value).encode()
+        data = marshal.dumps(value, VERSION)
+        if b"\xed" in data and SURROGATE.search(data):
+            json.dumps(value, ensure_ascii=False).encode()
         self._digest.update(data)
         self._recent += data
         self._ends.append(self._ends[-1] + len(data))
@@ -48,7 +56,7 @@ class RowStore:
             data = bytes(self._recent[start - self._written : end - self._written])
         else:
             data = os.pread(self._file.fileno(), end - start, start)
-        return json.loads(data)
+        return marshal.loads(data)
 
     def digest(self) -> str:
         """A fingerprint of all values in their order."""

@@ -304,7 +304,9 @@ class PromptRenderer:
             raise TaskError(f"{where}: {error}") from error
         if not token_ids:
             raise TaskError(f"{where}: the prompt has no tokens")
-        text = self._tokenizer.decode(token_ids)
+        text = self._tokenizer.decode(
+            token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
         prompt_id = f"{epoch}-{row.id}"
         return Prompt(prompt_id, token_ids, row.content, row.columns, epoch, text, row.source)
 

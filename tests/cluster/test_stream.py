@@ -158,6 +158,23 @@ def test_a_stream_chooses_by_pass_rates_and_resumes_with_what_was_seen(staleness
         assert tries == {str(known * 4 * G)}
 
 
+def test_prompts_that_were_left_out_as_too_long_are_counted_in_their_step() -> None:
+    def picky(cursor: int, count: int, rates: PassRates) -> Taken:
+        """Every second row is too long."""
+        kept = draw(cursor, count, rates).prompts
+        return Taken(kept, kept, cursor + 2 * count)
+
+    async def main() -> None:
+        stream = GroupStream(config(), picky, Pool(), Rewards(), 0, 0)  # type: ignore[arg-type]
+        await stream.admit(1)
+        batches = [await stream.take(0), await stream.take(1)]
+        assert [batch.overlong for batch in batches] == [4, 4]
+        assert [batch.cursor for batch in batches] == [8, 16]
+        assert stream.admitted == 8 * G
+
+    clock.run(main())
+
+
 def test_metrics_of_each_source() -> None:
     outcomes = (
         Outcome("a", "easy", 2, 2, 1.0),

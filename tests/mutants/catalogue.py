@@ -18,6 +18,10 @@ RESCUE = "tests/harness/test_rescue.py"
 RESCUE = "tests/harness/test_rescue.py"
 RUN_DIR = "tests/cluster/test_run_dir.py"
 SAVED = "tests/learner/test_saved.py"
+TEMPLATES = "tests/rewards/test_templates.py"
+FINAL_PART = "tests/rewards/test_final_part.py"
+LAYOUTS = "tests/rewards/test_layouts.py"
+LENGTHS = "tests/cluster/test_lengths.py"
 
 MUTANTS = (
     Mutant(
@@ -325,5 +329,57 @@ MUTANTS = (
         "                break\n",
         "a scribe that died is replaced",
         (f"{RESCUE}::test_a_scribe_that_dies_is_replaced",),
+    ),
+    Mutant(
+        "actors/text.py",
+        "text = tokenizer.decode(kept, skip_special_tokens=False,",
+        "text = tokenizer.decode(kept, skip_special_tokens=True,",
+        "rewards see the special tokens that the model wrote",
+        (f"{TEMPLATES}::test_completions_keep_every_special_token_but_the_end",),
+    ),
+    Mutant(
+        "rewards/rendering.py",
+        'return self._tokens(self._header(messages) + messages[-1]["content"], special=False)',
+        'return self._tokens(self._header(messages) + messages[-1]["content"].strip(), False)',
+        "a prompt ends with exactly the words that begin the answer",
+        (f"{TEMPLATES}::test_an_answer_that_the_prompt_begins_is_continued",),
+    ),
+    Mutant(
+        "rewards/extract.py",
+        "elif opening in text or prefill.rfind(opening) > prefill.rfind(closing):",
+        "elif opening in text:",
+        "an answer in thinking that the prompt has opened earns nothing",
+        (f"{FINAL_PART}::test_an_answer_inside_thinking_earns_nothing",),
+    ),
+    Mutant(
+        "rewards/row_reader.py",
+        'if how == "auto" and self._prompt.rpartition(".")[2] != "prompt":',
+        "if False:",
+        "messages that end in the solution are not a prompt",
+        (f"{LAYOUTS}::test_messages_that_end_in_the_solution_need_a_choice",),
+    ),
+    Mutant(
+        "rewards/row_store.py",
+        'if b"\\xed" in data and SURROGATE.search(data):',
+        "if False:",
+        "half a surrogate is refused with its row and column",
+        (f"{LAYOUTS}::test_half_a_surrogate_names_its_row_and_column",),
+    ),
+    Mutant(
+        "cluster/lengths.py",
+        "renderer.max_prompt_tokens = max_length - room",
+        "pass",
+        "a prompt longer than the engines have room for is found when it is drawn",
+        (f"{LENGTHS}::test_what_was_not_rendered_is_bounded_by_what_the_engines_have_room_for",),
+    ),
+    Mutant(
+        "cluster/stream.py",
+        "self._overlong[step] = self._overlong.get(step, 0) + len(taken.overlong)",
+        "self._overlong[step] = 0",
+        "prompts that are left out as too long are counted",
+        (
+            "tests/cluster/test_stream.py::"
+            "test_prompts_that_were_left_out_as_too_long_are_counted_in_their_step",
+        ),
     ),
 )

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from rewards.config import TaskConfig
-from rewards.readers import plain
+from rewards.readers import plain, read_records
 from rewards.tasks import Demonstrates, Row, Task, TaskError, load_task
 
 
@@ -55,6 +55,19 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path) -> None:
         assert got == [(row["prompt"], {"answer": row["answer"]}) for row in QA], file
 
 
+def test_a_list_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        {"prompt": "é" * (n % 7) + f'] , [ " {n}', "answer": [n, {"x": None}]} for n in range(40)
+    ]
+    for indent in (None, 3):
+        (tmp_path / "a.json").write_text(json.dumps(rows, indent=indent))
+        for size in (1, 2, 7, 64, 10_000):
+            monkeypatch.setattr("rewards.readers.JSON_CHARACTERS", size)
+            read = list(read_records(str(tmp_path / "a.json"), "task.data", "train"))
+            assert [record.values for record in read] == rows
+            assert [record.place for record in read] == [f"row{n}" for n in range(1, 41)]
+
+
 def test_csv_has_texts_quotes_and_physical_line_numbers(tmp_path: Path) -> None:
     file = tmp_path / "a.csv"
     file.write_text('\ufeffprompt,answer\n"a, ""b""\nc",007\nd,\n')
@@ -87,6 +100,13 @@ def test_a_glob_reads_files_in_order_of_their_names(tmp_path: Path) -> None:
         ("a.txt", b"x", "of no known kind"),
         ("a.json", b'[{"prompt": 1', "not a list in JSON"),
         ("a.json", b"[3]", "a row must be an object"),
+        ("a.json", b'[{"prompt": "A"} {"prompt": "B"}]', r"Expecting ',' delimiter \(in row 2\)"),
+        ("a.json", b'[{"prompt": "A"},]', r"not a list in JSON.*\(in row 2\)"),
+        ("a.json", b'[,{"prompt": "A"}]', r"not a list in JSON.*\(in row 1\)"),
+        ("a.json", b'[{"prompt": "A"}, {"prompt": "B"}', r"not a list in JSON.*\(in row 2\)"),
+        ("a.json", b'[{"prompt": "A"}] x', "Extra data"),
+        ("a.json", b"[]", "has no rows"),
+        ("a.json", b'[{"prompt": ' + b"[" * 100_000, "not a list in JSON"),
         ("a.jsonl", b"[" * 100_000, "not a line of JSON"),
     ],
 )
