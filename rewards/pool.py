@@ -27,7 +27,9 @@ class RewardPool:
         Raises the actor's own error (a function that cannot be found, say), or TimeoutError.
         """
         waiting = [actor.ping.remote() for actor in self._actors]
-        await asyncio.wait_for(asyncio.gather(*waiting), timeout_s)
+        # Not `wait_for`: cancelled, it never looks at the error of what it waited for.
+        async with asyncio.timeout(timeout_s):
+            await asyncio.gather(*waiting)
 
     def judge(self, name: str, part: Any) -> asyncio.Task[Any | None]:
         """Have a completion judged before its group is complete.
