@@ -233,8 +233,8 @@ class Chaos:
     """Breaks things at random, the same for every seed, in every run of a world from now on.
 
     kill, freeze, out_of_memory: shares of the calls of the actors at which the actor ends so. lose:
-    share of the groups and scores that are lost once they are stored. done: what was broken, in
-    order. actors: how the names of those that it may hit begin.
+    share of the completions and groups that are lost once rollout actors have stored them. done:
+    what was broken, in order. actors: how the names of those that it may hit begin.
     """
 
     def __init__(
@@ -268,7 +268,11 @@ class Chaos:
                 ray.freeze(event.actor)
             elif self._happens("out_of_memory", event):
                 ray.kill(event.actor, OutOfMemoryError("killed by Ray's memory monitor"))
-        elif event.kind == "stored" and self._happens("lose", event):
+        elif (
+            event.kind == "stored"
+            and event.actor.startswith("rollout")
+            and self._happens("lose", event)
+        ):
             event.detail["ref"].lose()
 
 
