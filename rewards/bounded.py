@@ -6,6 +6,7 @@ process is forked, so it has what this one has loaded, and it is kept from call 
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import select
@@ -18,6 +19,9 @@ from typing import Any
 from rewards.results import error_tail
 
 HEADER = struct.Struct(">Q")
+# A process that waits for a core on a busy machine gets so many times as long by the clock.
+PATIENCE = 4
+TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class TooMuch(Exception):
@@ -25,8 +29,9 @@ class TooMuch(Exception):
 
 
 class Bounded:
-    """Calls `function(*arguments)` in a process that is ended after `seconds`.
+    """Calls `function(*arguments)` in a process that is ended after `seconds` of its own CPU time.
 
+    So what an answer is worth does not depend on what else the machine does.
     Arguments and results are plain values. What the function raises is raised here as RuntimeError
     with its words; `TooMuch` says that it was ended.
     """
@@ -41,10 +46,15 @@ class Bounded:
         # A fork of the process that made it has no helper of its own.
         if self._owner != os.getpid():
             self._start()
-        deadline = time.monotonic() + seconds
+        began, before = time.monotonic(), _cpu_seconds(self._pid)
+
+        def left() -> float:
+            by_clock = PATIENCE * seconds - (time.monotonic() - began)
+            return max(0.0, min(by_clock, seconds - (_cpu_seconds(self._pid) - before)))
+
         try:
             _send(self._to, pickle.dumps(arguments))
-            raised, value = _receive(self._from, deadline)
+            raised, value = _receive(self._from, left)
         except (EOFError, BrokenPipeError) as error:
             self.close()
             raise TooMuch("its process died, most likely of too much memory") from error
@@ -102,22 +112,34 @@ def _serve(function: Callable[..., Any], requests: int, replies: int) -> None:
         os._exit(1)
 
 
+def _cpu_seconds(pid: int) -> float:
+    """CPU time that a process has had; all that could be, once it has ended."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+    except FileNotFoundError:
+        return math.inf
+    return (int(fields[11]) + int(fields[12])) / TICKS
+
+
 def _send(descriptor: int, body: bytes) -> None:
     rest = memoryview(HEADER.pack(len(body)) + body)
     while rest:
         rest = rest[os.write(descriptor, rest) :]
 
 
-def _receive(descriptor: int, deadline: float | None) -> Any:
-    (size,) = HEADER.unpack(_exactly(descriptor, HEADER.size, deadline))
-    return pickle.loads(_exactly(descriptor, size, deadline))
+def _receive(descriptor: int, left: Callable[[], float] | None) -> Any:
+    """left: seconds for which to go on waiting, asked again when they are over."""
+    (size,) = HEADER.unpack(_exactly(descriptor, HEADER.size, left))
+    return pickle.loads(_exactly(descriptor, size, left))
 
 
-def _exactly(descriptor: int, size: int, deadline: float | None) -> bytes:
+def _exactly(descriptor: int, size: int, left: Callable[[], float] | None) -> bytes:
     data = bytearray()
     while len(data) < size:
-        left = None if deadline is None else max(0.0, deadline - time.monotonic())
-        if not select.select([descriptor], [], [], left)[0]:
+        if not select.select([descriptor], [], [], None if left is None else left())[0]:
+            if left is not None and left() > 0:
+                continue
             raise TimeoutError
         chunk = os.read(descriptor, min(size - len(data), 1 << 20))
         if not chunk:

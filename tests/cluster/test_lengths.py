@@ -14,13 +14,14 @@ from cluster.config import Config, load_config
 from cluster.console import Console
 from cluster.evaluate import fitting_rows
 from cluster.lengths import Rendered, check_lengths, chosen, render_rows
-from cluster.prepare import Prepared, RunError, first_probe
+from cluster.prepare import Prepared, RunError, first_probe, make_renderer
 from rewards.config import RewardFunctionConfig, TaskConfig
 from rewards.progress import with_progress
 from rewards.row_store import KEPT_BYTES, RowStore
 from rewards.survey import UNKNOWN, survey_of
 from rewards.tasks import PromptRenderer, Row, Task, TaskError, load_task, take_prompts
 from tests.models import tiny_tokenizer
+from tests.templates import FAMILIES, tokenizer_of
 
 ADDITION = Path(__file__).resolve().parents[2] / "deploy" / "configs" / "addition.yaml"
 TOKENIZER = tiny_tokenizer()
@@ -249,3 +250,21 @@ def test_whole_means_few_rows_and_few_bytes(monkeypatch: pytest.MonkeyPatch, lar
     assert not render_rows(large, renderer).whole
     monkeypatch.setattr(cluster.lengths, "WHOLE_BYTES", 1 << 30)
     assert render_rows(large, renderer).whole
+
+
+def test_the_renderer_is_what_the_config_says() -> None:
+    tokenizer = tokenizer_of(next(family for family in FAMILIES if family.name == "qwen3"))
+    question = Row("r", [{"role": "user", "content": "2 + 3?"}])
+    given = {"on": "{}", "off": "{enable_thinking: false}"}
+    renderers = {
+        name: make_renderer(config(f"model.template_arguments={value}"), tokenizer, 512)
+        for name, value in given.items()
+    }
+    texts = {name: renderer.render(question, 0).text or "" for name, renderer in renderers.items()}
+    assert texts["off"] == texts["on"] + "<think>\n\n</think>\n\n"
+    assert renderers["on"].max_prompt_tokens == 504
+    for overlong in ("error", "drop"):
+        made = make_renderer(config(f"task.overlong={overlong}"), tokenizer, 512)
+        assert made.on_overlong == overlong
+    with pytest.raises(TaskError, match="did you mean enable_thinking"):
+        make_renderer(config("model.template_arguments={enable_thinkin: false}"), tokenizer, 512)

@@ -382,4 +382,13 @@ MUTANTS = (
             "test_prompts_that_were_left_out_as_too_long_are_counted_in_their_step",
         ),
     ),
+    Mutant(
+        "rewards/bounded.py",
+        "return max(0.0, min(by_clock, seconds - (_cpu_seconds(self._pid) - before)))",
+        "return max(0.0, by_clock - (PATIENCE - 1) * seconds)",
+        "a right answer is not wrong because the machine was busy",
+        (
+            "tests/rewards/test_bounded.py::test_waiting_for_a_core_on_a_busy_machine_is_not_too_much",
+        ),
+    ),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,6 +60,17 @@ def test_the_process_is_kept_and_is_another(bounded: Bounded) -> None:
     assert pid != os.getpid()
     assert bounded(30, "ok") == (pid, count + 1)
     assert "ok" not in calls
+
+
+def test_waiting_for_a_core_on_a_busy_machine_is_not_too_much(bounded: Bounded) -> None:
+    pid, _ = bounded(30, "ok")
+    os.kill(pid, signal.SIGSTOP)
+    later = threading.Timer(0.8, os.kill, (pid, signal.SIGCONT))
+    later.start()
+    try:
+        assert bounded(0.4, "ok")[0] == pid
+    finally:
+        later.join()
 
 
 def test_errors_and_long_results(bounded: Bounded) -> None:
