@@ -35,12 +35,20 @@ def final_part(text: str, prefill: str = "") -> str | None:
             if opening in after:
                 return None
             text = after
-        elif opening in text or prefill.rfind(opening) > prefill.rfind(closing):
+        elif opening in text or left_open(prefill) == closing:
             return None
     if CHANNEL in text:
         _, found, after = text.rpartition(FINAL)
         return after.partition(MESSAGE_END)[0] if found else None
     return text
+
+
+def left_open(prefill: str) -> str:
+    """What closes the thinking that the beginning of an answer leaves open; "" for none."""
+    for opening, closing in THINKING:
+        if prefill.rfind(opening) > prefill.rfind(closing):
+            return closing
+    return ""
 
 
 def final_parts(

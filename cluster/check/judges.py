@@ -15,6 +15,7 @@ from cluster.check.sheet import Stage
 from cluster.config import Config
 from cluster.prepare import RunError
 from rewards.base import combine
+from rewards.extract import left_open
 from rewards.tasks import Demonstrates, Task
 from rewards.worker import RewardActor, RewardSpec
 
@@ -159,7 +160,13 @@ def made_up(prompt: Prompt, demonstration: str | None, tokenizer: Any) -> Group:
     for name in REFERENCE_COLUMNS:
         if name in prompt.columns and isinstance(prompt.columns[name], str | int | float):
             text = str(prompt.columns[name])
-            texts = {kind.format(name=name): form.format(text=text) for kind, form in FORMS.items()}
+            # Where the prompt opens the thinking, an answer comes after it.
+            closing = left_open(prompt.prefill)
+            thought = f"So{closing}\n" if closing else ""
+            texts = {
+                kind.format(name=name): thought + form.format(text=text)
+                for kind, form in FORMS.items()
+            }
             break
     if demonstration is not None:
         texts[SHOWN] = demonstration.removeprefix(prompt.prefill)

@@ -12,13 +12,17 @@ import numpy as np
 import pytest
 
 from actors.records import Completion, Group, GroupMeta, Prompt
-from cluster.check.judges import Judges
+from cluster.check.judges import Judges, made_up
 from cluster.check.rollout import Generated, check_completions
 from cluster.check.run import check
 from cluster.check.sheet import Sheet
 from cluster.config import Config
+from rewards.answer import exact_number
+from rewards.base import judge as score
+from rewards.tasks import PromptRenderer, Row
 from rewards.worker import RewardSpec
 from tests.models import tiny_llama
+from tests.templates import FAMILIES, tokenizer_of
 
 REWARDS = """
 import time
@@ -373,3 +377,17 @@ def test_completions_without_rewards_could_not_work(
 ) -> None:
     code, text = said([["7", "2"]] * 4, f"{judge}:{function}")
     assert code == 1 and message in text
+
+
+def test_made_up_answers_come_after_thinking_that_the_prompt_opens() -> None:
+    tokenizer = tokenizer_of(next(family for family in FAMILIES if family.name == "qwen3"))
+    question = {"role": "user", "content": "2 + 3?"}
+    texts = {}
+    for name, begun in (("open", "<think>"), ("none", "So "), ("closed", "<think>\n\n</think>\n")):
+        row = Row("r", [question, {"role": "assistant", "content": begun}], {"answer": 5})
+        group = made_up(PromptRenderer(tokenizer).render(row, 0), None, tokenizer)
+        texts[name] = {completion.id: completion.text for completion in group.completions}
+        assert score(exact_number, "f", group).values[0] == 1.0
+    assert texts["none"]["answer"] == texts["closed"]["answer"] == "5"
+    assert texts["open"]["answer in <answer>"] == "So</think>\n<answer>5</answer>"
+    assert texts["open"]["nothing"] == ""

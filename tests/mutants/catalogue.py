@@ -346,7 +346,7 @@ MUTANTS = (
     ),
     Mutant(
         "rewards/extract.py",
-        "elif opening in text or prefill.rfind(opening) > prefill.rfind(closing):",
+        "elif opening in text or left_open(prefill) == closing:",
         "elif opening in text:",
         "an answer in thinking that the prompt has opened earns nothing",
         (f"{FINAL_PART}::test_an_answer_inside_thinking_earns_nothing",),
