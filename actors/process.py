@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 MARKER = "COHORT_REAP"
 WATCHER_START_S = 30
@@ -85,8 +85,17 @@ def start_reaper(*folders: Path) -> None:
     `folders` (shared memory files).
     """
     marker = uuid.uuid4().hex
-    environment = {key: value for key, value in os.environ.items() if key != MARKER}
+    pipe = start_watcher(marker, *folders)
     os.environ[MARKER] = marker
+    _open_pipes.append(pipe)
+
+
+def start_watcher(marker: str, *folders: Path) -> IO[bytes]:
+    """A watcher as `start_reaper`'s, for the processes that have `marker` as their MARKER variable.
+
+    Returns its pipe: keep it for as long as these processes may live, and close it to end them.
+    """
+    environment = {key: value for key, value in os.environ.items() if key != MARKER}
     watcher = subprocess.Popen(
         [sys.executable, "-S", "-E", __file__, str(os.getpid()), marker, *map(str, folders)],
         stdin=subprocess.PIPE,
@@ -99,7 +108,57 @@ def start_reaper(*folders: Path) -> None:
     # The process started here ends at once and leaves a child of its own: Ray kills an actor's
     # children before the actor itself, and the watcher must not be one of them.
     watcher.wait(WATCHER_START_S)
-    _open_pipes.append(watcher.stdin)
+    assert watcher.stdin is not None
+    return watcher.stdin
+
+
+def end_tree(pid: int, marker: str, timeout_s: float = 5.0) -> None:
+    """SIGKILL a child process, every process below it, and every one with `marker`.
+
+    The child is stopped first and killed last: what it adopted (it may be a subreaper) is below it
+    only while it lives. It is left to its parent to be waited for.
+    """
+    entry = f"{MARKER}={marker}".encode()
+    _signal(pid, signal.SIGSTOP)
+    began = time.monotonic()
+    while time.monotonic() < began + timeout_s:
+        alive = {*_below(pid), *_marked(entry)} - {pid}
+        if not alive:
+            break
+        for other in alive:
+            if _is_tracker(other) and time.monotonic() < began + timeout_s / 5:
+                continue
+            _signal(other, signal.SIGKILL)
+        time.sleep(0.01)
+    _signal(pid, signal.SIGKILL)
+    for other in _marked(entry):
+        _signal(other, signal.SIGKILL)
+
+
+def _signal(pid: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.kill(pid, number)
+
+
+def _below(pid: int) -> list[int]:
+    """The living processes of which this one is parent, grandparent and so on."""
+    children: dict[int, list[int]] = {}
+    ended = set()
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                # pid (name, with anything in it) state parent ...
+                fields = Path(f"/proc/{entry}/stat").read_bytes().rpartition(b")")[2].split()
+                children.setdefault(int(fields[1]), []).append(int(entry))
+                if fields[0] in (b"Z", b"X"):
+                    ended.add(int(entry))
+    found: list[int] = []
+    waiting = [pid]
+    while waiting:
+        below = children.get(waiting.pop(), [])
+        found += below
+        waiting += below
+    return [entry for entry in found if entry not in ended]
 
 
 def reap_also(files: Iterable[Path]) -> None:
@@ -173,8 +232,7 @@ def _watch(parent: int, marker: str, folders: list[str]) -> None:
             # Python's resource trackers remove the shared memory of the dead, then end themselves.
             if _is_tracker(pid) and time.monotonic() < trackers_end:
                 continue
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)
+            _signal(pid, signal.SIGKILL)
         time.sleep(0.1)
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)

@@ -99,7 +99,7 @@ async def _evaluate(
     placement = plan(config, await connect_aside(config, signals), prepared.parameters)
     with passing_logs("eval") as log_dir:
         pool = make_pool(prepared, placement, log_dir, console)
-        rewards = make_rewards(prepared, placement)
+        rewards = make_rewards(prepared, placement, console)
         try:
             console.stage(f"starting {config.actors.count} engine(s)")
             await asyncio.gather(

@@ -15,7 +15,7 @@ from cluster.placement import Placement, cpu_environment
 from cluster.prepare import Prepared
 from learner.group import LearnerGroup
 from learner.spec import LearnerSpec
-from rewards.pool import RewardPool
+from rewards.pool import RewardPool, watched_actor_class
 from rewards.rates import PassRates, RateHistory
 from rewards.tasks import Curriculum, Taken, take_prompts
 from rewards.worker import RewardActor, longest_score_s
@@ -80,20 +80,30 @@ def make_pool(
     return RolloutPool(make_actor, prepared.config.actors, console.note)
 
 
-def make_rewards(prepared: Prepared, placement: Placement) -> RewardPool:
+def make_rewards(prepared: Prepared, placement: Placement, console: Console) -> RewardPool:
     """The reward actors; Ray starts one again when it dies, for it holds no state."""
-    import ray
-
     config = prepared.config.rewards
-    actors = [
-        ray.remote(RewardActor)
-        .options(max_restarts=-1, **placement.reward)
-        .remote(prepared.rewards, config.timeout_s, memory_bytes=config.memory_bytes)
-        for _ in range(config.workers)
-    ]
+    actor_class = watched_actor_class(RewardActor)
+
+    def make_actor() -> Any:
+        return actor_class.options(max_restarts=-1, **placement.reward).remote(
+            prepared.rewards,
+            config.timeout_s,
+            memory_bytes=config.memory_bytes,
+            max_steps=prepared.config.run.steps,
+        )
+
     group_size = prepared.config.task.group_size
     bound = longest_score_s(config.timeout_s, len(prepared.rewards), group_size)
-    return RewardPool(actors, timeout_s=bound + 30)
+    return RewardPool(
+        [make_actor() for _ in range(config.workers)],
+        timeout_s=bound + 30,
+        timeout_key=f"rewards.timeout_s={config.timeout_s:g}",
+        pings_while_judging=True,
+        streams=any(spec.whole_group is False for spec in prepared.rewards),
+        make_actor=make_actor,
+        notify=console.note,
+    )
 
 
 def learner_spec(

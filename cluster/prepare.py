@@ -53,7 +53,9 @@ def prepare(config: Config) -> Prepared:
     specs = reward_specs(task, config.rewards)
     # Loads every function in a child process, as the reward actors will: a wrong path ends here.
     limits = config.rewards
-    RewardActor(specs, limits.timeout_s, memory_bytes=limits.memory_bytes).close()
+    actor = RewardActor(specs, limits.timeout_s, memory_bytes=limits.memory_bytes)
+    specs = actor.specs
+    actor.close()
     renderer = make_renderer(config, tokenizer, context)
     lengths = check_lengths(config, render_rows(task, renderer), renderer, specs)
     return Prepared(

@@ -47,7 +47,7 @@ from cluster.stream import GroupStream
 from cluster.tracking import Tracker
 from learner.checkpoint import CheckpointError, Checkpoints
 from learner.group import LearnerError, LearnerGroup
-from rewards.pool import RewardPool
+from rewards.pool import RewardPool, RewardPoolError
 from rewards.tasks import TaskError
 
 CONNECT_TIMEOUT_S = 10
@@ -64,6 +64,7 @@ EXPECTED_ERRORS = (
     ConfigError,
     LearnerError,
     PlacementError,
+    RewardPoolError,
     RolloutError,
     RunError,
     TaskError,
@@ -228,7 +229,7 @@ async def start(
     have = await connect_aside(config, signals)
     placement = actors.placement = plan(config, have, prepared.parameters)
     pool = actors.pool = make_pool(prepared, placement, run_dir.path / "logs", console)
-    rewards = actors.rewards = make_rewards(prepared, placement)
+    rewards = actors.rewards = make_rewards(prepared, placement, console)
     console.stage(
         f"starting {config.actors.count} engine(s), {config.learner.workers} learner rank(s), "
         f"{config.rewards.workers} reward worker(s)"

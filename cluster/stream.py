@@ -19,11 +19,14 @@ from actors.records import Failure, GroupMeta, Prompt, SamplingSpec, ScoreMeta, 
 from actors.rollout import Request
 from cluster.config import Config
 from learner.plan import ScoredRef, informative
-from rewards.pool import RewardPool
+from rewards.pool import Lost, RewardPool
 from rewards.rates import NO_RATES, Outcome, PassRates, RateHistory, outcome
 from rewards.tasks import Taken
 
 logger = logging.getLogger(__name__)
+
+# Of one group, when its completions are lost with a machine before they are scored.
+MAX_GENERATIONS = 3
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,7 @@ class GroupStream:
         generating = await self._pool.generate(requests, self._judge)
         self.admitted += len(requests) * self._config.task.group_size
         return [
-            asyncio.create_task(self._score(request.group_id, task))
+            asyncio.create_task(self._score(request, task))
             for request, task in zip(requests, generating, strict=True)
         ]
 
@@ -138,17 +141,32 @@ class GroupStream:
         tasks.append(self._rewards.judge(f"{group_id} attempt {attempt}", completion))
         self._judging[group_id] = (attempt, tasks)
 
-    async def _score(self, group_id: str, generating: asyncio.Task[Any]) -> _Produced:
-        meta, group = await generating
-        generated_at = time.monotonic()
-        _, judging = self._judging.pop(group_id, (0, []))
-        if isinstance(meta, Failure):
-            _cancel(judging)
-            return _Produced(meta, generated_at, generated_at)
-        assert isinstance(meta, GroupMeta)
-        # Completions that were judged in one call have one task.
-        judged = [ref for ref in await asyncio.gather(*dict.fromkeys(judging)) if ref is not None]
-        scores, scored = await self._rewards.score(group, judged)
+    async def _score(self, request: Request, generating: asyncio.Task[Any]) -> _Produced:
+        """One group, generated and scored; generated again when it is lost before it is scored."""
+        for left in reversed(range(MAX_GENERATIONS)):
+            try:
+                meta, group = await generating
+                generated_at = time.monotonic()
+                if isinstance(meta, Failure):
+                    return _Produced(meta, generated_at, generated_at)
+                assert isinstance(meta, GroupMeta)
+                # Completions that were judged in one call have one task.
+                _, judging = self._judging.get(request.group_id, (0, []))
+                judged = await asyncio.gather(*dict.fromkeys(judging))
+                known = [ref for ref in judged if ref is not None]
+                scores, scored = await self._rewards.score(group, known)
+            finally:
+                _, judging = self._judging.pop(request.group_id, (0, []))
+                _cancel(judging)
+            if not isinstance(scores, Lost) or not left:
+                break
+            logger.warning(
+                "group %s is generated again: %s: %s",
+                request.group_id,
+                scores.what,
+                scores.message,
+            )
+            (generating,) = await self._pool.generate([request], self._judge)
         now = time.monotonic()
         if not isinstance(scores, ScoreMeta):
             return _Produced(scores, generated_at, now)

@@ -3,11 +3,16 @@
 verl (`kind: verl`):
 
     compute_score(data_source, solution_str, ground_truth, extra_info=None, **options)
-        -> number, or dict with "score"
+        -> number, dict with "score", or tuple that begins with the number
 
-called once a completion, as verl's reward managers do; it may be `async def`. `ground_truth` is the
+called once a completion, as verl's reward managers do; it may be `async def`. It gets the arguments
+that it names; where it names no `solution_str` or no `ground_truth`, as some of verl's own scorers
+do not, its next arguments without a default are these two, in this order. `ground_truth` is the
 column of that name, or `ground_truth` inside the column `reward_model` (verl's own layout).
-`data_source` is None and `extra_info` is {} where the rows have no such column.
+`data_source` is None and `extra_info` is {} where the rows have no such column. One with
+`solution_strs` is verl's for batches, and is called once a group with lists:
+
+    compute_score(data_sources, solution_strs, ground_truths, extra_infos, **options) -> list
 
 OpenRLHF (`kind: openrlhf`):
 
@@ -26,18 +31,26 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from rewards.base import RewardFunction, completion_texts, load_function
+from rewards.base import completion_texts, per_completion
+from rewards.loading import BY_NAME, RewardFunction, load_function
+from rewards.results import SupportsToList
+
+# What verl's reward managers give a function, by name.
+VERL = ("data_source", "solution_str", "ground_truth", "extra_info")
 
 
-def load_reward(path: str, kind: str, options: Mapping[str, Any]) -> RewardFunction:
+def load_reward(
+    path: str, kind: str, options: Mapping[str, Any], stubs: Path | None = None
+) -> RewardFunction:
     """The function that `path` names, as one with our signature.
 
-    kind: `trl` (the same as ours), `verl` or `openrlhf`. Raises RewardLoadError as `load_function`
-    does.
+    kind: `trl` (the same as ours), `verl` or `openrlhf`. stubs: as for `load_function`, which says
+    what is raised.
     """
-    function = load_function(path, options)
+    function = load_function(path, options, stubs)
     if kind == "verl":
         return from_verl(function)
     if kind == "openrlhf":
@@ -47,31 +60,67 @@ def load_reward(path: str, kind: str, options: Mapping[str, Any]) -> RewardFunct
 
 def from_verl(compute_score: RewardFunction) -> RewardFunction:
     """verl's `compute_score` as a function with our signature."""
+    if "solution_strs" in inspect.signature(compute_score).parameters:
+        return _from_verl_batches(compute_score)
+    names = _verl_names(compute_score)
 
+    @per_completion
     def judged(completions: Sequence[Any], **columns: Any) -> Any:
         texts = completion_texts(completions)
-        truths = _ground_truths(columns)
+        truths = _ground_truths(columns) if "ground_truth" in names else [None] * len(texts)
         sources = columns.get("data_source", [None] * len(texts))
         infos = columns.get("extra_info", [None] * len(texts))
         results: list[Any] = []
         for text, truth, source, info in zip(texts, truths, sources, infos, strict=True):
+            known = {"data_source": source, "solution_str": text, "ground_truth": truth}
             try:
-                results.append(
-                    compute_score(
-                        data_source=source,
-                        solution_str=text,
-                        ground_truth=truth,
-                        extra_info=dict(info or {}),
-                    )
-                )
+                known["extra_info"] = dict(info or {})
+                results.append(compute_score(**{names[key]: known[key] for key in names}))
             # A completion that it cannot judge costs no other one.
             except Exception as error:  # noqa: BLE001
                 results.append(error)
         if any(inspect.isawaitable(result) for result in results):
             return _gathered(results)
-        return results
+        return [_first(result) for result in results]
 
     return judged
+
+
+def _verl_names(compute_score: RewardFunction) -> dict[str, str]:
+    """verl's arguments that the function takes -> what it calls them."""
+    parameters = inspect.signature(compute_score).parameters.values()
+    if any(item.kind is item.VAR_KEYWORD for item in parameters):
+        names = {key: key for key in VERL}
+    else:
+        names = {item.name: item.name for item in parameters if item.name in VERL}
+    free = [
+        item.name
+        for item in parameters
+        if item.kind in BY_NAME and item.default is item.empty and item.name not in VERL
+    ]
+    named = {item.name for item in parameters}
+    for key in ("solution_str", "ground_truth"):
+        if key not in named and free:
+            names[key] = free.pop(0)
+    return names
+
+
+def _from_verl_batches(compute_score: RewardFunction) -> RewardFunction:
+    def judged(completions: Sequence[Any], **columns: Any) -> Any:
+        texts = completion_texts(completions)
+        return compute_score(
+            data_sources=columns.get("data_source", [None] * len(texts)),
+            solution_strs=texts,
+            ground_truths=_ground_truths(columns),
+            extra_infos=[dict(i or {}) for i in columns.get("extra_info", [None] * len(texts))],
+        )
+
+    return judged
+
+
+def _first(result: Any) -> Any:
+    """verl takes the first entry of what is no number and no dict."""
+    return result[0] if isinstance(result, (list, tuple)) and result else result
 
 
 def from_openrlhf(reward_func: RewardFunction) -> RewardFunction:
@@ -112,7 +161,9 @@ def _ground_truths(columns: Mapping[str, Any]) -> Sequence[Any]:
     if "ground_truth" in columns:
         return list(columns["ground_truth"])
     models = columns.get("reward_model")
-    if models is not None and all("ground_truth" in (model or {}) for model in models):
+    if models is not None and all(
+        isinstance(model, Mapping) and "ground_truth" in model for model in models
+    ):
         return [model["ground_truth"] for model in models]
     raise TypeError(
         "the rows have no column ground_truth, and no reward_model with one inside; name the "
@@ -121,11 +172,11 @@ def _ground_truths(columns: Mapping[str, Any]) -> Sequence[Any]:
 
 
 def _listed(value: Any) -> Any:
-    """Lists and numbers as they are; tensors as lists or numbers (without importing torch)."""
-    return value if isinstance(value, (list, tuple, int, float)) else value.tolist()
+    """Arrays and tensors as lists or numbers (without importing torch), anything else as it is."""
+    return value.tolist() if isinstance(value, SupportsToList) else value
 
 
 async def _gathered(results: Sequence[Any]) -> list[Any]:
     waiting = [result for result in results if inspect.isawaitable(result)]
     done = iter(await asyncio.gather(*waiting, return_exceptions=True))
-    return [next(done) if inspect.isawaitable(result) else result for result in results]
+    return [_first(next(done) if inspect.isawaitable(r) else r) for r in results]

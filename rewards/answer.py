@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any
 
-from rewards.base import completion_texts
+from rewards.base import completion_texts, per_completion
 from rewards.extract import AnswerIn, answer_of, beginnings, final_parts, question_of
 
 # ASCII digits only: "12", "-5", "+5", "1,234", "12.0", ".5".
@@ -47,6 +47,7 @@ def parse_number(text: str) -> Decimal | None:
     return Decimal(text.replace(",", "")) if NUMBER.fullmatch(text) else None
 
 
+@per_completion
 def exact_number(
     prompts: Sequence[Any],
     completions: Sequence[Any],
@@ -80,6 +81,7 @@ def exact_number(
     return scores
 
 
+@per_completion
 def boxed_answer(
     completions: Sequence[Any],
     answer: Sequence[Any],
@@ -95,6 +97,7 @@ def boxed_answer(
     return _compared(completions, answer, "boxed", begun)
 
 
+@per_completion
 def tagged_answer(
     completions: Sequence[Any],
     answer: Sequence[Any],

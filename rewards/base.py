@@ -1,4 +1,4 @@
-"""The reward signature, loading by dotted path, and judging one group with one function.
+"""The reward signature, and judging one group with one function.
 
 A reward function has TRL's signature:
 
@@ -11,13 +11,17 @@ It may be `async def`. It gets only the keyword arguments it names, or all of th
 completion is then `[{"role": "assistant", "content": text}]`); `completion_ids` are token ids; a
 dataset column has the same value n times. Arguments are to be read, not changed: entries may share
 one object. A function that names `prompt_texts` gets the prompts as the model read them; one that
-names `prefills` gets what the answer begins with before the model's own words: the last message of
-the prompt where it is the assistant's, else a `<think>` that the template opens ("" for others).
+names `trainer_state` a `TrainerState`; one that names `prefills` what the answer begins with before
+the model's own words: the last message of the prompt where it is the assistant's, else a `<think>`
+that the template opens ("" for others).
 `completions` hold the model's own words only, special tokens included, end and padding left out.
 `log_extra(column, values)` and `log_metric(name, value)` are functions, see `rewards.results`,
 which also says what may be returned besides numbers and None.
 
 A class is constructed once a process, with the function's options; its instance is called.
+
+A function is called once with all of a group's completions, for it may compare them. One that says
+that it judges each completion by itself (`per_completion`) is called as completions come.
 
 This module is what a reward child process imports: it must stay light.
 """
@@ -25,165 +29,66 @@ This module is what a reward child process imports: it must stay light.
 from __future__ import annotations
 
 import asyncio
-import difflib
 import functools
-import hashlib
-import importlib
-import importlib.util
 import inspect
-import os
-import platform
-import sys
+import math
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
-from pathlib import Path
-from types import ModuleType
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from actors.records import Group, RewardError
-from rewards.results import Log, Verdict, error_tail, failed, read_result
-
-RewardFunction = Callable[..., Any]
-
-# Names the signature itself uses; a dataset column may not have them.
-RESERVED_COLUMNS = (
-    "prompts",
-    "completions",
-    "completion_ids",
-    "log_extra",
-    "log_metric",
-    "prompt_texts",
-    "prefills",
+from rewards.loading import (
+    BY_NAME,
+    RESERVED_COLUMNS,
+    RewardFunction,
+    RewardLoadError,
+    load_attribute,
+    load_function,
+    resolve_path,
 )
+from rewards.results import MAX_SCORE, Log, Verdict, error_tail, failed, read_result
+
+__all__ = [
+    "RESERVED_COLUMNS",
+    "RewardFunction",
+    "RewardLoadError",
+    "TrainerState",
+    "combine",
+    "completion_texts",
+    "judge",
+    "load_attribute",
+    "load_function",
+    "per_completion",
+    "resolve_path",
+]
+
+Declared = TypeVar("Declared")
 
 
-BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+def per_completion(function: Declared) -> Declared:
+    """Declare that a reward function, or a class of them, judges each completion by itself.
 
-
-class RewardLoadError(ValueError):
-    """A path cannot be loaded; the message names the path and what is missing."""
-
-
-# Loading ------------------------------------------------------------------------------------------
-
-
-def resolve_path(path: str, base: Path) -> str:
-    """Make the file of `path.py:name` absolute, from `base`; leave `module:name` as it is."""
-    location, colon, name = path.rpartition(":")
-    if not colon or not _is_file(location):
-        return path
-    file = Path(os.path.expandvars(location)).expanduser()
-    return f"{(base / file).resolve()}:{name}"
-
-
-def load_attribute(path: str) -> Any:
-    """What `module:name` or `path/to/file.py:name` names.
-
-    Raises RewardLoadError: not of that form, no such file or module, the module does not import,
-    no such name in it (with the nearest one).
+    It is then called as completions come, with one or more of a group. Setting the attribute
+    `per_completion` to True says the same, and so does `whole_group: false` in the config.
     """
-    location, colon, name = path.rpartition(":")
-    if not colon or not location or not name:
-        hint = ""
-        if not colon and "." in path and not path.endswith(".py"):
-            hint = f"; did you mean {':'.join(path.rsplit('.', 1))}?"
-        raise RewardLoadError(f"'{path}' must be module:name or path/to/file.py:name{hint}")
-    module = _load_file(path, location) if _is_file(location) else _load_module(path, location)
-    if name not in vars(module):
-        public = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
-        near = difflib.get_close_matches(name, public, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(public) or 'none'}"
-        raise RewardLoadError(f"'{path}': no '{name}' in {location}; {hint}")
-    return vars(module)[name]
+    function.per_completion = True  # type: ignore[attr-defined]
+    return function
 
 
-def load_function(path: str, options: Mapping[str, Any] | None = None) -> RewardFunction:
-    """The reward function that `module:function` or `path/to/file.py:function` names.
-
-    options: keyword arguments that it gets at every call, or its class's constructor once.
-
-    Raises RewardLoadError as `load_attribute` does, for something that is not a function, for an
-    option that it does not have, and for a class that cannot be constructed.
-    """
-    found = load_attribute(path)
-    given = dict(options or {})
-    is_class = inspect.isclass(found)
-    if not callable(found) or (is_class and not any("__call__" in vars(c) for c in found.__mro__)):
-        what = "a class" if is_class else f"of type {type(found).__name__}"
-        hint = " (an object that is called needs __call__)" if is_class else ""
-        raise RewardLoadError(f"'{path}' is {what}, not a function{hint}")
-    _check_options(path, found, given)
-    if not is_class:
-        return functools.partial(found, **given) if given else found
-    try:
-        return found(**given)
-    # A boundary to code of others.
-    except Exception as error:
-        raise RewardLoadError(f"'{path}' cannot be constructed:\n{error_tail(error)}") from error
+def is_per_completion(function: RewardFunction) -> bool:
+    """Whether a function says that it judges each completion by itself."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return getattr(function, "per_completion", False) is True
 
 
-def _check_options(path: str, found: Callable[..., Any], options: Mapping[str, Any]) -> None:
-    parameters = inspect.signature(found).parameters.values()
-    known = [item.name for item in parameters if item.kind is not item.VAR_KEYWORD]
-    known = [name for name in known if name not in RESERVED_COLUMNS]
-    open_ended = any(item.kind is item.VAR_KEYWORD for item in parameters)
-    for name in options:
-        if name in RESERVED_COLUMNS or (name not in known and not open_ended):
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known) or 'none'}"
-            raise RewardLoadError(f"'{path}': unknown option '{name}'; {hint}")
-    if inspect.isclass(found):
-        for item in parameters:
-            required = item.default is item.empty and item.kind in BY_NAME
-            if required and item.name not in options:
-                raise RewardLoadError(f"'{path}': option '{item.name}' is required")
+@dataclass(frozen=True)
+class TrainerState:
+    """What of TRL's `trainer_state` there is: steps done, steps of the run, epoch of the prompt."""
 
-
-def _is_file(location: str) -> bool:
-    return location.endswith(".py") or os.sep in location
-
-
-def _load_module(path: str, location: str) -> ModuleType:
-    try:
-        return importlib.import_module(location)
-    except ModuleNotFoundError as error:
-        if error.name is not None and (
-            location == error.name or location.startswith(error.name + ".")
-        ):
-            raise RewardLoadError(
-                f"'{path}': no module named '{error.name}' for {sys.executable} "
-                "(for a file, write path/to/file.py:name)"
-            ) from error
-        raise RewardLoadError(_import_failed(path, location, error)) from error
-    except Exception as error:
-        raise RewardLoadError(_import_failed(path, location, error)) from error
-
-
-def _load_file(path: str, location: str) -> ModuleType:
-    file = Path(os.path.expandvars(location)).expanduser().resolve()
-    if not file.is_file():
-        raise RewardLoadError(f"'{path}': no file {file} on {platform.node()}")
-    digest = hashlib.blake2b(str(file).encode(), digest_size=4).hexdigest()
-    name = f"cohort_file_{file.stem}_{digest}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, file)
-    if spec is None or spec.loader is None:
-        raise RewardLoadError(f"'{path}': {file} is not a Python file")
-    # As for a script, the file's neighbours can be imported; last, so that they shadow nothing.
-    if str(file.parent) not in sys.path:
-        sys.path.append(str(file.parent))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[name]
-        raise RewardLoadError(_import_failed(path, str(file), error)) from error
-    return module
-
-
-def _import_failed(path: str, location: str, error: BaseException) -> str:
-    return f"'{path}': importing {location} failed:\n{error_tail(error)}"
+    global_step: int
+    max_steps: int
+    epoch: float
 
 
 # Judging ------------------------------------------------------------------------------------------
@@ -195,12 +100,17 @@ def completion_texts(completions: Sequence[Any]) -> list[str]:
 
 
 def arguments(
-    function: RewardFunction, group: Group, log: Log, columns: Mapping[str, str] | None = None
-) -> dict[str, Any]:
-    """The keyword arguments that `function` accepts, for all completions of the group.
+    function: RewardFunction,
+    group: Group,
+    log: Log,
+    columns: Mapping[str, str] | None = None,
+    max_steps: int = 0,
+) -> tuple[list[Any], dict[str, Any]]:
+    """The positional and keyword arguments that `function` accepts, for the group's completions.
 
-    columns: argument -> the dataset column that it gets, where their names differ.
-    Raises TypeError when the function needs a column that the rows do not have.
+    columns: argument -> the dataset column that it gets, where their names differ. max_steps: of
+    the run. Raises TypeError when the function needs a column that the rows do not have, and when a
+    column has the name of an argument that is bound already.
     """
     n = len(group.completions)
     content = group.prompt.content
@@ -223,22 +133,67 @@ def arguments(
     fixed = function.keywords if isinstance(function, functools.partial) else {}
     offered = {name: value for name, value in offered.items() if name not in fixed}
     parameters = inspect.signature(function).parameters.values()
-    if any(item.kind is item.VAR_KEYWORD for item in parameters):
-        accepted = offered
-    else:
-        accepted = {item.name: offered[item.name] for item in parameters if item.name in offered}
-    if any(item.name == "prompt_texts" for item in parameters):
+    named = {item.name for item in parameters if item.kind in BY_NAME}
+    accepted = {name: offered[name] for name in named if name in offered}
+    if "prompt_texts" in named:
         accepted["prompt_texts"] = [_prompt_text(group)] * n
     if any(item.name == "prefills" for item in parameters):
         accepted["prefills"] = [group.prompt.prefill] * n
+    if "trainer_state" in named and "trainer_state" not in accepted:
+        accepted["trainer_state"] = _trainer_state(group, max_steps)
     missing = [
         item.name
         for item in parameters
         if item.default is item.empty and item.kind in BY_NAME and item.name not in accepted
     ]
+    places: list[Any] = []
+    for item in parameters:
+        if item.kind is not item.POSITIONAL_ONLY:
+            continue
+        if item.name not in offered:
+            if item.default is item.empty:
+                missing.append(item.name)
+            break
+        places.append(offered[item.name])
     if missing:
-        raise TypeError(f"the rows have no column {', '.join(missing)}; their columns: {shown}")
-    return accepted
+        verl = {"solution_str", "ground_truth"}.issubset(named)
+        hint = "; this looks like a function of verl's: set kind: verl on it" if verl else ""
+        if "environments" in missing:
+            hint = "; there are no environments here"
+        lost = ", ".join(missing)
+        raise TypeError(f"the rows have no column {lost}; their columns: {shown}{hint}")
+    if any(item.kind is item.VAR_KEYWORD for item in parameters):
+        clash = sorted(_bound_names(function) & offered.keys())
+        if clash:
+            raise TypeError(
+                f"the column {', '.join(clash)} has the name of an argument of this function that "
+                "Python has set already: give the column another name"
+            )
+        used = [item.name for item in parameters if item.kind is item.POSITIONAL_ONLY]
+        accepted |= {name: value for name, value in offered.items() if name not in used}
+    return places, accepted
+
+
+def _bound_names(function: Any) -> set[str]:
+    """Arguments that are bound by their place already: a method's `self` for one."""
+    if isinstance(function, functools.partial):
+        own = [name for name, kind in _kinds(function.func) if kind in BY_NAME]
+        return _bound_names(function.func) | set(own[: len(function.args)])
+    if inspect.isfunction(function) or inspect.isclass(function) or inspect.isbuiltin(function):
+        return set()
+    method = function if inspect.ismethod(function) else type(function).__call__
+    first = _kinds(getattr(method, "__func__", method))[:1]
+    return {name for name, kind in first if kind in BY_NAME}
+
+
+def _kinds(function: Any) -> list[tuple[str, Any]]:
+    return [(item.name, item.kind) for item in inspect.signature(function).parameters.values()]
+
+
+def _trainer_state(group: Group, max_steps: int) -> TrainerState:
+    # Groups of a run are named after their step; others, of evaluations say, belong to none.
+    step = group.id.partition(":")[0]
+    return TrainerState(int(step) if step.isdecimal() else 0, max_steps, float(group.prompt.epoch))
 
 
 def _prompt_text(group: Group) -> str:
@@ -257,19 +212,28 @@ def judge(
     group: Group,
     run: Callable[[Coroutine[Any, Any, Any]], Any] = asyncio.run,
     columns: Mapping[str, str] | None = None,
+    max_steps: int = 0,
 ) -> Verdict:
     """Call `function` on the group and check what it returns; never raises for its mistakes.
 
     run: runs the coroutine of an `async` function. A long-lived caller passes one that keeps its
-    event loop, so that clients that the function caches stay usable. columns: see `arguments`.
+    event loop, so that clients that the function caches stay usable. columns, max_steps: see
+    `arguments`.
 
     An exception ("raised") fails every completion; for results see `rewards.results`.
     """
     log = Log()
     try:
-        result = function(**arguments(function, group, log, columns))
+        places, named = arguments(function, group, log, columns, max_steps)
+        result = function(*places, **named)
         if inspect.isawaitable(result):
             result = run(_await(result))
+        if callable(result):
+            # What was called makes reward functions.
+            places, named = arguments(result, group, log, columns, max_steps)
+            result = result(*places, **named)
+            if inspect.isawaitable(result):
+                result = run(_await(result))
         return read_result(name, group, result, log)
     # A boundary to code of others: whatever it raises becomes a value that the run counts.
     except MemoryError as error:
@@ -291,8 +255,9 @@ def combine(
 ) -> tuple[float | None, ...]:
     """The total reward of each completion: the weighted sum over the functions that gave a value.
 
-    None, never 0, when no function gave a value, or when one failed for that completion. A
-    function of weight 0 is only watched: neither its values nor its failures touch the total.
+    None, never 0, when no function gave a value, or when one failed for that completion; and when
+    the sum is out of range, see `out_of_range`. A function of weight 0 is only watched: neither its
+    values nor its failures touch the total.
     """
     counted = [name for name in by_function if weights[name] != 0]
     broken = {error.completion_id for error in errors if error.function in counted}
@@ -300,5 +265,31 @@ def combine(
     for position, completion_id in enumerate(completion_ids):
         parts = [(weights[name], by_function[name][position]) for name in counted]
         terms = [weight * value for weight, value in parts if value is not None]
-        totals.append(sum(terms) if terms and completion_id not in broken else None)
+        total = sum(terms) if terms and completion_id not in broken else None
+        totals.append(total if total is not None and abs(total) <= MAX_SCORE else None)
     return tuple(totals)
+
+
+def out_of_range(
+    completion_ids: Sequence[str],
+    by_function: Mapping[str, Sequence[float | None]],
+    weights: Mapping[str, float],
+) -> list[RewardError]:
+    """An error for each completion whose weighted sum is out of range, with the function that has
+    the largest share in it."""
+    found = []
+    for position, completion_id in enumerate(completion_ids):
+        terms = {
+            name: weights[name] * value
+            for name, values in by_function.items()
+            if weights[name] != 0 and (value := values[position]) is not None
+        }
+        # Written so that a weight or a sum that is no number counts as well.
+        if terms and not abs(math.fsum(terms.values())) <= MAX_SCORE:
+            name = max(terms, key=lambda key: abs(terms[key]))
+            message = (
+                f"the weighted sum of the scores is out of range: {terms[name]:g} of it is "
+                f"{name}'s, and it may be {MAX_SCORE:g} at most"
+            )
+            found.append(RewardError(name, completion_id, "wrong_type", message))
+    return found

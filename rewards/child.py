@@ -1,8 +1,9 @@
 """The process in which reward functions run: loads them once, judges on its main thread.
 
 It talks to its reward actor over one socket. Frames are a length (8 bytes, big-endian) and a body.
-In: what to load as JSON, then for each call the function's index (4 bytes) and a pickled Group.
-Out: JSON only, because the parent must not unpickle what foreign code may forge.
+In: what to load as JSON, then for each call the function's index (4 bytes), the call's own number
+(16 random bytes) and a pickled Group. Out: JSON only, because the parent must not unpickle what
+foreign code may forge; an answer repeats its call's number, so that no other can be taken for it.
 """
 
 from __future__ import annotations
@@ -20,10 +21,13 @@ import struct
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 TICK_S = 0.2
 PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+CALL_BYTES = 16
 
 
 def send(connection: socket.socket, body: bytes, deadline: float | None = None) -> None:
@@ -86,9 +90,14 @@ def _left(deadline: float | None) -> float | None:
 
 
 def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when its parent dies, even by SIGKILL (Linux)."""
+    """Have the kernel kill this process when its parent dies, even by SIGKILL (Linux).
+
+    It also becomes the parent of what its own children leave behind, so that all of it is found.
+    """
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        libc = ctypes.CDLL(None)
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     # The parent may have died before the call above.
     if os.getppid() != parent:
         os._exit(1)
@@ -103,7 +112,7 @@ def main(descriptor: int, parent: int) -> None:
     connection.set_inheritable(False)
     # The death signal is set: only now the imports that take time.
     from rewards.adapters import load_reward
-    from rewards.base import RewardLoadError, judge
+    from rewards.base import RewardLoadError, is_per_completion, judge
     from rewards.results import error_tail, to_json
 
     with contextlib.suppress(EOFError), asyncio.Runner() as runner:
@@ -112,26 +121,31 @@ def main(descriptor: int, parent: int) -> None:
         loaded = []
         try:
             for spec in hello["functions"]:
-                function = load_reward(spec["path"], spec["kind"], spec["options"])
+                function = load_reward(
+                    spec["path"], spec["kind"], spec["options"], Path(hello["stubs"])
+                )
                 loaded.append((function, spec["name"], spec["columns"]))
         except RewardLoadError as error:
             _reply(connection, {"error": str(error)})
             return
-        _reply(connection, {"ready": True})
+        alone = [is_per_completion(function) for function, _, _ in loaded]
+        _reply(connection, {"per_completion": alone})
         _discard_output()
         while True:
             frame = memoryview(receive(connection))
             (index,) = struct.unpack(">I", frame[:4])
+            call = {"call": frame[4 : 4 + CALL_BYTES].hex()}
             function, name, columns = loaded[index]
             try:
-                group = pickle.loads(frame[4:])
+                group = pickle.loads(frame[4 + CALL_BYTES :])
             except Exception as error:  # noqa: BLE001  columns may hold objects of foreign code
-                _reply(connection, {"failed": f"cannot unpickle the group: {error_tail(error)}"})
+                failed = f"cannot unpickle the group: {error_tail(error)}"
+                _reply(connection, call | {"failed": failed})
                 continue
-            verdict = judge(function, name, group, run=runner.run, columns=columns)
+            verdict = judge(function, name, group, runner.run, columns, hello["max_steps"])
             # An alarm that the function left behind must not hit the next group.
             signal.setitimer(signal.ITIMER_REAL, 0)
-            _reply(connection, to_json(verdict))
+            _reply(connection, call | to_json(verdict))
 
 
 def _bound_memory(limit: int | None) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
+from rewards.base import per_completion
 from rewards.extract import final_parts, last_code
 from rewards.sandbox import PATH, Limits, Outcome, Sandbox, SandboxError
 
@@ -27,6 +28,7 @@ out.flush()
 """
 
 
+@per_completion
 class CodeTests:
     """Runs the last Python block of a completion's final part (not of what it only thinks) against
     the column `tests` in a sandbox.

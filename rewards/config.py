@@ -47,7 +47,9 @@ class RewardFunctionConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     path: str = Field(description="module:function or path.py:function; a class is constructed.")
-    weight: float = Field(1.0, description="Factor of this function in the total reward.")
+    weight: float = Field(
+        1.0, allow_inf_nan=False, description="Factor of this function in the total reward."
+    )
     kind: Literal["trl", "verl", "openrlhf"] = Field(
         "trl",
         description="Its signature: TRL's, verl's compute_score, OpenRLHF's reward_func.",
@@ -66,10 +68,11 @@ class RewardFunctionConfig(BaseModel):
         description="Rows of these sources only (parts of a mixture); for others the function does "
         "not apply. Empty: all rows.",
     )
-    whole_group: bool = Field(
-        False,
-        description="It compares completions: it is called once, with all of a group. Others are "
-        "called as completions come, with one or more of a group.",
+    whole_group: bool | None = Field(
+        None,
+        description="false: each completion is judged by itself, so it is called as completions "
+        "come. true: it compares completions, and is never called with part of a group. Empty: as "
+        "the function says (per_completion), and with the whole group where it says nothing.",
     )
 
 
@@ -85,11 +88,15 @@ class RewardsConfig(BaseModel):
     timeout_s: float = Field(
         30,
         gt=0,
+        allow_inf_nan=False,
         description="Deadline for one call of a function; then its child is killed, and the call's "
         "completions are judged one by one, in as much time again.",
     )
     memory_gb: float | None = Field(
-        4, gt=0, description="Memory (GiB) that a reward child may use; null: no bound."
+        4,
+        gt=0,
+        allow_inf_nan=False,
+        description="Memory (GiB) that a reward child may use; null: no bound.",
     )
     max_error_rate: float = Field(
         0.1, ge=0, le=1, description="Share of failed scores in a step above which the run stops."

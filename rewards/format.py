@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from rewards.answer import MAX_CHARACTERS, NUMBER
-from rewards.base import completion_texts
+from rewards.base import completion_texts, per_completion
 from rewards.extract import beginnings, final_part
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 THINK_ANSWER = re.compile(r"\s*<think>(.*)</think>\s*<answer>(.*)</answer>\s*", re.DOTALL)
 
 
+@per_completion
 def number_only(
     completions: Sequence[Any],
     prompts: Sequence[Any] | None = None,
@@ -38,6 +39,7 @@ def number_only(
     ]
 
 
+@per_completion
 def tagged_think_answer(
     completions: Sequence[Any],
     prompts: Sequence[Any] | None = None,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from rewards.base import completion_texts
+from rewards.base import completion_texts, per_completion
 
 # The scripts of a language, as the first words of Unicode's character names.
 SCRIPTS: dict[str, frozenset[str]] = {
@@ -30,6 +30,7 @@ FORMULA = re.compile(r"\$[^$\n]*\$|\\[a-zA-Z]+|</?[a-z_]+>")
 WORD = re.compile(r"[^\W\d_]+")
 
 
+@per_completion
 def language_consistency(completions: Sequence[Any], language: str = "en", **_: Any) -> list[float]:
     """The share of words written in the script of `language`; 0.0 without any word.
 

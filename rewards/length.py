@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rewards.base import per_completion
 
+
+@per_completion
 def soft_overlong(
     completion_ids: Sequence[Sequence[int]], max_tokens: int, soft_tokens: int, **_: Any
 ) -> list[float]:
@@ -26,6 +29,7 @@ def soft_overlong(
     return [-min(1.0, max(0.0, (len(ids) - free) / soft_tokens)) for ids in completion_ids]
 
 
+@per_completion
 def repetition(
     completion_ids: Sequence[Sequence[int]], ngram: int = 3, max_penalty: float = -1.0, **_: Any
 ) -> list[float]:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rewards.answer import parse_number, same_text
-from rewards.base import completion_texts
+from rewards.base import completion_texts, per_completion
 from rewards.bounded import Bounded, TooMuch
 from rewards.extract import AnswerIn, answer_of, beginnings, last_boxed, question_of
 
@@ -25,6 +25,7 @@ def _not_about_timeouts(record: logging.LogRecord) -> bool:
     return "Timeout is disabled" not in record.getMessage()
 
 
+@per_completion
 class MathAnswer:
     """1.0 where the completion's answer equals the column `answer` in value, else 0.0.
 
@@ -64,6 +65,7 @@ class MathAnswer:
 
     def __call__(
         self,
+        /,
         prompts: Sequence[Any],
         completions: Sequence[Any],
         answer: Sequence[Any],

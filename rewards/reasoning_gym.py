@@ -16,6 +16,7 @@ from functools import lru_cache
 from typing import Any
 
 from actors.records import Messages, derive_seed
+from rewards.base import per_completion
 from rewards.bounded import Bounded, TooMuch
 from rewards.config import RewardFunctionConfig
 from rewards.extract import final_parts, last_boxed, tagged
@@ -145,6 +146,7 @@ class ReasoningGymTask:
         return Row(f"{split}-{index}", messages, columns)
 
 
+@per_completion
 def score(
     completions: Sequence[Any],
     entry: Sequence[Mapping[str, Any] | None],

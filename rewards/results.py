@@ -1,8 +1,8 @@
 """What a reward function may return and log, and the verdict that it becomes.
 
-A result is a list (or tuple, or numpy array) with one entry a completion:
+A result has one entry a completion, as a list, tuple, array, tensor, pandas Series or generator:
 
-    a number         the value
+    a number         the value, within ±MAX_SCORE; numpy's, Decimal, Fraction and 0-d tensors too
     None             the function does not apply
     a dict           its "score" is the value; its other entries are parts that are logged
     an exception     this completion could not be judged; the others keep their values
@@ -13,24 +13,48 @@ metrics, other parts are shown with the completion.
 
 from __future__ import annotations
 
+import itertools
 import math
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 
 from actors.records import Group, RewardError
 
 Cause = Literal["raised", "timeout", "wrong_length", "wrong_type", "died"]
+CAUSES = frozenset(get_args(Cause))
 
 MAX_MESSAGE = 2000
 # Bounds on what one function logs about one group: names become metrics, texts go to disk.
 MAX_NAMES = 64
 MAX_NAME = 100
 MAX_TEXT = 2000
-NUMBERS = (bool, int, float, np.bool_, np.integer, np.floating)
+# Of a generator; a group is never that large.
+MAX_ENTRIES = 1 << 16
+NUMBERS = (bool, int, float, Decimal, Fraction, np.bool_, np.integer, np.floating)
+# Beyond it, squares and sums of a group leave float32, in which the learner works.
+MAX_SCORE = 1e30
+
+
+@runtime_checkable
+class SupportsToList(Protocol):
+    """An array of numpy, torch, jax or pandas."""
+
+    def tolist(self) -> Any: ...
+
+
+@runtime_checkable
+class HasItem(Protocol):
+    """An array or tensor of any number of dimensions."""
+
+    shape: Any
+
+    def item(self) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -86,33 +110,34 @@ def read_result(name: str, group: Group, result: Any, log: Log) -> Verdict:
     if isinstance(result, dict):
         if "score" not in result:
             return failed(name, group, "wrong_type", "returned a dict without 'score'")
-        columns = dict(result)
-        result = columns.pop("score")
-    if not isinstance(result, (list, tuple, np.ndarray)):
+        columns = {key: _listed(value) for key, value in result.items() if key != "score"}
+        result = result["score"]
+    entries = _listed(result)
+    if entries is None:
         kind = type(result).__name__
         return failed(
             name, group, "wrong_type", f"returned a {kind}, not a list of numbers or None"
         )
-    lengths = {"": result, **columns, **{f"log_extra {key}": v for key, v in log.extra.items()}}
-    for what, entries in lengths.items():
-        size = len(entries) if isinstance(entries, (list, tuple, np.ndarray)) else None
+    lengths = {"": entries, **columns, **{f"log_extra {key}": v for key, v in log.extra.items()}}
+    for what, rows in lengths.items():
+        size = None if rows is None else len(rows)
         if size != n:
-            said = f"returned {len(result)} values" if not what else f"{what}: {size} values"
+            said = f"returned {size} values" if not what else f"{what}: {size} values"
             return failed(name, group, "wrong_length", f"{said} for {n} completions")
     values: list[float | None] = []
     errors: list[RewardError] = []
-    rows: list[dict[str, Any]] = []
-    for position, (item, completion) in enumerate(zip(result, group.completions, strict=True)):
-        row = {key: entries[position] for key, entries in columns.items()}
+    parts_of: list[dict[str, Any]] = []
+    for position, (item, completion) in enumerate(zip(entries, group.completions, strict=True)):
+        row = {key: rows[position] for key, rows in columns.items() if rows is not None}
         if isinstance(item, dict):
             row.update(item)
             item = row.pop("score", _MISSING)
         value, cause, message = _read_value(item)
         values.append(value)
-        rows.append(row)
+        parts_of.append(row)
         if cause is not None:
             errors.append(RewardError(name, completion.id, cause, message[-MAX_MESSAGE:]))
-    parts, extra = _read_parts(rows)
+    parts, extra = _read_parts(parts_of)
     return Verdict(
         tuple(values),
         tuple(errors),
@@ -179,27 +204,40 @@ def to_json(verdict: Verdict) -> dict[str, Any]:
     }
 
 
-def from_json(name: str, reply: Any, n: int) -> Verdict:
+def from_json(name: str, reply: Any, n: int, ids: Collection[str] | None = None) -> Verdict:
     """The verdict on n completions that a process sent; raises ValueError when it is garbled.
 
-    Everything is checked: foreign code may have forged it.
+    Everything is checked: foreign code may have forged it. ids: of the completions, which errors
+    may name.
     """
     try:
         verdict = Verdict(
-            tuple(_optional_number(value) for value in reply["values"]),
-            tuple(
-                RewardError(name, str(i), c, str(m)[-MAX_MESSAGE:]) for i, c, m in reply["errors"]
-            ),
+            _numbers(reply["values"]),
+            tuple(RewardError(name, i, c, m[-MAX_MESSAGE:]) for i, c, m in reply["errors"]),
+            {_checked(key): _numbers(row) for key, row in _table(reply["parts"]).items()},
             {
-                str(key): tuple(_optional_number(v) for v in row)
-                for key, row in reply["parts"].items()
+                _checked(key): tuple(_shown_value(v) for v in row)
+                for key, row in _table(reply["extra"]).items()
             },
-            {str(key): tuple(_shown_value(v) for v in row) for key, row in reply["extra"].items()},
-            {str(key): tuple(float(v) for v in row) for key, row in reply["metrics"].items()},
+            {_checked(key): _finite(row) for key, row in _table(reply["metrics"]).items()},
             bool(reply["broke"]),
         )
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        # Unhashable where a list of them was forged.
+        strange = [
+            error
+            for error in verdict.errors
+            if error.cause not in CAUSES
+            or not isinstance(error.completion_id, str)
+            or not isinstance(error.message, str)
+            or (ids is not None and error.completion_id not in ids)
+        ]
+    # Whatever was forged: RecursionError and MemoryError for what is nested too deep or too large.
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         raise ValueError(f"a garbled reply: {type(error).__name__}") from error
+    except (RecursionError, MemoryError) as error:
+        raise ValueError(f"a garbled reply: {type(error).__name__}") from None
+    if strange or len(verdict.errors) > n:
+        raise ValueError("a garbled reply: its errors are not about these completions")
     rows = [verdict.values, *verdict.parts.values(), *verdict.extra.values()]
     if any(len(row) != n for row in rows):
         raise ValueError("a garbled reply: it is not about every completion")
@@ -207,6 +245,45 @@ def from_json(name: str, reply: Any, n: int) -> Verdict:
 
 
 _MISSING = object()
+
+
+def _table(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict) or len(value) > MAX_NAMES:
+        raise ValueError("not a table")
+    return value
+
+
+def _checked(key: str) -> str:
+    return _checked_name(key, {}, "a name")
+
+
+def _numbers(row: Any) -> tuple[float | None, ...]:
+    """JSON numbers or null, within range."""
+    if not isinstance(row, (list, tuple)):
+        raise TypeError("not a list")
+    return tuple(None if value is None else _finite([value])[0] for value in row)
+
+
+def _finite(row: Any) -> tuple[float, ...]:
+    found = [as_number(value) for value in row]
+    if not isinstance(row, (list, tuple)) or None in found:
+        raise ValueError("not numbers")
+    return tuple(value for value in found if value is not None)
+
+
+def _listed(value: Any) -> list[Any] | None:
+    """The entries of a list, tuple, array, tensor, Series or generator; None for what is none."""
+    if isinstance(value, (str, bytes, bytearray, memoryview, Mapping, Set)):
+        return None
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    if isinstance(value, SupportsToList):
+        # Before iterating: a tensor's entries are tensors, and a Series may have any index.
+        found = value.tolist()
+        return found if isinstance(found, list) else None
+    if isinstance(value, Iterable):
+        return list(itertools.islice(value, MAX_ENTRIES))
+    return None
 
 
 def _read_value(item: Any) -> tuple[float | None, Cause | None, str]:
@@ -217,10 +294,8 @@ def _read_value(item: Any) -> tuple[float | None, Cause | None, str]:
         return None, "timeout" if isinstance(item, TimeoutError) else "raised", error_tail(item)
     if item is _MISSING:
         return None, "wrong_type", "returned a dict without 'score'"
-    value = as_number(item)
-    if value is None:
-        return None, "wrong_type", f"returned {described(item)}, not a finite number or None"
-    return value, None, ""
+    value, wrong = _read_number(item)
+    return value, "wrong_type" if value is None else None, f"returned {wrong}" if wrong else ""
 
 
 def _read_parts(
@@ -235,7 +310,7 @@ def _read_parts(
     extra: dict[str, tuple[Any, ...]] = {}
     for key in names:
         column = [row.get(key) for row in rows]
-        if all(value is None or isinstance(value, NUMBERS) for value in column):
+        if all(value is None or isinstance(_scalar(value), NUMBERS) for value in column):
             parts[key] = tuple(as_number(value) for value in column)
         else:
             extra[key] = tuple(_shown_value(value) for value in column)
@@ -251,22 +326,39 @@ def _checked_name(name: Any, known: Mapping[str, Any], what: str) -> str:
 
 
 def as_number(value: Any) -> float | None:
-    """The value as a finite float, or None when it is not one."""
-    if not isinstance(value, NUMBERS):
-        return None
+    """The value as a finite float within ±MAX_SCORE, or None when it is not one."""
+    return _read_number(value)[0]
+
+
+def _read_number(value: Any) -> tuple[float | None, str]:
+    """(value, "") or (None, what it is instead)."""
+    plain = _scalar(value)
+    wrong = f"{described(plain)}, not a finite number or None"
+    if not isinstance(plain, NUMBERS) or isinstance(plain, np.timedelta64):
+        return None, wrong
     try:
-        number = float(value)
+        number = float(plain)
     except OverflowError:
-        return None
-    return number if math.isfinite(number) else None
+        # A whole number or a fraction beyond what a float holds.
+        number = math.inf if plain > 0 else -math.inf
+        wrong = f"{described(plain)} that is out of range"
+    except (ValueError, ArithmeticError):
+        return None, wrong
+    if math.isfinite(number) and abs(number) > MAX_SCORE:
+        wrong = f"{described(plain)}, which is out of range: it may be {MAX_SCORE:g} at most"
+    return (number, "") if abs(number) <= MAX_SCORE else (None, wrong)
 
 
-def _optional_number(value: Any) -> float | None:
-    return None if value is None else float(value)
+def _scalar(value: Any) -> Any:
+    """What an array or tensor without dimensions holds; anything else as it is."""
+    if isinstance(value, HasItem) and not isinstance(value, np.generic) and value.shape == ():
+        return value.item()
+    return value
 
 
 def _shown_value(value: Any) -> Any:
     """The value as JSON holds it, texts cut to MAX_TEXT."""
+    value = _scalar(value)
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, NUMBERS):

@@ -6,10 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from rewards.base import completion_texts
+from rewards.base import completion_texts, per_completion
 from rewards.endpoint import Endpoint, unicode_text
 
 
+@per_completion
 class RewardModel:
     """Scores each completion with a sequence classifier; the value is its logit.
 
@@ -52,7 +53,7 @@ class RewardModel:
         self._label = label
 
     async def __call__(
-        self, prompts: Sequence[Any], completions: Sequence[Any], **_: Any
+        self, /, prompts: Sequence[Any], completions: Sequence[Any], **_: Any
     ) -> list[float | Exception | None]:
         pairs = zip(prompts, completion_texts(completions), strict=True)
         return await self._endpoint.answers([_text(prompt, text) for prompt, text in pairs])

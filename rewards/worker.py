@@ -2,41 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import pickle
 import platform
-import signal
-import socket
-import struct
-import subprocess
-import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from actors.process import MARKER, start_watcher
 from actors.records import Failure, Group, ScoredGroup, ScoreMeta
-from rewards.base import RewardLoadError, combine, resolve_path
-from rewards.child import receive, send
+from rewards.base import RewardLoadError, combine, out_of_range, resolve_path
 from rewards.config import RewardFunctionConfig, RewardsConfig
 from rewards.environment import hide_environment, scrubbed_environment
-from rewards.results import Verdict, failed, from_json, merged, reordered
+from rewards.process import KILL_TIMEOUT_S, Child
+from rewards.results import Verdict, error_tail, failed, from_json, merged, reordered
 from rewards.tasks import Task, TaskError
 
 # Loading a function may import torch or read a model; it is not a hang before this.
 START_TIMEOUT_S = 120.0
-KILL_TIMEOUT_S = 10.0
 # A completion that is judged alone gets at least this (or the whole deadline, if that is less).
 ALONE_S = 1.0
-MAX_REPLY = 64 << 20
-BOOT = (
-    "import sys; sys.path[:] = sys.argv[3:]; "
-    "from rewards.child import main; main(int(sys.argv[1]), int(sys.argv[2]))"
-)
 # Metrics of the totals; a function of such a name would overwrite them.
 TOTAL_METRICS = frozenset({"mean", "std", "zero_variance_fraction", "error_rate"})
 
@@ -56,7 +46,7 @@ class RewardSpec:
     columns: dict[str, str] = field(default_factory=dict)
     secrets: tuple[str, ...] = ()
     sources: tuple[str, ...] = ()
-    whole_group: bool = False
+    whole_group: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -110,25 +100,31 @@ def reward_specs(task: Task, config: RewardsConfig, base: Path | None = None) ->
 def longest_score_s(timeout_s: float, functions: int, group_size: int) -> float:
     """Seconds within which `RewardActor.score` answers, however its functions behave."""
     alone = 2 * max(timeout_s, group_size * ALONE_S)
-    return functions * (timeout_s + alone + START_TIMEOUT_S + 2 * KILL_TIMEOUT_S)
+    return functions * (2 * timeout_s + alone + START_TIMEOUT_S + 3 * KILL_TIMEOUT_S)
 
 
 class RewardActor:
     """Scores groups with a list of reward functions. To be wrapped by `ray.remote`.
 
-    Keep max_concurrency at 1: there is one child process, and it judges one call at a time. The
-    child runs the functions on its main thread (so signal.alarm works), in a session and process
-    group of its own, with an environment of harmless variables, its output thrown away, its memory
-    bounded to `memory_bytes`. A function that exceeds `timeout_s` in a call is ended by SIGKILL of
-    that process group, and a new child takes over; so is a child that died. The kernel ties the
-    child's life to the thread that created it: use the actor from one thread.
+    Of all methods but `ping`, one may run at a time: there is one child process, and it judges one
+    call at a time. The child runs the functions on its main thread (so signal.alarm works), in a
+    session and process group of its own, with an environment of harmless variables, its output
+    thrown away, its memory bounded to `memory_bytes`. A function that exceeds `timeout_s` in a call
+    is ended by SIGKILL of the child and all that it started, whatever session that is in, and a new
+    child takes over; so is a child that died. The kernel ties the child's life to the thread that
+    created it: use the actor from one thread. A watcher ends what a killed actor leaves behind.
 
     Completions may be judged before their group is complete: `judge`, then `score` with what it
-    said. A function that compares completions (`whole_group`) always gets the whole group.
+    said. That is for functions which say that they judge each completion by itself
+    (`rewards.base.per_completion`, or `whole_group` False in their spec); others may compare, and
+    get the whole group.
 
-    A call that hangs, dies or raises is repeated for each completion alone (but not for functions
-    that compare), so that one completion costs only its own score. All of these share as much time
-    again, each at most `timeout_s`; see `longest_score_s`.
+    A call that hangs, dies or raises is repeated for each completion alone, so that one completion
+    costs only its own score; where it may compare, those that could be judged alone are then judged
+    together, without the others. All of these share as much time again, each at most `timeout_s`;
+    see `longest_score_s`. A function of `whole_group` True is never called with part of a group.
+
+    max_steps: of the run, for functions that ask for TRL's `trainer_state`.
 
     Raises RewardLoadError from the constructor when a function cannot be loaded.
     """
@@ -139,23 +135,47 @@ class RewardActor:
         timeout_s: float,
         start_timeout_s: float = START_TIMEOUT_S,
         memory_bytes: int | None = None,
+        max_steps: int = 0,
     ) -> None:
         self._specs = tuple(specs)
         self._timeout_s = timeout_s
         self._start_timeout_s = start_timeout_s
         self._memory_bytes = memory_bytes
+        self._max_steps = max_steps
+        # What every process that the child starts inherits, and who looks for it.
+        self._marker = uuid.uuid4().hex
+        self._watcher: IO[bytes] | None = None
+        self._doing = ""
+        self._since = time.monotonic()
         # The child could read it in /proc.
         hide_environment()
-        self._child: _Child | None = self._start()
+        self._child: Child | None = self._start()
+        self._streams = tuple(
+            per_completion if spec.whole_group is None else not spec.whole_group
+            for spec, per_completion in zip(self._specs, self._child.per_completion, strict=True)
+        )
+
+    @property
+    def streams(self) -> tuple[bool, ...]:
+        """For each function, whether it judges completions as they come."""
+        return self._streams
+
+    @property
+    def specs(self) -> list[RewardSpec]:
+        """The functions, with `whole_group` as they say where it was left to them."""
+        return [
+            replace(spec, whole_group=False) if streams else spec
+            for spec, streams in zip(self._specs, self._streams, strict=True)
+        ]
 
     def judge(self, *parts: Group) -> tuple[Failure | None, Judged | None]:
         """Judge completions of a group as soon as they exist; for num_returns=2.
 
-        parts: groups of one. Functions that compare completions (`whole_group`) are left to
-        `score`. The Failure is as there.
+        parts: groups of one. Functions that may compare completions are left to `score`. The
+        Failure is as there.
         """
         part = replace(parts[0], completions=sum((p.completions for p in parts), ()))
-        alone = [index for index, spec in enumerate(self._specs) if not spec.whole_group]
+        alone = [index for index, streams in enumerate(self._streams) if streams]
         found = self._verdicts(part, alone)
         if isinstance(found, Failure):
             return found, None
@@ -182,8 +202,9 @@ class RewardActor:
         verdicts = {spec.name: known[spec.name][0] for spec in self._specs}
         times = tuple(map(sum, zip(*(seconds for _, seconds in known.values()), strict=True)))
         by_function = {name: verdict.values for name, verdict in verdicts.items()}
-        errors = tuple(error for verdict in verdicts.values() for error in verdict.errors)
         weights = {spec.name: spec.weight for spec in self._specs}
+        errors = tuple(error for verdict in verdicts.values() for error in verdict.errors)
+        errors += tuple(out_of_range(ids, by_function, weights))
         totals = combine(ids, by_function, weights, errors)
         parts = {f"{f}/{key}": row for f, v in verdicts.items() for key, row in v.parts.items()}
         extra = {f"{f}/{key}": row for f, v in verdicts.items() for key, row in v.extra.items()}
@@ -194,21 +215,53 @@ class RewardActor:
         return meta, scored
 
     def ping(self) -> str:
-        """A sign of life that says where the actor runs."""
-        return f"reward actor {os.getpid()} on {platform.node()}"
+        """A sign of life that says where the actor runs and what it is doing; any thread's."""
+        doing, seconds = self._doing, time.monotonic() - self._since
+        at = f", {seconds:.1f} s into {doing}" if doing else ""
+        return f"reward actor {os.getpid()} on {platform.node()}{at}"
 
     def pids(self) -> tuple[int, int | None]:
         """The process ids of the actor and of its child; None while it has no child."""
         return os.getpid(), None if self._child is None else self._child.pid
 
     def close(self) -> None:
-        """End the child process."""
-        if self._child is not None:
-            self._child.kill()
-            self._child = None
+        """End the child process and all that it started."""
+        self._end_child()
+        if self._watcher is not None:
+            self._watcher.close()
+            self._watcher = None
 
-    def _start(self) -> _Child:
-        return _Child(self._specs, self._start_timeout_s, self._memory_bytes)
+    def _end_child(self) -> str:
+        """Kill the child, if there is one; says how it ended."""
+        child, self._child = self._child, None
+        return "ended" if child is None else child.kill()
+
+    def _start(self) -> Child:
+        if self._watcher is None:
+            self._stubs = Path(tempfile.mkdtemp(prefix="cohort-modules-"))
+            self._watcher = start_watcher(self._marker, self._stubs)
+        allowed = {name for spec in self._specs for name in spec.secrets}
+        unset = sorted(allowed - set(os.environ))
+        if unset:
+            raise RewardLoadError(
+                f"{', '.join(unset)}: not set in the environment of {platform.node()}, and named "
+                "in the secrets of rewards.functions"
+            )
+        hello = {
+            "functions": [asdict(spec) for spec in self._specs],
+            "memory_bytes": self._memory_bytes,
+            "stubs": str(self._stubs),
+            "max_steps": self._max_steps,
+        }
+        environment = scrubbed_environment(os.environ, allowed) | {MARKER: self._marker}
+        self._at("loading its reward functions")
+        try:
+            return Child(hello, environment, self._start_timeout_s)
+        finally:
+            self._at("")
+
+    def _at(self, doing: str) -> None:
+        self._doing, self._since = doing, time.monotonic()
 
     def _verdicts(
         self, group: Group, indices: Sequence[int]
@@ -225,8 +278,8 @@ class RewardActor:
                 else:
                     verdict, seconds = self._judge(index, group, payload)
                     found[spec.name] = verdict, tuple(seconds)
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
-            return Failure("data", what, f"cannot pickle the group: {error}")
+        except _NotPickled as error:
+            return Failure("data", what, str(error))
         except (RewardLoadError, OSError) as error:
             return Failure("infra", what, f"cannot start a reward child: {error}")
         return found
@@ -237,11 +290,25 @@ class RewardActor:
         n = len(group.completions)
         if not verdict.broke or n == 1 or self._specs[index].whole_group:
             return verdict, [seconds] * n
-        verdict, alone = self._judge_alone(index, group)
-        return verdict, [seconds + more for more in alone]
+        alone, times = self._judge_alone(index, group)
+        well = [place for place, item in enumerate(alone) if not item.broke]
+        if not self._streams[index] and len(well) > 1:
+            # Alone, a function that compares has nothing to compare with.
+            rest = replace(group, completions=tuple(group.completions[place] for place in well))
+            verdict, more = self._call(index, rest, _pickled(rest), self._timeout_s)
+            for place in well:
+                times[place] += more
+            ill = [place for place in range(n) if place not in well]
+            order = [*well, *ill]
+            whole = merged([verdict, *(alone[place] for place in ill)])
+            verdict = reordered(whole, [order.index(place) for place in range(n)])
+        else:
+            verdict = merged(alone)
+        return verdict, [seconds + more for more in times]
 
-    def _judge_alone(self, index: int, group: Group) -> tuple[Verdict, list[float]]:
-        """As `_judge`, one completion after the other, each with its share of what time is left."""
+    def _judge_alone(self, index: int, group: Group) -> tuple[list[Verdict], list[float]]:
+        """As `_judge`, one completion after the other, each with its share of what time is left;
+        a verdict for each."""
         n = len(group.completions)
         left = max(self._timeout_s, n * ALONE_S)
         give_up = time.monotonic() + 2 * left
@@ -252,52 +319,62 @@ class RewardActor:
             name = self._specs[index].name
             if time.monotonic() > give_up:
                 # New children are slow to start here.
-                message = f"{name}: no time was left to judge it alone (rewards.timeout_s)"
-                verdict, seconds = failed(name, alone, "timeout", message), 0.0
+                message = (
+                    f"{name}: no time was left to judge it alone "
+                    f"(rewards.timeout_s={self._timeout_s:g})"
+                )
+                verdict, seconds = failed(name, alone, "timeout", message, broke=True), 0.0
             else:
                 share = min(self._timeout_s, max(ALONE_S, left / (n - done)))
                 verdict, seconds = self._call(index, alone, _pickled(alone), share)
             left -= seconds
             verdicts.append(verdict)
             times.append(seconds)
-        return merged(verdicts), times
+        return verdicts, times
 
     def _call(
         self, index: int, group: Group, payload: bytes, timeout_s: float
     ) -> tuple[Verdict, float]:
         """One call of function `index` in the child, and how long it took."""
-        # A child that died between two groups is no fault of this one.
-        if self._child is not None and not self._child.alive():
-            self.close()
+        # A child that died between two groups, or said something that nobody asked for, is no fault
+        # of this one.
+        if self._child is not None and not self._child.is_ready():
+            self._end_child()
         if self._child is None:
             self._child = self._start()
         name = self._specs[index].name
-        began = time.monotonic()
+        first, more = group.completions[0].id, len(group.completions) - 1
+        self._at(f"{name} on {first}" + (f" and {more} more" if more else ""))
+        began = self._since
         try:
             reply = self._child.call(index, payload, timeout_s)
             seconds = time.monotonic() - began
             if "failed" in reply:
                 return failed(name, group, "raised", str(reply["failed"])), seconds
-            return from_json(name, reply, len(group.completions)), seconds
+            ids = {completion.id for completion in group.completions}
+            return from_json(name, reply, len(group.completions), ids), seconds
         except TimeoutError:
             seconds = time.monotonic() - began
-            self._replace()
-            message = f"{name}: no answer within {timeout_s:.3g} s (rewards.timeout_s)"
+            self._end_child()
+            self._child = self._start()
+            key = "(rewards.timeout_s)"
+            if timeout_s < self._timeout_s:
+                key = f"of its own, judged alone (rewards.timeout_s={self._timeout_s:g})"
+            message = f"{name}: no answer within {timeout_s:.3g} s {key}"
             return failed(name, group, "timeout", message, broke=True), seconds
-        except (EOFError, OSError, ValueError, TypeError) as error:
+        except (EOFError, OSError, ValueError, TypeError, RecursionError, MemoryError) as error:
             # OSError: broken pipe. The others: a reply that is not ours.
             seconds = time.monotonic() - began
-            ending = self._replace()
+            ending = self._end_child()
+            self._child = self._start()
             message = f"{name}: its process {ending} ({error})"
             return failed(name, group, "died", message, broke=True), seconds
+        finally:
+            self._at("")
 
-    def _replace(self) -> str:
-        """Kill the child and start another; says how the old one ended."""
-        assert self._child is not None
-        child, self._child = self._child, None
-        ending = child.kill()
-        self._child = self._start()
-        return ending
+
+class _NotPickled(Exception):
+    """A group that cannot be handed to a child process."""
 
 
 def joined(
@@ -318,96 +395,8 @@ def joined(
 
 
 def _pickled(group: Group) -> bytes:
-    return pickle.dumps(group, protocol=pickle.HIGHEST_PROTOCOL)
-
-
-class _Child:
-    """One child process and the socket to it."""
-
-    def __init__(
-        self, specs: Sequence[RewardSpec], start_timeout_s: float, memory_bytes: int | None
-    ) -> None:
-        deadline = time.monotonic() + start_timeout_s
-        secrets = {name for spec in specs for name in spec.secrets}
-        unset = sorted(secrets - set(os.environ))
-        if unset:
-            raise RewardLoadError(
-                f"{', '.join(unset)}: not set in the environment of {platform.node()}, and named "
-                "in the secrets of rewards.functions"
-            )
-        self._socket, theirs = socket.socketpair()
-        # What the child says before it is ready explains why it never was.
-        with theirs, tempfile.TemporaryFile() as words:
-            paths = [entry or os.getcwd() for entry in sys.path]
-            # -P and the explicit path: the child imports what this process imports, and the
-            # current folder comes last, so that nothing in it shadows a module.
-            here = [] if os.getcwd() in paths else [os.getcwd()]
-            self._process = subprocess.Popen(
-                [
-                    *(sys.executable, "-P", "-c", BOOT),
-                    *(str(theirs.fileno()), str(os.getpid()), *paths, *here),
-                ],
-                stdin=subprocess.DEVNULL,
-                stdout=words,
-                stderr=words,
-                env=scrubbed_environment(os.environ, secrets),
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-            )
-            theirs.close()
-            try:
-                functions = [asdict(spec) for spec in specs]
-                hello = json.dumps({"functions": functions, "memory_bytes": memory_bytes})
-                send(self._socket, hello.encode(), deadline)
-                reply = json.loads(receive(self._socket, deadline, self.alive, MAX_REPLY))
-            except (EOFError, OSError) as error:
-                ending = self.kill()
-                words.seek(max(0, words.seek(0, os.SEEK_END) - 2000))
-                said = words.read().decode(errors="replace").strip()
-                paths_shown = ", ".join(spec.path for spec in specs)
-                late = f"was not ready after {start_timeout_s:g} s"
-                how = late if isinstance(error, TimeoutError) else ending
-                raise RewardLoadError(
-                    f"the process that loads {paths_shown} {how}: {said or 'it said nothing'}"
-                ) from error
-        if "error" in reply:
-            self.kill()
-            raise RewardLoadError(reply["error"])
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    def alive(self) -> bool:
-        """Whether the process runs. It is not reaped, so its process group's id stays ours."""
-        if self._process.returncode is not None:
-            return False
-        try:
-            ended = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        except ChildProcessError:
-            return False
-        return ended is None
-
-    def call(self, index: int, payload: bytes, timeout_s: float) -> dict[str, Any]:
-        """What function `index` said about a pickled group; see `rewards.child`.
-
-        Raises TimeoutError, EOFError and OSError for a child that does not answer, ValueError or
-        TypeError for an answer that is not ours.
-        """
-        deadline = time.monotonic() + timeout_s
-        send(self._socket, struct.pack(">I", index) + payload, deadline)
-        reply = json.loads(receive(self._socket, deadline, self.alive, MAX_REPLY))
-        if not isinstance(reply, dict):
-            raise ValueError("a garbled reply")
-        return reply
-
-    def kill(self) -> str:
-        """SIGKILL the child's whole process group, and wait for it; says how the child ended."""
-        if self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.pid, signal.SIGKILL)
-        self._socket.close()
-        code = self._process.wait(KILL_TIMEOUT_S)
-        if code >= 0:
-            return f"exited with code {code}"
-        return f"was killed by {signal.Signals(-code).name}"
+    try:
+        return pickle.dumps(group, protocol=pickle.HIGHEST_PROTOCOL)
+    # Columns may hold objects of foreign code, and anything may be nested too deep.
+    except Exception as error:
+        raise _NotPickled(f"cannot pickle the group: {error_tail(error, 300)}") from error

@@ -54,7 +54,10 @@ class Judges:
             for spec in specs:
                 began = time.monotonic()
                 self._actors[spec.name] = RewardActor(
-                    [spec], limits.timeout_s, memory_bytes=limits.memory_bytes
+                    [spec],
+                    limits.timeout_s,
+                    memory_bytes=limits.memory_bytes,
+                    max_steps=config.run.steps,
                 )
                 self.load_s[spec.name] = time.monotonic() - began
         except BaseException:
@@ -85,11 +88,13 @@ class Judges:
         return Judged(ScoreMeta(group.id, totals, by_function, errors, took, parts), seconds)
 
     def that_compare(self, group: Group, judged: Judged) -> list[str]:
-        """Functions that value completions otherwise without the others of their group."""
+        """Functions that are called as completions come, and value them otherwise than in their
+        group."""
         failed = {error.function for error in judged.scores.errors}
         found = []
         for spec in self.specs:
-            if spec.whole_group or spec.name in failed:
+            (streams,) = self._actors[spec.name].streams
+            if not streams or spec.name in failed:
                 continue
             alone: list[float | None] = []
             for completion in group.completions:
@@ -145,9 +150,9 @@ def check_rewards(
     report_errors(config, [item.scores for item in judged], stage, blank=NOTHING)
     for name in judges.that_compare(groups[0], judged[0]):
         stage.warn(
-            f"{name} gives completions other values one by one than together: if it compares them, "
-            "set whole_group: true on it in rewards.functions, for a run judges completions as "
-            "they come"
+            f"{name} gives completions other values one by one than together, and a run judges "
+            "them as they come: if it compares them, set whole_group: true on it in "
+            "rewards.functions, or take per_completion from it"
         )
     if not any(item.scores.errors for item in judged):
         _compare(config, totals, stage)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rewards.base import completion_texts
+from rewards.base import completion_texts, per_completion
 from rewards.travel.query import from_columns
 from rewards.travel.scores import evaluate
 
 
+@per_completion
 def itinerary(
     completions: Sequence[Any], query: Sequence[dict[str, Any] | None], **_: Any
 ) -> list[dict[str, float] | None]:

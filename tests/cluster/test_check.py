@@ -154,15 +154,18 @@ def test_a_reward_that_fails_only_on_nothing_is_a_warning(
     assert "ZeroDivisionError" in text
 
 
-def test_a_function_that_compares_must_say_so(model: Path, judge: Path, tmp_path: Path) -> None:
+def test_a_function_that_compares_is_warned_of_only_where_it_is_said_not_to(
+    model: Path, judge: Path, tmp_path: Path
+) -> None:
     function: dict[str, Any] = {"path": f"{judge}:longest"}
+    code, text = checked(model, tmp_path / "run", rewards={"functions": [function]})
+    assert code == 0
+    assert "one by one" not in text
+    function["whole_group"] = False
     code, text = checked(model, tmp_path / "run", rewards={"functions": [function]})
     assert code == 0
     assert "longest gives completions other values one by one than together" in text
     assert "whole_group: true" in text
-    function["whole_group"] = True
-    _, text = checked(model, tmp_path / "run", rewards={"functions": [function]})
-    assert "one by one" not in text
 
 
 def test_rewards_that_can_be_had_for_nothing(model: Path, judge: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ What is kept of the real thing:
 - `remote(Class).options(...).remote(...)` makes an actor; its calls return references at once;
 - references among the arguments of a call arrive as values, references inside lists as references;
 - async methods run beside one another, the methods of other actors (and of classes that say
-  `serial = True`) one after the other;
+  `serial = True`) one after the other, except those in a concurrency group of their own;
 - an exception in a method is a RayTaskError that is also of its own type;
 - a dead actor fails every call with a RayActorError, the ones in progress as well; what it had
   stored stays; one with `max_restarts` comes back, without its state, and fails calls meanwhile;
@@ -20,13 +20,13 @@ actors, raise in the place of a method that is about to run, or set `event.reply
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import inspect
 import itertools
 import traceback
 import types
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -204,7 +204,8 @@ class Actor:
         if inspect.iscoroutinefunction(function) and not _serial(self.instance):
             answer = await function(*args, **kwargs)
         else:
-            async with self._turn:
+            in_a_group = hasattr(function, "__ray_concurrency_group__")
+            async with contextlib.nullcontext() if in_a_group else self._turn:
                 answer = function(*args, **kwargs)
                 if inspect.isawaitable(answer):
                     answer = await answer
@@ -298,7 +299,7 @@ class LocalRay:
         self.numbers = itertools.count()
         self._names: dict[str, int] = {}
 
-    @contextmanager
+    @contextlib.contextmanager
     def install(self, patch: pytest.MonkeyPatch) -> Iterator[None]:
         """Replace the functions of the `ray` module, and have tasks know their actor."""
         import ray
@@ -311,8 +312,8 @@ class LocalRay:
         asyncio.get_running_loop().set_task_factory(_new_task)
         yield
 
-    def remote(self, cls: type) -> _Class:
-        return _Class(self, cls, {})
+    def remote(self, *cls: type, **options: Any) -> Any:
+        return _Class(self, cls[0], {}) if cls else lambda one: _Class(self, one, options)
 
     def init(self, *_: Any, **__: Any) -> None:
         """There is nothing to start."""
@@ -341,12 +342,14 @@ class LocalRay:
         ref.settle(value)
         return ref
 
-    def kill(self, target: Handle | str, error: RayError | None = None, **_: Any) -> None:
-        """End an actor by handle (for good, as `ray.kill`), or by name (as a crash)."""
+    def kill(
+        self, target: Handle | str, error: RayError | None = None, no_restart: bool = True
+    ) -> None:
+        """End an actor by handle (as `ray.kill`), or by name (as a crash)."""
         actor = target._actor if isinstance(target, Handle) else self.find(target)
         if actor.death is None or isinstance(target, Handle):
             gone = error or ActorDiedError()
-            actor.end(gone, restart=isinstance(target, str))
+            actor.end(gone, restart=isinstance(target, str) or not no_restart)
 
     def freeze(self, name: str) -> None:
         """Stop an actor as SIGSTOP does."""

@@ -7,7 +7,7 @@ from collections.abc import Coroutine, Sequence
 from typing import Any
 
 from rewards.adapters import load_reward
-from rewards.base import judge
+from rewards.base import is_per_completion, judge, per_completion
 from rewards.results import from_json, to_json
 from rewards.worker import RewardActor, RewardSpec
 from tests.harness.local_ray import current_actor, current_ray
@@ -15,6 +15,7 @@ from tests.harness.local_ray import current_actor, current_ray
 JUDGE_S = 0.02
 
 
+@per_completion
 def residues(completion_ids: Any, **_: Any) -> list[float]:
     """Mean of the token ids modulo 7: every group has signal, and every token counts."""
     return [sum(token % 7 for token in ids) / max(len(ids), 1) for ids in completion_ids]
@@ -31,18 +32,17 @@ class LocalRewardActor(RewardActor):
     kind = "reward"
     serial = True
 
-    def __init__(self, specs: Sequence[RewardSpec], timeout_s: float, *_: Any, **__: Any) -> None:
-        self._specs = tuple(specs)
+    def __init__(
+        self, specs: Sequence[RewardSpec], timeout_s: float, *_: Any, max_steps: int = 0, **__: Any
+    ) -> None:
+        _load_here(self, specs)
         self._timeout_s = timeout_s
-        self._child = None
-        self._loaded = [
-            (load_reward(spec.path, spec.kind, spec.options), spec.name, spec.columns)
-            for spec in specs
-        ]
+        self._max_steps = max_steps
+        self._doing, self._since = "", 0.0
 
     def _call(self, index: int, group: Any, payload: bytes, timeout_s: float) -> Any:  # noqa: ARG002
         function, name, columns = self._loaded[index]
-        verdict = judge(function, name, group, run=_refuse, columns=columns)
+        verdict = judge(function, name, group, _refuse, columns, self._max_steps)
         return from_json(name, to_json(verdict), len(group.completions)), JUDGE_S
 
     async def judge(self, *parts: Any) -> Any:  # type: ignore[override]
@@ -58,6 +58,16 @@ class LoadedHere(RewardActor):
     """What `prepare` makes to see whether the functions can be loaded, without a child process."""
 
     def __init__(self, specs: Sequence[RewardSpec], *_: Any, **__: Any) -> None:
-        self._child = None
-        for spec in specs:
-            load_reward(spec.path, spec.kind, spec.options)
+        _load_here(self, specs)
+
+
+def _load_here(actor: Any, specs: Sequence[RewardSpec]) -> None:
+    actor._specs = tuple(specs)
+    actor._child = actor._watcher = None
+    actor._loaded = [
+        (load_reward(spec.path, spec.kind, spec.options), spec.name, spec.columns) for spec in specs
+    ]
+    actor._streams = tuple(
+        is_per_completion(function) if spec.whole_group is None else not spec.whole_group
+        for spec, (function, _, _) in zip(specs, actor._loaded, strict=True)
+    )

@@ -45,8 +45,13 @@ def make_group(*texts: str, **columns: Any) -> Group:
 def make_actor() -> Iterator[MakeActor]:
     actors: list[RewardActor] = []
 
-    def make(*names: str, timeout_s: float = 20, **weights: float) -> RewardActor:
-        specs = [RewardSpec(name, f"{HOSTILE}:{name}", weights.get(name, 1.0)) for name in names]
+    def make(
+        *names: str, timeout_s: float = 20, whole_group: bool | None = None, **weights: float
+    ) -> RewardActor:
+        specs = [
+            RewardSpec(name, f"{HOSTILE}:{name}", weights.get(name, 1.0), whole_group=whole_group)
+            for name in names
+        ]
         actors.append(RewardActor(specs, timeout_s))
         return actors[-1]
 
@@ -244,7 +249,7 @@ def test_completions_judged_as_they_come_score_as_their_group(make_actor: MakeAc
     names = ("length", "logs", "raise_for_bad", "count_calls")
     group = make_group("a", "bb", "bad", "dddd", truth=3)
     whole = score(make_actor(*names), group)
-    actor = make_actor(*names)
+    actor = make_actor(*names, whole_group=False)
     singles = [replace(group, completions=(c,)) for c in group.completions]
     judged = []
     for parts in ((singles[2],), (singles[3], singles[0]), (singles[1],)):
@@ -272,8 +277,8 @@ def test_completions_judged_as_they_come_score_as_their_group(make_actor: MakeAc
 def test_a_function_that_compares_waits_for_its_group() -> None:
     specs = [
         RewardSpec("count_calls", f"{HOSTILE}:count_calls", whole_group=True),
-        RewardSpec("length", f"{HOSTILE}:length"),
-        RewardSpec("other", f"{HOSTILE}:length", sources=("elsewhere",)),
+        RewardSpec("length", f"{HOSTILE}:length", whole_group=False),
+        RewardSpec("other", f"{HOSTILE}:length", sources=("elsewhere",), whole_group=False),
     ]
     actor = RewardActor(specs, 20)
     group = make_group("a", "bb")
@@ -285,7 +290,7 @@ def test_a_function_that_compares_waits_for_its_group() -> None:
 
 
 def test_a_hang_in_one_of_several_completions_costs_only_its_own(make_actor: MakeActor) -> None:
-    actor = make_actor("hang", timeout_s=0.5)
+    actor = make_actor("hang", timeout_s=0.5, whole_group=False)
     group = make_group("a", "hang", "c")
     first, second, third = (replace(group, completions=(c,)) for c in group.completions)
     judged = [actor.judge(second, first)[1], actor.judge(third)[1]]
