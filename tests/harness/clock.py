@@ -19,6 +19,8 @@ T = TypeVar("T")
 PATIENCE_S = 30.0
 START_S = 1000.0
 MAX_TURNS = 100_000
+# More than any test waits for: what polls for ever ends, too.
+MAX_S = 50_000.0
 
 
 class Deadlock(Exception):
@@ -45,6 +47,8 @@ class _Selector(selectors.DefaultSelector):
                 return ready
             raise Deadlock("everything waits, and no timer is set")
         self.loop.now += timeout
+        if self.loop.now > START_S + MAX_S:
+            raise Deadlock(f"not done after {MAX_S:g} virtual seconds")
         return super().select(0)
 
 

@@ -43,6 +43,29 @@ def test_hundreds_of_steps_with_engines_that_die_freeze_and_lose(
     assert run.rows()[-1]["samples/failed"] == 0
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_a_run_survives_random_faults(world: MakeWorld, seed: int) -> None:
+    run = world(
+        run__steps=40,
+        actors__max_staleness=seed % 3,
+        actors__count=2 + seed % 2,
+        actors__max_concurrent=16,
+    )
+    chaos = Chaos(run, seed, kill=0.002, freeze=0.0005, out_of_memory=0.001, lose=0.003)
+    assert run.train() == 0
+    assert len(chaos.done) > 5
+    check_books(run, 40)
+
+
+@pytest.mark.parametrize("method", ["judge", "score"])
+def test_a_reward_call_that_dies_is_made_again(world: MakeWorld, method: str) -> None:
+    run = world(run__steps=3)
+    run.on("call", lambda event: run.ray.kill(event.actor), what=method, nth=3)
+    assert run.train() == 0
+    check_books(run, 3)
+    assert run.rows()[-1]["samples/failed"] == 0
+
+
 def test_one_reward_worker_serves_every_call(world: MakeWorld) -> None:
     run = world(run__steps=3, rewards__workers=1)
     assert run.train() == 0

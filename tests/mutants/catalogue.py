@@ -391,4 +391,19 @@ MUTANTS = (
             "tests/rewards/test_bounded.py::test_waiting_for_a_core_on_a_busy_machine_is_not_too_much",
         ),
     ),
+    # Reward actors.
+    Mutant(
+        "rewards/pool.py",
+        "        for _ in range(MAX_ATTEMPTS):\n            worker = await self._idle_worker()",
+        "        for _ in range(1):\n            worker = await self._idle_worker()",
+        "a reward call whose actor died is made again",
+        (f"{CHAOS}::test_a_reward_call_that_dies_is_made_again",),
+    ),
+    Mutant(
+        "rewards/pool.py",
+        "        worker.restarts = 0\n        await self._take_back(worker)\n",
+        "        worker.restarts = 0\n",
+        "a reward actor is idle again after a call",
+        (f"{CHAOS}::test_one_reward_worker_serves_every_call",),
+    ),
 )
