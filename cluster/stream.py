@@ -249,6 +249,7 @@ class GroupStream:
             _cancel(tasks)
         for _, judging in self._judging.values():
             _cancel(judging)
+        self._judging.clear()
 
 
 def _cancel(tasks: Iterable[asyncio.Task[Any]]) -> None:

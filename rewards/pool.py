@@ -8,6 +8,7 @@ Everything here runs in the driver's asyncio loop and sees sizes and references,
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Coroutine, Sequence
@@ -129,6 +130,8 @@ class RewardPool:
         if call is None or call[1].done() or call[1].cancelling():
             parts: list[Any] = []
             call = self._waiting[name] = (parts, asyncio.create_task(self._judge(name, parts)))
+            # Here, for a task that is cancelled before it begins runs nothing of its own.
+            call[1].add_done_callback(lambda _: self._no_longer_waiting(name, parts))
         call[0].append(part)
         return call[1]
 
@@ -138,10 +141,7 @@ class RewardPool:
             self._no_longer_waiting(name, parts)
             return actor.judge.options(num_returns=2).remote(*parts)
 
-        try:
-            failure, judged = await self._call("completions could not be judged", begin)
-        finally:
-            self._no_longer_waiting(name, parts)
+        failure, judged = await self._call("completions could not be judged", begin)
         return None if failure is not None else judged
 
     def _no_longer_waiting(self, name: str, parts: list[Any]) -> None:
@@ -308,25 +308,28 @@ class RewardPool:
 
         kill: it may still run.
         """
-        from ray.exceptions import RayError
-
+        anew = False
+        answer: str | Exception
         while worker.restarts < MAX_RESTARTS:
             worker.restarts += 1
             self.restarts += 1
             self._notify(f"reward actor {worker.index} is replaced: {why}")
             try:
-                if kill:
+                if anew and self._make_actor is not None:
+                    _end(worker.handle, for_good=True)
+                    worker.handle = self._make_actor()
+                elif kill or anew:
                     _end(worker.handle, for_good=False)
                 answer = await self._answer(worker)
-                if isinstance(answer, str):
-                    await self._take_back(worker)
-                    return
-                why, kill = _line(answer), True
-                if self._make_actor is not None:
-                    _end(worker.handle, for_good=True)
-                    worker.handle, kill = self._make_actor(), False
-            except RayError as error:
-                why = _line(error)
+            # Whatever Ray says: one that cannot be had is given up, and nobody waits for it.
+            except Exception as error:  # noqa: BLE001
+                answer = error
+            if isinstance(answer, str):
+                await self._take_back(worker)
+                return
+            why, anew = _line(answer), True
+        with contextlib.suppress(Exception):
+            _end(worker.handle, for_good=True)
         async with self._changed:
             self._workers.remove(worker)
             self._last_words = f"reward actor {worker.index} was given up: {why}"
@@ -395,6 +398,9 @@ def watched_actor_class(actor_class: Any) -> Any:
     """A class of reward actors for Ray that answers `ping` while it judges."""
     import ray
 
-    ping = ray.method(concurrency_group="health")(actor_class.ping)
+    @ray.method(concurrency_group="health")
+    def ping(self: Any) -> str:
+        return str(actor_class.ping(self))
+
     watched = type(actor_class.__name__, (actor_class,), {"ping": ping})
     return ray.remote(concurrency_groups={"health": 1})(watched)

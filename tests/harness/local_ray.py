@@ -137,7 +137,8 @@ class Actor:
         try:
             self.instance = self._make()
         except Exception as error:  # noqa: BLE001 - the constructor's own
-            self.end(ActorDiedError(task_error("__init__", error)))
+            text = "".join(traceback.format_exception(error))
+            self.end(ActorDiedError(RayTaskError("__init__", text, error)), restart=False)
             return
         self.name = self.ray.name(self.instance, self)
         self.death = None

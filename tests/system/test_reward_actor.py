@@ -17,7 +17,7 @@ import ray
 
 from actors.records import Completion, Group, Prompt, ScoredGroup, ScoreMeta
 from rewards.config import RewardsConfig, TaskConfig
-from rewards.pool import RewardPool
+from rewards.pool import RewardPool, watched_actor_class
 from rewards.tasks import load_task
 from rewards.worker import RewardActor, RewardSpec, longest_score_s, reward_specs
 
@@ -177,3 +177,137 @@ def test_a_function_that_cannot_be_loaded_is_named(hang_file: Path) -> None:
     actor = make_actor([RewardSpec("hang", f"{hang_file}:hung")], 5)
     with pytest.raises(ray.exceptions.RayActorError, match=r"no 'hung' in .*did you mean hang\?"):
         ray.get(actor.ping.remote(), timeout=60)
+
+
+SLEEPY = """
+import subprocess, sys, time
+
+def slow(completions):
+    time.sleep(float(completions[0][0]["content"]))
+    return [1.0] * len(completions)
+
+def leaves_a_daemon(completions):
+    code = "import os, time; os.setsid(); os.fork() and os._exit(0); time.sleep(300)"
+    subprocess.Popen([sys.executable, "-c", code]).wait()
+    return [1.0] * len(completions)
+"""
+
+
+def make_pool(file: Path, function: str, workers: int, timeout_s: float = 20) -> RewardPool:
+    """As a run makes it, with less patience."""
+    specs = [RewardSpec(function, f"{file}:{function}")]
+    actor_class = watched_actor_class(RewardActor)
+
+    def make() -> Any:
+        return actor_class.options(num_cpus=0, max_restarts=-1).remote(specs, timeout_s)
+
+    return RewardPool(
+        [make() for _ in range(workers)],
+        longest_score_s(timeout_s, 1, 4) + 30,
+        timeout_key=f"rewards.timeout_s={timeout_s:g}",
+        pings_while_judging=True,
+        streams=False,
+        make_actor=make,
+        frozen_s=4,
+        restart_s=60,
+    )
+
+
+async def pids_of(pool: RewardPool) -> list[tuple[int, int]]:
+    return [await worker.handle.pids.remote() for worker in pool._workers]
+
+
+@pytest.fixture
+def sleepy_file(tmp_path: Path) -> Path:
+    file = tmp_path / "sleepy_reward.py"
+    file.write_text(SLEEPY)
+    return file
+
+
+@pytest.mark.parametrize("busy", [True, False])
+def test_a_stopped_actor_is_replaced_and_costs_no_group(sleepy_file: Path, busy: bool) -> None:
+    async def main() -> None:
+        pool = make_pool(sleepy_file, "slow", 1)
+        await pool.check(60)
+        ((pid, _),) = await pids_of(pool)
+        began = time.monotonic()
+        if busy:
+            scoring = asyncio.create_task(pool.score(make_group("Q", ["8", "8"])))
+            await asyncio.sleep(1)
+            os.kill(pid, signal.SIGSTOP)
+        else:
+            os.kill(pid, signal.SIGSTOP)
+            scoring = asyncio.create_task(pool.score(make_group("Q", ["0", "0"])))
+        scores, _ = await scoring
+        assert isinstance(scores, ScoreMeta), scores
+        assert scores.totals == (1.0, 1.0)
+        assert pool.restarts == 1
+        assert time.monotonic() - began < 45
+        assert wait_until_ended(pid, 10)
+        pool.kill()
+
+    asyncio.run(main())
+
+
+def test_a_stopped_child_costs_its_call_the_deadline_and_no_score(sleepy_file: Path) -> None:
+    async def main() -> None:
+        pool = make_pool(sleepy_file, "slow", 1, timeout_s=2)
+        await pool.check(60)
+        ((pid, child),) = await pids_of(pool)
+        scoring = asyncio.create_task(pool.score(make_group("Q", ["0.8", "0"])))
+        await asyncio.sleep(0.3)
+        os.kill(child, signal.SIGSTOP)
+        scores, _ = await scoring
+        assert isinstance(scores, ScoreMeta), scores
+        assert scores.totals == (1.0, 1.0)
+        assert ended(child)
+        assert [entry[0] for entry in await pids_of(pool)] == [pid]
+        assert pool.restarts == 0
+        pool.kill()
+
+    asyncio.run(main())
+
+
+def test_a_healthy_and_slow_function_is_never_replaced(sleepy_file: Path) -> None:
+    async def main() -> None:
+        pool = make_pool(sleepy_file, "slow", 1)
+        await pool.check(60)
+        before = await pids_of(pool)
+        scores, _ = await pool.score(make_group("Q", ["12", "0"]))
+        assert scores.totals == (1.0, 1.0)
+        assert (await pids_of(pool), pool.restarts) == (before, 0)
+        pool.kill()
+
+    asyncio.run(main())
+
+
+def test_killed_actors_cost_no_group(sleepy_file: Path) -> None:
+    async def main() -> None:
+        pool = make_pool(sleepy_file, "slow", 2)
+        await pool.check(60)
+        groups = [asyncio.create_task(pool.score(make_group("Q", ["0.2"]))) for _ in range(24)]
+        await asyncio.sleep(0.5)
+        for pid, _ in await pids_of_any(pool):
+            os.kill(pid, signal.SIGKILL)
+        found = [(await group)[0] for group in groups]
+        assert all(isinstance(meta, ScoreMeta) for meta in found), found
+        assert pool.restarts >= 1
+        pool.kill()
+
+    asyncio.run(main())
+
+
+async def pids_of_any(pool: RewardPool) -> list[tuple[int, int]]:
+    """Of the first actor; it may be judging, so it is asked behind its call."""
+    return [await pool._workers[0].handle.pids.remote()]
+
+
+def test_no_daemon_of_a_function_outlives_a_killed_actor(sleepy_file: Path) -> None:
+    actor = make_actor([RewardSpec("f", f"{sleepy_file}:leaves_a_daemon")], 20)
+    pid, child = ray.get(actor.pids.remote(), timeout=60)
+    score(actor, make_group("Q", ["a"]))
+    (daemon,) = psutil.Process(child).children(recursive=True)
+    assert not ended(daemon.pid)
+    os.kill(pid, signal.SIGKILL)
+    assert wait_until_ended(daemon.pid, 10)
+    assert wait_until_ended(child, 5)
