@@ -213,7 +213,9 @@ def from_json(name: str, reply: Any, n: int, ids: Collection[str] | None = None)
     try:
         verdict = Verdict(
             _numbers(reply["values"]),
-            tuple(RewardError(name, i, c, m[-MAX_MESSAGE:]) for i, c, m in reply["errors"]),
+            tuple(
+                RewardError(name, i, c, encodable(m[-MAX_MESSAGE:])) for i, c, m in reply["errors"]
+            ),
             {_checked(key): _numbers(row) for key, row in _table(reply["parts"]).items()},
             {
                 _checked(key): tuple(_shown_value(v) for v in row)
@@ -320,6 +322,8 @@ def _read_parts(
 def _checked_name(name: Any, known: Mapping[str, Any], what: str) -> str:
     if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME:
         raise ValueError(f"{what}: the name must be a text of 1 to {MAX_NAME} characters")
+    if encodable(name) != name:
+        raise ValueError(f"{what}: the name {name!a} holds half a surrogate")
     if name not in known and len(known) >= MAX_NAMES:
         raise ValueError(f"{what}: more than {MAX_NAMES} names")
     return name
@@ -365,17 +369,22 @@ def _shown_value(value: Any) -> Any:
         number = as_number(value)
         whole = isinstance(value, (int, np.integer)) and number is not None and abs(number) < 2**53
         return int(value) if whole else number
-    return str(value)[:MAX_TEXT]
+    return encodable(str(value)[:MAX_TEXT])
+
+
+def encodable(text: str) -> str:
+    """The text without what no file can hold: half a surrogate is written as its escape."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def described(value: Any) -> str:
     """A value in an error message."""
     # Only plain values are printed: repr() of anything else is foreign code, of any length.
     if isinstance(value, (float, np.floating, str)):
-        return f"{str(value)[:80]!r} ({type(value).__name__})"
+        return f"{encodable(str(value)[:80])!r} ({type(value).__name__})"
     return f"a {type(value).__name__}"
 
 
 def error_tail(error: BaseException, limit: int = MAX_MESSAGE) -> str:
     """The last `limit` characters of an exception's traceback, the exception itself included."""
-    return "".join(traceback.format_exception(error)).strip()[-limit:]
+    return encodable("".join(traceback.format_exception(error)).strip())[-limit:]

@@ -73,24 +73,6 @@ def test_one_reward_worker_serves_every_call(world: MakeWorld) -> None:
     assert len([e for e in run.events("done", actor="reward-0") if e.what == "score"]) == 12
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_a_run_survives_reward_actors_that_die_freeze_and_lose(world: MakeWorld, seed: int) -> None:
-    run = world(run__steps=40, actors__max_staleness=seed, actors__max_concurrent=16)
-    chaos = Chaos(run, seed, kill=0.002, freeze=0.0005, out_of_memory=0.001, lose=0.002)
-    assert run.train() == 0
-    assert len(chaos.done) > 5
-    check_books(run, 40)
-
-
-@pytest.mark.parametrize("method", ["judge", "score"])
-def test_a_reward_call_that_dies_is_made_again(world: MakeWorld, method: str) -> None:
-    run = world(run__steps=3)
-    run.on("call", lambda event: run.ray.kill(event.actor), what=method, nth=3)
-    assert run.train() == 0
-    check_books(run, 3)
-    assert run.rows()[-1]["samples/failed"] == 0
-
-
 def test_the_only_reward_actor_that_freezes_is_replaced_in_time(world: MakeWorld) -> None:
     run = world(run__steps=3, rewards__workers=1)
     run.on("call", lambda event: run.ray.freeze(event.actor), what="score", nth=5)

@@ -15,13 +15,15 @@ WEIGHTS = "tests/harness/test_weights.py"
 BATCH = "tests/learner/test_batch.py"
 GRPO = "tests/learner/test_grpo.py"
 RESCUE = "tests/harness/test_rescue.py"
-RESCUE = "tests/harness/test_rescue.py"
 RUN_DIR = "tests/cluster/test_run_dir.py"
 SAVED = "tests/learner/test_saved.py"
 TEMPLATES = "tests/rewards/test_templates.py"
 FINAL_PART = "tests/rewards/test_final_part.py"
 LAYOUTS = "tests/rewards/test_layouts.py"
 LENGTHS = "tests/cluster/test_lengths.py"
+REWARD_POOL = "tests/rewards/test_reward_pool.py"
+LOADING = "tests/rewards/test_reward_loading.py"
+NUMBERS = "tests/rewards/test_reward_numbers.py"
 
 MUTANTS = (
     Mutant(
@@ -405,5 +407,47 @@ MUTANTS = (
         "        worker.restarts = 0\n",
         "a reward actor is idle again after a call",
         (f"{CHAOS}::test_one_reward_worker_serves_every_call",),
+    ),
+    Mutant(
+        "rewards/pool.py",
+        "            elif time.monotonic() - heard > self._frozen_s:\n",
+        "            elif False:\n",
+        "a frozen reward actor is found by its silence",
+        (f"{REWARD_POOL}::test_a_frozen_actor_is_replaced_by_its_silence",),
+    ),
+    Mutant(
+        "rewards/pool.py",
+        "            call[1].add_done_callback(lambda _: self._no_longer_waiting(name, parts))\n",
+        "",
+        "judging that is cancelled leaves nothing",
+        (f"{REWARD_POOL}::test_judging_that_is_cancelled_leaves_nothing",),
+    ),
+    Mutant(
+        "rewards/worker.py",
+        "per_completion if spec.whole_group is None else not spec.whole_group",
+        "spec.whole_group is None or not spec.whole_group",
+        "a function that may compare completions gets the whole group",
+        (f"{LOADING}::test_functions_get_the_whole_group_unless_they_say_otherwise",),
+    ),
+    Mutant(
+        "rewards/loading.py",
+        "        return getattr(owner, name)\n",
+        "        return vars(owner)[name]\n",
+        "a module may make its names when they are asked for",
+        (f"{LOADING}::test_a_module_that_makes_its_names_when_asked",),
+    ),
+    Mutant(
+        "rewards/results.py",
+        'return (number, "") if abs(number) <= MAX_SCORE else (None, wrong)',
+        'return (number, "")',
+        "a number out of range is a counted error",
+        (f"{NUMBERS}::test_out_of_range", f"{NUMBERS}::test_what_is_no_number"),
+    ),
+    Mutant(
+        "rewards/process.py",
+        "            end_tree(self.pid, self._marker)\n",
+        "            os.kill(self.pid, signal.SIGKILL)\n",
+        "nothing that a reward function starts outlives it",
+        (f"{NUMBERS}::test_nothing_that_a_function_starts_outlives_it",),
     ),
 )
