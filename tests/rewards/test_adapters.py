@@ -10,7 +10,7 @@ import pytest
 
 from actors.records import Completion, Group, Prompt
 from rewards.adapters import from_openrlhf, from_verl, load_reward
-from rewards.base import judge
+from rewards.base import is_per_completion, judge
 from rewards.config import RewardFunctionConfig, RewardsConfig
 from rewards.tasks import TaskError
 from rewards.worker import RewardActor, reward_specs
@@ -169,3 +169,50 @@ def test_names_are_metrics_and_options_are_plain(tmp_path: Path) -> None:
     odd = RewardFunctionConfig(path="a:f", options={"since": tmp_path})
     with pytest.raises(TaskError, match="options of a:f must be plain values"):
         reward_specs(None, RewardsConfig(functions=[odd]))  # type: ignore[arg-type]
+
+
+CONVENTIONS = """
+import functools
+
+def short(solution_str, ground_truth):
+    return float(solution_str == ground_truth)
+
+def open_ended(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
+    return {"score": float(solution_str == ground_truth), "names": str(sorted(kwargs))}
+
+def tuple_(solution_str, ground_truth, **kwargs):
+    return float(solution_str == ground_truth), "why", {"x": 1}
+
+def listed(data_source, solution_str, ground_truth):
+    return [float(solution_str == ground_truth), 7]
+
+def by_other_names(model_output, answer, timeout_score=0):
+    return float(model_output == answer)
+
+def only_keywords(**kwargs):
+    return float(kwargs["solution_str"] == kwargs["ground_truth"])
+
+async def awaited(data_source, solution_str, ground_truth, extra_info):
+    return {"score": float(solution_str == ground_truth and extra_info == {})}
+
+class Judge:
+    def __call__(self, data_source, solution_str, ground_truth, extra_info=None):
+        return float(solution_str == ground_truth)
+
+instance = Judge()
+partial = functools.partial(open_ended, flag=1)
+"""
+
+
+@pytest.mark.parametrize(
+    "name",
+    "short open_ended tuple_ listed by_other_names only_keywords awaited Judge instance "
+    "partial".split(),  # noqa: SIM905
+)
+def test_verl_functions_of_every_form_judge_each_completion(tmp_path: Path, name: str) -> None:
+    file = tmp_path / "conventions.py"
+    file.write_text(CONVENTIONS)
+    function = load_reward(f"{file}:{name}", "verl", {})
+    verdict = judge(function, "f", make_group("4", "5", ground_truth="4"))
+    assert (verdict.values, verdict.errors) == ((1.0, 0.0), ())
+    assert is_per_completion(function)
