@@ -206,8 +206,18 @@ partial = functools.partial(open_ended, flag=1)
 
 @pytest.mark.parametrize(
     "name",
-    "short open_ended tuple_ listed by_other_names only_keywords awaited Judge instance "
-    "partial".split(),  # noqa: SIM905
+    [
+        "short",
+        "open_ended",
+        "tuple_",
+        "listed",
+        "by_other_names",
+        "only_keywords",
+        "awaited",
+        "Judge",
+        "instance",
+        "partial",
+    ],
 )
 def test_verl_functions_of_every_form_judge_each_completion(tmp_path: Path, name: str) -> None:
     file = tmp_path / "conventions.py"
