@@ -41,6 +41,12 @@ class RunConfig(BaseModel):
         description="Steps between checkpoints; the last step is always saved. 0: only it.",
     )
     keep_checkpoints: int = Field(2, ge=1, description="Complete checkpoints to keep.")
+    allow_changed: list[str] = Field(
+        default_factory=list,
+        description="Keys that may differ when a run is resumed, as [run.steps]. Other changes of "
+        "what is trained, and how, are refused; task.data and model.path stand for the files' "
+        "contents, too.",
+    )
 
 
 class ModelConfig(BaseModel):
@@ -412,6 +418,11 @@ def contradictions(config: Config) -> list[str]:
             f"actors.max_tokens={config.actors.max_tokens} leaves no room for a prompt in "
             f"model.max_length={config.model.max_length}"
         )
+    for key in config.run.allow_changed:
+        if key not in all_keys():
+            near = difflib.get_close_matches(key, all_keys(), n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            problems.append(f"run.allow_changed: there is no key {key}{hint}")
     if config.task.name == "dataset" and not config.task.data:
         problems.append("task.data: required by task.name=dataset")
     if config.task.name != "dataset" and (config.task.data or config.task.eval_data):

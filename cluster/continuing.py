@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.changes import accepted, differences, refusal, split_allowed
 from cluster.config import Config
+from cluster.errors import RunError
 from cluster.files import write_atomically
-from cluster.prepare import RunError
 from cluster.tracking import read_metrics
 from learner.aside import Aside
 from learner.checkpoint import latest, load_state
+from learner.worker import check_shape
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,27 @@ def where_to_go_on(config: Config, folder: Path) -> Saved | None:
         raise RunError(f"{error}: move that file away, or choose another run.dir") from error
     found = latest(folder / "checkpoints") if config.run.resume else None
     return Saved(found, load_state(found)) if found else None
+
+
+def compare(config: Config, saved: Saved, now: dict[str, Any]) -> str:
+    """What has changed since the checkpoint, in words; empty when nothing has.
+
+    now: this run's fingerprint. Raises RunError for what must not differ and is not named in
+    run.allow_changed, CheckpointError for a learner that cannot load the checkpoint.
+    """
+    learner = config.learner
+    check_shape(saved.checkpoint, learner.workers, learner.zero_stage, config.model.dtype)
+    before = saved.state.get("fingerprint")
+    if not before:
+        return (
+            f"{saved.checkpoint} holds no fingerprint of its run, as those of older versions: "
+            "whether data, model and config are the same is not known"
+        )
+    found = differences(before, now, saved.step)
+    refused, rest = split_allowed(found, config.run.allow_changed)
+    if refused:
+        raise RunError(refusal(refused, saved.checkpoint.parent.parent, saved.step))
+    return accepted(rest)
 
 
 def planned_saves(config: Config, first_step: int) -> int:

@@ -51,9 +51,11 @@ class Counters:
         return asdict(self)
 
     @classmethod
-    def resumed(cls, saved: dict[str, int]) -> Counters:
-        """Counters that go on from a checkpoint's."""
+    def resumed(cls, saved: dict[str, int], group_size: int | None = None) -> Counters:
+        """Counters that go on from a checkpoint's. group_size: of the groups from now on."""
         counters = cls(**saved)
+        if group_size is not None:
+            counters.group_size = group_size
         counters.before = counters.trained + counters.filtered + counters.failed
         return counters
 

@@ -17,15 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config import Config, expand
+from cluster.errors import RunError
 from cluster.lengths import check_lengths, render_rows
 from rewards.tasks import PromptRenderer, Task, load_task, sample_rows
 from rewards.worker import RewardActor, RewardSpec, reward_specs
 
 PROBE_TOKENS = 32
-
-
-class RunError(Exception):
-    """The run cannot start; the message says why and which key to change."""
 
 
 @dataclass(frozen=True)

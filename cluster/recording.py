@@ -41,7 +41,8 @@ class Run:
     step: the next one; so many are done. cursor: where its prompts begin. saved: the step of the
     newest checkpoint. unrecorded: the step that is done and not written down yet. unsaved_since:
     when a checkpoint could last not be written. missed: what could not be recorded, by its name.
-    lost: why no actor will answer any more.
+    lost: why no actor will answer any more. fingerprint: what a run that goes on from this one's
+    checkpoints is compared with.
     """
 
     config: Config
@@ -66,6 +67,7 @@ class Run:
     missed: Counter[str] = field(default_factory=Counter)
     said: set[str] = field(default_factory=set)
     lost: str = ""
+    fingerprint: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.cursor = self.stream.cursor

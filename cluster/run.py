@@ -16,7 +16,8 @@ import psutil
 from actors.pool import RolloutError, RolloutPool
 from cluster.config import Config, ConfigError, compact, dump_config, expand
 from cluster.console import Console
-from cluster.continuing import Saved, planned_saves, where_to_go_on, write_config
+from cluster.continuing import Saved, compare, planned_saves, where_to_go_on, write_config
+from cluster.fingerprint import fingerprint
 from cluster.loop import TrainingError, train
 from cluster.making import (
     draw_from,
@@ -154,6 +155,9 @@ async def _train_in(prepared: Prepared, run_dir: RunDir, console: Console, signa
         return 0
     if config.run.resume and not saved:
         console.note("no complete checkpoint to resume from: starting at step 0")
+    now = fingerprint(config, prepared.model_path, prepared.task, prepared.rewards)
+    if saved and (changed := compare(config, saved, now)):
+        console.note(changed)
     first_step = saved.step if saved else 0
     checkpoints = Checkpoints(
         run_dir.path / "checkpoints",
@@ -180,6 +184,7 @@ async def _train_in(prepared: Prepared, run_dir: RunDir, console: Console, signa
             signals.check()
         try:
             run = assemble(prepared, run_dir, console, actors, saved, checkpoints)
+            run.fingerprint = now
         except OSError as error:
             raise RunError(f"run.dir={run_dir.path} cannot be written: {error}") from error
         signals.then(lambda: stop(run, console, signals))
@@ -336,7 +341,7 @@ def assemble(
     if replaced := run_dir.aside.describe():
         console.note(replaced)
     counters = (
-        Counters.resumed(state["counters"])
+        Counters.resumed(state["counters"], config.task.group_size)
         if state
         else Counters(group_size=config.task.group_size)
     )

@@ -112,6 +112,7 @@ async def save(run: Run) -> None:
         "counters": run.counters.as_dict(),
         "tracking": run.tracker.state(),
         "pass_rates": history.as_dict(before=run.step) if history else None,
+        "fingerprint": run.fingerprint,
     }
     folder = run.checkpoints.begin(run.step)
     await run.learner.save(folder, after_skipped=True)

@@ -493,22 +493,31 @@ class LearnerWorker:
         return memory
 
 
-def _must_match(spec: LearnerSpec) -> dict[str, Any]:
+def _shape(workers: int, zero_stage: int, dtype: str) -> dict[str, Any]:
     """What the learner that loads a checkpoint has in common with the one that wrote it."""
     return {
-        "learner.workers": spec.world_size,
-        "learner.zero_stage": spec.learner.zero_stage,
-        "model.dtype": spec.dtype,
+        "learner.workers": workers,
+        "learner.zero_stage": zero_stage,
+        "model.dtype": dtype,
     }
+
+
+def _must_match(spec: LearnerSpec) -> dict[str, Any]:
+    return _shape(spec.world_size, spec.learner.zero_stage, spec.dtype)
 
 
 def check_loadable(checkpoint: Path, spec: LearnerSpec) -> None:
     """Raise CheckpointError unless a learner of this spec can load the checkpoint."""
+    check_shape(checkpoint, spec.world_size, spec.learner.zero_stage, spec.dtype)
+
+
+def check_shape(checkpoint: Path, workers: int, zero_stage: int, dtype: str) -> None:
+    """Raise CheckpointError unless a learner of this shape can load the checkpoint."""
     file = checkpoint / LEARNER_FILE
     if not file.is_file():
         raise CheckpointError(f"{checkpoint} holds no learner state ({LEARNER_FILE} is missing)")
     found = json.loads(file.read_text(encoding="utf-8"))
-    for key, wanted in _must_match(spec).items():
+    for key, wanted in _shape(workers, zero_stage, dtype).items():
         if found[key] != wanted:
             raise CheckpointError(
                 f"{checkpoint} was written with {key}={found[key]}, this run has {key}={wanted}: "

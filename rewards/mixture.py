@@ -19,6 +19,7 @@ from rewards.survey import Survey, survey_of
 from rewards.tasks import (
     Curriculum,
     Demonstrates,
+    Fingerprinted,
     Measures,
     Row,
     Task,
@@ -118,6 +119,15 @@ class MixtureTask:
                 return _labelled(part, part.task.train_row(index))
             index -= part.task.train_size()
         raise IndexError(f"there are {self.train_size()} rows")
+
+    def fingerprint(self) -> dict[str, str]:
+        """Of the parts that have one, under their labels."""
+        return {
+            f"{part.label}/{name}": digest
+            for part in self._parts
+            if isinstance(part.task, Fingerprinted)
+            for name, digest in part.task.fingerprint().items()
+        }
 
     def eval_size(self) -> int:
         return len(self._eval)

@@ -84,6 +84,14 @@ class Curriculum(Protocol):
 
 
 @runtime_checkable
+class Fingerprinted(Protocol):
+    """A task that knows digests of all of its rows, by name; others are known by some of them."""
+
+    def fingerprint(self) -> dict[str, str]:
+        """Other digests for other rows, or for the same ones in another order."""
+
+
+@runtime_checkable
 class Measures(Protocol):
     """A task with metrics of its own, which `cohort eval` reports."""
 

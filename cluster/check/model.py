@@ -12,7 +12,9 @@ from actors.engine import stop_token_ids
 from cluster.check.estimate import Architecture
 from cluster.check.sheet import Stage
 from cluster.config import Config
-from cluster.prepare import RunError, inspect_model, load_tokenizer
+from cluster.continuing import Saved
+from cluster.errors import RunError
+from cluster.prepare import inspect_model, load_tokenizer
 from cluster.run_dir import find_run_dir
 from learner.checkpoint import HF_FOLDER, latest, load_state, nearest_existing
 
@@ -21,13 +23,13 @@ from learner.checkpoint import HF_FOLDER, latest, load_state, nearest_existing
 class Resumed:
     """Where a run goes on. cursor: its place in the sequence of training prompts."""
 
-    checkpoint: Path
+    saved: Saved
     step: int
     cursor: int
 
     @property
     def model_path(self) -> str:
-        return str(self.checkpoint / HF_FOLDER)
+        return str(self.saved.checkpoint / HF_FOLDER)
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def check_run_dir(config: Config, stage: Stage) -> Resumed | None:
         stage.say(f"{folder} {new}")
         return None
     state = load_state(checkpoint)
-    resumed = Resumed(checkpoint, state["step"], state["cursor"])
+    resumed = Resumed(Saved(checkpoint, state), state["step"], state["cursor"])
     stage.say(f"{folder} goes on after step {resumed.step} of {config.run.steps}")
     if resumed.step >= config.run.steps:
         stage.warn(f"nothing is left to do: raise run.steps above {resumed.step}")

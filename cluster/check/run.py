@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from actors.records import Prompt
 from cluster.check.judges import Judges, check_rewards, demonstrations
@@ -15,12 +14,12 @@ from cluster.check.prompts import check_prompts, check_task
 from cluster.check.rollout import check_completions, generate
 from cluster.check.sheet import Sheet, Stage
 from cluster.config import SECTIONS, Config
+from cluster.continuing import compare
+from cluster.fingerprint import fingerprint
 from cluster.lengths import Lengths
-from cluster.making import learner_spec
 from cluster.placement import Placement, this_machine
 from cluster.prepare import Prepared
 from cluster.run import check_reachable, connect, ray_address
-from learner.worker import check_loadable
 from rewards.tasks import PromptRenderer, Task, take_prompts
 from rewards.worker import RewardSpec
 
@@ -55,6 +54,11 @@ def check(config: Config, print_line: Callable[[str], None], prompts: int) -> in
         found.model = check_model(config, stage)
     with sheet.stage("task") as stage:
         found.task, found.specs = check_task(config, stage)
+    if found.resumed and found.model and found.task:
+        with sheet.stage("resume") as stage:
+            now = fingerprint(config, found.model.path, found.task, found.specs)
+            changed = compare(config, found.resumed.saved, now)
+            stage.say(changed or "config, rows and model are those of the checkpoint")
     if found.model and found.task:
         with sheet.stage("prompts") as stage:
             found.renderer, found.prompts, found.lengths = check_prompts(
@@ -83,11 +87,7 @@ def _resources(config: Config, found: Found, stage: Stage) -> Placement:
         found.connected = True
     else:
         have = this_machine()
-    placement = check_machine(config, found.model, found.lengths, have, not address, stage)
-    if found.resumed is not None:
-        spec = learner_spec(_prepared(config, found), placement, Path(), int(have.cpus))
-        check_loadable(found.resumed.checkpoint, spec)
-    return placement
+    return check_machine(config, found.model, found.lengths, have, not address, stage)
 
 
 def _rewards_and_completions(

@@ -1,0 +1,145 @@
+"""What a run is made of, in digests that its checkpoints hold: config, rows, model, reward code.
+
+Covered: every config key; of a dataset all rows in their order, of other tasks their sizes and
+rows spread over both splits; of a model folder the small files whole, and of weight files the size,
+both ends and blocks spread over them; of tasks and reward functions of one's own the file that
+config names, not what it imports.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster.config import Config, expand
+from rewards.tasks import BUILT_IN, Fingerprinted, Row, Task
+from rewards.worker import RewardSpec
+
+VERSION = 1
+# Rows of each split that stand for all of a task that does not name its rows itself.
+SAMPLED_ROWS = 64
+# A file of at most so many bytes is read whole; of a larger one both ends and blocks between them.
+WHOLE_BYTES = 32 << 20
+BLOCKS, BLOCK_BYTES = 64, 64 << 10
+# What of a model folder decides over weights, tokens and text.
+MODEL_FILES = (
+    "*.json",
+    "*.safetensors",
+    "pytorch_model*.bin",
+    "*.model",
+    "*.jinja",
+    "vocab.*",
+    "merges.txt",
+    "chat_templates/*",
+)
+# Parts of this program: another version of it is another matter.
+OUR_PACKAGES = ("actors", "cluster", "learner", "rewards")
+
+
+def fingerprint(
+    config: Config, model_path: str, task: Task, specs: Sequence[RewardSpec]
+) -> dict[str, Any]:
+    """Everything that a run which goes on must have in common with the one that was saved.
+
+    model_path: the folder or hub id that `inspect_model` found. The result is JSON.
+    """
+    return {
+        "version": VERSION,
+        "config": config.model_dump(mode="json"),
+        "rows": row_digests(task),
+        "model": model_digests(model_path),
+        "code": code_digests(config, specs),
+    }
+
+
+def row_digests(task: Task) -> dict[str, str]:
+    """What stands for the task's rows, by its name."""
+    found = {
+        "training": f"{task.train_size():,} rows, {_sampled(task.train_size(), task.train_row)}",
+        "held-out": f"{task.eval_size():,} rows, {_sampled(task.eval_size(), task.eval_row)}",
+    }
+    return found | (task.fingerprint() if isinstance(task, Fingerprinted) else {})
+
+
+def _sampled(size: int, row: Callable[[int], Row]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    last = max(1, min(SAMPLED_ROWS, size) - 1)
+    for index in sorted({place * (size - 1) // last for place in range(last + 1)}):
+        found = row(index)
+        # Values of other types count by their type alone: their text may hold an address.
+        text = json.dumps(
+            [index, found.id, found.content, found.columns, found.source],
+            default=lambda value: type(value).__name__,
+            skipkeys=True,
+        )
+        digest.update(text.encode())
+    return digest.hexdigest()
+
+
+def model_digests(path: str) -> dict[str, str]:
+    """Size and digest of each file of a model folder by its name; empty for a hub id that is not
+    in the cache."""
+    folder = Path(path) if Path(path).is_dir() else _cached(path)
+    if folder is None:
+        return {}
+    files = {file for pattern in MODEL_FILES for file in folder.glob(pattern) if file.is_file()}
+    return {
+        file.relative_to(folder).as_posix(): f"{file.stat().st_size:,} bytes, {file_digest(file)}"
+        for file in sorted(files)
+    }
+
+
+def _cached(hub_id: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(hub_id, "config.json")
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def file_digest(file: Path) -> str:
+    """Of the whole file, or of its size, its ends and blocks between them when it is large."""
+    digest = hashlib.blake2b(digest_size=8)
+    size = file.stat().st_size
+    digest.update(str(size).encode())
+    with file.open("rb") as opened:
+        if size <= WHOLE_BYTES:
+            while block := opened.read(1 << 20):
+                digest.update(block)
+        else:
+            # The first block holds the header of safetensors, or the most of it.
+            for place in range(BLOCKS):
+                opened.seek(place * (size - BLOCK_BYTES) // (BLOCKS - 1))
+                digest.update(opened.read(BLOCK_BYTES))
+    return digest.hexdigest()
+
+
+def code_digests(config: Config, specs: Sequence[RewardSpec]) -> dict[str, str]:
+    """Digests of the files that hold the task and the reward functions of one's own."""
+    paths = {f"rewards.functions: {spec.path}": spec.path for spec in specs}
+    if config.task.name not in BUILT_IN:
+        paths[f"task.name: {config.task.name}"] = config.task.name
+    files = {name: _source(path) for name, path in paths.items()}
+    return {name: file_digest(file) for name, file in files.items() if file is not None}
+
+
+def _source(path: str) -> Path | None:
+    """The file of `path.py:name` or `module:name`, found without an import; None for our own, and
+    for what is in no file."""
+    location = path.rpartition(":")[0]
+    if location.endswith(".py") or os.sep in location:
+        file = expand(location)
+        return file if file.is_file() else None
+    parts = location.split(".")
+    if parts[0] in OUR_PACKAGES:
+        return None
+    for folder in sys.path:
+        base = Path(folder or os.curdir).joinpath(*parts)
+        for file in (base / "__init__.py", base.with_name(f"{base.name}.py")):
+            if file.is_file():
+                return file
+    return None
