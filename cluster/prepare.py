@@ -5,8 +5,6 @@ Nothing here needs Ray, an engine or a learner; nothing is written except a fold
 
 from __future__ import annotations
 
-import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -16,9 +14,10 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from cluster.config import Config, expand
+from cluster.config import Config
 from cluster.errors import RunError
 from cluster.lengths import check_lengths, render_rows
+from cluster.model_folder import inspect_model, load_tokenizer
 from rewards.tasks import PromptRenderer, Task, load_task, sample_rows
 from rewards.worker import RewardActor, RewardSpec, reward_specs
 
@@ -65,48 +64,6 @@ def prepare(config: Config) -> Prepared:
         max_length=lengths.max_length,
         overlong=lengths.overlong,
     )
-
-
-def inspect_model(config: Config) -> tuple[str, int, int]:
-    """The model's local path or hub id, its context length in tokens, its number of parameters.
-
-    Raises RunError when there is no such model.
-    """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    # transformers imports torchao, which finds fault with its own parts for GPUs.
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    given = config.model.path
-    folder = expand(given)
-    local = folder.is_dir()
-    if not local and (given.startswith(("/", "~", ".", "$")) or given.count("/") != 1):
-        raise RunError(f"model.path={given}: there is no such folder")
-    if local and not (folder / "config.json").is_file():
-        raise RunError(f"model.path={given}: the folder holds no config.json")
-    path = str(folder.resolve()) if local else given
-    try:
-        model_config = AutoConfig.from_pretrained(path)
-        # On the meta device: shapes without memory.
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(model_config)
-    except (OSError, ValueError, KeyError) as error:
-        raise RunError(f"model.path={given}: cannot be loaded: {error}") from error
-    model.tie_weights()
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return path, int(model_config.max_position_embeddings), parameters
-
-
-def load_tokenizer(path: str) -> Any:
-    """The tokenizer of a model's folder or hub id; raises RunError when it has none."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise RunError(f"model.path={path}: its tokenizer cannot be loaded: {error}") from error
 
 
 def longest_prompt(config: Config, context: int) -> int:

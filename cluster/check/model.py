@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,9 @@ from cluster.check.sheet import Stage
 from cluster.config import Config
 from cluster.continuing import Saved
 from cluster.errors import RunError
-from cluster.prepare import inspect_model, load_tokenizer
+from cluster.model_folder import inspect_model, load_tokenizer
 from cluster.run_dir import find_run_dir
+from cluster.weight_files import weight_files
 from learner.checkpoint import HF_FOLDER, latest, load_state, nearest_existing
 
 
@@ -72,15 +72,8 @@ def check_model(config: Config, stage: Stage) -> Model:
         f"{context:,}"
     )
     if Path(path).is_dir():
-        _check_weights(Path(path), parameters, stage)
+        stage.say(weight_files(Path(path)).describe())
     tokenizer = load_tokenizer(path)
-    embeddings = _embeddings(path)
-    highest = max(tokenizer.get_vocab().values())
-    if embeddings is not None and highest >= embeddings:
-        stage.problem(
-            f"model.path={path}: the tokenizer has token ids up to {highest}, the model embeds "
-            f"{embeddings}: they do not belong together"
-        )
     stops = stop_token_ids(path, tokenizer.eos_token_id)
     names = ", ".join(f"{tokenizer.convert_ids_to_tokens(i)} ({i})" for i in stops)
     template = "a chat template" if tokenizer.chat_template else "no chat template"
@@ -91,55 +84,6 @@ def check_model(config: Config, stage: Stage) -> Model:
             "token, so every completion runs to actors.max_tokens: set eos_token_id there"
         )
     return Model(path, context, parameters, tokenizer, read_architecture(path))
-
-
-def _check_weights(folder: Path, parameters: int, stage: Stage) -> None:
-    """Whether the weight files are there and whole, by their headers."""
-    from safetensors import SafetensorError, safe_open
-
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        named = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        missing = [name for name in named if not (folder / name).is_file()]
-        if missing:
-            raise RunError(f"model.path={folder}: {', '.join(missing)} missing")
-        files = [folder / name for name in named]
-    else:
-        files = [file for file in [folder / "model.safetensors"] if file.is_file()]
-    if not files:
-        if any(folder.glob("pytorch_model*.bin")):
-            stage.say("weights: pytorch_model*.bin, not looked into")
-            return
-        raise RunError(f"model.path={folder}: there is no model.safetensors")
-    stored = 0
-    for file in files:
-        try:
-            with safe_open(file, framework="numpy") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - not a mapping
-                    count = 1
-                    for side in tensors.get_slice(name).get_shape():
-                        count *= side
-                    stored += count
-        except SafetensorError as error:
-            # Cut short, or a pointer of Git LFS in its place.
-            raise RunError(
-                f"model.path: {file} is not a whole safetensors file: {error}"
-            ) from error
-    size = sum(file.stat().st_size for file in files)
-    stage.say(f"weights: {len(files)} safetensors file(s), {size / 2**20:,.0f} MiB")
-    # Tied matrices are often stored twice, and never count twice.
-    if stored < parameters:
-        stage.problem(
-            f"model.path={folder}: the files hold {stored:,} numbers, config.json describes "
-            f"{parameters:,}"
-        )
-
-
-def _embeddings(path: str) -> int | None:
-    """How many token ids the model knows."""
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(path).get_text_config().to_dict().get("vocab_size")
 
 
 def read_architecture(path: str) -> Architecture | None:

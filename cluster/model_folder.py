@@ -1,0 +1,256 @@
+"""What a model folder holds, and everything that would only show once engines have started.
+
+No weights are read and no code of a model's own is run. Every fault is a RunError that names the
+file or the config key; `cohort check`, `train`, `eval` and `warmup` see the same ones.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from cluster.config import Config, expand
+from cluster.errors import RunError
+from cluster.weight_files import adapter, compare_with_model, read_object, weight_files
+
+# How configs call the longest sequence, the usual name first.
+CONTEXT_KEYS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "max_sequence_length",
+    "seq_length",
+    "context_length",
+    "n_ctx",
+)
+# Heads that give numbers, classes or single words in place of a next token.
+OTHER_HEADS = (
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForQuestionAnswering",
+    "ForMultipleChoice",
+    "ForMaskedLM",
+    "ForPreTraining",
+    "RewardModel",
+)
+TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
+# Read before anything is loaded, because loaders do not say which of them is broken.
+JSON_FILES = ("config.json", "generation_config.json", "tokenizer_config.json")
+MORE_JSON_FILES = ("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
+# What a tokenizer calls the placeholders of inputs that a text does not have.
+NOT_TEXT = ("image_token", "audio_token", "video_token")
+
+
+def inspect_model(config: Config) -> tuple[str, int, int]:
+    """The model's local path or hub id, its context length in tokens, its number of parameters.
+
+    Raises RunError for what cannot be trained from.
+    """
+    path, local = _locate(config.model.path)
+    if local:
+        _check_files(Path(path))
+    found = _read_config(path)
+    _refuse_other_kinds(path, found)
+    model = _empty_model(path, found)
+    shapes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    if local:
+        compare_with_model(Path(path), weight_files(Path(path)), shapes)
+    return path, _context(config, found), sum(shapes.values())
+
+
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer of a model's folder or hub id.
+
+    Raises RunError when there is none, it is broken, or it has tokens that the model does not.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers import AutoTokenizer
+
+    folder = Path(path)
+    if folder.is_dir() and not any(any(folder.glob(name)) for name in TOKENIZER_FILES):
+        raise RunError(
+            f"model.path={path}: the folder holds no tokenizer ({', '.join(TOKENIZER_FILES)}): "
+            "copy that of the model it comes from"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:
+        for name in MORE_JSON_FILES:
+            if (folder / name).is_file():
+                read_object(folder / name)
+        raise RunError(
+            f"model.path={path}: its tokenizer cannot be loaded: {_told(error)}"
+        ) from error
+    _check_vocabulary(path, tokenizer)
+    return tokenizer
+
+
+def vocabulary_size(path: str) -> int | None:
+    """How many token ids the model has an embedding for."""
+    size = _read_config(path).get_text_config().to_dict().get("vocab_size")
+    return size if isinstance(size, int) else None
+
+
+def _locate(given: str) -> tuple[str, bool]:
+    """(the folder's path or the hub id, whether it is a folder)."""
+    folder = expand(given)
+    if folder.is_file():
+        hint = ""
+        if folder.suffix == ".gguf":
+            hint = " of GGUF: train from the model's unquantized folder"
+        raise RunError(f"model.path={given}: a file{hint}; name the folder that holds config.json")
+    if folder.is_dir():
+        return str(folder.resolve()), True
+    if given.startswith(("/", "~", ".", "$")) or given.count("/") != 1:
+        raise RunError(f"model.path={given}: there is no such folder")
+    return given, False
+
+
+def _check_files(folder: Path) -> None:
+    """Raise RunError for a folder without a model, and for files that are no JSON."""
+    if not (folder / "config.json").is_file():
+        only = adapter(folder) if (folder / "adapter_config.json").is_file() else ""
+        inside = sorted(found.parent.name for found in folder.glob("*/config.json"))
+        hint = f"; {', '.join(inside[:3])} inside does" if inside else ""
+        raise RunError(f"model.path={folder}: the folder holds no config.json{only or hint}")
+    for name in JSON_FILES:
+        if (folder / name).is_file():
+            ends = read_object(folder / name).get("eos_token_id")
+            ids = ends if isinstance(ends, list) else [ends]
+            if not all(end is None or type(end) is int for end in ids):
+                raise RunError(
+                    f"model.path: {folder / name}: eos_token_id must be a token id or a list of "
+                    f"them, not {ends!r}"
+                )
+
+
+def _read_config(path: str) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:
+        if not Path(path).is_dir():
+            raise RunError(
+                f"model.path={path}: there is no such folder here, and as a hub id it cannot be "
+                f"had: {_told(error)}"
+            ) from error
+        file = Path(path) / "config.json"
+        known = read_object(file)
+        if "auto_map" in known:
+            raise RunError(
+                f"model.path: {file}: the model comes with Python code of its own (auto_map), "
+                "which is not run: transformers must know the architecture itself"
+            ) from error
+        kind = known.get("model_type")
+        told = f"model_type={kind!r} " if kind else "no model_type, "
+        raise RunError(
+            f"model.path: {file} ({told}architectures={known.get('architectures')}) is not "
+            f"understood by transformers: {_told(error)}"
+        ) from error
+
+
+def _refuse_other_kinds(path: str, found: Any) -> None:
+    """Raise RunError for models that generate no text, or whose weights cannot be trained."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    )
+
+    sizes = found.to_dict()
+    quantized = sizes.get("quantization_config") or found.get_text_config().to_dict().get(
+        "quantization_config"
+    )
+    if quantized:
+        method = quantized.get("quant_method") or "an unknown method"
+        raise RunError(
+            f"model.path={path}: config.json says that the weights are quantized ({method}): train "
+            "from the model's unquantized weights; actors.quantization and learner.float8 compute "
+            "with fewer bits"
+        )
+    names = sizes.get("architectures") or []
+    heads = [name for name in names if str(name).endswith(OTHER_HEADS)]
+    if heads:
+        raise RunError(
+            f"model.path={path}: a {heads[0]} (a reward model, a classifier or an encoder), and no "
+            "language model that can be trained to write: its architecture must be ...ForCausalLM"
+        )
+    if sizes.get("is_encoder_decoder") or (
+        found.model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+        and not any(str(name).endswith("ForCausalLM") for name in names)
+    ):
+        raise RunError(
+            f"model.path={path}: {found.model_type} is an encoder and a decoder; what is trained "
+            "here is a decoder alone (...ForCausalLM)"
+        )
+    if found.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and sizes.get("is_decoder") is False:
+        raise RunError(
+            f"model.path={path}: {found.model_type} is an encoder, which writes no text; what is "
+            "trained here is a decoder (...ForCausalLM)"
+        )
+
+
+def _empty_model(path: str, found: Any) -> Any:
+    """The model without memory for its weights. Raises RunError when there is no such decoder."""
+    import torch
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+
+    # transformers imports torchao, which finds fault with its own parts for GPUs.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if type(found) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise RunError(
+            f"model.path={path}: {found.model_type} is no language model that transformers can "
+            "continue a text with (AutoModelForCausalLM does not know it)"
+        )
+    try:
+        # On the meta device: shapes without memory.
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(found, trust_remote_code=False)
+        model.tie_weights()
+    except Exception as error:
+        raise RunError(
+            f"model.path={path}: no model can be made of its config.json: {_told(error)}"
+        ) from error
+    return model
+
+
+def _context(config: Config, found: Any) -> int:
+    """The longest sequence, in tokens; model.max_length where the model names none."""
+    text = found.get_text_config()
+    sizes = text.to_dict()
+    for key in CONTEXT_KEYS:
+        if isinstance(size := sizes.get(key), int) and size > 0:
+            return size
+    if config.model.max_length is None:
+        raise RunError(
+            f"model.path={config.model.path}: config.json names no longest sequence "
+            f"({found.model_type} has none): set model.max_length to prompt plus completion"
+        )
+    return config.model.max_length
+
+
+def _check_vocabulary(path: str, tokenizer: Any) -> None:
+    """Raise RunError for a tokenizer with ids that the model has no embedding for."""
+    size = vocabulary_size(path)
+    if size is None:
+        return
+    beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= size}
+    # Gemma 3's models for text share the tokenizer of those that see.
+    unused = {str(tokenizer.special_tokens_map.get(name)) for name in NOT_TEXT}
+    wrong = sorted((number, token) for token, number in beyond.items() if token not in unused)
+    if wrong:
+        shown = ", ".join(f"{token!r} ({number})" for number, token in wrong[:3])
+        raise RunError(
+            f"model.path={path}: the tokenizer has token ids up to {wrong[-1][0]} ({shown}), and "
+            f"the model embeds {size}: they do not belong together. Were tokens added? Then save "
+            "the model after resize_token_embeddings"
+        )
+
+
+def _told(error: Exception) -> str:
+    """An error of a library in a few words."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:400]}"
