@@ -16,6 +16,7 @@ from cluster.console import Console
 from cluster.making import make_pool, make_rewards
 from cluster.placement import plan
 from cluster.prepare import Prepared, RunError, passing_logs, prepare
+from cluster.ray_start import check_start
 from cluster.run import connect_aside, shut_down
 from cluster.signals import Signals
 from learner.checkpoint import latest
@@ -95,6 +96,7 @@ async def _evaluate(
     rows, prompts = fitting_rows(prepared, rows, console)
     count = len(rows)
     samples = config.task.group_size
+    check_start(config)
     console.stage("starting Ray")
     placement = plan(config, await connect_aside(config, signals), prepared.parameters)
     with passing_logs("eval") as log_dir:

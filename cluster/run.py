@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import socket
 from collections.abc import Coroutine
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,12 +32,11 @@ from cluster.placement import (
     PlacementError,
     Resources,
     checkpoint_bytes,
-    connected_cluster,
-    object_store_bytes,
     plan,
     this_machine,
 )
 from cluster.prepare import Prepared, RunError, first_probe, prepare
+from cluster.ray_start import check_start, connect, ray_address
 from cluster.recording import Run
 from cluster.run_dir import RunDir, claim_run_dir
 from cluster.scribe import Scribe
@@ -51,7 +48,6 @@ from learner.group import LearnerError, LearnerGroup
 from rewards.pool import RewardPool, RewardPoolError
 from rewards.tasks import TaskError
 
-CONNECT_TIMEOUT_S = 10
 # How often our signal handlers are set again while Ray sets its own.
 HANDLERS_S = 0.05
 GOODBYE_S = 30
@@ -74,46 +70,6 @@ EXPECTED_ERRORS = (
 """Errors whose message is meant for people: shown without a traceback."""
 
 
-def ray_address(config: Config) -> str | None:
-    """The cluster to join; None for a Ray of our own."""
-    return config.cluster.address or os.environ.get("RAY_ADDRESS")
-
-
-def check_reachable(address: str) -> None:
-    """Raise RunError when nobody answers at host:port; Ray itself would try for minutes."""
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if not colon or not port.isdigit():
-        return
-    try:
-        socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
-    except OSError as error:
-        raise RunError(f"cluster.address={address}: cannot connect to Ray: {error}") from error
-
-
-def connect(config: Config) -> Resources:
-    """Join the Ray cluster, or start a Ray of our own on this machine; what it offers."""
-    import ray
-
-    address = ray_address(config)
-    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    # Ray reports how it is used to its makers unless told not to.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if address:
-        try:
-            ray.init(address=address, **options)
-        except ConnectionError as error:
-            raise RunError(f"cluster.address={address}: cannot connect to Ray: {error}") from error
-        return connected_cluster()
-    have = this_machine()
-    ray.init(
-        num_cpus=int(have.cpus),
-        include_dashboard=False,
-        object_store_memory=object_store_bytes(have),
-        **options,
-    )
-    return have
-
-
 async def run_training(config: Config) -> int:
     """Check, start, train, stop. Returns the exit code: 0 done, 128 + a signal's number when that
     stopped it; what was trained is saved then.
@@ -124,9 +80,8 @@ async def run_training(config: Config) -> int:
         try:
             prepared = prepare(config)
             # What can be known to fail is said before anything is written.
-            if address := ray_address(config):
-                check_reachable(address)
-            else:
+            check_start(config)
+            if ray_address(config) is None:
                 plan(config, this_machine(), prepared.parameters)
             signals.check()
             with (
@@ -283,7 +238,7 @@ async def connect_aside(config: Config, signals: Signals) -> Resources:
     again until it is done.
     """
     logging.getLogger("ray").setLevel(logging.ERROR)
-    connecting = asyncio.ensure_future(asyncio.to_thread(connect, config))
+    connecting = asyncio.ensure_future(asyncio.to_thread(connect, config, this_machine()))
     try:
         while not connecting.done():
             await asyncio.wait({connecting}, timeout=HANDLERS_S)

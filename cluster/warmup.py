@@ -31,7 +31,8 @@ from cluster.console import Console, duration
 from cluster.making import start_learner
 from cluster.placement import plan, this_machine
 from cluster.prepare import Prepared, passing_logs, prepare
-from cluster.run import check_reachable, connect_aside, ray_address
+from cluster.ray_start import check_start, ray_address
+from cluster.run import connect_aside
 from cluster.signals import Signals
 from learner.checkpoint import new_folder, require_free
 from learner.config import AlgorithmConfig
@@ -196,9 +197,8 @@ async def run_warmup(config: Config, given: WarmUp, out: Path) -> int:
     prepared = prepare(config)
     batches = demonstrations(prepared, given.examples)
     first = list(islice(batches, given.batch_size))  # what is wrong with a task shows here
-    if address := ray_address(config):
-        check_reachable(address)
-    else:
+    check_start(config)
+    if ray_address(config) is None:
         plan(config, this_machine(), prepared.parameters)
     with (
         Signals() as signals,

@@ -19,7 +19,7 @@ from cluster.fingerprint import fingerprint
 from cluster.lengths import Lengths
 from cluster.placement import Placement, this_machine
 from cluster.prepare import Prepared
-from cluster.run import check_reachable, connect, ray_address
+from cluster.ray_start import check_start, connect, ray_address
 from rewards.tasks import PromptRenderer, Task, take_prompts
 from rewards.worker import RewardSpec
 
@@ -81,8 +81,8 @@ def check(config: Config, print_line: Callable[[str], None], prompts: int) -> in
 def _resources(config: Config, found: Found, stage: Stage) -> Placement:
     assert found.model is not None and found.lengths is not None
     address = ray_address(config)
+    check_start(config)
     if address:
-        check_reachable(address)
         have = connect(config)
         found.connected = True
     else:
