@@ -141,6 +141,13 @@ def test_run_steps_under_a_schedule_say_how_far_the_learning_rate_would_jump(
     assert [row["step"] for row in run.rows()] == list(range(8))
 
 
+def test_steps_may_not_change_before_the_schedule_begins_to_fall(world: MakeWorld) -> None:
+    """The learning rate is the same at first, in a warm-up, and another one later."""
+    run = stopped(world, learner__lr_schedule="cosine", learner__warmup_steps=5)
+    with pytest.raises(RunError, match=r"run\.steps +6 +60 +the learning rate's schedule ends"):
+        resume(run, run__steps=60)
+
+
 HARMLESS_CHANGES = {
     "actors__count": 1,
     "actors__max_staleness": 1,

@@ -24,6 +24,9 @@ LENGTHS = "tests/cluster/test_lengths.py"
 REWARD_POOL = "tests/rewards/test_reward_pool.py"
 LOADING = "tests/rewards/test_reward_loading.py"
 NUMBERS = "tests/rewards/test_reward_numbers.py"
+RESUMED = "tests/cluster/test_resume.py"
+FOLDERS = "tests/cluster/test_model_folder.py"
+RAY_START = "tests/cluster/test_ray_start.py"
 
 MUTANTS = (
     Mutant(
@@ -449,5 +452,47 @@ MUTANTS = (
         "            os.kill(self.pid, signal.SIGKILL)\n",
         "nothing that a reward function starts outlives it",
         (f"{NUMBERS}::test_nothing_that_a_function_starts_outlives_it",),
+    ),
+    Mutant(
+        "cluster/changes.py",
+        "refused = [item for item in found if item.breaks and item.key not in allowed]",
+        "refused = []",
+        "a resumed run with other rows, schedule or objective is refused",
+        (f"{RESUMED}::test_what_changes_rows_schedule_or_objective_is_refused_before_anything_starts",),
+    ),
+    Mutant(
+        "cluster/saving.py",
+        '"fingerprint": run.fingerprint,',
+        '"fingerprint": {},',
+        "a checkpoint holds the fingerprint of its run",
+        (f"{RESUMED}::test_changed_rows_are_refused_whatever_the_file_is_called",),
+    ),
+    Mutant(
+        "cluster/metrics.py",
+        "            counters.group_size = group_size\n",
+        "            pass\n",
+        "samples add up after a resume with another group size",
+        (f"{RESUMED}::test_a_changed_group_size_adds_up_even_when_a_group_is_lost",),
+    ),
+    Mutant(
+        "cluster/changes.py",
+        'elif key == "run.steps" and not (_ends_with_run(saved) or _ends_with_run(now)):',
+        'elif key == "run.steps":',
+        "the steps of a run with a schedule do not change unseen",
+        (f"{RESUMED}::test_steps_may_not_change_before_the_schedule_begins_to_fall",),
+    ),
+    Mutant(
+        "cluster/model_folder.py",
+        "        compare_with_model(Path(path), weight_files(Path(path)), shapes)\n",
+        "        pass\n",
+        "weight files that are missing, cut short or of another model are refused at the start",
+        (f"{FOLDERS}::test_a_bad_folder_is_one_message_that_names_it_in_every_command",),
+    ),
+    Mutant(
+        "cluster/ray_start.py",
+        "            address=OWN,\n",
+        "            address=None,\n",
+        "a Ray of our own joins no cluster that runs on the machine",
+        (f"{RAY_START}::test_a_ray_of_our_own_joins_nobodys",),
     ),
 )

@@ -257,3 +257,22 @@ def test_a_hanging_reward_stops_the_run_with_one_message(
     assert "Traceback" not in result.stderr
     assert latest(run / "checkpoints") is None
     nothing_left()
+
+
+def test_steps_of_a_cosine_change_only_when_told_to(cohort: Cohort) -> None:
+    run = cohort.folder / "cosine"
+    keys: dict[str, object] = {"run__dir": run, "learner__lr_schedule": "cosine"}
+    first = cohort.train(**keys, run__steps=2)
+    assert first.returncode == 0, shown(first)
+    refused = cohort.train(**keys, run__steps=4, run__resume="true")
+    assert refused.returncode == 1, shown(refused)
+    assert "Traceback" not in shown(refused) and "starting Ray" not in shown(refused)
+    assert "the learning rate would jump from" in refused.stderr
+    assert "run.allow_changed=[run.steps]" in refused.stderr
+    told = cohort.train(**keys, run__steps=4, run__resume="true", run__allow_changed="[run.steps]")
+    assert told.returncode == 0, shown(told)
+    assert "changed since the checkpoint" in told.stdout
+    assert [row["step"] for row in rows(run)] == [0, 1, 2, 3]
+    rates = [row["learner/learning_rate"] for row in rows(run)]
+    assert rates[2] > rates[1], rates
+    assert list(run.glob("replaced-*/config.yaml"))
