@@ -458,7 +458,9 @@ MUTANTS = (
         "refused = [item for item in found if item.breaks and item.key not in allowed]",
         "refused = []",
         "a resumed run with other rows, schedule or objective is refused",
-        (f"{RESUMED}::test_what_changes_rows_schedule_or_objective_is_refused_before_anything_starts",),
+        (
+            f"{RESUMED}::test_what_changes_rows_schedule_or_objective_is_refused_before_anything_starts",
+        ),
     ),
     Mutant(
         "cluster/saving.py",
