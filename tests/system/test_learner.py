@@ -49,9 +49,13 @@ GRADIENT_PROBE = dict(learning_rate=1e4, adam_eps=1e4, adam_betas=(0.0, 0.99), g
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
+    # For the reference's tiny tensors; more threads only wait for each other.
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
