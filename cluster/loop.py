@@ -20,7 +20,8 @@ from cluster.config import Config
 from cluster.metrics import StepTimes, reward_errors
 from cluster.recording import Finished, Run, record
 from cluster.saving import rescue, save_at_the_end, save_if_due
-from cluster.stream import Batch
+from cluster.stream import MAX_GENERATIONS, Batch
+from learner.group import LostGroups, StepResult
 
 T = TypeVar("T")
 
@@ -68,7 +69,7 @@ async def _steps(run: Run) -> None:
 
         # 3. One optimizer step on them. From here on it counts, whatever comes next.
         train_began = time.monotonic()
-        result = await run.learner.step(batch.groups)
+        batch, result = await learn(run, batch)
         train_s = time.monotonic() - train_began
         run.finish(Finished(batch, result, train_s))
 
@@ -89,6 +90,18 @@ async def _steps(run: Run) -> None:
 
         # 6. Save now and then; what is saved is what `run.resume` continues from.
         await save_if_due(run)
+
+
+async def learn(run: Run, batch: Batch) -> tuple[Batch, StepResult]:
+    """One optimizer step. Groups that were lost since they were scored are generated again."""
+    for _ in range(MAX_GENERATIONS - 1):
+        try:
+            return batch, await run.learner.step(batch.groups)
+        except LostGroups as lost:
+            run.console.note(f"step {batch.step}: {lost}; they are generated again")
+            batch = await run.stream.again(batch, lost.group_ids)
+            check_failures(run.config, batch)
+    return batch, await run.learner.step(batch.groups)
 
 
 async def publish(run: Run) -> float:

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from actors.pool import RolloutPool
@@ -25,7 +25,7 @@ from rewards.tasks import Taken
 
 logger = logging.getLogger(__name__)
 
-# Of one group, when its completions are lost with a machine before they are scored.
+# Of one group, when its completions are lost with a machine before they are scored or trained.
 MAX_GENERATIONS = 3
 
 
@@ -100,6 +100,8 @@ class GroupStream:
         self._overlong: dict[int, int] = {}
         # For each step in flight, its prompts by the ids of their groups.
         self._drawn: dict[int, dict[str, Prompt]] = {}
+        # The prompts of the step that was handed over last.
+        self._handed: dict[str, Prompt] = {}
         # Completions being judged: for each group, its attempt at them and their verdicts.
         self._judging: dict[str, tuple[int, list[asyncio.Task[Any]]]] = {}
         self._errors_shown: set[tuple[str, str]] = set()
@@ -124,12 +126,31 @@ class GroupStream:
         requests = [group_request(self._config, step, prompt) for prompt in taken.prompts]
         drawn = self._drawn.setdefault(step, {})
         drawn.update((request.group_id, request.prompt) for request in requests)
-        generating = await self._pool.generate(requests, self._judge)
         self.admitted += len(requests) * self._config.task.group_size
+        return await self._produce(requests)
+
+    async def _produce(self, requests: list[Request]) -> list[asyncio.Task[_Produced]]:
+        generating = await self._pool.generate(requests, self._judge)
         return [
             asyncio.create_task(self._score(request, task))
             for request, task in zip(requests, generating, strict=True)
         ]
+
+    async def again(self, batch: Batch, group_ids: Iterable[str]) -> Batch:
+        """The batch handed over last, with these groups generated and scored again, from the same
+        prompts and seeds: what was there of them is lost."""
+        requests = [
+            group_request(self._config, batch.step, self._handed[group_id])
+            for group_id in group_ids
+        ]
+        produced = await asyncio.gather(*await self._produce(requests))
+        new = {r.group_id: p.outcome for r, p in zip(requests, produced, strict=True)}
+        groups = [new.get(group.meta.group_id, group) for group in batch.groups]
+        return replace(
+            batch,
+            groups=[group for group in groups if isinstance(group, ScoredRef)],
+            failures=[*batch.failures, *(g for g in groups if isinstance(g, Failure))],
+        )
 
     def _judge(self, group_id: str, attempt: int, completion: Any) -> None:
         """Have a completion judged while others of its group are still being generated."""
@@ -224,7 +245,7 @@ class GroupStream:
 
     def _outcomes(self, step: int, groups: list[ScoredRef]) -> tuple[Outcome, ...]:
         """How often each of a step's prompts was solved, written into the history."""
-        drawn = self._drawn.pop(step)
+        drawn = self._handed = self._drawn.pop(step)
         bar = self._config.task.solved_at
         prompts = [(drawn[group.meta.group_id], group.scores.totals) for group in groups]
         outcomes = tuple(outcome(p.row_id, p.source, totals, bar) for p, totals in prompts)

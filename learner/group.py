@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayTaskError
 
+from actors.errors import kind_of, words
 from actors.records import WeightsInfo
 from learner.checkpoint import CheckpointError, NotFiniteError
 from learner.grpo import LossStats
@@ -33,6 +34,14 @@ class LearnerError(Exception):
     def __init__(self, message: str, savable: bool = True) -> None:
         super().__init__(message)
         self.savable = savable
+
+
+class LostGroups(LearnerError):
+    """The objects of some groups are gone, with the machine that held them. Nothing was done."""
+
+    def __init__(self, group_ids: Sequence[str]) -> None:
+        super().__init__(f"the completions of {', '.join(group_ids)} are gone")
+        self.group_ids = tuple(group_ids)
 
 
 @dataclass(frozen=True)
@@ -194,7 +203,7 @@ class LearnerGroup:
 
         A step without a group to train on, or an update whose gradient is not finite, changes
         nothing and says so in the result. Raises LearnerError after `learner.max_skipped_steps`
-        non-finite updates in a row.
+        non-finite updates in a row, and LostGroups, before anything is done, when objects are gone.
         """
         algorithm, kl, kl_a_token = self.spec.algorithm, None, None
         if algorithm.kl_coef > 0 and algorithm.kl_in == "reward":
@@ -205,12 +214,14 @@ class LearnerGroup:
         if plan.micro_batches == 0:
             return pool(plan, [], self.version, self.nonfinite_in_a_row, kl_a_token)
         refs = {group.meta.group_id: group.ref for group in groups}
-        calls = []
+        calls, asked = [], []
         for rank, worker in enumerate(self._workers):
             updates = [shards[rank] for shards in plan.updates]
-            batches = [batch for shard in updates for batch in shard]
-            calls.append(worker.step.remote(updates, _refs_of(batches, refs)))
+            ids = _ids_of([batch for shard in updates for batch in shard])
+            asked.append(ids)
+            calls.append(worker.step.remote(updates, [refs[group_id] for group_id in ids]))
         results = await self._all("an optimizer step", calls)
+        _require_all(asked, [result.lost for result in results])
         applied = [update.applied for update in results[0].updates]
         for result in results:
             if [update.applied for update in result.updates] != applied:
@@ -234,12 +245,15 @@ class LearnerGroup:
         """k1 of engine against reference, summed over every completion that has tokens, by id."""
         shards = score_batches([group.meta for group in groups], **self._limits())
         refs = {group.meta.group_id: group.ref for group in groups}
+        asked = [_ids_of(batches) for batches in shards]
         calls = [
-            worker.reference_kl.remote(batches, _refs_of(batches, refs))
-            for worker, batches in zip(self._workers, shards, strict=True)
+            worker.reference_kl.remote(batches, [refs[group_id] for group_id in ids])
+            for worker, batches, ids in zip(self._workers, shards, asked, strict=True)
         ]
+        results = await self._all("scoring with the reference", calls)
+        _require_all(asked, [found if isinstance(found, tuple) else () for found in results])
         kl: dict[str, float] = {}
-        for found in await self._all("scoring with the reference", calls):
+        for found in results:
             kl.update(found)
         return kl
 
@@ -313,13 +327,20 @@ class LearnerGroup:
         return await _all(what, calls, self.spec.learner.step_timeout_s)
 
 
-def _refs_of(batches: Sequence[MicroBatch], refs: Mapping[str, Any]) -> list[Any]:
-    """References to the groups of these micro-batches.
+def _ids_of(batches: Sequence[MicroBatch]) -> list[str]:
+    """The groups of these micro-batches, each once.
 
-    In a list, references arrive as references: each rank fetches its own groups.
+    Their references go to the rank in a list, so that they arrive as references: it fetches its own
+    groups.
     """
-    ids = dict.fromkeys(row.group_id for batch in batches for row in batch.rows)
-    return [refs[group_id] for group_id in ids]
+    return list(dict.fromkeys(row.group_id for batch in batches for row in batch.rows))
+
+
+def _require_all(asked: Sequence[Sequence[str]], lost: Sequence[Sequence[int]]) -> None:
+    """Raise LostGroups when a rank could not have some of the groups that it was asked for."""
+    gone = [ids[place] for ids, places in zip(asked, lost, strict=True) for place in places]
+    if gone:
+        raise LostGroups(list(dict.fromkeys(gone)))
 
 
 async def _value(ref: Any) -> Any:
@@ -372,15 +393,16 @@ def _is_alive(error: BaseException) -> bool:
 
 def _blame(error: BaseException) -> int:
     """0: a cause for sure (the process died); 1: the rank's own error; 2: likely a consequence."""
-    if isinstance(error, RayActorError):
+    if not isinstance(error, RayTaskError) and kind_of(error) == "infra":
         return 0
     return 2 if any(word in str(error).lower() for word in CONSEQUENCES) else 1
 
 
 def _message(error: BaseException) -> str:
-    if isinstance(error, RayTaskError) and error.cause is not None:
+    """The rank's own error; a mistake in its program with the traceback."""
+    if isinstance(error, RayTaskError) and error.cause is not None and kind_of(error) != "bug":
         return f"{type(error.cause).__name__}: {error.cause}"
-    return f"{type(error).__name__}: {error}"
+    return words(error)
 
 
 def _kill(workers: Sequence[Any]) -> None:

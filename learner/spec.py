@@ -70,9 +70,14 @@ class UpdateResult:
 
 @dataclass(frozen=True)
 class RankResult:
-    """What one rank saw of one step. steps_done: steps with an update that was applied."""
+    """What one rank saw of one step. steps_done: steps with an update that was applied.
+
+    lost: places of groups in the call whose objects are gone. If any rank has some, none has done
+    anything.
+    """
 
     rank: int
     updates: tuple[UpdateResult, ...]
     steps_done: int
     seconds: float
+    lost: tuple[int, ...] = ()

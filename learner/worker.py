@@ -203,10 +203,14 @@ class LearnerWorker:
         updates: the micro-batches of each optimizer update; all ranks have equally many. groups:
         the ScoredGroups of their rows, or Ray references to them. An update moves the optimizer
         unless the global gradient norm is not finite; then nothing changes, on any rank, and its
-        `applied` is False.
+        `applied` is False. Nothing is done, on any rank, when one cannot have its groups.
         """
         started = time.monotonic()
-        by_id = {group.group.id: group for group in self._fetch(groups)}
+        fetched, lost = self._fetch(groups)
+        if not self._everywhere(not lost):
+            elapsed = time.monotonic() - started
+            return RankResult(self.spec.rank, (), self.steps_done, elapsed, tuple(lost))
+        by_id = {group.group.id: group for group in fetched}
         # The same on all ranks, whatever their rows: they must make the same forward passes.
         same = self.spec.algorithm.update_on == "all"
         memos = [_Memo()] * len(updates) if same else [_Memo() for _ in updates]
@@ -242,7 +246,8 @@ class LearnerWorker:
             self.engine.step()
             applied = self.engine.was_step_applied()
             # DeepSpeed halved the scale: the same update again, so that no batch is lost to it.
-            if applied or self._loss_scale() == loss_scale or not self._finite_everywhere(stats):
+            finite = math.isfinite(stats.loss)
+            if applied or self._loss_scale() == loss_scale or not self._everywhere(finite):
                 break
         self.updates_done += applied
         norm = float(self.engine.get_global_grad_norm())
@@ -254,21 +259,37 @@ class LearnerWorker:
             return 1.0
         return float(self.engine.optimizer.loss_scaler.loss_scale)
 
-    def _finite_everywhere(self, stats: LossStats) -> bool:
-        """Whether every rank's loss is finite. If not, no scale will help."""
+    def _everywhere(self, holds: bool) -> bool:
+        """Whether something holds on every rank; all of them ask together."""
         import torch
         import torch.distributed as dist
 
-        finite = torch.tensor(float(math.isfinite(stats.loss)), device=self.device)
-        dist.all_reduce(finite, dist.ReduceOp.MIN)
-        return bool(finite)
+        if self.spec.world_size == 1:
+            return holds
+        said = torch.tensor(float(holds), device=self.device)
+        dist.all_reduce(said, dist.ReduceOp.MIN)
+        return bool(said)
 
-    def _fetch(self, groups: Sequence[Any]) -> list[ScoredGroup]:
+    def _fetch(self, groups: Sequence[Any]) -> tuple[list[ScoredGroup], list[int]]:
+        """The groups behind references; and the places of those whose objects are gone."""
         import ray
+        from ray.exceptions import GetTimeoutError, RayError
 
+        timeout_s = self.spec.learner.step_timeout_s
+        fetched, lost = [], []
+        # Together first: one after the other they would cross the network one by one.
         refs = [group for group in groups if isinstance(group, ray.ObjectRef)]
-        fetched = iter(ray.get(refs, timeout=self.spec.learner.step_timeout_s) if refs else [])
-        return [next(fetched) if isinstance(g, ray.ObjectRef) else g for g in groups]
+        if refs:
+            ray.wait(refs, num_returns=len(refs), timeout=timeout_s)
+        for place, group in enumerate(groups):
+            try:
+                is_ref = isinstance(group, ray.ObjectRef)
+                fetched.append(ray.get(group, timeout=timeout_s) if is_ref else group)
+            except GetTimeoutError:
+                raise
+            except RayError:
+                lost.append(place)
+        return fetched, lost
 
     def _policy(self, tensors: BatchTensors, chunks: int) -> Any:
         return self.engine(
@@ -325,9 +346,15 @@ class LearnerWorker:
     @_watched
     def reference_kl(
         self, batches: Sequence[MicroBatch], groups: Sequence[Any]
-    ) -> dict[str, float]:
-        """k1 of engine against reference, summed over each completion of these micro-batches."""
-        by_id = {group.group.id: group for group in self._fetch(groups)}
+    ) -> dict[str, float] | tuple[int, ...]:
+        """k1 of engine against reference, summed over each completion of these micro-batches.
+
+        Where a rank cannot have its groups: the places of those that are gone, and nothing is done.
+        """
+        fetched, lost = self._fetch(groups)
+        if not self._everywhere(not lost):
+            return tuple(lost)
+        by_id = {group.group.id: group for group in fetched}
         found = {}
         for batch in batches:
             tensors = build_micro_batch(batch, by_id).to(self.device)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ray.exceptions import ObjectLostError
 
 from actors.records import ScoredGroup, WeightsInfo
 from actors.weight_file import TensorSpec
@@ -91,9 +92,15 @@ class LocalLearnerWorker:
         self, updates: Sequence[Sequence[MicroBatch]], groups: Sequence[Any]
     ) -> RankResult:
         ray, actor = current_ray(), current_actor()
-        fetched: list[ScoredGroup] = [
-            await group if isinstance(group, Ref) else group for group in groups
-        ]
+        fetched: list[ScoredGroup] = []
+        lost = []
+        for place, group in enumerate(groups):
+            try:
+                fetched.append(await group if isinstance(group, Ref) else group)
+            except ObjectLostError:
+                lost.append(place)
+        if (await self._gang.sum(self.spec.rank, [np.array([len(lost)])]))[0].any():
+            return RankResult(self.spec.rank, (), self.steps_done, 0.0, tuple(lost))
         by_id = {group.group.id: group for group in fetched}
         event = ray.emit(
             "step",
