@@ -46,6 +46,6 @@ def test_groups_lost_before_they_are_trained_are_generated_again(
 def test_groups_that_are_lost_each_time_end_the_run_in_words(world: MakeWorld) -> None:
     run = world(run__steps=4, learner__workers=1)
     run.on("call", lose(1), actor="learner-0", what="step")
-    with pytest.raises(LostGroups, match="the completions of 0:.* are gone"):
+    with pytest.raises(LostGroups, match=r"the completions of 0:.* are gone"):
         run.train()
     assert not run.events("step")
