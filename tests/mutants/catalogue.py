@@ -27,6 +27,8 @@ NUMBERS = "tests/rewards/test_reward_numbers.py"
 RESUMED = "tests/cluster/test_resume.py"
 FOLDERS = "tests/cluster/test_model_folder.py"
 RAY_START = "tests/cluster/test_ray_start.py"
+LOST = "tests/harness/test_lost_groups.py"
+VALUES = "tests/cluster/test_values.py"
 
 MUTANTS = (
     Mutant(
@@ -496,5 +498,82 @@ MUTANTS = (
         "            address=None,\n",
         "a Ray of our own joins no cluster that runs on the machine",
         (f"{RAY_START}::test_a_ray_of_our_own_joins_nobodys",),
+    ),
+    Mutant(
+        "learner/config.py",
+        "problems = self._unused()",
+        "problems: list[str] = []",
+        "a key that the algorithm does not use is refused",
+        ("tests/learner/test_keys.py::test_a_key_without_effect_is_refused",),
+    ),
+    Mutant(
+        "learner/group.py",
+        "        if self.nonfinite_in_a_row:",
+        "        if False:",
+        "nothing is saved as good after a step that was not finite",
+        ("tests/learner/test_group.py::test_after_a_step_that_was_not_finite_nothing_is_saved",),
+    ),
+    Mutant(
+        "learner/group.py",
+        "    if gone:\n",
+        "    if False:\n",
+        "groups whose objects are gone are generated again",
+        (f"{LOST}::test_groups_lost_before_they_are_trained_are_generated_again",),
+    ),
+    Mutant(
+        "cluster/loop.py",
+        "    for _ in range(MAX_GENERATIONS - 1):",
+        "    while True:",
+        "groups that are lost each time end the run",
+        (f"{LOST}::test_groups_that_are_lost_each_time_end_the_run_in_words",),
+    ),
+    Mutant(
+        "cluster/values.py",
+        "    return typed(Plain(text), kind, where)",
+        "    return typed(read_yaml(text), kind, where)",
+        "a text on the command line stays as it was typed",
+        (f"{VALUES}::test_texts_of_the_command_line_stay_what_they_are",),
+    ),
+    Mutant(
+        "cluster/values.py",
+        '    if value in NULLS or (optional and value == "None"):',
+        "    if value in NULLS:",
+        "every default can be typed back as Python prints it",
+        (f"{VALUES}::test_every_default_can_be_typed_back",),
+    ),
+    Mutant(
+        "cluster/placement.py",
+        "memory=min(whole.available, available),",
+        "memory=whole.available,",
+        "a container's memory limit bounds every plan",
+        ("tests/cluster/test_placement.py::test_a_container_gets_what_its_cgroup_allows",),
+    ),
+    Mutant(
+        "learner/safe_load.py",
+        '    os.environ[FORCED] = "1"',
+        "    pass",
+        "nothing in a checkpoint is run",
+        ("tests/learner/test_safe_load.py",),
+    ),
+    Mutant(
+        "rewards/maths.py",
+        "scores.append(0.0)",
+        "scores.append(None)",
+        "an answer that takes too long is wrong, not left out",
+        ("tests/rewards/test_maths.py::test_what_takes_too_much_is_wrong",),
+    ),
+    Mutant(
+        "actors/engine.py",
+        "if wrong is not None:",
+        "if False:",
+        "an engine that computes with other weights ends the run at that update",
+        (f"{WEIGHTS}::test_an_update_that_an_engine_ignores_ends_the_run_at_that_update",),
+    ),
+    Mutant(
+        "actors/watch.py",
+        "moved = progress != self.progress",
+        "moved = True",
+        "an engine that stands still is noticed",
+        (f"{RECOVERY}::test_one_that_stands_still_is_replaced_soon",),
     ),
 )
