@@ -523,9 +523,9 @@ MUTANTS = (
     Mutant(
         "cluster/loop.py",
         "    for _ in range(MAX_GENERATIONS - 1):",
-        "    while True:",
-        "groups that are lost each time end the run",
-        (f"{LOST}::test_groups_that_are_lost_each_time_end_the_run_in_words",),
+        "    for _ in range(0):",
+        "a step is tried again once its lost groups are there",
+        (f"{LOST}::test_groups_lost_before_they_are_trained_are_generated_again",),
     ),
     Mutant(
         "cluster/values.py",
