@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 MARKER = "COHORT_REAP"
+SHM = Path("/dev/shm")
 WATCHER_START_S = 30
 TRACKER_S = 5.0
 # How the names of files begin through which Python's and vLLM's processes talk.

@@ -8,6 +8,7 @@ from typing import Any
 
 from actors.engine import EngineSpec
 from actors.pool import RolloutPool
+from actors.process import SHM
 from actors.rollout import RolloutActor
 from cluster.config import Config
 from cluster.console import Console
@@ -124,7 +125,7 @@ def learner_spec(
         device=placement.device,
         threads=max(1, cores // ranks),
         seed=config.run.seed,
-        shm_dir=f"/dev/shm/cohort-learner-{uuid.uuid4().hex[:12]}",
+        shm_dir=f"{SHM}/cohort-learner-{uuid.uuid4().hex[:12]}",
         log_dir=str(log_dir),
         total_steps=config.run.steps,
         trial_dir=None if trial is None else str(trial),

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from actors.machine import cgroup_limits, usable_cores
-from actors.process import KEEP_HEAP
+from actors.process import KEEP_HEAP, SHM
 from cluster.config import Config
 
 GIB = 1024**3
-SHM = Path("/dev/shm")
 OBJECT_STORE, MIN_OBJECT_STORE = 512 * 2**20, 80 * 2**20
 Device = Literal["cpu", "cuda"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 
+from actors.process import SHM
 from cluster.check.estimate import activation_bytes, kv_bytes_per_token, logit_bytes
 from cluster.check.model import Model
 from cluster.check.sheet import Stage
@@ -12,7 +13,6 @@ from cluster.lengths import Lengths
 from cluster.placement import (
     GIB,
     RANK_OVERHEAD,
-    SHM,
     WIDTH,
     Placement,
     Resources,

@@ -35,7 +35,6 @@ import asyncio
 import json
 import os
 import random
-import shutil
 import sys
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -44,6 +43,8 @@ from typing import Any, TypeVar
 import pytest
 from ray.exceptions import OutOfMemoryError
 
+import actors.rollout
+import cluster.making
 import cluster.prepare
 import cluster.run
 from cluster.config import Config, load_config
@@ -84,7 +85,8 @@ class World:
         self.slow: dict[str, float] = {}
         self.loop: clock.VirtualLoop | None = None
         self._hooks: list[Callable[[Event], None]] = []
-        self._shm: set[Path] = set()
+        # A killed driver's watcher would remove what it leaves there; a stand-in has none.
+        self._shm = folder.parent / f"{folder.name}-shm"
 
     def config(self, **overrides: Any) -> Config:
         keys = {"run__dir": self.folder, "model__path": self.model, **self.overrides, **overrides}
@@ -134,11 +136,13 @@ class World:
             patch.setenv("WANDB_MODE", "disabled")
             patch.setattr(cluster.run, "this_machine", lambda: MACHINE)
             patch.setattr(cluster.prepare, "RewardActor", LoadedHere)
+            self._shm.mkdir(parents=True, exist_ok=True)
+            patch.setattr(cluster.making, "SHM", self._shm)
+            patch.setattr(actors.rollout, "SHM", self._shm)
             real_train = cluster.run.train
 
             async def train(run: Any) -> Any:
                 self.run = run
-                self._shm.add(Path(run.learner.spec.shm_dir))
                 return await real_train(run)
 
             patch.setattr(cluster.run, "train", train)
@@ -148,11 +152,7 @@ class World:
                     self.loop = asyncio.get_running_loop()  # type: ignore[assignment]
                     return await run_training(config)
 
-            try:
-                return clock.run(main())
-            finally:
-                for folder in self._shm:
-                    shutil.rmtree(folder, ignore_errors=True)
+            return clock.run(main())
 
     def train_in_child(self, **overrides: Any) -> int:
         """As `train` in a forked process; minus the signal's number when a signal ended it."""
