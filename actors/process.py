@@ -20,6 +20,7 @@ MARKER = "COHORT_REAP"
 SHM = Path("/dev/shm")
 WATCHER_START_S = 30
 TRACKER_S = 5.0
+SWEEP_S = 60.0
 # How the names of files begin through which Python's and vLLM's processes talk.
 TALK = ("psm_", "sem.")
 RAISED = re.compile(r"\b[A-Z]\w*(Error|Exception): \S.*")
@@ -91,14 +92,25 @@ def start_reaper(*folders: Path) -> None:
     _open_pipes.append(pipe)
 
 
-def start_watcher(marker: str, *folders: Path) -> IO[bytes]:
+def start_sweeper() -> None:
+    """Remove what processes started below this one leave in /dev/shm when they are killed before
+    they have a reaper of their own (`start_reaper`). It ends none of them: Ray does, and what
+    uploads a run's last records may outlive the run."""
+    marker = uuid.uuid4().hex
+    pipe = start_watcher(marker, kill=False)
+    os.environ[MARKER] = marker
+    _open_pipes.append(pipe)
+
+
+def start_watcher(marker: str, *folders: Path, kill: bool = True) -> IO[bytes]:
     """A watcher as `start_reaper`'s, for the processes that have `marker` as their MARKER variable.
 
+    kill: end them; otherwise only wait for their end, for SWEEP_S at most.
     Returns its pipe: keep it for as long as these processes may live, and close it to end them.
     """
     environment = {key: value for key, value in os.environ.items() if key != MARKER}
     watcher = subprocess.Popen(
-        [sys.executable, "-S", "-E", __file__, str(os.getpid()), marker, *map(str, folders)],
+        [sys.executable, "-S", "-E", __file__, marker, str(int(kill)), *folders],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -214,7 +226,7 @@ def _is_tracker(pid: int) -> bool:
         return False
 
 
-def _watch(parent: int, marker: str, folders: list[str]) -> None:
+def _watch(marker: str, kill: bool, folders: list[str]) -> None:
     if os.fork():
         os._exit(0)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -222,16 +234,14 @@ def _watch(parent: int, marker: str, folders: list[str]) -> None:
     # Until the other end closes: what else there is to remove.
     files = {line.strip() for line in sys.stdin}
     entry = f"{MARKER}={marker}".encode()
-    ended = {parent}
-    trackers_end = time.monotonic() + TRACKER_S
+    closed = time.monotonic()
     # One may be starting another while it is being killed: look until none is left.
-    while alive := _marked(entry):
-        ended.update(alive)
+    while (alive := _marked(entry)) and (kill or time.monotonic() < closed + SWEEP_S):
         # Also what was made since, or by one that was killed before it could tell.
-        files.update(map(str, mapped_shared_memory(alive)))
-        for pid in alive:
+        files.update(map(str, mapped_shared_memory(alive)) if kill else ())
+        for pid in alive if kill else ():
             # Python's resource trackers remove the shared memory of the dead, then end themselves.
-            if _is_tracker(pid) and time.monotonic() < trackers_end:
+            if _is_tracker(pid) and time.monotonic() < closed + TRACKER_S:
                 continue
             _signal(pid, signal.SIGKILL)
         time.sleep(0.1)
@@ -239,11 +249,16 @@ def _watch(parent: int, marker: str, folders: list[str]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     for file in files:
         Path(file).unlink(missing_ok=True)
-    # Intel's OpenMP keeps a file there for every process, and SIGKILL gives it no time to clean up.
-    for pid in ended:
-        for left in Path("/dev/shm").glob(f"__KMP_REGISTERED_LIB_{pid}_*"):
+    _sweep()
+
+
+def _sweep() -> None:
+    """Remove the files of this user's dead processes that Intel's OpenMP keeps in /dev/shm: one for
+    each process, and SIGKILL gives it no time to clean up."""
+    for left in Path("/dev/shm").glob(f"__KMP_REGISTERED_LIB_*_{os.getuid()}"):
+        if not Path("/proc", left.name.split("_")[-2]).exists():
             left.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
-    _watch(int(sys.argv[1]), sys.argv[2], sys.argv[3:])
+    _watch(sys.argv[1], sys.argv[2] == "1", sys.argv[3:])

@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from actors.process import start_sweeper
 from cluster.config import Config
 from cluster.errors import RunError
 from cluster.placement import Resources, connected_cluster, object_store_bytes, this_machine
@@ -106,6 +107,7 @@ def connect(config: Config, here: Resources | None = None) -> Resources:
         return connected_cluster()
     have = here or this_machine()
     check_own_ray()
+    start_sweeper()
     try:
         ray.init(
             # Without it Ray would join a cluster that somebody started on this machine.

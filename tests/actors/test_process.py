@@ -94,3 +94,49 @@ if __name__ == "__main__":
     while name.exists() or folder.exists():
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def test_openmp_files_of_the_dead_are_swept() -> None:
+    """A rank may be killed while it imports torch, before it has a watcher of its own; what lives
+    keeps its file."""
+    child = subprocess.Popen(["sleep", "60"])
+    dead, living = (
+        Path(f"/dev/shm/__KMP_REGISTERED_LIB_{pid}_{os.getuid()}")
+        for pid in (child.pid, os.getpid())
+    )
+    mine = not living.exists()
+    dead.touch()
+    living.touch()
+    try:
+        code = "from actors.process import start_sweeper; start_sweeper(); input()"
+        driver = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
+        child.kill()
+        child.wait()
+        driver.kill()
+        driver.wait()
+        deadline = time.monotonic() + 20
+        while dead.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert living.exists()
+    finally:
+        dead.unlink(missing_ok=True)
+        if mine:
+            living.unlink(missing_ok=True)
+
+
+def test_a_sweeper_ends_nothing(tmp_path: Path) -> None:
+    """What uploads the last records of a run may live on for a while."""
+    done = tmp_path / "done"
+    code = f"""
+import subprocess
+from actors.process import start_sweeper
+start_sweeper()
+subprocess.Popen(["sh", "-c", "sleep 1; touch {done}"], start_new_session=True)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert not done.exists()
+    deadline = time.monotonic() + 20
+    while not done.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
