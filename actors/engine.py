@@ -18,9 +18,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from actors.process import KEEP_HEAP
-from actors.proof import Feed, Proof, file_digests
-from actors.records import FinishReason, SamplingSpec
+from cohort.actors.process import KEEP_HEAP
+from cohort.actors.proof import Feed, Proof, file_digests
+from cohort.actors.records import FinishReason, SamplingSpec
 
 GIB = 1024**3
 # Shared-prefix blocks; multiples of 32 keep vLLM's fast CPU attention path. The CPU default of 128
@@ -124,7 +124,7 @@ class Engine:
         if spec.quantization == "fp8":
             options["quantization"] = "fp8_per_tensor"
             if spec.device == "cpu":
-                from actors import float8
+                from cohort.actors import float8
 
                 options["quantization"] = float8.EMULATED
 
@@ -132,7 +132,7 @@ class Engine:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        from actors import shared_memory
+        from cohort.actors import shared_memory
 
         arguments = AsyncEngineArgs(
             model=spec.model_path,
@@ -147,7 +147,7 @@ class Engine:
             enable_prefix_caching=True,
             skip_tokenizer_init=True,
             disable_log_stats=True,
-            worker_extension_cls="actors.shared_memory.WorkerExtension",
+            worker_extension_cls="cohort.actors.shared_memory.WorkerExtension",
             weight_transfer_config=WeightTransferConfig(backend=shared_memory.BACKEND),
             **options,
         )
@@ -319,7 +319,7 @@ class Engine:
             )
 
     async def _call(self, method: str) -> list[Any]:
-        """What every worker of the engine answers; see `actors.shared_memory.WorkerExtension`."""
+        """What every worker of the engine answers; see `shared_memory.WorkerExtension`."""
         answers: list[Any] = await self._answer(self._llm.collective_rpc(method))
         return answers
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 
-from actors.records import Failure, FailureKind
+from cohort.actors.records import Failure, FailureKind
 
 # The machine is short of something now; the same work may succeed later or elsewhere.
 SHORTAGES = frozenset({errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE})

@@ -15,13 +15,13 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
-from actors.config import ActorsConfig
-from actors.errors import failure_of
-from actors.probe import Probe, limit_of, probe_gap, stale
-from actors.records import Failure, GroupMeta, WeightsInfo
-from actors.rollout import NotSynced, Place, Request, split_cores
-from actors.slot import ActorLost, RolloutError, Slot
-from actors.watch import Watch
+from cohort.actors.config import ActorsConfig
+from cohort.actors.errors import failure_of
+from cohort.actors.probe import Probe, limit_of, probe_gap, stale
+from cohort.actors.records import Failure, GroupMeta, WeightsInfo
+from cohort.actors.rollout import NotSynced, Place, Request, split_cores
+from cohort.actors.slot import ActorLost, RolloutError, Slot
+from cohort.actors.watch import Watch
 
 __all__ = ["MAX_RESTARTS", "Probe", "RolloutError", "RolloutPool", "probe_gap"]
 

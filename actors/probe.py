@@ -1,7 +1,7 @@
 """The probe: a sequence that learner and engines score under the same weights, to compare.
 
-The second line behind the proof of `actors.proof`: it sees what a digest cannot, an engine that
-holds the right numbers and computes something else with them.
+The second line behind the proof of `cohort.actors.proof`: it sees what a digest cannot, an engine
+that holds the right numbers and computes something else with them.
 """
 
 from __future__ import annotations

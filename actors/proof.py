@@ -2,8 +2,8 @@
 
 A step at a learning rate of 1e-6 moves log-probs by far less than engine and learner differ anyway,
 so scoring a probe cannot tell one version from the next. Digests can: the engine's side takes them
-of the tensors that its layers compute with (`actors.served`), the actor takes them of the published
-file, and the two have to agree, layer by layer.
+of the tensors that its layers compute with (`cohort.actors.served`), the actor takes them of the
+published file, and the two have to agree, layer by layer.
 
 The digest does not depend on the order of a tensor's rows, and that of two tensors is the sum of
 theirs. So it is the same whether three matrices lie one by one in a file or fused in a layer.
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from actors.weight_file import tensors_in
+from cohort.actors.weight_file import tensors_in
 
 MODULUS = 1 << 64
 # Odd, so that no change of a single word can vanish in the sum.

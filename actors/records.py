@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from actors.text import prefill_of
+from cohort.actors.text import prefill_of
 
 FinishReason = Literal["stop", "length"]
 FailureKind = Literal["infra", "data", "bug"]

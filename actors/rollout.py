@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from actors.engine import (
+from cohort.actors.engine import (
     Engine,
     EngineError,
     EngineSpec,
@@ -20,8 +20,8 @@ from actors.engine import (
     WeightsNotServed,
     stop_token_ids,
 )
-from actors.machine import usable_cores
-from actors.process import (
+from cohort.actors.machine import usable_cores
+from cohort.actors.process import (
     SHM,
     last_lines,
     mapped_shared_memory,
@@ -29,7 +29,7 @@ from actors.process import (
     redirect_output,
     start_reaper,
 )
-from actors.records import (
+from cohort.actors.records import (
     Completion,
     Failure,
     FailureKind,
@@ -39,7 +39,7 @@ from actors.records import (
     SamplingSpec,
     WeightsInfo,
 )
-from actors.text import completion_text
+from cohort.actors.text import completion_text
 
 UNSYNCED = -1
 # Mistakes in a program: another actor would make them too.
@@ -82,7 +82,7 @@ class Place:
 
 
 class EngineLike(Protocol):
-    """What an actor needs of its engine: `actors.engine.Engine`, or a stand-in in tests.
+    """What an actor needs of its engine: `cohort.actors.engine.Engine`, or a stand-in in tests.
 
     progress: tokens that it has produced.
     """

@@ -1,4 +1,4 @@
-"""What the layers of an engine compute with, as digests: the engine's side of `actors.proof`.
+"""What the layers of an engine compute with, as digests: the engine's side of `proof.py`.
 
 On CPUs vLLM packs the weights of linear layers into memory of its kernels and drops the tensors, so
 vLLM's own checksums see nothing of them. Here the digest is taken of the very tensor that a kernel
@@ -22,8 +22,8 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader.reload import layerwise
 
-from actors.proof import Feed, digest
-from actors.weight_file import TensorSpec
+from cohort.actors.proof import Feed, digest
+from cohort.actors.weight_file import TensorSpec
 
 # They leave the tensors that they pack as they are, which may be read meanwhile.
 UNTOUCHED = (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)

@@ -1,7 +1,7 @@
 """Our weight-transfer engine for vLLM: tensors arrive as one safetensors file in shared memory.
 
 vLLM's worker imports this module because `worker_extension_cls` names a class in it; importing it
-registers the engine, and puts the sampler of actors.sampling in place. The file is mapped, so
+registers the engine, and puts the sampler of `sampling.py` in place. The file is mapped, so
 tensors go from the learner's copy straight into the model's own (packed) weights, layer by layer,
 while requests stay in flight.
 
@@ -40,9 +40,9 @@ from vllm.model_executor.model_loader.reload.layerwise import (
     initialize_layerwise_reload,
 )
 
-from actors import sampling
-from actors.served import Served
-from actors.weight_file import decode_header, tensors_in
+from cohort.actors import sampling
+from cohort.actors.served import Served
+from cohort.actors.weight_file import decode_header, tensors_in
 
 BACKEND = "shared_memory"
 

@@ -7,8 +7,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from actors.errors import failure_of
-from actors.watch import Watch
+from cohort.actors.errors import failure_of
+from cohort.actors.watch import Watch
 
 
 class RolloutError(Exception):

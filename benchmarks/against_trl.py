@@ -84,11 +84,11 @@ def compare_losses(out: Path) -> str:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from learner.batch import build_micro_batch
-    from learner.config import AlgorithmConfig
-    from learner.grpo import policy_loss
-    from learner.logprobs import PolicyModel
-    from learner.plan import plan_step
+    from cohort.learner.batch import build_micro_batch
+    from cohort.learner.config import AlgorithmConfig
+    from cohort.learner.grpo import policy_loss
+    from cohort.learner.logprobs import PolicyModel
+    from cohort.learner.plan import plan_step
 
     groups, inputs = make_samples()
     given = {
@@ -157,7 +157,14 @@ class Sample:
     def __init__(self, name: str, prompt: list[int], rows: list[Any], rewards: list[float]) -> None:
         import numpy as np
 
-        from actors.records import Completion, Group, GroupMeta, Prompt, ScoredGroup, ScoreMeta
+        from cohort.actors.records import (
+            Completion,
+            Group,
+            GroupMeta,
+            Prompt,
+            ScoredGroup,
+            ScoreMeta,
+        )
 
         self.ids = [f"{name}/{i}" for i in range(len(rows))]
         completions = tuple(
@@ -183,7 +190,7 @@ def make_samples() -> tuple[list[Sample], dict[str, Any]]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from learner.grpo import advantages
+    from cohort.learner.grpo import advantages
 
     random_ = np.random.default_rng(0)
     groups, prompts, rows = [], [], []

@@ -22,12 +22,12 @@ import numpy as np
 import torch
 from quickstart import ROOT, save
 
-from actors.records import Completion, Group, GroupMeta, Prompt, ScoredGroup, ScoreMeta
-from learner.batch import build_micro_batch
-from learner.config import AlgorithmConfig, LearnerConfig
-from learner.plan import MicroBatch, plan_step
-from learner.spec import LearnerSpec, ModelFacts
-from learner.worker import LearnerWorker
+from cohort.actors.records import Completion, Group, GroupMeta, Prompt, ScoredGroup, ScoreMeta
+from cohort.learner.batch import build_micro_batch
+from cohort.learner.config import AlgorithmConfig, LearnerConfig
+from cohort.learner.plan import MicroBatch, plan_step
+from cohort.learner.spec import LearnerSpec, ModelFacts
+from cohort.learner.worker import LearnerWorker
 
 MODEL = Path.home() / ".cache" / "cohort" / "models" / "SmolLM2-135M-Instruct"
 MIB = 2**20
@@ -57,7 +57,7 @@ class MeasuredWorker(LearnerWorker):
         """Build the value model and its own DeepSpeed engine."""
         import deepspeed
 
-        from learner.optimizer import client_optimizer, deepspeed_config
+        from cohort.learner.optimizer import client_optimizer, deepspeed_config
 
         critic = Critic(self._load_policy(self.spec.learner.gradient_checkpointing))
         self.critic, *_ = deepspeed.initialize(
@@ -132,7 +132,7 @@ def measure(stage: int, ranks: int, critic: bool) -> list[dict[str, float]]:
     """What each rank holds."""
     import ray
 
-    from cluster.placement import cpu_environment
+    from cohort.cluster.placement import cpu_environment
 
     groups = sample_groups()
     learner = LearnerConfig(workers=ranks, zero_stage=stage)

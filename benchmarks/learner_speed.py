@@ -9,8 +9,8 @@ Peak: the median rate of a bfloat16 product of 4096 x 4096, measured in between.
 those that the mathematics needs: 6 per parameter of the layers and token, 6 per parameter of the
 output layer and completion token, and 12 * layers * heads * head_dim per pair of tokens of which
 one attends to the other. Recomputed logits and hidden attention scores count as nothing.
-Start it through `env` with what `cluster.placement.cpu_environment` says, as the learner is; the
-script does that itself on CPUs.
+Start it through `env` with what `cohort.cluster.placement.cpu_environment` says, as the learner
+is; the script does that itself on CPUs.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def build(options: argparse.Namespace) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from learner.logprobs import PolicyModel
+    from cohort.learner.logprobs import PolicyModel
 
     if options.shape:
         model = random_model(options.shape, options.device)
@@ -69,7 +69,7 @@ def build(options: argparse.Namespace) -> Any:
     policy = PolicyModel(model, options.attention)
     policy.self_check(1.0)
     if options.float8 != "off":
-        from learner.float8 import convert
+        from cohort.learner.float8 import convert
 
         convert(model, options.float8, torch.device(options.device))
     return policy
@@ -103,7 +103,7 @@ def tensors_of(shape: tuple[int, int, int, int], vocabulary: int) -> Any:
     """A planned micro-batch of random tokens."""
     import torch
 
-    from learner.attention import RowShape, Tree
+    from cohort.learner.attention import RowShape, Tree
 
     prompt, count, size, rows = shape
     length = prompt + count * size
@@ -218,7 +218,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "benchmark-learner")
     options = parser.parse_args()
     if options.device == "cpu" and "COHORT_BENCHMARK" not in os.environ:
-        from cluster.placement import cpu_environment
+        from cohort.cluster.placement import cpu_environment
 
         # Heap and OpenMP settings are read when a process starts.
         environment = {**os.environ, **cpu_environment(options.threads), "COHORT_BENCHMARK": "1"}

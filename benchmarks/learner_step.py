@@ -41,10 +41,10 @@ def measure(options: argparse.Namespace, stage: int, float8: str) -> dict[str, A
     import torch
     from transformers import AutoConfig
 
-    from learner.config import AlgorithmConfig, LearnerConfig
-    from learner.plan import RowCost, plan_step
-    from learner.spec import LearnerSpec
-    from learner.worker import LearnerWorker
+    from cohort.learner.config import AlgorithmConfig, LearnerConfig
+    from cohort.learner.plan import RowCost, plan_step
+    from cohort.learner.spec import LearnerSpec
+    from cohort.learner.worker import LearnerWorker
 
     model = AutoConfig.from_pretrained(options.model)
     groups = sample_groups(options.groups, options.prompt, options.completion, model.vocab_size)
@@ -142,7 +142,7 @@ def main() -> None:
         return
     environment = dict(os.environ)
     if options.device == "cpu":
-        from cluster.placement import cpu_environment
+        from cohort.cluster.placement import cpu_environment
 
         # Heap and OpenMP settings are read when a process starts.
         environment |= cpu_environment(options.threads)

@@ -34,8 +34,8 @@ def child(vocabulary: int, tokens: int, way: str) -> dict[str, Any]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from learner.attention import RowShape, Tree
-    from learner.logprobs import PolicyModel
+    from cohort.learner.attention import RowShape, Tree
+    from cohort.learner.logprobs import PolicyModel
 
     torch.manual_seed(0)
     config = LlamaConfig(

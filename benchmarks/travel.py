@@ -21,11 +21,11 @@ from typing import Any
 
 from quickstart import ROOT, cohort, save
 
-from rewards.travel.plan import Day, Plan, to_json
-from rewards.travel.query import from_columns
-from rewards.travel.scores import evaluate, travelplanner_metrics
-from rewards.travel.solver import cheapest
-from rewards.travel.task import TravelTask
+from cohort.rewards.travel.plan import Day, Plan, to_json
+from cohort.rewards.travel.query import from_columns
+from cohort.rewards.travel.scores import evaluate, travelplanner_metrics
+from cohort.rewards.travel.solver import cheapest
+from cohort.rewards.travel.task import TravelTask
 
 CONFIG = ROOT / "deploy" / "configs" / "travel.yaml"
 

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.config import SECTIONS
-from learner.config import LearnerConfig
-from learner.optimizer import lr_at
+from cohort.cluster.config import SECTIONS
+from cohort.learner.config import LearnerConfig
+from cohort.learner.optimizer import lr_at
 
 # What is trained, and how, stays the same whatever these are. The checkpoint's own shape
 # (learner.workers, learner.zero_stage, model.dtype) is compared where it is loaded.

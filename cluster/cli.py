@@ -14,15 +14,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
-from cluster.signals import Stopped, leave_at_once_on_signals
+from cohort.cluster.signals import Stopped, leave_at_once_on_signals
 
 # Before the imports that take the command's first seconds.
 leave_at_once_on_signals()
 
 import typer  # noqa: E402
 
-from cluster.config import SECTIONS, Config, ConfigError, all_keys, load_config  # noqa: E402
-from cluster.values import written  # noqa: E402
+from cohort.cluster.config import SECTIONS, Config, ConfigError, all_keys, load_config  # noqa: E402
+from cohort.cluster.values import written  # noqa: E402
 
 EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -53,11 +53,11 @@ def _config(path: Path, overrides: list[str]) -> Config:
 
 def _expecting(work: Callable[[], Any]) -> Any:
     """Run work; turn errors that are meant for people into one message and exit code 1."""
-    from cluster.report.build import ReportError
-    from cluster.run import EXPECTED_ERRORS
-    from cluster.submit import SubmitError
-    from learner.checkpoint import CheckpointError
-    from rewards.base import RewardLoadError
+    from cohort.cluster.report.build import ReportError
+    from cohort.cluster.run import EXPECTED_ERRORS
+    from cohort.cluster.submit import SubmitError
+    from cohort.learner.checkpoint import CheckpointError
+    from cohort.rewards.base import RewardLoadError
 
     try:
         return work()
@@ -79,7 +79,7 @@ def train(context: typer.Context, config: ConfigArgument) -> None:
     resolved = _config(config, context.args)
 
     def work() -> int:
-        from cluster.run import run_training
+        from cohort.cluster.run import run_training
 
         return asyncio.run(run_training(resolved))
 
@@ -104,7 +104,7 @@ def check(
     resolved = _config(config, context.args)
 
     def work() -> int:
-        from cluster.check.run import check as check_run
+        from cohort.cluster.check.run import check as check_run
 
         return check_run(resolved, typer.echo, prompts if generate else 0)
 
@@ -130,10 +130,10 @@ def evaluate(
         raise _fail(ConfigError(f"--output {output}: no file in a folder that is there"), 2)
 
     def work() -> Any:
-        from cluster.console import Console
-        from cluster.evaluate import checkpoint_model
-        from cluster.evaluate import evaluate as run_evaluation
-        from cluster.prepare import RunError
+        from cohort.cluster.console import Console
+        from cohort.cluster.evaluate import checkpoint_model
+        from cohort.cluster.evaluate import evaluate as run_evaluation
+        from cohort.cluster.prepare import RunError
 
         if target.is_dir():
             if not (target / "config.yaml").is_file():
@@ -183,7 +183,7 @@ def warmup(
     """
 
     def work() -> int:
-        from cluster.warmup import WarmUp, check_overrides, run_warmup
+        from cohort.cluster.warmup import WarmUp, check_overrides, run_warmup
 
         check_overrides(context.args)
         given = WarmUp(steps, batch_size, learning_rate, examples)
@@ -200,7 +200,7 @@ def export(
     """Write the last checkpoint as a Hugging Face folder for transformers and vLLM."""
 
     def work() -> Path:
-        from learner.checkpoint import export as export_checkpoint
+        from cohort.learner.checkpoint import export as export_checkpoint
 
         return export_checkpoint(run_dir, out)
 
@@ -233,8 +233,8 @@ def report(
     """
 
     def work() -> Path:
-        from cluster.report.completions import Limits
-        from cluster.report.page import write_report
+        from cohort.cluster.report.completions import Limits
+        from cohort.cluster.report.page import write_report
 
         limits = Limits(steps=steps, groups=groups, prompts=prompts)
         return write_report(run_dir, out, limits, max_mb, datetime.now(UTC))
@@ -262,7 +262,7 @@ def submit(
     """Run the same training as a Ray job on a cluster; returns the job's exit code."""
 
     def work() -> int:
-        from cluster.submit import submit as submit_job
+        from cohort.cluster.submit import submit as submit_job
 
         return submit_job(config, address, context.args, working_dir=working_dir, follow=follow)
 

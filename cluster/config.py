@@ -18,10 +18,10 @@ from pydantic import (
     model_validator,
 )
 
-from actors.config import ActorsConfig
-from cluster.values import ValueProblem, kind_at, read_value, read_yaml, typed, write_yaml
-from learner.config import SECTION_PRESETS, AlgorithmConfig, Dtype, LearnerConfig
-from rewards.config import RewardsConfig, TaskConfig
+from cohort.actors.config import ActorsConfig
+from cohort.cluster.values import ValueProblem, kind_at, read_value, read_yaml, typed, write_yaml
+from cohort.learner.config import SECTION_PRESETS, AlgorithmConfig, Dtype, LearnerConfig
+from cohort.rewards.config import RewardsConfig, TaskConfig
 
 
 class RunConfig(BaseModel):

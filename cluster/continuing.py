@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.changes import accepted, differences, refusal, split_allowed
-from cluster.config import Config
-from cluster.errors import RunError
-from cluster.files import write_atomically
-from cluster.tracking import read_metrics
-from learner.aside import Aside
-from learner.checkpoint import latest, load_state
-from learner.worker import check_shape
+from cohort.cluster.changes import accepted, differences, refusal, split_allowed
+from cohort.cluster.config import Config
+from cohort.cluster.errors import RunError
+from cohort.cluster.files import write_atomically
+from cohort.cluster.tracking import read_metrics
+from cohort.learner.aside import Aside
+from cohort.learner.checkpoint import latest, load_state
+from cohort.learner.worker import check_shape
 
 
 @dataclass(frozen=True)

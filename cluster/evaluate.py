@@ -9,19 +9,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from actors.records import Failure, Group, Prompt, SamplingSpec, ScoreMeta, derive_seed
-from actors.rollout import Request
-from cluster.config import Config
-from cluster.console import Console
-from cluster.making import make_pool, make_rewards
-from cluster.placement import plan
-from cluster.prepare import Prepared, RunError, passing_logs, prepare
-from cluster.ray_start import check_start
-from cluster.run import connect_aside, shut_down
-from cluster.signals import Signals
-from learner.checkpoint import latest
-from rewards.base import error_tail
-from rewards.tasks import Measures, Row, Task, TaskError
+from cohort.actors.records import Failure, Group, Prompt, SamplingSpec, ScoreMeta, derive_seed
+from cohort.actors.rollout import Request
+from cohort.cluster.config import Config
+from cohort.cluster.console import Console
+from cohort.cluster.making import make_pool, make_rewards
+from cohort.cluster.placement import plan
+from cohort.cluster.prepare import Prepared, RunError, passing_logs, prepare
+from cohort.cluster.ray_start import check_start
+from cohort.cluster.run import connect_aside, shut_down
+from cohort.cluster.signals import Signals
+from cohort.learner.checkpoint import latest
+from cohort.rewards.base import error_tail
+from cohort.rewards.tasks import Measures, Row, Task, TaskError
 
 
 @dataclass(frozen=True)

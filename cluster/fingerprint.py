@@ -16,9 +16,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.config import Config, expand
-from rewards.tasks import BUILT_IN, Fingerprinted, Row, Task
-from rewards.worker import RewardSpec
+from cohort.cluster.config import Config, expand
+from cohort.rewards.tasks import BUILT_IN, Fingerprinted, Row, Task
+from cohort.rewards.worker import RewardSpec
 
 VERSION = 1
 # Rows of each split that stand for all of a task that does not name its rows itself.

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from actors.records import Prompt
-from cluster.config import Config
-from rewards.progress import with_progress
-from rewards.survey import UNKNOWN, survey_of
-from rewards.tasks import PromptRenderer, Row, Task, TaskError, split_overlong
-from rewards.worker import RewardSpec
+from cohort.actors.records import Prompt
+from cohort.cluster.config import Config
+from cohort.rewards.progress import with_progress
+from cohort.rewards.survey import UNKNOWN, survey_of
+from cohort.rewards.tasks import PromptRenderer, Row, Task, TaskError, split_overlong
+from cohort.rewards.worker import RewardSpec
 
 # A task with at most so many rows, and so many bytes of prompts, is rendered whole.
 WHOLE_ROWS = 10_000

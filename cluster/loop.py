@@ -15,13 +15,13 @@ import time
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from actors.pool import Probe
-from cluster.config import Config
-from cluster.metrics import StepTimes, reward_errors
-from cluster.recording import Finished, Run, record
-from cluster.saving import rescue, save_at_the_end, save_if_due
-from cluster.stream import MAX_GENERATIONS, Batch
-from learner.group import LostGroups, StepResult
+from cohort.actors.pool import Probe
+from cohort.cluster.config import Config
+from cohort.cluster.metrics import StepTimes, reward_errors
+from cohort.cluster.recording import Finished, Run, record
+from cohort.cluster.saving import rescue, save_at_the_end, save_if_due
+from cohort.cluster.stream import MAX_GENERATIONS, Batch
+from cohort.learner.group import LostGroups, StepResult
 
 T = TypeVar("T")
 

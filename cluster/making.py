@@ -6,20 +6,20 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from actors.engine import EngineSpec
-from actors.pool import RolloutPool
-from actors.process import SHM
-from actors.rollout import RolloutActor
-from cluster.config import Config
-from cluster.console import Console
-from cluster.placement import Placement, cpu_environment
-from cluster.prepare import Prepared
-from learner.group import LearnerGroup
-from learner.spec import LearnerSpec
-from rewards.pool import RewardPool, watched_actor_class
-from rewards.rates import PassRates, RateHistory
-from rewards.tasks import Curriculum, Taken, take_prompts
-from rewards.worker import RewardActor, longest_score_s
+from cohort.actors.engine import EngineSpec
+from cohort.actors.pool import RolloutPool
+from cohort.actors.process import SHM
+from cohort.actors.rollout import RolloutActor
+from cohort.cluster.config import Config
+from cohort.cluster.console import Console
+from cohort.cluster.placement import Placement, cpu_environment
+from cohort.cluster.prepare import Prepared
+from cohort.learner.group import LearnerGroup
+from cohort.learner.spec import LearnerSpec
+from cohort.rewards.pool import RewardPool, watched_actor_class
+from cohort.rewards.rates import PassRates, RateHistory
+from cohort.rewards.tasks import Curriculum, Taken, take_prompts
+from cohort.rewards.worker import RewardActor, longest_score_s
 
 # Engine and learner use different kernels: the gap is about 0.1 in bfloat16, an eighth of that in
 # float16, below 1e-4 in float32.

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cluster.stream import Batch
-from learner.group import StepResult
-from learner.plan import zero_variance
+from cohort.cluster.stream import Batch
+from cohort.learner.group import StepResult
+from cohort.learner.plan import zero_variance
 
 
 @dataclass

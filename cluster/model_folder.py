@@ -11,9 +11,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from cluster.config import Config, expand
-from cluster.errors import RunError
-from cluster.weight_files import adapter, compare_with_model, read_object, weight_files
+from cohort.cluster.config import Config, expand
+from cohort.cluster.errors import RunError
+from cohort.cluster.weight_files import adapter, compare_with_model, read_object, weight_files
 
 # How configs call the longest sequence, the usual name first.
 CONTEXT_KEYS = (

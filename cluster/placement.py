@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from actors.machine import cgroup_limits, usable_cores
-from actors.process import KEEP_HEAP, SHM
-from cluster.config import Config
+from cohort.actors.machine import cgroup_limits, usable_cores
+from cohort.actors.process import KEEP_HEAP, SHM
+from cohort.cluster.config import Config
 
 GIB = 1024**3
 OBJECT_STORE, MIN_OBJECT_STORE = 512 * 2**20, 80 * 2**20

@@ -14,12 +14,12 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from cluster.config import Config
-from cluster.errors import RunError
-from cluster.lengths import check_lengths, render_rows
-from cluster.model_folder import inspect_model, load_tokenizer
-from rewards.tasks import PromptRenderer, Task, load_task, sample_rows
-from rewards.worker import RewardActor, RewardSpec, reward_specs
+from cohort.cluster.config import Config
+from cohort.cluster.errors import RunError
+from cohort.cluster.lengths import check_lengths, render_rows
+from cohort.cluster.model_folder import inspect_model, load_tokenizer
+from cohort.rewards.tasks import PromptRenderer, Task, load_task, sample_rows
+from cohort.rewards.worker import RewardActor, RewardSpec, reward_specs
 
 PROBE_TOKENS = 32
 

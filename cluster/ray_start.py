@@ -10,11 +10,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from actors.process import start_sweeper
-from cluster.config import Config
-from cluster.errors import RunError
-from cluster.placement import Resources, connected_cluster, object_store_bytes, this_machine
-from learner.checkpoint import nearest_existing
+from cohort.actors.process import start_sweeper
+from cohort.cluster.config import Config
+from cohort.cluster.errors import RunError
+from cohort.cluster.placement import Resources, connected_cluster, object_store_bytes, this_machine
+from cohort.learner.checkpoint import nearest_existing
 
 CONNECT_TIMEOUT_S = 10
 # Ray's address of a new cluster on this machine, of one that is running here already.

@@ -14,15 +14,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from actors.pool import RolloutPool
-from cluster.config import Config
-from cluster.console import Console
-from cluster.metrics import Counters, StepTimes, step_metrics
-from cluster.scribe import Scribe
-from cluster.stream import Batch, GroupStream
-from cluster.tracking import Tracker
-from learner.checkpoint import Checkpoints
-from learner.group import LearnerGroup, StepResult
+from cohort.actors.pool import RolloutPool
+from cohort.cluster.config import Config
+from cohort.cluster.console import Console
+from cohort.cluster.metrics import Counters, StepTimes, step_metrics
+from cohort.cluster.scribe import Scribe
+from cohort.cluster.stream import Batch, GroupStream
+from cohort.cluster.tracking import Tracker
+from cohort.learner.checkpoint import Checkpoints
+from cohort.learner.group import LearnerGroup, StepResult
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ from typing import Any
 
 import psutil
 
-from actors.pool import RolloutError, RolloutPool
-from cluster.config import Config, ConfigError, compact, dump_config, expand
-from cluster.console import Console
-from cluster.continuing import Saved, compare, planned_saves, where_to_go_on, write_config
-from cluster.fingerprint import fingerprint
-from cluster.loop import TrainingError, train
-from cluster.making import (
+from cohort.actors.pool import RolloutError, RolloutPool
+from cohort.cluster.config import Config, ConfigError, compact, dump_config, expand
+from cohort.cluster.console import Console
+from cohort.cluster.continuing import Saved, compare, planned_saves, where_to_go_on, write_config
+from cohort.cluster.fingerprint import fingerprint
+from cohort.cluster.loop import TrainingError, train
+from cohort.cluster.making import (
     draw_from,
     make_pool,
     make_rewards,
@@ -26,8 +26,8 @@ from cluster.making import (
     rate_history,
     start_learner,
 )
-from cluster.metrics import Counters
-from cluster.placement import (
+from cohort.cluster.metrics import Counters
+from cohort.cluster.placement import (
     Placement,
     PlacementError,
     Resources,
@@ -35,18 +35,18 @@ from cluster.placement import (
     plan,
     this_machine,
 )
-from cluster.prepare import Prepared, RunError, first_probe, prepare
-from cluster.ray_start import check_start, connect, ray_address
-from cluster.recording import Run
-from cluster.run_dir import RunDir, claim_run_dir
-from cluster.scribe import Scribe
-from cluster.signals import Signals, Stopped
-from cluster.stream import GroupStream
-from cluster.tracking import Tracker
-from learner.checkpoint import CheckpointError, Checkpoints
-from learner.group import LearnerError, LearnerGroup
-from rewards.pool import RewardPool, RewardPoolError
-from rewards.tasks import TaskError
+from cohort.cluster.prepare import Prepared, RunError, first_probe, prepare
+from cohort.cluster.ray_start import check_start, connect, ray_address
+from cohort.cluster.recording import Run
+from cohort.cluster.run_dir import RunDir, claim_run_dir
+from cohort.cluster.scribe import Scribe
+from cohort.cluster.signals import Signals, Stopped
+from cohort.cluster.stream import GroupStream
+from cohort.cluster.tracking import Tracker
+from cohort.learner.checkpoint import CheckpointError, Checkpoints
+from cohort.learner.group import LearnerError, LearnerGroup
+from cohort.rewards.pool import RewardPool, RewardPoolError
+from cohort.rewards.tasks import TaskError
 
 # How often our signal handlers are set again while Ray sets its own.
 HANDLERS_S = 0.05

@@ -25,9 +25,9 @@ from types import TracebackType
 
 import yaml
 
-from cluster.config import SECTIONS, Config, expand
-from cluster.prepare import RunError
-from learner.aside import Aside
+from cohort.cluster.config import SECTIONS, Config, expand
+from cohort.cluster.prepare import RunError
+from cohort.learner.aside import Aside
 
 LOCK = "cohort.lock"
 HEARTBEAT_S = 5.0

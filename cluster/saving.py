@@ -15,10 +15,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cluster.recording import Run, record_late
-from learner.checkpoint import CheckpointError
-from learner.group import LearnerError
-from learner.worker import LEARNER_FILE
+from cohort.cluster.recording import Run, record_late
+from cohort.learner.checkpoint import CheckpointError
+from cohort.learner.group import LearnerError
+from cohort.learner.worker import LEARNER_FILE
 
 # After a save that failed, the next try comes with a later step, but not at once.
 RETRY_S = 60.0

@@ -14,14 +14,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from actors.pool import RolloutPool
-from actors.records import Failure, GroupMeta, Prompt, SamplingSpec, ScoreMeta, derive_seed
-from actors.rollout import Request
-from cluster.config import Config
-from learner.plan import ScoredRef, informative
-from rewards.pool import Lost, RewardPool
-from rewards.rates import NO_RATES, Outcome, PassRates, RateHistory, outcome
-from rewards.tasks import Taken
+from cohort.actors.pool import RolloutPool
+from cohort.actors.records import Failure, GroupMeta, Prompt, SamplingSpec, ScoreMeta, derive_seed
+from cohort.actors.rollout import Request
+from cohort.cluster.config import Config
+from cohort.learner.plan import ScoredRef, informative
+from cohort.rewards.pool import Lost, RewardPool
+from cohort.rewards.rates import NO_RATES, Outcome, PassRates, RateHistory, outcome
+from cohort.rewards.tasks import Taken
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from cluster.config import load_config
+from cohort.cluster.config import load_config
 
 EXCLUDES = [
     ".git",
@@ -124,7 +124,9 @@ def job_command(config_path: Path, overrides: list[str], working_dir: Path) -> s
             f"run.dir={config.run.dir} is not absolute: on a cluster it must name storage that "
             "every node reaches and that outlives the job, e.g. run.dir=/runs/my-run"
         )
-    return shlex.join(["python", "-m", "cluster.cli", "train", relative.as_posix(), *overrides])
+    return shlex.join(
+        ["python", "-m", "cohort.cluster.cli", "train", relative.as_posix(), *overrides]
+    )
 
 
 def _check_address(address: str) -> None:

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from actors.records import ScoredGroup
-from cluster.config import Config
-from cluster.files import replacing, write_atomically
-from learner.aside import Aside
+from cohort.actors.records import ScoredGroup
+from cohort.cluster.config import Config
+from cohort.cluster.files import replacing, write_atomically
+from cohort.learner.aside import Aside
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import RunError
+from cohort.cluster.errors import RunError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

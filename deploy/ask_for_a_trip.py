@@ -17,13 +17,13 @@ from typing import Annotated, Any, NoReturn
 import openai
 import typer
 
-from rewards.travel.booking import BookedDay, book, cost
-from rewards.travel.generate import trip
-from rewards.travel.plan import parse_plan
-from rewards.travel.prompt import messages, sentence
-from rewards.travel.query import Query, QueryError
-from rewards.travel.scores import MAX_TOTAL, Evaluation, evaluate
-from rewards.travel.world import WEEKDAYS
+from cohort.rewards.travel.booking import BookedDay, book, cost
+from cohort.rewards.travel.generate import trip
+from cohort.rewards.travel.plan import parse_plan
+from cohort.rewards.travel.prompt import messages, sentence
+from cohort.rewards.travel.query import Query, QueryError
+from cohort.rewards.travel.scores import MAX_TOTAL, Evaluation, evaluate
+from cohort.rewards.travel.world import WEEKDAYS
 
 PARTS = ("schema", "coverage", "commonsense", "hard", "passed", "culture", "interests", "balance")
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from actors.records import ScoredGroup
-from learner.attention import RowShape, Tree
-from learner.plan import MicroBatch
+from cohort.actors.records import ScoredGroup
+from cohort.learner.attention import RowShape, Tree
+from cohort.learner.plan import MicroBatch
 
 
 @dataclass(frozen=True)

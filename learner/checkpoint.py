@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from learner.aside import Aside
+from cohort.learner.aside import Aside
 
 STATE = "state.json"
 MANIFEST = "manifest.json"

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from learner.logprobs import UnsupportedModel
+from cohort.learner.logprobs import UnsupportedModel
 
 Recipe = Literal["tensorwise", "rowwise"]
 ROUTERS = ("gate", "router")

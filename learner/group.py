@@ -11,13 +11,13 @@ from typing import Any
 import ray
 from ray.exceptions import RayTaskError
 
-from actors.errors import kind_of, words
-from actors.records import WeightsInfo
-from learner.checkpoint import CheckpointError, NotFiniteError
-from learner.grpo import LossStats
-from learner.plan import MicroBatch, RowCost, ScoredRef, StepPlan, plan_step, score_batches
-from learner.spec import LearnerSpec, ModelFacts, RankResult
-from learner.worker import LearnerWorker, check_loadable
+from cohort.actors.errors import kind_of, words
+from cohort.actors.records import WeightsInfo
+from cohort.learner.checkpoint import CheckpointError, NotFiniteError
+from cohort.learner.grpo import LossStats
+from cohort.learner.plan import MicroBatch, RowCost, ScoredRef, StepPlan, plan_step, score_batches
+from cohort.learner.spec import LearnerSpec, ModelFacts, RankResult
+from cohort.learner.worker import LearnerWorker, check_loadable
 
 # When one rank fails, the others fail in the collective operation they share with it. Their errors
 # are awaited this long, so that the first cause can be told from its consequences.

@@ -17,7 +17,7 @@ from typing import TypeGuard
 
 import torch
 
-from learner.config import Aggregation, AlgorithmConfig, Baseline, KLEstimator, Scale
+from cohort.learner.config import Aggregation, AlgorithmConfig, Baseline, KLEstimator, Scale
 
 # Floor of the standard deviation: only rewards that are almost equal ever meet it.
 STD_FLOOR = 1e-6

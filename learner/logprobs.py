@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from learner import norm
-from learner.attention import TREE, RowShape, Tree, TreeAttention, register
-from learner.plan import padded_length
+from cohort.learner import norm
+from cohort.learner.attention import TREE, RowShape, Tree, TreeAttention, register
+from cohort.learner.plan import padded_length
 
 # Rows up to this length: where a mask is needed on a CPU, plain matrix products beat the fused
 # kernel, whose strength is that it never writes the L x L scores.
@@ -198,7 +198,7 @@ class PolicyModel(nn.Module):
     def _score(
         self, hidden_NH: torch.Tensor, target_N: torch.Tensor, temperature: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        # Shapes that come back: see learner.plan.LENGTH_MULTIPLE.
+        # Shapes that come back: see cohort.learner.plan.LENGTH_MULTIPLE.
         padding = -len(hidden_NH) % SCORE_MULTIPLE
         padded_PH = nn.functional.pad(hidden_NH, (0, 0, 0, padding))
         # Padding and all: the gradient of a slice would be a copy of all logits.

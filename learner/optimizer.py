@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from learner.config import Dtype, LearnerConfig
+from cohort.learner.config import Dtype, LearnerConfig
 
 
 def lr_at(update: int, learner: LearnerConfig, total_updates: int) -> float:

@@ -18,9 +18,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from actors.records import GroupMeta, ScoreMeta
-from learner.config import AlgorithmConfig
-from learner.grpo import (
+from cohort.actors.records import GroupMeta, ScoreMeta
+from cohort.learner.config import AlgorithmConfig
+from cohort.learner.grpo import (
     all_equal,
     group_advantages,
     overlong_penalty,

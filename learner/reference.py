@@ -10,11 +10,11 @@ from typing import Any
 import torch
 import xxhash
 
-from learner.batch import BatchTensors
-from learner.config import Dtype
-from learner.logprobs import PolicyModel
-from learner.optimizer import SHORT_NAMES
-from learner.weights import gather_named_weights, named_tensors, shared_buckets, whole
+from cohort.learner.batch import BatchTensors
+from cohort.learner.config import Dtype
+from cohort.learner.logprobs import PolicyModel
+from cohort.learner.optimizer import SHORT_NAMES
+from cohort.learner.weights import gather_named_weights, named_tensors, shared_buckets, whole
 
 REFERENCE_FILE = "reference.safetensors"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from learner.checkpoint import DRIVER_WAS_HERE, CheckpointError, NotFiniteError
+from cohort.learner.checkpoint import DRIVER_WAS_HERE, CheckpointError, NotFiniteError
 
 # A network file system may show a new file to other nodes only after a while.
 SEEN_S = 30.0

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from learner.config import AlgorithmConfig, Dtype, LearnerConfig
-from learner.grpo import LossStats
+from cohort.learner.config import AlgorithmConfig, Dtype, LearnerConfig
+from cohort.learner.grpo import LossStats
 
 
 @dataclass(frozen=True)

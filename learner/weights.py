@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import xxhash
 
-from actors.weight_file import TensorSpec, encode_header
+from cohort.actors.weight_file import TensorSpec, encode_header
 
 # Under ZeRO-3, parameters of about this many elements are whole on every rank at one time.
 BUCKET_ELEMENTS = 64 * 1024 * 1024

@@ -15,17 +15,17 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from actors.process import redirect_output, stacks_if_late, start_reaper
-from actors.records import ScoredGroup, WeightsInfo
-from learner.attention import RowShape, Tree
-from learner.batch import BatchTensors, build_micro_batch
-from learner.checkpoint import HF_FOLDER, CheckpointError
-from learner.grpo import LossStats, kl_in_reward, policy_loss
-from learner.plan import MicroBatch
-from learner.safe_load import only_data
-from learner.saved import PatientEngine, require_finite, try_to_write, write_model
-from learner.spec import LearnerSpec, ModelFacts, RankResult, UpdateResult
-from learner.weights import WeightFiles
+from cohort.actors.process import redirect_output, stacks_if_late, start_reaper
+from cohort.actors.records import ScoredGroup, WeightsInfo
+from cohort.learner.attention import RowShape, Tree
+from cohort.learner.batch import BatchTensors, build_micro_batch
+from cohort.learner.checkpoint import HF_FOLDER, CheckpointError
+from cohort.learner.grpo import LossStats, kl_in_reward, policy_loss
+from cohort.learner.plan import MicroBatch
+from cohort.learner.safe_load import only_data
+from cohort.learner.saved import PatientEngine, require_finite, try_to_write, write_model
+from cohort.learner.spec import LearnerSpec, ModelFacts, RankResult, UpdateResult
+from cohort.learner.weights import WeightFiles
 
 LEARNER_FILE = "learner.json"
 DEEPSPEED_FOLDER = "deepspeed"
@@ -58,7 +58,7 @@ def _watched(
 
 
 class LearnerWorker:
-    """One rank. A plain class, to be made a Ray actor by `learner.group`.
+    """One rank. A plain class, to be made a Ray actor by `cohort.learner.group`.
 
     All ranks enter every method from `setup` on together.
     """
@@ -130,12 +130,12 @@ class LearnerWorker:
         if spec.trial_dir is not None:
             try_to_write(self.model, self.model_folder, Path(spec.trial_dir), spec.rank)
         if spec.learner.float8 != "off":
-            from learner.float8 import convert
+            from cohort.learner.float8 import convert
 
             convert(self.model, spec.learner.float8, self.device)
         self.engine = self._deepspeed_engine()
         if spec.algorithm.kl_coef > 0:
-            from learner.reference import ReferencePolicy
+            from cohort.learner.reference import ReferencePolicy
 
             original = self._load_policy(gradient_checkpointing=False)
             self.reference = ReferencePolicy(original, spec.learner.zero_stage, spec.dtype)
@@ -145,8 +145,8 @@ class LearnerWorker:
         import torch
         from transformers import AutoModelForCausalLM
 
-        from learner.logprobs import PolicyModel
-        from learner.weights import check_names
+        from cohort.learner.logprobs import PolicyModel
+        from cohort.learner.weights import check_names
 
         self.model_folder = _resolve(self.spec.model_path)
         dtype = {
@@ -163,8 +163,8 @@ class LearnerWorker:
         import deepspeed
         from deepspeed.utils import logger
 
-        from learner import extensions
-        from learner.optimizer import client_optimizer, deepspeed_config
+        from cohort.learner import extensions
+        from cohort.learner.optimizer import client_optimizer, deepspeed_config
 
         logger.setLevel("ERROR")
         spec = self.spec
@@ -231,7 +231,7 @@ class LearnerWorker:
     def _update(
         self, batches: Sequence[MicroBatch], by_id: dict[str, ScoredGroup], memo: _Memo
     ) -> UpdateResult:
-        from learner.optimizer import lr_at
+        from cohort.learner.optimizer import lr_at
 
         spec = self.spec
         total = spec.total_steps * spec.algorithm.updates_per_step
@@ -396,7 +396,7 @@ class LearnerWorker:
         memory is used again. remote: also put the bytes into Ray's object store,
         for engines on other nodes.
         """
-        from learner.weights import gather_named_weights, weight_specs
+        from cohort.learner.weights import gather_named_weights, weight_specs
 
         stage = self.spec.learner.zero_stage
         tensors = gather_named_weights(self.model, stage)
@@ -468,7 +468,7 @@ class LearnerWorker:
 
     def _whole_state(self) -> dict[str, Any]:
         """Rank 0: a copy of all weights in main memory, tied ones sharing theirs."""
-        from learner.weights import gather_named_weights
+        from cohort.learner.weights import gather_named_weights
 
         state: dict[str, Any] = {}
         copies: dict[int, Any] = {}

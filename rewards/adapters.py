@@ -34,9 +34,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rewards.base import completion_texts, per_completion
-from rewards.loading import BY_NAME, RewardFunction, load_function
-from rewards.results import SupportsToList
+from cohort.rewards.base import completion_texts, per_completion
+from cohort.rewards.loading import BY_NAME, RewardFunction, load_function
+from cohort.rewards.results import SupportsToList
 
 # What verl's reward managers give a function, by name.
 VERL = ("data_source", "solution_str", "ground_truth", "extra_info")

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any
 
-from rewards.base import completion_texts, per_completion
-from rewards.extract import AnswerIn, answer_of, beginnings, final_parts, question_of
+from cohort.rewards.base import completion_texts, per_completion
+from cohort.rewards.extract import AnswerIn, answer_of, beginnings, final_parts, question_of
 
 # ASCII digits only: "12", "-5", "+5", "1,234", "12.0", ".5".
 NUMBER = re.compile(r"[-+]?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)", re.ASCII)
@@ -57,7 +57,7 @@ def exact_number(
 ) -> list[float | None]:
     """1.0 where the completion's final number (see `final_number`) equals `answer`, else 0.0.
 
-    What a completion only thinks does not count (see `rewards.extract.final_part`).
+    What a completion only thinks does not count (see `cohort.rewards.extract.final_part`).
 
     answer: an int, a float or the text of a number; None where the row has no answer, and the
     function does not apply. A completion that repeats the question scores 0.
@@ -91,7 +91,7 @@ def boxed_answer(
 ) -> list[float | None]:
     r"""1.0 where the last `\boxed{...}` holds `answer` (see `same_text`), else 0.0.
 
-    A box in what a completion only thinks does not count (see `rewards.extract.final_part`).
+    A box in what a completion only thinks does not count (see `cohort.rewards.extract.final_part`).
     """
     begun = beginnings(len(completions), prefills, prompts)
     return _compared(completions, answer, "boxed", begun)
@@ -107,7 +107,7 @@ def tagged_answer(
 ) -> list[float | None]:
     """1.0 where the one `<answer>...</answer>` holds `answer` (see `same_text`), else 0.0.
 
-    Tags in what a completion only thinks do not count (see `rewards.extract.final_part`).
+    Tags in what a completion only thinks do not count (see `cohort.rewards.extract.final_part`).
     """
     begun = beginnings(len(completions), prefills, prompts)
     return _compared(completions, answer, "tags", begun)

@@ -15,8 +15,8 @@ names `trainer_state` a `TrainerState`; one that names `prefills` what the answe
 the model's own words: the last message of the prompt where it is the assistant's, else a `<think>`
 that the template opens ("" for others).
 `completions` hold the model's own words only, special tokens included, end and padding left out.
-`log_extra(column, values)` and `log_metric(name, value)` are functions, see `rewards.results`,
-which also says what may be returned besides numbers and None.
+`log_extra(column, values)` and `log_metric(name, value)` are functions, see
+`cohort.rewards.results`, which also says what may be returned besides numbers and None.
 
 A class is constructed once a process, with the function's options; its instance is called.
 
@@ -36,8 +36,8 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from actors.records import Group, RewardError
-from rewards.loading import (
+from cohort.actors.records import Group, RewardError
+from cohort.rewards.loading import (
     BY_NAME,
     RESERVED_COLUMNS,
     RewardFunction,
@@ -46,7 +46,7 @@ from rewards.loading import (
     load_function,
     resolve_path,
 )
-from rewards.results import MAX_SCORE, Log, Verdict, error_tail, failed, read_result
+from cohort.rewards.results import MAX_SCORE, Log, Verdict, error_tail, failed, read_result
 
 __all__ = [
     "RESERVED_COLUMNS",
@@ -220,7 +220,7 @@ def judge(
     event loop, so that clients that the function caches stay usable. columns, max_steps: see
     `arguments`.
 
-    An exception ("raised") fails every completion; for results see `rewards.results`.
+    An exception ("raised") fails every completion; for results see `cohort.rewards.results`.
     """
     log = Log()
     try:

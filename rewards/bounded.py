@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from rewards.results import error_tail
+from cohort.rewards.results import error_tail
 
 HEADER = struct.Struct(">Q")
 # A process that waits for a core on a busy machine gets so many times as long by the clock.

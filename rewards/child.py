@@ -111,9 +111,9 @@ def main(descriptor: int, parent: int) -> None:
     connection = socket.socket(fileno=descriptor)
     connection.set_inheritable(False)
     # The death signal is set: only now the imports that take time.
-    from rewards.adapters import load_reward
-    from rewards.base import RewardLoadError, is_per_completion, judge
-    from rewards.results import error_tail, to_json
+    from cohort.rewards.adapters import load_reward
+    from cohort.rewards.base import RewardLoadError, is_per_completion, judge
+    from cohort.rewards.results import error_tail, to_json
 
     with contextlib.suppress(EOFError), asyncio.Runner() as runner:
         hello = json.loads(receive(connection))

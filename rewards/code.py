@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
-from rewards.base import per_completion
-from rewards.extract import final_parts, last_code
-from rewards.sandbox import PATH, Limits, Outcome, Sandbox, SandboxError
+from cohort.rewards.base import per_completion
+from cohort.rewards.extract import final_parts, last_code
+from cohort.rewards.sandbox import PATH, Limits, Outcome, Sandbox, SandboxError
 
 # Reads the nonce before the program runs; a program that leaves early never prints it.
 HARNESS = """\

@@ -12,17 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from actors.records import Messages
-from rewards.config import RewardFunctionConfig
-from rewards.readers import Record, read_records
-from rewards.row_prompts import (
+from cohort.actors.records import Messages
+from cohort.rewards.config import RewardFunctionConfig
+from cohort.rewards.readers import Record, read_records
+from cohort.rewards.row_prompts import (
     byte_length,
     content_of,
     filled,
     prompt_digest,
     template_fields,
 )
-from rewards.row_reader import (
+from cohort.rewards.row_reader import (
     FINAL_ASSISTANT,
     LAYOUTS,
     SHOWN,
@@ -31,9 +31,9 @@ from rewards.row_reader import (
     RowReader,
     asked,
 )
-from rewards.row_store import RowStore
-from rewards.survey import Survey
-from rewards.tasks import Row, TaskError
+from cohort.rewards.row_store import RowStore
+from cohort.rewards.survey import Survey
+from cohort.rewards.tasks import Row, TaskError
 
 logger = logging.getLogger(__name__)
 
@@ -170,7 +170,7 @@ class DatasetTask:
         return None if text is None else str(text)
 
     def survey(self) -> Survey:
-        """See `rewards.survey.Surveys`."""
+        """See `cohort.rewards.survey.Surveys`."""
         train, held_out = (
             np.frombuffer(rows.sizes, dtype=np.uint32)[np.frombuffer(chosen, dtype=np.int64)]
             for rows, chosen in ((self._rows, self._train), (self._eval_rows, self._eval))

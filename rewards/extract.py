@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from actors.text import prefill_of
-from rewards.base import completion_texts
+from cohort.actors.text import prefill_of
+from cohort.rewards.base import completion_texts
 
 AnswerIn = Literal["boxed", "tags"]
 

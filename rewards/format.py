@@ -6,9 +6,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from rewards.answer import MAX_CHARACTERS, NUMBER
-from rewards.base import completion_texts, per_completion
-from rewards.extract import beginnings, final_part
+from cohort.rewards.answer import MAX_CHARACTERS, NUMBER
+from cohort.rewards.base import completion_texts, per_completion
+from cohort.rewards.extract import beginnings, final_part
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 THINK_ANSWER = re.compile(r"\s*<think>(.*)</think>\s*<answer>(.*)</answer>\s*", re.DOTALL)

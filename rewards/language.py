@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from rewards.base import completion_texts, per_completion
+from cohort.rewards.base import completion_texts, per_completion
 
 # The scripts of a language, as the first words of Unicode's character names.
 SCRIPTS: dict[str, frozenset[str]] = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rewards.base import per_completion
+from cohort.rewards.base import per_completion
 
 
 @per_completion

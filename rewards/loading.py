@@ -36,7 +36,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from rewards.results import error_tail
+from cohort.rewards.results import error_tail
 
 RewardFunction = Callable[..., Any]
 

@@ -12,10 +12,10 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from rewards.answer import parse_number, same_text
-from rewards.base import completion_texts, per_completion
-from rewards.bounded import Bounded, TooMuch
-from rewards.extract import AnswerIn, answer_of, beginnings, last_boxed, question_of
+from cohort.rewards.answer import parse_number, same_text
+from cohort.rewards.base import completion_texts, per_completion
+from cohort.rewards.bounded import Bounded, TooMuch
+from cohort.rewards.extract import AnswerIn, answer_of, beginnings, last_boxed, question_of
 
 # Where one answer of a call has used up its time, how long each of the others may take.
 NEXT_S = 1.0

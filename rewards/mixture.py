@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from actors.records import derive_seed
-from rewards.config import RewardFunctionConfig, TaskConfig
-from rewards.rates import PassRates
-from rewards.survey import Survey, survey_of
-from rewards.tasks import (
+from cohort.actors.records import derive_seed
+from cohort.rewards.config import RewardFunctionConfig, TaskConfig
+from cohort.rewards.rates import PassRates
+from cohort.rewards.survey import Survey, survey_of
+from cohort.rewards.tasks import (
     Curriculum,
     Demonstrates,
     Fingerprinted,
@@ -139,7 +139,7 @@ class MixtureTask:
         return _labelled(part, part.task.eval_row(at))
 
     def choose(self, seed: int, cursor: int, rates: PassRates) -> tuple[int, Row]:
-        """See `rewards.tasks.Curriculum`. The epoch is the part's own."""
+        """See `cohort.rewards.tasks.Curriculum`. The epoch is the part's own."""
         block, offset = divmod(cursor, BLOCK)
         counts = shares(self._weights(rates)) if self._curriculum else self._shares
         number, nth = block_order(counts, derive_seed(seed, "mixture", block))[offset]
@@ -151,7 +151,7 @@ class MixtureTask:
         return epoch, _labelled(part, part.task.train_row(order[at]))
 
     def survey(self) -> Survey:
-        """See `rewards.survey.Surveys`."""
+        """See `cohort.rewards.survey.Surveys`."""
         parts = [survey_of(part.task) for part in self._parts]
         numbers, places = np.array(self._eval, dtype=np.int64).T
         held_out = np.empty(len(self._eval), dtype=np.int64)

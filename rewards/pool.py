@@ -15,8 +15,8 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from actors.errors import failure_of, kind_of, words
-from actors.records import Failure, ScoreMeta
+from cohort.actors.errors import failure_of, kind_of, words
+from cohort.actors.records import Failure, ScoreMeta
 
 logger = logging.getLogger(__name__)
 

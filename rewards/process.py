@@ -16,24 +16,24 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from actors.process import MARKER, end_tree
-from rewards.child import CALL_BYTES, receive, send
-from rewards.loading import RewardLoadError
+from cohort.actors.process import MARKER, end_tree
+from cohort.rewards.child import CALL_BYTES, receive, send
+from cohort.rewards.loading import RewardLoadError
 
 KILL_TIMEOUT_S = 10.0
 MAX_REPLY = 64 << 20
 BOOT = (
     "import sys; sys.path[:] = sys.argv[3:]; "
-    "from rewards.child import main; main(int(sys.argv[1]), int(sys.argv[2]))"
+    "from cohort.rewards.child import main; main(int(sys.argv[1]), int(sys.argv[2]))"
 )
 
 
 class Child:
     """One child process and the socket to it.
 
-    hello: what it is told first, see `rewards.child`. environment: all of its variables; its MARKER
-    is how what it leaves behind is found. per_completion: for each function, whether it says that
-    it judges each completion by itself.
+    hello: what it is told first, see `cohort.rewards.child`. environment: all of its variables; its
+    MARKER is how what it leaves behind is found. per_completion: for each function, whether it says
+    that it judges each completion by itself.
 
     Raises RewardLoadError when it is not ready within `start_timeout_s`, with its last words.
     """
@@ -102,7 +102,7 @@ class Child:
         return self.alive() and not select.select([self._socket], [], [], 0)[0]
 
     def call(self, index: int, payload: bytes, timeout_s: float) -> dict[str, Any]:
-        """What function `index` said about a pickled group; see `rewards.child`.
+        """What function `index` said about a pickled group; see `cohort.rewards.child`.
 
         Raises TimeoutError, EOFError and OSError for a child that does not answer, ValueError for
         an answer that is not ours.

@@ -27,8 +27,8 @@ from urllib.parse import parse_qsl
 
 import numpy as np
 
-from rewards.progress import with_progress
-from rewards.tasks import TaskError
+from cohort.rewards.progress import with_progress
+from cohort.rewards.tasks import TaskError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 PACKED = (".gz", ".zst", ".bz2", ".xz")

@@ -15,12 +15,12 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from actors.records import Messages, derive_seed
-from rewards.base import per_completion
-from rewards.bounded import Bounded, TooMuch
-from rewards.config import RewardFunctionConfig
-from rewards.extract import final_parts, last_boxed, tagged
-from rewards.tasks import Row, TaskError
+from cohort.actors.records import Messages, derive_seed
+from cohort.rewards.base import per_completion
+from cohort.rewards.bounded import Bounded, TooMuch
+from cohort.rewards.config import RewardFunctionConfig
+from cohort.rewards.extract import final_parts, last_boxed, tagged
+from cohort.rewards.tasks import Row, TaskError
 
 # One question in so many is for evaluation, whatever the seeds.
 HOLD_OUT_EVERY = 5
@@ -110,7 +110,7 @@ class ReasoningGymTask:
         self._system = _system_prompt(system)
         self.rewards = (
             RewardFunctionConfig(
-                path="rewards.reasoning_gym:score", options={"answer_in": answer_in}
+                path="cohort.rewards.reasoning_gym:score", options={"answer_in": answer_in}
             ),
         )
 
@@ -158,7 +158,7 @@ def score(
 ) -> list[dict[str, float] | Exception | None]:
     """What reasoning-gym's own scorer says, in [0, 1], partial credit included.
 
-    What a completion only thinks does not count (see `rewards.extract.final_part`).
+    What a completion only thinks does not count (see `cohort.rewards.extract.final_part`).
 
     entry, dataset: columns of the task; None where a row has none, and the function does not apply.
     answer_in: see ReasoningGymTask; a completion without an answer is scored as reasoning-gym

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from actors.records import Messages
+from cohort.actors.records import Messages
 
 # Stands for the assistant's words while a template is asked where they go. Letters only: templates
 # cut, strip and split what they print.

@@ -24,7 +24,7 @@ from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 
-from actors.records import Group, RewardError
+from cohort.actors.records import Group, RewardError
 
 Cause = Literal["raised", "timeout", "wrong_length", "wrong_type", "died"]
 CAUSES = frozenset(get_args(Cause))

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from rewards.base import completion_texts, per_completion
-from rewards.endpoint import Endpoint, unicode_text
+from cohort.rewards.base import completion_texts, per_completion
+from cohort.rewards.endpoint import Endpoint, unicode_text
 
 
 @per_completion

@@ -11,8 +11,8 @@ from collections.abc import Collection, Mapping, Sequence
 from json.encoder import encode_basestring_ascii
 from typing import Any
 
-from actors.records import Messages
-from rewards.tasks import TaskError
+from cohort.actors.records import Messages
+from cohort.rewards.tasks import TaskError
 
 # Columns that files without nested values (CSV) hold as text, by the field's conventions.
 STRUCTURED = ("reward_model", "reward_spec", "extra_info")

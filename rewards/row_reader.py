@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from actors.records import Messages
-from rewards.base import RESERVED_COLUMNS
-from rewards.readers import Record
-from rewards.row_prompts import content_of, content_problem, filled, read_texts
-from rewards.tasks import TaskError
+from cohort.actors.records import Messages
+from cohort.rewards.base import RESERVED_COLUMNS
+from cohort.rewards.readers import Record
+from cohort.rewards.row_prompts import content_of, content_problem, filled, read_texts
+from cohort.rewards.tasks import TaskError
 
 logger = logging.getLogger(__name__)
 

@@ -19,10 +19,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from rewards import reaper
-from rewards.seccomp import refused_calls
-from rewards.supervise import HELPERS, Limits, Outcome, Start, in_memory, supervise
-from rewards.usage import ControlGroup, clear_left_groups, user_threads
+from cohort.rewards import reaper
+from cohort.rewards.seccomp import refused_calls
+from cohort.rewards.supervise import HELPERS, Limits, Outcome, Start, in_memory, supervise
+from cohort.rewards.usage import ControlGroup, clear_left_groups, user_threads
 
 __all__ = ["Limits", "Outcome", "Sandbox", "SandboxError"]
 

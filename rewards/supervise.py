@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from rewards.usage import ControlGroup, descendants, look
+from cohort.rewards.usage import ControlGroup, descendants, look
 
 # How often a program that no control group bounds is looked at.
 LOOK_S = 0.01

@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from rewards.tasks import Task
+from cohort.rewards.tasks import Task
 
 UNKNOWN = -1
 

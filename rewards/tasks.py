@@ -12,11 +12,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from actors.records import Messages, Prompt, derive_seed
-from rewards.base import RewardLoadError, error_tail, load_attribute, resolve_path
-from rewards.config import RewardFunctionConfig, TaskConfig
-from rewards.rates import NO_RATES, PassRates
-from rewards.rendering import RenderError, TokenizerRenderer
+from cohort.actors.records import Messages, Prompt, derive_seed
+from cohort.rewards.base import RewardLoadError, error_tail, load_attribute, resolve_path
+from cohort.rewards.config import RewardFunctionConfig, TaskConfig
+from cohort.rewards.rates import NO_RATES, PassRates
+from cohort.rewards.rendering import RenderError, TokenizerRenderer
 
 
 class TaskError(ValueError):
@@ -79,7 +79,7 @@ class Curriculum(Protocol):
         """The row at position `cursor` of the endless training sequence, and its epoch.
 
         A pure function of its arguments, for runs are resumed from them. rates: see
-        `rewards.rates`. A row must not come twice in an epoch.
+        `cohort.rewards.rates`. A row must not come twice in an epoch.
         """
 
 
@@ -109,7 +109,7 @@ class AdditionTask:
     same side. Options: max_operand (9), min_operand (1).
     """
 
-    rewards = (RewardFunctionConfig(path="rewards.answer:exact_number", weight=1.0),)
+    rewards = (RewardFunctionConfig(path="cohort.rewards.answer:exact_number", weight=1.0),)
     HOLD_OUT_EVERY = 5
 
     def __init__(self, seed: int, max_operand: int = 9, min_operand: int = 1) -> None:
@@ -159,11 +159,11 @@ def _both_orders(pairs: Any) -> list[tuple[int, int]]:
 
 # By path, like tasks of one's own: a task's module is imported when it is wanted.
 BUILT_IN = {
-    "addition": "rewards.tasks:AdditionTask",
-    "dataset": "rewards.dataset:DatasetTask",
-    "reasoning_gym": "rewards.reasoning_gym:ReasoningGymTask",
-    "mixture": "rewards.mixture:MixtureTask",
-    "travel": "rewards.travel.task:TravelTask",
+    "addition": "cohort.rewards.tasks:AdditionTask",
+    "dataset": "cohort.rewards.dataset:DatasetTask",
+    "reasoning_gym": "cohort.rewards.reasoning_gym:ReasoningGymTask",
+    "mixture": "cohort.rewards.mixture:MixtureTask",
+    "travel": "cohort.rewards.travel.task:TravelTask",
 }
 
 

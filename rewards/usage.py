@@ -16,7 +16,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from actors.machine import cgroups
+from cohort.actors.machine import cgroups
 
 PREFIX = "cohort-test-"
 EMPTY_S = 5.0

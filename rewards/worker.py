@@ -14,14 +14,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
-from actors.process import MARKER, start_watcher
-from actors.records import Failure, Group, ScoredGroup, ScoreMeta
-from rewards.base import RewardLoadError, combine, out_of_range, resolve_path
-from rewards.config import RewardFunctionConfig, RewardsConfig
-from rewards.environment import hide_environment, scrubbed_environment
-from rewards.process import KILL_TIMEOUT_S, Child
-from rewards.results import Verdict, error_tail, failed, from_json, merged, reordered
-from rewards.tasks import Task, TaskError
+from cohort.actors.process import MARKER, start_watcher
+from cohort.actors.records import Failure, Group, ScoredGroup, ScoreMeta
+from cohort.rewards.base import RewardLoadError, combine, out_of_range, resolve_path
+from cohort.rewards.config import RewardFunctionConfig, RewardsConfig
+from cohort.rewards.environment import hide_environment, scrubbed_environment
+from cohort.rewards.process import KILL_TIMEOUT_S, Child
+from cohort.rewards.results import Verdict, error_tail, failed, from_json, merged, reordered
+from cohort.rewards.tasks import Task, TaskError
 
 # Loading a function may import torch or read a model; it is not a hang before this.
 START_TIMEOUT_S = 120.0
@@ -116,8 +116,8 @@ class RewardActor:
 
     Completions may be judged before their group is complete: `judge`, then `score` with what it
     said. That is for functions which say that they judge each completion by itself
-    (`rewards.base.per_completion`, or `whole_group` False in their spec); others may compare, and
-    get the whole group.
+    (`cohort.rewards.base.per_completion`, or `whole_group` False in their spec); others may
+    compare, and get the whole group.
 
     A call that hangs, dies or raises is repeated for each completion alone, so that one completion
     costs only its own score; where it may compare, those that could be judged alone are then judged

@@ -14,11 +14,11 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from cluster.cli import app
-from cluster.config import all_keys, load_config
-from rewards.adapters import load_reward
-from rewards.tasks import load_task
-from rewards.worker import reward_specs
+from cohort.cluster.cli import app
+from cohort.cluster.config import all_keys, load_config
+from cohort.rewards.adapters import load_reward
+from cohort.rewards.tasks import load_task
+from cohort.rewards.worker import reward_specs
 from tests.shown import DOCUMENTS, ROOT, Shown, blocks, commands, environment, scratch_copy
 
 if TYPE_CHECKING:

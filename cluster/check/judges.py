@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from actors.records import Completion, Failure, Group, Prompt, ScoreMeta
-from actors.text import completion_text
-from cluster.check.sheet import Stage
-from cluster.config import Config
-from cluster.prepare import RunError
-from rewards.base import combine
-from rewards.extract import left_open
-from rewards.tasks import Demonstrates, Task
-from rewards.worker import RewardActor, RewardSpec
+from cohort.actors.records import Completion, Failure, Group, Prompt, ScoreMeta
+from cohort.actors.text import completion_text
+from cohort.cluster.check.sheet import Stage
+from cohort.cluster.config import Config
+from cohort.cluster.prepare import RunError
+from cohort.rewards.base import combine
+from cohort.rewards.extract import left_open
+from cohort.rewards.tasks import Demonstrates, Task
+from cohort.rewards.worker import RewardActor, RewardSpec
 
 ROWS = 4
 # Columns that hold a reference answer by the field's conventions, and ways of giving an answer.

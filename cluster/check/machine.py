@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shutil
 
-from actors.process import SHM
-from cluster.check.estimate import activation_bytes, kv_bytes_per_token, logit_bytes
-from cluster.check.model import Model
-from cluster.check.sheet import Stage
-from cluster.config import Config, expand
-from cluster.lengths import Lengths
-from cluster.placement import (
+from cohort.actors.process import SHM
+from cohort.cluster.check.estimate import activation_bytes, kv_bytes_per_token, logit_bytes
+from cohort.cluster.check.model import Model
+from cohort.cluster.check.sheet import Stage
+from cohort.cluster.config import Config, expand
+from cohort.cluster.lengths import Lengths
+from cohort.cluster.placement import (
     GIB,
     RANK_OVERHEAD,
     WIDTH,
@@ -23,7 +23,7 @@ from cluster.placement import (
     plan,
     published_bytes,
 )
-from learner.checkpoint import nearest_existing
+from cohort.learner.checkpoint import nearest_existing
 
 
 def check_machine(

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from actors.engine import stop_token_ids
-from cluster.check.estimate import Architecture
-from cluster.check.sheet import Stage
-from cluster.config import Config
-from cluster.continuing import Saved
-from cluster.errors import RunError
-from cluster.model_folder import inspect_model, load_tokenizer
-from cluster.run_dir import find_run_dir
-from cluster.weight_files import weight_files
-from learner.checkpoint import HF_FOLDER, latest, load_state, nearest_existing
+from cohort.actors.engine import stop_token_ids
+from cohort.cluster.check.estimate import Architecture
+from cohort.cluster.check.sheet import Stage
+from cohort.cluster.config import Config
+from cohort.cluster.continuing import Saved
+from cohort.cluster.errors import RunError
+from cohort.cluster.model_folder import inspect_model, load_tokenizer
+from cohort.cluster.run_dir import find_run_dir
+from cohort.cluster.weight_files import weight_files
+from cohort.learner.checkpoint import HF_FOLDER, latest, load_state, nearest_existing
 
 
 @dataclass(frozen=True)

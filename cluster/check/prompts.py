@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from actors.records import Prompt
-from cluster.check.estimate import histogram_lines
-from cluster.check.model import Model
-from cluster.check.sheet import Stage
-from cluster.config import Config
-from cluster.lengths import Lengths, check_lengths, render_rows
-from cluster.metrics import quantile
-from cluster.prepare import longest_prompt, make_renderer
-from rewards.tasks import PromptRenderer, Task, load_task, sample_rows
-from rewards.worker import RewardSpec, reward_specs
+from cohort.actors.records import Prompt
+from cohort.cluster.check.estimate import histogram_lines
+from cohort.cluster.check.model import Model
+from cohort.cluster.check.sheet import Stage
+from cohort.cluster.config import Config
+from cohort.cluster.lengths import Lengths, check_lengths, render_rows
+from cohort.cluster.metrics import quantile
+from cohort.cluster.prepare import longest_prompt, make_renderer
+from cohort.rewards.tasks import PromptRenderer, Task, load_task, sample_rows
+from cohort.rewards.worker import RewardSpec, reward_specs
 
 SHOWN_PROMPTS = 2
 LONGEST_SHOWN = 6000

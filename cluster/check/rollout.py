@@ -9,19 +9,19 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from actors.records import Failure, Group, GroupMeta, Prompt, ScoreMeta
-from cluster.check.estimate import expected_equal, histogram_lines, two_valued, wilson
-from cluster.check.judges import Judged, Judges, mean, report_errors, shown
-from cluster.check.prompts import bounded
-from cluster.check.sheet import Stage
-from cluster.config import Config
-from cluster.console import Console
-from cluster.making import make_pool
-from cluster.metrics import quantile
-from cluster.placement import Placement
-from cluster.prepare import Prepared, RunError, passing_logs
-from cluster.stream import group_request
-from learner.plan import informative
+from cohort.actors.records import Failure, Group, GroupMeta, Prompt, ScoreMeta
+from cohort.cluster.check.estimate import expected_equal, histogram_lines, two_valued, wilson
+from cohort.cluster.check.judges import Judged, Judges, mean, report_errors, shown
+from cohort.cluster.check.prompts import bounded
+from cohort.cluster.check.sheet import Stage
+from cohort.cluster.config import Config
+from cohort.cluster.console import Console
+from cohort.cluster.making import make_pool
+from cohort.cluster.metrics import quantile
+from cohort.cluster.placement import Placement
+from cohort.cluster.prepare import Prepared, RunError, passing_logs
+from cohort.cluster.stream import group_request
+from cohort.learner.plan import informative
 
 SHOWN_GROUPS = 2
 SHOWN_COMPLETIONS = 4

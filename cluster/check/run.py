@@ -6,22 +6,22 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from actors.records import Prompt
-from cluster.check.judges import Judges, check_rewards, demonstrations
-from cluster.check.machine import check_machine
-from cluster.check.model import Model, Resumed, check_model, check_run_dir
-from cluster.check.prompts import check_prompts, check_task
-from cluster.check.rollout import check_completions, generate
-from cluster.check.sheet import Sheet, Stage
-from cluster.config import SECTIONS, Config
-from cluster.continuing import compare
-from cluster.fingerprint import fingerprint
-from cluster.lengths import Lengths
-from cluster.placement import Placement, this_machine
-from cluster.prepare import Prepared
-from cluster.ray_start import check_start, connect, ray_address
-from rewards.tasks import PromptRenderer, Task, take_prompts
-from rewards.worker import RewardSpec
+from cohort.actors.records import Prompt
+from cohort.cluster.check.judges import Judges, check_rewards, demonstrations
+from cohort.cluster.check.machine import check_machine
+from cohort.cluster.check.model import Model, Resumed, check_model, check_run_dir
+from cohort.cluster.check.prompts import check_prompts, check_task
+from cohort.cluster.check.rollout import check_completions, generate
+from cohort.cluster.check.sheet import Sheet, Stage
+from cohort.cluster.config import SECTIONS, Config
+from cohort.cluster.continuing import compare
+from cohort.cluster.fingerprint import fingerprint
+from cohort.cluster.lengths import Lengths
+from cohort.cluster.placement import Placement, this_machine
+from cohort.cluster.prepare import Prepared
+from cohort.cluster.ray_start import check_start, connect, ray_address
+from cohort.rewards.tasks import PromptRenderer, Task, take_prompts
+from cohort.rewards.worker import RewardSpec
 
 
 @dataclass

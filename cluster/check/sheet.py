@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from cluster.run import EXPECTED_ERRORS
-from rewards.base import RewardLoadError
+from cohort.cluster.run import EXPECTED_ERRORS
+from cohort.rewards.base import RewardLoadError
 
 INDENT = "    "
 # Of an error's text; a traceback's last lines matter most.

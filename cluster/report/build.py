@@ -14,13 +14,13 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from actors.config import ActorsConfig
-from cluster.config import ConfigError, ModelConfig, RunConfig, read_tree
-from cluster.report.completions import Advantages, Completions, Limits, choose_completions
-from cluster.report.curves import Chart, Curves, Tile, choose_charts, curves, numeric, tiles
-from cluster.tracking import read_metrics
-from learner.config import AlgorithmConfig
-from rewards.config import TaskConfig
+from cohort.actors.config import ActorsConfig
+from cohort.cluster.config import ConfigError, ModelConfig, RunConfig, read_tree
+from cohort.cluster.report.completions import Advantages, Completions, Limits, choose_completions
+from cohort.cluster.report.curves import Chart, Curves, Tile, choose_charts, curves, numeric, tiles
+from cohort.cluster.tracking import read_metrics
+from cohort.learner.config import AlgorithmConfig
+from cohort.rewards.config import TaskConfig
 
 STEP_FOLDER = re.compile(r"step-(\d{1,15})")
 

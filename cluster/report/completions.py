@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cluster.report.samples import (
+from cohort.cluster.report.samples import (
     LONGEST_TEXT,
     Sample,
     Text,
@@ -19,7 +19,7 @@ from cluster.report.samples import (
     shorten,
     with_advantages,
 )
-from learner.config import AlgorithmConfig
+from cohort.learner.config import AlgorithmConfig
 
 STEP_FILE = re.compile(r"step-(\d{1,15})\.jsonl")
 

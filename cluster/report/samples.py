@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from actors.records import GroupMeta, ScoreMeta
-from learner.config import AlgorithmConfig
-from learner.plan import plan_step
+from cohort.actors.records import GroupMeta, ScoreMeta
+from cohort.learner.config import AlgorithmConfig
+from cohort.learner.plan import plan_step
 
 # Longer texts lose their middle when they are read; the page may shorten them further.
 LONGEST_TEXT = 100_000

@@ -6,10 +6,10 @@ import itertools
 from dataclasses import dataclass
 from functools import lru_cache
 
-from rewards.travel.plan import Plan
-from rewards.travel.query import Query, matches
-from rewards.travel.scores import Soft, culture_kinds, interest_target, soft_from_counts
-from rewards.travel.solver import (
+from cohort.rewards.travel.plan import Plan
+from cohort.rewards.travel.query import Query, matches
+from cohort.rewards.travel.scores import Soft, culture_kinds, interest_target, soft_from_counts
+from cohort.rewards.travel.solver import (
     Fixed,
     Route,
     Search,
@@ -19,7 +19,7 @@ from rewards.travel.solver import (
     sights_cost,
     total_price,
 )
-from rewards.travel.world import Sight
+from cohort.rewards.travel.world import Sight
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rewards.travel.plan import Day, Plan
-from rewards.travel.query import Query
-from rewards.travel.world import Country, Hotel, Leg, Restaurant, Sight
+from cohort.rewards.travel.plan import Day, Plan
+from cohort.rewards.travel.query import Query
+from cohort.rewards.travel.world import Country, Hotel, Leg, Restaurant, Sight
 
 
 @dataclass(frozen=True)

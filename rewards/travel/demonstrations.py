@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import random
 
-from rewards.travel.booking import book, cost
-from rewards.travel.plan import Day, Plan
-from rewards.travel.query import Query, matches
-from rewards.travel.solver import cheapest
-from rewards.travel.world import City, Country, Sight
+from cohort.rewards.travel.booking import book, cost
+from cohort.rewards.travel.plan import Day, Plan
+from cohort.rewards.travel.query import Query, matches
+from cohort.rewards.travel.solver import cheapest
+from cohort.rewards.travel.world import City, Country, Sight
 
 # How much a price may be off, in dollars, when a plan is sought: the first that fits the budget.
 NOISE = (200, 100, 50, 20, 5, 0)

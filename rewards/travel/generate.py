@@ -9,12 +9,12 @@ import random
 from dataclasses import dataclass
 from typing import Literal
 
-from actors.records import derive_seed
-from rewards.travel.places import BANS, PLACES, TAGS
-from rewards.travel.prompt import WORDINGS
-from rewards.travel.query import Query, QueryError, matches, to_columns
-from rewards.travel.solver import Solution, cheapest
-from rewards.travel.world import DEFAULT_SIZES, Country, Sizes, make_world
+from cohort.actors.records import derive_seed
+from cohort.rewards.travel.places import BANS, PLACES, TAGS
+from cohort.rewards.travel.prompt import WORDINGS
+from cohort.rewards.travel.query import Query, QueryError, matches, to_columns
+from cohort.rewards.travel.solver import Solution, cheapest
+from cohort.rewards.travel.world import DEFAULT_SIZES, Country, Sizes, make_world
 
 Split = Literal["train", "eval"]
 HOLD_OUT_EVERY = 5

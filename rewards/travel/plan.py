@@ -14,7 +14,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from rewards.extract import final_part
+from cohort.rewards.extract import final_part
 
 # A plan of two weeks has about 4,000 characters; the bounds keep hostile texts cheap.
 MAX_CHARACTERS = 20_000
@@ -48,7 +48,7 @@ class Plan:
 
 def parse_plan(text: str) -> Plan:
     """The itinerary in a completion: the first JSON object of its final part (see
-    `rewards.extract.final_part`), also within a code fence.
+    `cohort.rewards.extract.final_part`), also within a code fence.
 
     Text before and after the object is allowed. Raises PlanError for everything that is not
     in the format: another or a doubled key, a value of another type, NaN, an empty name, no days,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from rewards.travel.query import Query
-from rewards.travel.world import WEEKDAYS, City, Hotel, Restaurant, Sight
+from cohort.rewards.travel.query import Query
+from cohort.rewards.travel.world import WEEKDAYS, City, Hotel, Restaurant, Sight
 
 WORDINGS = 4
 

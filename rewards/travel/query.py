@@ -10,8 +10,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from rewards.travel.places import CULTURE
-from rewards.travel.world import ROOM_SLEEPS, City, Country, Hotel, Leg, Restaurant, Sight
+from cohort.rewards.travel.places import CULTURE
+from cohort.rewards.travel.world import ROOM_SLEEPS, City, Country, Hotel, Leg, Restaurant, Sight
 
 
 class QueryError(ValueError):

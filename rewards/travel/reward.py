@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rewards.base import completion_texts, per_completion
-from rewards.travel.query import from_columns
-from rewards.travel.scores import evaluate
+from cohort.rewards.base import completion_texts, per_completion
+from cohort.rewards.travel.query import from_columns
+from cohort.rewards.travel.scores import evaluate
 
 
 @per_completion

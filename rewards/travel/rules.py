@@ -15,9 +15,9 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from rewards.travel.booking import Booking, cost, same_name
-from rewards.travel.query import Query
-from rewards.travel.world import WEEKDAYS, Hotel
+from cohort.rewards.travel.booking import Booking, cost, same_name
+from cohort.rewards.travel.query import Query
+from cohort.rewards.travel.world import WEEKDAYS, Hotel
 
 Check = Callable[[Query, Booking], str | None]
 

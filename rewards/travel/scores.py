@@ -12,12 +12,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rewards.travel.booking import book, cost, coverage
-from rewards.travel.places import CULTURE
-from rewards.travel.plan import PlanError, parse_plan
-from rewards.travel.query import Query, matches
-from rewards.travel.rules import COMMONSENSE, HARD, Finding, Rule, apply_rules
-from rewards.travel.world import Sight
+from cohort.rewards.travel.booking import book, cost, coverage
+from cohort.rewards.travel.places import CULTURE
+from cohort.rewards.travel.plan import PlanError, parse_plan
+from cohort.rewards.travel.query import Query, matches
+from cohort.rewards.travel.rules import COMMONSENSE, HARD, Finding, Rule, apply_rules
+from cohort.rewards.travel.world import Sight
 
 # Exact in binary: a plan that breaks no rule has 1.0 before its soft scores.
 SCHEMA_WEIGHT = 0.125

@@ -18,9 +18,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from rewards.travel.plan import Day, Plan
-from rewards.travel.query import Query
-from rewards.travel.world import Hotel, Leg, Restaurant, Sight
+from cohort.rewards.travel.plan import Day, Plan
+from cohort.rewards.travel.query import Query
+from cohort.rewards.travel.world import Hotel, Leg, Restaurant, Sight
 
 Route = tuple[tuple[str, int], ...]
 SightDays = tuple[tuple[Sight, ...], ...]

@@ -5,15 +5,15 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from actors.records import derive_seed
-from rewards.config import RewardFunctionConfig
-from rewards.tasks import Row, TaskError
-from rewards.travel.demonstrations import varied_plan
-from rewards.travel.generate import LEVELS, Split, make_query
-from rewards.travel.plan import to_json
-from rewards.travel.prompt import messages
-from rewards.travel.query import from_columns, to_columns
-from rewards.travel.scores import evaluate, travelplanner_metrics
+from cohort.actors.records import derive_seed
+from cohort.rewards.config import RewardFunctionConfig
+from cohort.rewards.tasks import Row, TaskError
+from cohort.rewards.travel.demonstrations import varied_plan
+from cohort.rewards.travel.generate import LEVELS, Split, make_query
+from cohort.rewards.travel.plan import to_json
+from cohort.rewards.travel.prompt import messages
+from cohort.rewards.travel.query import from_columns, to_columns
+from cohort.rewards.travel.scores import evaluate, travelplanner_metrics
 
 
 class TravelTask:
@@ -23,7 +23,7 @@ class TravelTask:
     column is `query`. No query is in both splits, whatever the seeds.
     """
 
-    rewards = (RewardFunctionConfig(path="rewards.travel.reward:itinerary"),)
+    rewards = (RewardFunctionConfig(path="cohort.rewards.travel.reward:itinerary"),)
 
     def __init__(
         self, seed: int, level: int = 1, train_size: int = 2000, eval_size: int = 200

@@ -11,8 +11,8 @@ import random
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from actors.records import derive_seed
-from rewards.travel.places import (
+from cohort.actors.records import derive_seed
+from cohort.rewards.travel.places import (
     BANS,
     HOTEL_KINDS,
     HOTEL_WORDS,

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from ray.exceptions import ActorDiedError
 
-from actors.engine import RawSample
-from actors.records import Failure, Prompt, SamplingSpec, WeightsInfo
-from actors.rollout import Place, Request, RolloutActor
+from cohort.actors.engine import RawSample
+from cohort.actors.records import Failure, Prompt, SamplingSpec, WeightsInfo
+from cohort.actors.rollout import Place, Request, RolloutActor
 
 PROBE = [1, 2, 3]
 LEARNER = [-1.0, -2.0]

@@ -14,7 +14,7 @@ from ray.exceptions import (
     RayTaskError,
 )
 
-from actors.errors import failure_of, kind_of, words
+from cohort.actors.errors import failure_of, kind_of, words
 
 # What a mistake in a program raises. Everything else of Ray's is a loss.
 BUGS = {"CrossLanguageError", "UnserializableException", "UserCodeException"}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from actors.machine import CgroupLimits, cgroup_limits, usable_cores
+from cohort.actors.machine import CgroupLimits, cgroup_limits, usable_cores
 
 GIB = 2**30
 V2 = "30 23 0:26 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup rw,nsdelegate"
@@ -193,7 +193,7 @@ def test_a_real_group_of_version_1() -> None:
             outer.rmdir()
         pytest.skip(f"no cgroup can be made here: {error}")
     code = (
-        "import os, pathlib, actors.machine as m\n"
+        "import os, pathlib, cohort.actors.machine as m\n"
         f"pathlib.Path({str(inner)!r}, 'cgroup.procs').write_text(str(os.getpid()))\n"
         "print(m.cgroup_limits())"
     )

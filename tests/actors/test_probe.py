@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from actors.probe import Probe, limit_of, probe_gap, stale
+from cohort.actors.probe import Probe, limit_of, probe_gap, stale
 
 
 def probe(*logprobs: float, floor: float | None = 0.01) -> Probe:

@@ -10,11 +10,11 @@ import time
 from multiprocessing import shared_memory
 from pathlib import Path
 
-from actors.process import mapped_shared_memory
+from cohort.actors.process import mapped_shared_memory
 
 LATE = """
 import time
-from actors.process import stacks_if_late
+from cohort.actors.process import stacks_if_late
 
 def hang(seconds):
     time.sleep(seconds)
@@ -63,7 +63,7 @@ def test_nothing_in_shared_memory_outlives_a_killed_process(tmp_path: Path) -> N
     code = f"""
 import multiprocessing, os, signal, time
 from pathlib import Path
-from actors.process import start_reaper
+from cohort.actors.process import start_reaper
 
 def child(lock, ready):
     Path(ready).touch()
@@ -108,7 +108,7 @@ def test_openmp_files_of_the_dead_are_swept() -> None:
     dead.touch()
     living.touch()
     try:
-        code = "from actors.process import start_sweeper; start_sweeper(); input()"
+        code = "from cohort.actors.process import start_sweeper; start_sweeper(); input()"
         driver = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
         child.kill()
         child.wait()
@@ -130,7 +130,7 @@ def test_a_sweeper_ends_nothing(tmp_path: Path) -> None:
     done = tmp_path / "done"
     code = f"""
 import subprocess
-from actors.process import start_sweeper
+from cohort.actors.process import start_sweeper
 start_sweeper()
 subprocess.Popen(["sh", "-c", "sleep 1; touch {done}"], start_new_session=True)
 """

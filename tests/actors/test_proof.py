@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from actors.proof import Feed, Proof, digest, file_digests
+from cohort.actors.proof import Feed, Proof, digest, file_digests
 
 BF16 = torch.bfloat16
 

@@ -13,9 +13,9 @@ import numpy as np
 import psutil
 import pytest
 
-from actors.engine import stop_token_ids
-from actors.process import last_lines
-from actors.records import Completion, derive_seed
+from cohort.actors.engine import stop_token_ids
+from cohort.actors.process import last_lines
+from cohort.actors.records import Completion, derive_seed
 
 
 def test_seeds_depend_on_every_part_and_on_nothing_else() -> None:
@@ -28,7 +28,7 @@ def test_seeds_depend_on_every_part_and_on_nothing_else() -> None:
     assert len(seeds) == 30
     # Sample i of a group has seed + i: the ranges of different groups must not touch.
     assert min(abs(a - b) for a in seeds for b in seeds if a != b) > 1000
-    code = "from actors.records import derive_seed; print(derive_seed(3, 'rollout', 1, 'x'))"
+    code = "from cohort.actors.records import derive_seed; print(derive_seed(3, 'rollout', 1, 'x'))"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(other.stdout) == derive_seed(3, "rollout", 1, "x")
 
@@ -62,7 +62,7 @@ def test_sigkill_of_a_process_takes_its_grandchildren_and_its_folders(tmp_path: 
     parent = f"""
 import os, subprocess, sys, time
 from pathlib import Path
-from actors.process import start_reaper
+from cohort.actors.process import start_reaper
 start_reaper(Path({str(folder)!r}))
 child = subprocess.Popen([sys.executable, "-c", {grandchild!r}], start_new_session=True)
 Path({str(pids)!r}).write_text(str(child.pid))
@@ -90,8 +90,9 @@ time.sleep(60)
 def test_packages_import_without_the_heavy_ones() -> None:
     code = """
 import sys
-import actors.engine, actors.pool, actors.rollout, rewards.tasks, rewards.worker, rewards.pool
-import learner.config, cluster.config, cluster.cli, cluster.placement
+import cohort.actors.engine, cohort.actors.pool, cohort.actors.rollout
+import cohort.rewards.tasks, cohort.rewards.worker, cohort.rewards.pool
+import cohort.learner.config, cohort.cluster.config, cohort.cluster.cli, cohort.cluster.placement
 heavy = {"vllm", "deepspeed", "transformers"} & set(sys.modules)
 assert not heavy, heavy
 """

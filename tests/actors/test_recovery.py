@@ -21,12 +21,12 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from actors.config import ActorsConfig
-from actors.engine import EngineError
-from actors.pool import MAX_RESTARTS, Probe, RolloutError, RolloutPool
-from actors.records import Failure, GroupMeta
-from actors.rollout import NotSynced
-from actors.watch import BUSY_FACTOR, Watch
+from cohort.actors.config import ActorsConfig
+from cohort.actors.engine import EngineError
+from cohort.actors.pool import MAX_RESTARTS, Probe, RolloutError, RolloutPool
+from cohort.actors.records import Failure, GroupMeta
+from cohort.actors.rollout import NotSynced
+from cohort.actors.watch import BUSY_FACTOR, Watch
 from tests.actors.stand_ins import LEARNER, PROBE, Handle, StandInEngine, info, request
 from tests.harness import clock
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from actors.sampling import tokens_at, uniforms
+from cohort.actors.sampling import tokens_at, uniforms
 
 ALMOST_ONE = 1 - 2**-53
 

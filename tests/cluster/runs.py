@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from actors.records import Completion, Group, Prompt, RewardError, ScoredGroup
-from cluster.config import dump_config, load_config
-from cluster.tracking import STEP_KEYS, write_rollouts
+from cohort.actors.records import Completion, Group, Prompt, RewardError, ScoredGroup
+from cohort.cluster.config import dump_config, load_config
+from cohort.cluster.tracking import STEP_KEYS, write_rollouts
 
 FUNCTIONS = ("accuracy", "format", "travel/cultural_richness")
 

@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.records import Completion, Group, GroupMeta, Prompt
-from cluster.check.judges import Judges, made_up
-from cluster.check.rollout import Generated, check_completions
-from cluster.check.run import check
-from cluster.check.sheet import Sheet
-from cluster.config import Config
-from rewards.answer import exact_number
-from rewards.base import judge as score
-from rewards.tasks import PromptRenderer, Row
-from rewards.worker import RewardSpec
+from cohort.actors.records import Completion, Group, GroupMeta, Prompt
+from cohort.cluster.check.judges import Judges, made_up
+from cohort.cluster.check.rollout import Generated, check_completions
+from cohort.cluster.check.run import check
+from cohort.cluster.check.sheet import Sheet
+from cohort.cluster.config import Config
+from cohort.rewards.answer import exact_number
+from cohort.rewards.base import judge as score
+from cohort.rewards.tasks import PromptRenderer, Row
+from cohort.rewards.worker import RewardSpec
 from tests.models import tiny_llama
 from tests.templates import FAMILIES, tokenizer_of
 
@@ -229,7 +229,7 @@ def test_long_prompts(model: Path, tmp_path: Path) -> None:
         "data": str(tmp_path / "train.jsonl"),
         "eval_data": str(tmp_path / "eval.jsonl"),
     }
-    rewards = {"functions": ["rewards.answer:exact_number"]}
+    rewards = {"functions": ["cohort.rewards.answer:exact_number"]}
     code, text = checked(model, tmp_path / "run", task=task, rewards=rewards)
     assert code == 1 and "1 of 22 prompts are longer than 1012 tokens" in text
     task["overlong"] = "drop"
@@ -240,7 +240,7 @@ def test_long_prompts(model: Path, tmp_path: Path) -> None:
 
 def test_leaks(model: Path, tmp_path: Path) -> None:
     (tmp_path / "leaky.py").write_text(
-        "from rewards.tasks import AdditionTask\n"
+        "from cohort.rewards.tasks import AdditionTask\n"
         "class Leaky(AdditionTask):\n"
         "    def eval_row(self, index):\n"
         "        return self.train_row(3) if index == 0 else super().eval_row(index)\n"

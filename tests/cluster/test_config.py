@@ -10,7 +10,7 @@ from typing import Any, get_args
 import pytest
 from pydantic import BaseModel
 
-from cluster.config import (
+from cohort.cluster.config import (
     Config,
     ConfigError,
     all_keys,
@@ -20,7 +20,7 @@ from cluster.config import (
     load_config,
     parse_overrides,
 )
-from learner.config import PRESETS, Preset
+from cohort.learner.config import PRESETS, Preset
 
 MODEL = "model.path=some/model"
 
@@ -322,7 +322,7 @@ def test_expand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_config_is_light_to_import() -> None:
     code = (
-        "import sys, cluster.config; "
+        "import sys, cohort.cluster.config; "
         "print([m for m in ('torch', 'vllm', 'deepspeed', 'ray', 'transformers', 'wandb') "
         "if m in sys.modules])"
     )

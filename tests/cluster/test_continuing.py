@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import Config
-from cluster.continuing import planned_saves, where_to_go_on, write_config
-from cluster.prepare import RunError
-from learner.aside import Aside
-from learner.checkpoint import Checkpoints
+from cohort.cluster.config import Config
+from cohort.cluster.continuing import planned_saves, where_to_go_on, write_config
+from cohort.cluster.prepare import RunError
+from cohort.learner.aside import Aside
+from cohort.learner.checkpoint import Checkpoints
 
 
 def config(steps: int = 10, every: int = 0, resume: bool = True) -> Config:

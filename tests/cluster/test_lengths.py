@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-import cluster.lengths
-from cluster.config import Config, load_config
-from cluster.console import Console
-from cluster.evaluate import fitting_rows
-from cluster.lengths import Rendered, check_lengths, chosen, render_rows
-from cluster.prepare import Prepared, RunError, first_probe, make_renderer
-from rewards.config import RewardFunctionConfig, TaskConfig
-from rewards.progress import with_progress
-from rewards.row_store import KEPT_BYTES, RowStore
-from rewards.survey import UNKNOWN, survey_of
-from rewards.tasks import PromptRenderer, Row, Task, TaskError, load_task, take_prompts
+import cohort.cluster.lengths
+from cohort.cluster.config import Config, load_config
+from cohort.cluster.console import Console
+from cohort.cluster.evaluate import fitting_rows
+from cohort.cluster.lengths import Rendered, check_lengths, chosen, render_rows
+from cohort.cluster.prepare import Prepared, RunError, first_probe, make_renderer
+from cohort.rewards.config import RewardFunctionConfig, TaskConfig
+from cohort.rewards.progress import with_progress
+from cohort.rewards.row_store import KEPT_BYTES, RowStore
+from cohort.rewards.survey import UNKNOWN, survey_of
+from cohort.rewards.tasks import PromptRenderer, Row, Task, TaskError, load_task, take_prompts
 from tests.models import tiny_tokenizer
 from tests.templates import FAMILIES, tokenizer_of
 
@@ -54,7 +54,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Task:
 class Made:
     """A task that knows nothing of its rows before it makes them."""
 
-    rewards = (RewardFunctionConfig(path="rewards.answer:exact_number"),)
+    rewards = (RewardFunctionConfig(path="cohort.rewards.answer:exact_number"),)
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -212,7 +212,7 @@ def test_progress_is_said_only_when_it_takes_long(
 ) -> None:
     assert list(with_progress(range(1200), "reading a", 1200)) == list(range(1200))
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr("rewards.progress.PROGRESS_S", -1.0)
+    monkeypatch.setattr("cohort.rewards.progress.PROGRESS_S", -1.0)
     assert list(with_progress(range(1200), "reading a", 1200)) == list(range(1200))
     said = capsys.readouterr().err.splitlines()
     assert [line.partition(" rows")[0] for line in said] == [
@@ -225,7 +225,7 @@ def test_rows_on_disk_are_the_rows_that_were_put_there(monkeypatch: pytest.Monke
     rows = [{"text": "é" * (n % 50), "n": n, "x": [None, 1.5, True]} for n in range(2_000)]
     stores = []
     for kept in (1 << 30, 1_000):
-        monkeypatch.setattr("rewards.row_store.KEPT_BYTES", kept)
+        monkeypatch.setattr("cohort.rewards.row_store.KEPT_BYTES", kept)
         store = RowStore()
         for row in rows:
             store.append(row)
@@ -244,11 +244,11 @@ def test_rows_on_disk_are_the_rows_that_were_put_there(monkeypatch: pytest.Monke
 
 
 def test_whole_means_few_rows_and_few_bytes(monkeypatch: pytest.MonkeyPatch, large: Task) -> None:
-    monkeypatch.setattr(cluster.lengths, "WHOLE_ROWS", ROWS)
+    monkeypatch.setattr(cohort.cluster.lengths, "WHOLE_ROWS", ROWS)
     renderer = Counting(TOKENIZER, 300)
-    monkeypatch.setattr(cluster.lengths, "WHOLE_BYTES", 1000)
+    monkeypatch.setattr(cohort.cluster.lengths, "WHOLE_BYTES", 1000)
     assert not render_rows(large, renderer).whole
-    monkeypatch.setattr(cluster.lengths, "WHOLE_BYTES", 1 << 30)
+    monkeypatch.setattr(cohort.cluster.lengths, "WHOLE_BYTES", 1 << 30)
     assert render_rows(large, renderer).whole
 
 

@@ -13,13 +13,13 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from cluster import model_folder
-from cluster.check.model import check_model
-from cluster.check.sheet import Sheet
-from cluster.config import load_config
-from cluster.errors import RunError
-from cluster.model_folder import inspect_model, load_tokenizer
-from cluster.prepare import prepare
+from cohort.cluster import model_folder
+from cohort.cluster.check.model import check_model
+from cohort.cluster.check.sheet import Sheet
+from cohort.cluster.config import load_config
+from cohort.cluster.errors import RunError
+from cohort.cluster.model_folder import inspect_model, load_tokenizer
+from cohort.cluster.prepare import prepare
 from tests.models import tiny_reward_model, tiny_tokenizer
 
 Change = Callable[[Path], object]

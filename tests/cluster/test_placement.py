@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from cluster.config import Config
-from cluster.placement import (
+from cohort.cluster.config import Config
+from cohort.cluster.placement import (
     GIB,
     PlacementError,
     Resources,
@@ -62,7 +62,7 @@ def test_what_does_not_fit_is_said_with_numbers_and_keys(
 
 @pytest.mark.parametrize("able", [True, False])
 def test_float16_needs_a_cpu_that_knows_it(able: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cluster.placement.float16_on_this_cpu", lambda: able)
+    monkeypatch.setattr("cohort.cluster.placement.float16_on_this_cpu", lambda: able)
     wanted = config(model={"path": "m", "dtype": "float16"})
     if able:
         assert plan(wanted, LAPTOP, SMALL_MODEL).device == "cpu"

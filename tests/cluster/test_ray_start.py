@@ -12,14 +12,20 @@ from typing import Any
 import pytest
 import ray
 
-import cluster.ray_start
-from cluster.check.run import check
-from cluster.config import Config, load_config
-from cluster.console import Console
-from cluster.errors import RunError
-from cluster.evaluate import evaluate
-from cluster.placement import GIB, Resources
-from cluster.ray_start import check_own_ray, check_reachable, check_start, connect, ray_address
+import cohort.cluster.ray_start
+from cohort.cluster.check.run import check
+from cohort.cluster.config import Config, load_config
+from cohort.cluster.console import Console
+from cohort.cluster.errors import RunError
+from cohort.cluster.evaluate import evaluate
+from cohort.cluster.placement import GIB, Resources
+from cohort.cluster.ray_start import (
+    check_own_ray,
+    check_reachable,
+    check_start,
+    connect,
+    ray_address,
+)
 
 HERE = Resources(cpus=2, gpus=0, memory=8 * GIB, shared_memory=GIB)
 
@@ -158,8 +164,8 @@ def test_the_longest_socket_is_that_of_this_ray(monkeypatch: pytest.MonkeyPatch)
     for length in range(1, 100):
         folder = "/" + "x" * length
         monkeypatch.setenv("RAY_TMPDIR", folder)
-        monkeypatch.setattr(cluster.ray_start, "_require_writable", lambda *_: None)
-        name = cluster.ray_start.SOCKET.format(pid=cluster.ray_start._longest_pid())
+        monkeypatch.setattr(cohort.cluster.ray_start, "_require_writable", lambda *_: None)
+        name = cohort.cluster.ray_start.SOCKET.format(pid=cohort.cluster.ray_start._longest_pid())
         try:
             validate_socket_filepath(f"{folder}/{name}")
         except OSError:
@@ -240,7 +246,7 @@ def test_train_says_it_before_it_writes_anything(
     file = tmp_path / "config.yaml"
     file.write_text(f"model: {{path: {tiny_model}}}\nactors: {{max_tokens: 8}}\n")
     done = subprocess.run(
-        [sys.executable, "-m", "cluster.cli", "train", str(file), f"run.dir={tmp_path}/run"],
+        [sys.executable, "-m", "cohort.cluster.cli", "train", str(file), f"run.dir={tmp_path}/run"],
         env={**os.environ, variable: "/proc/1", "HF_HOME": str(tmp_path / "hf")},
         capture_output=True,
         text=True,

@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from cluster.cli import app
-from cluster.report.build import Report, ReportError, build
-from cluster.report.completions import Limits, spread
-from cluster.report.curves import MAX_POINTS, choose_charts, curves, tiles
-from cluster.report.page import render, write_report
-from cluster.report.samples import Sample, Text, read_groups, shorten
-from cluster.tracking import write_rollouts
-from learner.grpo import advantages
+from cohort.cluster.cli import app
+from cohort.cluster.report.build import Report, ReportError, build
+from cohort.cluster.report.completions import Limits, spread
+from cohort.cluster.report.curves import MAX_POINTS, choose_charts, curves, tiles
+from cohort.cluster.report.page import render, write_report
+from cohort.cluster.report.samples import Sample, Text, read_groups, shorten
+from cohort.cluster.tracking import write_rollouts
+from cohort.learner.grpo import advantages
 from tests.cluster.runs import lively_run, metrics_row, scored_group, write_run
 
 NOW = datetime(2026, 1, 2, 3, 4, tzinfo=UTC)

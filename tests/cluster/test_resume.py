@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-import cluster.run
-from cluster.changes import (
+import cohort.cluster.run
+from cohort.cluster.changes import (
     HARMLESS,
     NOT_COMPARED,
     RATE_KEYS,
@@ -19,14 +19,20 @@ from cluster.changes import (
     split_allowed,
     table,
 )
-from cluster.config import ConfigError, all_keys, load_config
-from cluster.continuing import Saved, compare
-from cluster.errors import RunError
-from cluster.fingerprint import BLOCK_BYTES, WHOLE_BYTES, file_digest, fingerprint, row_digests
-from learner.checkpoint import CheckpointError
-from learner.optimizer import lr_at
-from rewards.tasks import Row, load_task
-from rewards.worker import reward_specs
+from cohort.cluster.config import ConfigError, all_keys, load_config
+from cohort.cluster.continuing import Saved, compare
+from cohort.cluster.errors import RunError
+from cohort.cluster.fingerprint import (
+    BLOCK_BYTES,
+    WHOLE_BYTES,
+    file_digest,
+    fingerprint,
+    row_digests,
+)
+from cohort.learner.checkpoint import CheckpointError
+from cohort.learner.optimizer import lr_at
+from cohort.rewards.tasks import Row, load_task
+from cohort.rewards.worker import reward_specs
 from tests.harness.world import World
 
 MakeWorld = Callable[..., World]
@@ -72,7 +78,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"task__overlong": "drop"}, "task.overlong"),
     ({"actors__temperature": 0.7}, "actors.temperature"),
     ({"actors__max_tokens": 5}, "actors.max_tokens"),
-    ({"rewards__functions": "[rewards.answer:exact_number]"}, "rewards.functions"),
+    ({"rewards__functions": "[cohort.rewards.answer:exact_number]"}, "rewards.functions"),
     ({"learner__learning_rate": 2e-4}, "learner.learning_rate"),
     ({"learner__warmup_steps": 9}, "learner.warmup_steps"),
     ({"learner__lr_schedule": "linear"}, "learner.lr_schedule"),
@@ -90,7 +96,7 @@ def test_what_changes_rows_schedule_or_objective_is_refused_before_anything_star
 ) -> None:
     run = stopped(world)
     before = (run.folder / "config.yaml").read_text()
-    monkeypatch.setattr(cluster.run, "connect", lambda *_: pytest.fail("Ray was started"))
+    monkeypatch.setattr(cohort.cluster.run, "connect", lambda *_: pytest.fail("Ray was started"))
     with pytest.raises(RunError, match="differs from the one that was saved") as caught:
         resume(run, **change)
     text = str(caught.value)
@@ -265,7 +271,7 @@ def test_a_mixture_knows_all_rows_of_its_parts(tmp_path: Path) -> None:
 
 
 def _task(options: dict[str, Any]) -> Any:
-    from rewards.config import TaskConfig
+    from cohort.rewards.config import TaskConfig
 
     return TaskConfig(name="mixture", options=options)
 
@@ -337,7 +343,7 @@ def test_a_learner_of_another_shape_is_refused_before_anything_starts(
     world: MakeWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = stopped(world)
-    monkeypatch.setattr(cluster.run, "connect", lambda *_: pytest.fail("Ray was started"))
+    monkeypatch.setattr(cohort.cluster.run, "connect", lambda *_: pytest.fail("Ray was started"))
     with pytest.raises(CheckpointError, match=r"learner\.workers=1.*learner\.workers=2"):
         resume(run, learner__workers=2)
     with pytest.raises(CheckpointError, match=r"learner\.zero_stage=1.*learner\.zero_stage=2"):

@@ -14,10 +14,16 @@ from pathlib import Path
 
 import pytest
 
-from cluster import run_dir
-from cluster.config import Config
-from cluster.prepare import RunError
-from cluster.run_dir import LOCK, claim_run_dir, find_run_dir, this_process, what_was_recorded
+from cohort.cluster import run_dir
+from cohort.cluster.config import Config
+from cohort.cluster.prepare import RunError
+from cohort.cluster.run_dir import (
+    LOCK,
+    claim_run_dir,
+    find_run_dir,
+    this_process,
+    what_was_recorded,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,7 +38,7 @@ HOLDER = """
 import sys, time
 from pathlib import Path
 from tests.cluster.test_run_dir import config
-from cluster.run_dir import claim_run_dir
+from cohort.cluster.run_dir import claim_run_dir
 with claim_run_dir(config(Path(sys.argv[1]))):
     print("claimed", flush=True)
     time.sleep(60)

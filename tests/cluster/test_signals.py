@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from cluster.signals import Signals, Stopped
+from cohort.cluster.signals import Signals, Stopped
 
 ROOT = Path(__file__).resolve().parents[2]
 
 IMPORTING = """
 import sys
 sys.argv[0] = "/somewhere/bin/cohort"
-from cluster.signals import leave_at_once_on_signals
+from cohort.cluster.signals import leave_at_once_on_signals
 leave_at_once_on_signals()
 print("ready", flush=True)
 try:
@@ -30,7 +30,7 @@ except BaseException:
 """
 TWICE = """
 import asyncio
-from cluster.signals import Signals
+from cohort.cluster.signals import Signals
 
 async def main():
     with Signals() as signals:

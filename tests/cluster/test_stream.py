@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from actors.records import Failure, GroupMeta, Prompt, RewardError, ScoreMeta
-from cluster.config import Config
-from cluster.loop import TrainingError, check_failures
-from cluster.metrics import (
+from cohort.actors.records import Failure, GroupMeta, Prompt, RewardError, ScoreMeta
+from cohort.cluster.config import Config
+from cohort.cluster.loop import TrainingError, check_failures
+from cohort.cluster.metrics import (
     Counters,
     StepTimes,
     logged_metrics,
@@ -22,12 +22,12 @@ from cluster.metrics import (
     source_metrics,
     step_metrics,
 )
-from cluster.stream import Batch, GroupStream
-from cluster.tracking import STEP_KEYS
-from learner.group import StepResult
-from learner.plan import ScoredRef, plan_step
-from rewards.rates import Outcome, PassRates, RateHistory
-from rewards.tasks import Taken
+from cohort.cluster.stream import Batch, GroupStream
+from cohort.cluster.tracking import STEP_KEYS
+from cohort.learner.group import StepResult
+from cohort.learner.plan import ScoredRef, plan_step
+from cohort.rewards.rates import Outcome, PassRates, RateHistory
+from cohort.rewards.tasks import Taken
 from tests.harness import clock
 
 G = 2

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from ray.job_submission import JobStatus
 
-from cluster import submit as module
-from cluster.config import ConfigError, parse_overrides
-from cluster.submit import EXCLUDES, SubmitError, _explain, _Follower, job_command, submit
+from cohort.cluster import submit as module
+from cohort.cluster.config import ConfigError, parse_overrides
+from cohort.cluster.submit import EXCLUDES, SubmitError, _explain, _Follower, job_command, submit
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_command_survives_the_shell(project: Path) -> None:
     overrides = ["tracking.name=it's; rm -rf $HOME", "--run.steps", "3", "run.dir=/runs/a b"]
     words = shlex.split(job_command(project / "configs" / "a b.yaml", overrides, project))
-    assert words[:5] == ["python", "-m", "cluster.cli", "train", "configs/a b.yaml"]
+    assert words[:5] == ["python", "-m", "cohort.cluster.cli", "train", "configs/a b.yaml"]
     assert parse_overrides(words[5:]) == parse_overrides(overrides)
 
 

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.records import Completion, Group, Prompt, RewardError, ScoredGroup
-from cluster import tracking
-from cluster.config import Config, load_config
-from cluster.tracking import (
+from cohort.actors.records import Completion, Group, Prompt, RewardError, ScoredGroup
+from cohort.cluster import tracking
+from cohort.cluster.config import Config, load_config
+from cohort.cluster.tracking import (
     STEP_KEYS,
     Tracker,
     read_metrics,

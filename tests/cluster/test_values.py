@@ -16,8 +16,8 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from cluster.cli import app
-from cluster.config import (
+from cohort.cluster.cli import app
+from cohort.cluster.config import (
     SECTIONS,
     Config,
     ConfigError,
@@ -27,7 +27,7 @@ from cluster.config import (
     parse_config,
     parse_overrides,
 )
-from cluster.values import ValueProblem, core, read_yaml, typed, write_yaml, written
+from cohort.cluster.values import ValueProblem, core, read_yaml, typed, write_yaml, written
 
 MODEL = "model.path=some/model"
 DEFAULTS = load_config(None, [MODEL])
@@ -388,7 +388,7 @@ def test_an_ascii_locale_changes_nothing(tmp_path: Path) -> None:
     """A file, a path and an argument with é; the message is UTF-8 too."""
     file = tmp_path / "é.yaml"
     file.write_text("model: {path: m}\ntracking: {name: é}\n", encoding="utf-8")
-    arguments = ["-m", "cluster.cli", "train", str(file), "run.dir=ü", "learner.workers=3"]
+    arguments = ["-m", "cohort.cluster.cli", "train", str(file), "run.dir=ü", "learner.workers=3"]
     done = subprocess.run(
         [sys.executable, *arguments, "task.oé=1"],
         env={**os.environ, **ASCII},
@@ -400,7 +400,7 @@ def test_an_ascii_locale_changes_nothing(tmp_path: Path) -> None:
         SECTIONS["task"].model_fields
     ) + "\n"  # fmt: skip
     code = (
-        "import sys; from pathlib import Path; from cluster.config import load_config\n"
+        "import sys; from pathlib import Path; from cohort.cluster.config import load_config\n"
         f"print(ascii(load_config(Path({str(tmp_path)!r}) / '\\u00e9.yaml'.encode().decode("
         "'ascii', 'surrogateescape')).tracking.name))"
     )
@@ -493,7 +493,7 @@ def test_a_problem_without_words_is_still_said(monkeypatch: pytest.MonkeyPatch) 
     def fail(*_: Any) -> None:
         raise ConfigError
 
-    monkeypatch.setattr("cluster.cli.load_config", fail)
+    monkeypatch.setattr("cohort.cluster.cli.load_config", fail)
     result = CliRunner().invoke(app, ["train", "x.yaml"])
     assert (result.exit_code, result.output) == (2, "error: ConfigError()\n")
 

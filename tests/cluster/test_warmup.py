@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from cluster.cli import app
-from cluster.config import ConfigError, load_config
-from cluster.evaluate import task_metrics
-from cluster.prepare import Prepared, RunError
-from cluster.warmup import (
+from cohort.cluster.cli import app
+from cohort.cluster.config import ConfigError, load_config
+from cohort.cluster.evaluate import task_metrics
+from cohort.cluster.prepare import Prepared, RunError
+from cohort.cluster.warmup import (
     WarmUp,
     check_overrides,
     demonstrations,
@@ -24,9 +24,9 @@ from cluster.warmup import (
     run_warmup,
     warmup_config,
 )
-from learner.checkpoint import CheckpointError, new_folder
-from rewards.tasks import AdditionTask, Demonstrates, PromptRenderer, Row, TaskError
-from rewards.travel.task import TravelTask
+from cohort.learner.checkpoint import CheckpointError, new_folder
+from cohort.rewards.tasks import AdditionTask, Demonstrates, PromptRenderer, Row, TaskError
+from cohort.rewards.travel.task import TravelTask
 from tests.models import CHAT_TEMPLATE, END, tiny_tokenizer
 
 ADDITION = Path(__file__).resolve().parents[2] / "deploy" / "configs" / "addition.yaml"

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import Config, load_config
-from rewards.base import load_function
-from rewards.config import RewardFunctionConfig
-from rewards.tasks import load_task, sample_rows
-from rewards.worker import reward_specs
+from cohort.cluster.config import Config, load_config
+from cohort.rewards.base import load_function
+from cohort.rewards.config import RewardFunctionConfig
+from cohort.rewards.tasks import load_task, sample_rows
+from cohort.rewards.worker import reward_specs
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "deploy" / "configs").glob("*.yaml"))
 NEEDS_DATA = {"code", "gsm8k", "r1_zero"}

@@ -15,7 +15,7 @@ import jsonschema
 import pytest
 import yaml
 
-from cluster.config import Config, load_config
+from cohort.cluster.config import Config, load_config
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEPLOY = REPOSITORY / "deploy"

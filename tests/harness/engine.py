@@ -1,4 +1,4 @@
-"""vLLM in a few lines: what `actors.engine.Engine` asks of it, with the policy of `policy.py`.
+"""vLLM in a few lines: what `actors/engine.py` asks of it, with the policy of `policy.py`.
 
 The product's own `RolloutActor` and `Engine` run on it. It keeps vLLM's rules: requests wait while
 generation is paused and go on afterwards, an update changes nothing before its file has been
@@ -20,9 +20,9 @@ import numpy as np
 import pytest
 import xxhash
 
-from actors.engine import Engine, EngineSpec
-from actors.proof import digest
-from actors.rollout import RolloutActor
+from cohort.actors.engine import Engine, EngineSpec
+from cohort.actors.proof import digest
+from cohort.actors.rollout import RolloutActor
 from tests.harness import policy
 from tests.harness.local_ray import current_actor, current_ray
 
@@ -203,7 +203,7 @@ class Vllm:
         return self._version
 
     async def collective_rpc(self, method: str) -> list[Any]:
-        """The one worker's answers; see `actors.shared_memory.WorkerExtension`."""
+        """The one worker's answers; see `cohort.actors.shared_memory.WorkerExtension`."""
         held = {
             name: str(digest(tensor)) for name, tensor in policy.as_tensors(self.weights).items()
         }

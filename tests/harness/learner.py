@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 from ray.exceptions import ObjectLostError
 
-from actors.records import ScoredGroup, WeightsInfo
-from actors.weight_file import TensorSpec
-from learner.grpo import LossStats
-from learner.plan import MicroBatch
-from learner.spec import LearnerSpec, ModelFacts, RankResult, UpdateResult
-from learner.weights import WeightFiles
-from learner.worker import LEARNER_FILE, _must_match, check_loadable
+from cohort.actors.records import ScoredGroup, WeightsInfo
+from cohort.actors.weight_file import TensorSpec
+from cohort.learner.grpo import LossStats
+from cohort.learner.plan import MicroBatch
+from cohort.learner.spec import LearnerSpec, ModelFacts, RankResult, UpdateResult
+from cohort.learner.weights import WeightFiles
+from cohort.learner.worker import LEARNER_FILE, _must_match, check_loadable
 from tests.harness import policy
 from tests.harness.local_ray import Ref, current_actor, current_ray
 

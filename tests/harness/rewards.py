@@ -6,10 +6,10 @@ import asyncio
 from collections.abc import Coroutine, Sequence
 from typing import Any
 
-from rewards.adapters import load_reward
-from rewards.base import is_per_completion, judge, per_completion
-from rewards.results import from_json, to_json
-from rewards.worker import RewardActor, RewardSpec
+from cohort.rewards.adapters import load_reward
+from cohort.rewards.base import is_per_completion, judge, per_completion
+from cohort.rewards.results import from_json, to_json
+from cohort.rewards.worker import RewardActor, RewardSpec
 from tests.harness.local_ray import current_actor, current_ray
 
 JUDGE_S = 0.02

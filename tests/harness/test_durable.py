@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from learner.checkpoint import COMPLETE, Checkpoints, is_complete, latest
+from cohort.learner.checkpoint import COMPLETE, Checkpoints, is_complete, latest
 
 
 class Disk:

@@ -12,32 +12,32 @@ from typing import Any
 import numpy as np
 import pytest
 
-import cluster.run
-import learner.checkpoint
-from actors.pool import RolloutPool
-from cluster.run_dir import RunDir
-from cluster.scribe import Scribe
-from cluster.tracking import Tracker
-from learner.checkpoint import Checkpoints, is_complete
-from learner.group import LearnerGroup
-from rewards.pool import RewardPool
+import cohort.cluster.run
+import cohort.learner.checkpoint
+from cohort.actors.pool import RolloutPool
+from cohort.cluster.run_dir import RunDir
+from cohort.cluster.scribe import Scribe
+from cohort.cluster.tracking import Tracker
+from cohort.learner.checkpoint import Checkpoints, is_complete
+from cohort.learner.group import LearnerGroup
+from cohort.rewards.pool import RewardPool
 from tests.harness.world import World
 
 MakeWorld = Callable[..., World]
 
 # Where a run is ended: (what holds the function, its name, which call of it).
 BEFORE_TRAINING = {
-    "preparation": (cluster.run, "prepare", 1),
+    "preparation": (cohort.cluster.run, "prepare", 1),
     "the claim of the folder": (RunDir, "claim", 1),
-    "the look for a checkpoint": (cluster.run, "where_to_go_on", 1),
+    "the look for a checkpoint": (cohort.cluster.run, "where_to_go_on", 1),
     "the look for space": (Checkpoints, "require_space", 1),
-    "the start of Ray": (cluster.run, "connect", 1),
-    "placement": (cluster.run, "make_pool", 1),
-    "the start of the learner": (cluster.run, "start_learner", 1),
+    "the start of Ray": (cohort.cluster.run, "connect", 1),
+    "placement": (cohort.cluster.run, "make_pool", 1),
+    "the start of the learner": (cohort.cluster.run, "start_learner", 1),
     "the start of the engines": (RolloutPool, "start", 1),
     "the start of the rewards": (RewardPool, "check", 1),
-    "the writing of the config": (cluster.run, "write_config", 1),
-    "the opening of the metrics": (cluster.run, "Tracker", 1),
+    "the writing of the config": (cohort.cluster.run, "write_config", 1),
+    "the opening of the metrics": (cohort.cluster.run, "Tracker", 1),
 }
 DURING_TRAINING = {
     "the first weights": (LearnerGroup, "publish", 1),
@@ -51,10 +51,10 @@ DURING_TRAINING = {
     "a save": (LearnerGroup, "save", 1),
     "the second save": (Checkpoints, "begin", 2),
     "the end of a save": (Checkpoints, "commit", 1),
-    "the marker of a save": (learner.checkpoint, "_write", 4),
+    "the marker of a save": (cohort.learner.checkpoint, "_write", 4),
     "the last save": (Checkpoints, "commit", 2),
-    "the goodbye": (cluster.run, "say_goodbye", 1),
-    "the end of the actors": (cluster.run, "shut_down", 1),
+    "the goodbye": (cohort.cluster.run, "say_goodbye", 1),
+    "the end of the actors": (cohort.cluster.run, "shut_down", 1),
 }
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from actors.records import Failure, Prompt, WeightsInfo
-from actors.rollout import RolloutActor
-from actors.weight_file import TensorSpec
-from cluster.stream import group_request
-from learner.weights import WeightFiles
+from cohort.actors.records import Failure, Prompt, WeightsInfo
+from cohort.actors.rollout import RolloutActor
+from cohort.actors.weight_file import TensorSpec
+from cohort.cluster.stream import group_request
+from cohort.learner.weights import WeightFiles
 from tests.harness import policy
 from tests.harness.engine import engine_spec
 from tests.harness.local_ray import NODE, LocalRay

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-import cluster.scribe
-from actors.pool import RolloutError, RolloutPool
-from actors.records import Failure
-from cluster.loop import ProgramError, TrainingError, check_failures
-from cluster.stream import Batch
-from cluster.tracking import Tracker
-from learner.checkpoint import CheckpointError, Checkpoints, NotFiniteError
-from learner.group import LearnerError, LearnerGroup
+import cohort.cluster.scribe
+from cohort.actors.pool import RolloutError, RolloutPool
+from cohort.actors.records import Failure
+from cohort.cluster.loop import ProgramError, TrainingError, check_failures
+from cohort.cluster.stream import Batch
+from cohort.cluster.tracking import Tracker
+from cohort.learner.checkpoint import CheckpointError, Checkpoints, NotFiniteError
+from cohort.learner.group import LearnerError, LearnerGroup
 from tests.harness.world import World
 
 MakeWorld = Callable[..., World]
@@ -56,7 +56,7 @@ def break_sync(patch: pytest.MonkeyPatch) -> None:
 
 
 def break_take(patch: pytest.MonkeyPatch) -> None:
-    from cluster.stream import GroupStream
+    from cohort.cluster.stream import GroupStream
 
     real = GroupStream.take
 
@@ -124,7 +124,7 @@ def test_pass_rates_of_a_step_that_was_not_trained_are_not_saved(
         break_take(patch)
         with pytest.raises(AssertionError):
             run.train()
-    from learner.checkpoint import load_state
+    from cohort.learner.checkpoint import load_state
 
     there = load_state(straight.folder / "checkpoints" / "step-3")
     assert run.state()["pass_rates"] == there["pass_rates"]
@@ -277,7 +277,7 @@ def test_completions_that_cannot_be_written_end_nothing(
     world: MakeWorld, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = world(run__steps=4)
-    fails(monkeypatch, cluster.scribe, "rollout_writer", lambda call: call in (2, 3))
+    fails(monkeypatch, cohort.cluster.scribe, "rollout_writer", lambda call: call in (2, 3))
     assert run.train() == 0
     assert [row.get("report/rollouts_missed") for row in run.rows()] == [None, 1, 2, 2]
     said = capsys.readouterr().out
@@ -300,7 +300,7 @@ def test_metrics_that_cannot_be_written_are_written_later(
 def test_the_goodbye_and_the_console_end_nothing(
     world: MakeWorld, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
-    from cluster.console import Console
+    from cohort.cluster.console import Console
 
     def closed(*_: Any, **__: Any) -> None:
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")

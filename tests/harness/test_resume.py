@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from learner.checkpoint import load_state
+from cohort.learner.checkpoint import load_state
 from tests.harness.world import World
 
 MakeWorld = Callable[..., World]

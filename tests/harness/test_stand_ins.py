@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError, ObjectLostError, RayActorError, RayTaskError
 
-from learner.worker import LearnerWorker
+from cohort.learner.worker import LearnerWorker
 from tests.harness import clock
 from tests.harness.engine import Vllm, install_vllm
 from tests.harness.learner import LocalLearnerWorker

@@ -29,9 +29,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from actors.records import Completion, Group, GroupMeta, Prompt, ScoredGroup, ScoreMeta
-from learner.config import AlgorithmConfig
-from learner.plan import ScoredRef
+from cohort.actors.records import Completion, Group, GroupMeta, Prompt, ScoredGroup, ScoreMeta
+from cohort.learner.config import AlgorithmConfig
+from cohort.learner.plan import ScoredRef
 
 VOCABULARY = 67
 SHAPE: dict[str, Any] = dict(

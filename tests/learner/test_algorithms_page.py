@@ -11,9 +11,9 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from actors.records import GroupMeta, ScoreMeta
-from learner.config import PRESETS, AlgorithmConfig, Preset
-from learner.grpo import (
+from cohort.actors.records import GroupMeta, ScoreMeta
+from cohort.learner.config import PRESETS, AlgorithmConfig, Preset
+from cohort.learner.grpo import (
     cispo_objective,
     clipped_objective,
     engine_weights,
@@ -22,7 +22,7 @@ from learner.grpo import (
     sequence_means,
     tv_objective,
 )
-from learner.plan import Piece, plan_step, shaped_rewards
+from cohort.learner.plan import Piece, plan_step, shaped_rewards
 
 PAGE = (Path(__file__).parents[2] / "docs" / "algorithms.md").read_text(encoding="utf-8")
 MAX_TOKENS = 10

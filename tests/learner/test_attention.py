@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from learner.attention import RowShape, Tree, TreeAttention
+from cohort.learner.attention import RowShape, Tree, TreeAttention
 
 TREES = {
     "even": Tree((RowShape(5, (3, 3, 3)), RowShape(2, (6, 6)))),
@@ -23,8 +23,8 @@ TREES = {
 def test_output_and_gradients_equal_the_masked_softmax(
     name: str, kv_heads: int, masked: int, block: int, padding: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("learner.attention.MASKED_ROW_LENGTH", masked)
-    monkeypatch.setattr("learner.attention.CAUSAL_BLOCK", block)
+    monkeypatch.setattr("cohort.learner.attention.MASKED_ROW_LENGTH", masked)
+    monkeypatch.setattr("cohort.learner.attention.CAUSAL_BLOCK", block)
     tree, heads, dim = TREES[name], 4, 8
     used = sum(row.length for row in tree.rows)
     generator = torch.Generator().manual_seed(0)
@@ -79,7 +79,7 @@ def test_places_of_tokens_in_padded_rows() -> None:
 
 @pytest.mark.parametrize("masked", [0, 256])
 def test_half_precision_stays_close(masked: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("learner.attention.MASKED_ROW_LENGTH", masked)
+    monkeypatch.setattr("cohort.learner.attention.MASKED_ROW_LENGTH", masked)
     tree = TREES["uneven"]
     tokens = sum(row.length for row in tree.rows)
     generator = torch.Generator().manual_seed(0)

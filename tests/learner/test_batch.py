@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from actors.records import ScoredGroup
-from learner.attention import Tree
-from learner.batch import build_micro_batch
-from learner.config import AlgorithmConfig
-from learner.plan import (
+from cohort.actors.records import ScoredGroup
+from cohort.learner.attention import Tree
+from cohort.learner.batch import build_micro_batch
+from cohort.learner.config import AlgorithmConfig
+from cohort.learner.plan import (
     MicroBatch,
     Piece,
     RowCost,

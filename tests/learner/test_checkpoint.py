@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from learner import checkpoint
-from learner.checkpoint import CheckpointError, Checkpoints, export, latest, load_state
+from cohort.learner import checkpoint
+from cohort.learner.checkpoint import CheckpointError, Checkpoints, export, latest, load_state
 
 
 def save(checkpoints: Checkpoints, step: int) -> Path:

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch.nn import functional
 
-from actors.records import ScoredGroup
-from learner.batch import build_micro_batch
-from learner.config import CROSS_ENTROPY_NEEDS, AlgorithmConfig
-from learner.grpo import LossStats, group_advantages, policy_loss
-from learner.logprobs import PolicyModel
-from learner.plan import StepPlan, plan_step
+from cohort.actors.records import ScoredGroup
+from cohort.learner.batch import build_micro_batch
+from cohort.learner.config import CROSS_ENTROPY_NEEDS, AlgorithmConfig
+from cohort.learner.grpo import LossStats, group_advantages, policy_loss
+from cohort.learner.logprobs import PolicyModel
+from cohort.learner.plan import StepPlan, plan_step
 from tests.learner.helpers import metas, scored_group, tiny_model
 
 ALGORITHM = AlgorithmConfig(objective="cross_entropy")

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from learner.float8 import convert, stays_high
-from learner.logprobs import PolicyModel, UnsupportedModel
+from cohort.learner.float8 import convert, stays_high
+from cohort.learner.logprobs import PolicyModel, UnsupportedModel
 from tests.learner.helpers import tiny_model
 
 CPU = torch.device("cpu")

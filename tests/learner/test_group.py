@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from learner.config import AlgorithmConfig, LearnerConfig
-from learner.group import LearnerError, LearnerGroup, _all, pool
-from learner.grpo import LossStats
-from learner.optimizer import client_optimizer, deepspeed_config, lr_at
-from learner.plan import Piece, plan_step
-from learner.spec import LearnerSpec, ModelFacts, RankResult, UpdateResult
+from cohort.learner.config import AlgorithmConfig, LearnerConfig
+from cohort.learner.group import LearnerError, LearnerGroup, _all, pool
+from cohort.learner.grpo import LossStats
+from cohort.learner.optimizer import client_optimizer, deepspeed_config, lr_at
+from cohort.learner.plan import Piece, plan_step
+from cohort.learner.spec import LearnerSpec, ModelFacts, RankResult, UpdateResult
 from tests.learner.helpers import metas, scored_group, scored_ref
 
 
@@ -225,7 +225,7 @@ def test_memory_options_reach_deepspeed_and_change_nothing_else() -> None:
 
 def test_importing_the_learner_stays_light() -> None:
     code = (
-        "import sys, learner.group, learner.checkpoint, learner.weights;"
+        "import sys, cohort.learner.group, cohort.learner.checkpoint, cohort.learner.weights;"
         "heavy = {'deepspeed', 'transformers', 'vllm'} & set(sys.modules);"
         "assert not heavy, heavy"
     )
@@ -235,9 +235,9 @@ def test_importing_the_learner_stays_light() -> None:
 
 LATE = """
 import time
-from learner.config import AlgorithmConfig, LearnerConfig
-from learner.spec import LearnerSpec
-from learner.worker import LearnerWorker
+from cohort.learner.config import AlgorithmConfig, LearnerConfig
+from cohort.learner.spec import LearnerSpec
+from cohort.learner.worker import LearnerWorker
 
 class Hanging(LearnerWorker):
     def _set_up(self, address, port):

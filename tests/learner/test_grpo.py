@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from learner.config import AlgorithmConfig
-from learner.grpo import (
+from cohort.learner.config import AlgorithmConfig
+from cohort.learner.grpo import (
     LossStats,
     advantages,
     all_equal,

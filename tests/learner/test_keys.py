@@ -9,11 +9,17 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from cluster.config import ConfigError, dump_config, load_config
-from learner.config import CROSS_ENTROPY_NEEDS, PRESETS, USED_WHEN, AlgorithmConfig, LearnerConfig
-from learner.grpo import policy_loss
-from learner.optimizer import lr_at
-from learner.plan import plan_step
+from cohort.cluster.config import ConfigError, dump_config, load_config
+from cohort.learner.config import (
+    CROSS_ENTROPY_NEEDS,
+    PRESETS,
+    USED_WHEN,
+    AlgorithmConfig,
+    LearnerConfig,
+)
+from cohort.learner.grpo import policy_loss
+from cohort.learner.optimizer import lr_at
+from cohort.learner.plan import plan_step
 from tests.learner.helpers import metas, scored_group
 
 # For every key, values other than any preset's.

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from actors.records import ScoredGroup
-from learner.batch import BatchTensors, build_micro_batch
-from learner.config import AlgorithmConfig
-from learner.grpo import policy_loss
-from learner.logprobs import LogitScale, PolicyModel, UnsupportedModel
-from learner.plan import MicroBatch, RowCost, plan_step
+from cohort.actors.records import ScoredGroup
+from cohort.learner.batch import BatchTensors, build_micro_batch
+from cohort.learner.config import AlgorithmConfig
+from cohort.learner.grpo import policy_loss
+from cohort.learner.logprobs import LogitScale, PolicyModel, UnsupportedModel
+from cohort.learner.plan import MicroBatch, RowCost, plan_step
 from tests.learner.helpers import (
     metas,
     reference_logprobs,
@@ -91,7 +91,7 @@ def gradients(model: Any) -> dict[str, torch.Tensor]:
 def test_rows_equal_single_sequences(
     kind: str, attention: Any, masked: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("learner.attention.MASKED_ROW_LENGTH", masked)
+    monkeypatch.setattr("cohort.learner.attention.MASKED_ROW_LENGTH", masked)
     model = tiny_model(kind)
     if kind == "gemma2" and attention != "eager":
         with pytest.raises(UnsupportedModel, match="attention scores"):
@@ -124,7 +124,7 @@ def test_gradients_equal_the_reference(
     kind: str, chunks: int, gradient_checkpointing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every parameter's gradient, whatever the number of parts of the output layer."""
-    monkeypatch.setattr("learner.attention.MASKED_ROW_LENGTH", 0 if chunks == 1 else 256)
+    monkeypatch.setattr("cohort.learner.attention.MASKED_ROW_LENGTH", 0 if chunks == 1 else 256)
     model = tiny_model(kind)
     scored = groups()
     model.set_attn_implementation("eager")

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from learner import norm
-from learner.norm import RootMeanSquareNorm, use_blocks
+from cohort.learner import norm
+from cohort.learner.norm import RootMeanSquareNorm, use_blocks
 from tests.learner.helpers import tiny_model
 
 

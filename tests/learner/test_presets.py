@@ -7,12 +7,12 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from actors.records import ScoredGroup
-from learner.batch import BatchTensors, build_micro_batch
-from learner.config import AlgorithmConfig, Preset
-from learner.grpo import policy_loss
-from learner.logprobs import PolicyModel
-from learner.plan import plan_step
+from cohort.actors.records import ScoredGroup
+from cohort.learner.batch import BatchTensors, build_micro_batch
+from cohort.learner.config import AlgorithmConfig, Preset
+from cohort.learner.grpo import policy_loss
+from cohort.learner.logprobs import PolicyModel
+from cohort.learner.plan import plan_step
 from tests.learner.helpers import metas, reference_loss, scored_group, tiny_model
 
 TEMPERATURE = 0.8

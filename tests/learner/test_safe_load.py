@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from learner.checkpoint import CheckpointError
-from learner.safe_load import FORBIDDEN, FORCED, only_data
+from cohort.learner.checkpoint import CheckpointError
+from cohort.learner.safe_load import FORBIDDEN, FORCED, only_data
 
 
 class Planted:

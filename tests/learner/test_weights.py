@@ -10,8 +10,8 @@ import torch
 import xxhash
 from safetensors.torch import load_file
 
-from actors.weight_file import TensorSpec, decode_header, encode_header, tensors_in
-from learner.weights import WeightFiles, check_names, gather_named_weights, weight_specs
+from cohort.actors.weight_file import TensorSpec, decode_header, encode_header, tensors_in
+from cohort.learner.weights import WeightFiles, check_names, gather_named_weights, weight_specs
 from tests.learner.helpers import tiny_model
 
 

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.records import Completion, Group, Prompt
-from rewards.adapters import from_openrlhf, from_verl, load_reward
-from rewards.base import is_per_completion, judge
-from rewards.config import RewardFunctionConfig, RewardsConfig
-from rewards.tasks import TaskError
-from rewards.worker import RewardActor, reward_specs
+from cohort.actors.records import Completion, Group, Prompt
+from cohort.rewards.adapters import from_openrlhf, from_verl, load_reward
+from cohort.rewards.base import is_per_completion, judge
+from cohort.rewards.config import RewardFunctionConfig, RewardsConfig
+from cohort.rewards.tasks import TaskError
+from cohort.rewards.worker import RewardActor, reward_specs
 
 CHAT = [{"role": "user", "content": "2 + 2?"}]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from rewards.answer import exact_number
+from cohort.rewards.answer import exact_number
 
 QUESTION = "What is 3 + 9? Reply with the number only."
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from model_server import Server, says
 
-from rewards.travel.generate import trip
-from rewards.travel.plan import to_json
-from rewards.travel.solver import cheapest
+from cohort.rewards.travel.generate import trip
+from cohort.rewards.travel.plan import to_json
+from cohort.rewards.travel.solver import cheapest
 from tests.scripts import ask_for_a_trip
 
 JAPAN = (

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from rewards.bounded import Bounded, TooMuch
+from cohort.rewards.bounded import Bounded, TooMuch
 
 calls: list[str] = []
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from rewards.base import RewardLoadError
-from rewards.code import CodeTests
-from rewards.sandbox import Limits, Sandbox, SandboxError
-from rewards.worker import RewardActor, RewardSpec
+from cohort.rewards.base import RewardLoadError
+from cohort.rewards.code import CodeTests
+from cohort.rewards.sandbox import Limits, Sandbox, SandboxError
+from cohort.rewards.worker import RewardActor, RewardSpec
 from tests import needs
 
 SUM = [{"input": "3 4\n", "output": "7"}, {"input": "1 1\n", "output": "2\n"}]
@@ -166,7 +166,7 @@ def test_without_a_sandbox_it_is_refused_with_what_to_do(
         CodeTests()
     # As a user sees it, before anything starts.
     with pytest.raises(RewardLoadError, match=r"(?s)CodeTests.*sandbox: none"):
-        RewardActor([RewardSpec("code", "rewards.code:CodeTests")], 5)
+        RewardActor([RewardSpec("code", "cohort.rewards.code:CodeTests")], 5)
     assert CodeTests(sandbox="none")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rewards.environment import scrubbed_environment
+from cohort.rewards.environment import scrubbed_environment
 
 SECRETS = [
     "AWS_ACCESS_KEY_ID",
@@ -101,8 +101,8 @@ def spy(completions, **_):
 ACTOR = """
 import os, subprocess, sys
 import numpy as np
-from actors.records import Completion, Group, Prompt
-from rewards.worker import RewardActor, RewardSpec
+from cohort.actors.records import Completion, Group, Prompt
+from cohort.rewards.worker import RewardActor, RewardSpec
 completion = Completion("c", "p", np.arange(1), np.zeros(1), "stop", 0, (0, 0), "a")
 group = Group("g", Prompt("p", (1,), "Q", {}), (completion,))
 actor = RewardActor([RewardSpec("spy", sys.argv[1])], 20)

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from rewards.answer import boxed_answer, same_text, tagged_answer
-from rewards.extract import last_boxed, last_code, tagged
+from cohort.rewards.answer import boxed_answer, same_text, tagged_answer
+from cohort.rewards.extract import last_boxed, last_code, tagged
 
 
 @pytest.mark.parametrize(

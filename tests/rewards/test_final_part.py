@@ -7,17 +7,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.records import Completion, Group, Prompt
-from actors.text import completion_text, prefill_of
-from rewards.answer import boxed_answer, exact_number, tagged_answer
-from rewards.base import judge
-from rewards.code import CodeTests
-from rewards.extract import final_part
-from rewards.format import number_only, tagged_think_answer
-from rewards.reasoning_gym import _answer
-from rewards.reward_model import _text
-from rewards.tasks import PromptRenderer, Row
-from rewards.travel.plan import PlanError, parse_plan
+from cohort.actors.records import Completion, Group, Prompt
+from cohort.actors.text import completion_text, prefill_of
+from cohort.rewards.answer import boxed_answer, exact_number, tagged_answer
+from cohort.rewards.base import judge
+from cohort.rewards.code import CodeTests
+from cohort.rewards.extract import final_part
+from cohort.rewards.format import number_only, tagged_think_answer
+from cohort.rewards.reasoning_gym import _answer
+from cohort.rewards.reward_model import _text
+from cohort.rewards.tasks import PromptRenderer, Row
+from cohort.rewards.travel.plan import PlanError, parse_plan
 from tests.templates import FAMILIES, tokenizer_of
 
 QUESTION = {"role": "user", "content": "What is 2 + 3?"}
@@ -96,7 +96,9 @@ def test_an_answer_inside_thinking_earns_nothing(function: Any) -> None:
 
 
 def test_maths_programs_plans_and_puzzles_inside_thinking() -> None:
-    maths = pytest.importorskip("math_verify") and __import__("rewards.maths").maths.MathAnswer()
+    maths = (
+        pytest.importorskip("math_verify") and __import__("cohort.rewards.maths").maths.MathAnswer()
+    )
     texts = [f"<think>{BOXED}</think>", f"<think>{BOXED}", f"<think>no</think>{BOXED}"]
     scores = maths([[QUESTION]] * 3, texts, [5] * 3, prefills=[""] * 3)
     assert scores == [0.0, 0.0, 1.0]

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from rewards.format import number_only, tagged_think_answer
+from cohort.rewards.format import number_only, tagged_think_answer
 
 GOOD = "<think>3 and 4</think>\n<answer>7</answer>"
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from model_server import Reply, Server, grade, says
 
-from actors.records import Completion, Group, Prompt
-from rewards.base import RewardLoadError
-from rewards.judge import LLMJudge
-from rewards.worker import RewardActor, RewardSpec
+from cohort.actors.records import Completion, Group, Prompt
+from cohort.rewards.base import RewardLoadError
+from cohort.rewards.judge import LLMJudge
+from cohort.rewards.worker import RewardActor, RewardSpec
 
 KEY = "sk-very-secret"
 
@@ -207,7 +207,7 @@ def test_the_key_travels_to_the_child_and_nowhere_else(
         "criteria": "c",
         "api_key_env": "JUDGE_API_KEY",
     }
-    path = "rewards.judge:LLMJudge"
+    path = "cohort.rewards.judge:LLMJudge"
     actor = RewardActor(
         [RewardSpec("judge", path, options=options, secrets=("JUDGE_API_KEY",))], 30
     )

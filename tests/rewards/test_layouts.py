@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rewards.tasks import Demonstrates, TaskError
+from cohort.rewards.tasks import Demonstrates, TaskError
 from tests.rewards.test_dataset import QA, VERL, lines, make, parquet, rows_of
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Café?"}]
@@ -312,7 +312,7 @@ def test_a_folder_is_read_where_there_is_no_home(tmp_path: Path) -> None:
     pytest.importorskip("datasets")
     lines(tmp_path / "train.jsonl", [{"prompt": f"Q{n}"} for n in range(4)])
     program = (
-        "from rewards.config import TaskConfig\nfrom rewards.tasks import load_task\n"
+        "from cohort.rewards.config import TaskConfig\nfrom cohort.rewards.tasks import load_task\n"
         f"task = load_task(TaskConfig(name='dataset', data={str(tmp_path)!r}), 0)\n"
         "print(task.train_size(), task.eval_size())"
     )

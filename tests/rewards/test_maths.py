@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.records import Completion, Group, Prompt
-from rewards.maths import MathAnswer
-from rewards.worker import RewardActor, RewardSpec
+from cohort.actors.records import Completion, Group, Prompt
+from cohort.rewards.maths import MathAnswer
+from cohort.rewards.worker import RewardActor, RewardSpec
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("math_verify") is None, reason="math-verify is not installed"
@@ -157,7 +157,7 @@ def test_the_bound_holds_in_the_reward_child() -> None:
         for i, text in enumerate(texts)
     )
     group = Group("g", Prompt("p", (1,), QUESTION, {"answer": "12"}), completions)
-    spec = RewardSpec("maths", "rewards.maths:MathAnswer", options={"timeout_s": 1})
+    spec = RewardSpec("maths", "cohort.rewards.maths:MathAnswer", options={"timeout_s": 1})
     actor = RewardActor([spec], 20, memory_bytes=2 << 30)
     child = actor.pids()[1]
     _, scored = actor.score(group)

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.records import Completion, Group, Prompt, ScoreMeta
-from rewards.config import RewardFunctionConfig, RewardsConfig, TaskConfig
-from rewards.mixture import BLOCK, MixtureTask, shares
-from rewards.rates import NO_RATES, Outcome, PassRates, Rate, RateHistory, outcome
-from rewards.tasks import Demonstrates, Row, TaskError, load_task, sample_rows
-from rewards.worker import RewardActor, reward_specs
+from cohort.actors.records import Completion, Group, Prompt, ScoreMeta
+from cohort.rewards.config import RewardFunctionConfig, RewardsConfig, TaskConfig
+from cohort.rewards.mixture import BLOCK, MixtureTask, shares
+from cohort.rewards.rates import NO_RATES, Outcome, PassRates, Rate, RateHistory, outcome
+from cohort.rewards.tasks import Demonstrates, Row, TaskError, load_task, sample_rows
+from cohort.rewards.worker import RewardActor, reward_specs
 
 SMALL = {"name": "addition", "label": "small", "options": {"max_operand": 4}, "weight": 3}
 LARGE = {"name": "addition", "label": "large", "options": {"max_operand": 9}}
@@ -127,7 +127,7 @@ def test_without_functions_for_every_part_the_config_must_name_them(tmp_path: Pa
     task = mixture(LARGE, {"name": "dataset", "data": str(data)})
     with pytest.raises(TaskError, match=r"set rewards.functions .*not for all of its rows"):
         reward_specs(task, RewardsConfig())
-    assert reward_specs(task, RewardsConfig(functions=["rewards.answer:exact_number"]))
+    assert reward_specs(task, RewardsConfig(functions=["cohort.rewards.answer:exact_number"]))
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_parts_that_cannot_work(tasks: list[Any], words: str) -> None:
 
 
 class Graded:
-    rewards = (RewardFunctionConfig(path="rewards.answer:exact_number"),)
+    rewards = (RewardFunctionConfig(path="cohort.rewards.answer:exact_number"),)
 
     def __init__(self, seed: int) -> None:
         self.seed = seed

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import reasoning_gym
 
-from rewards.config import TaskConfig
-from rewards.reasoning_gym import EVALUATED, score
-from rewards.tasks import Row, Task, TaskError, load_task
+from cohort.rewards.config import TaskConfig
+from cohort.rewards.reasoning_gym import EVALUATED, score
+from cohort.rewards.tasks import Row, Task, TaskError, load_task
 
 pytest.importorskip("reasoning_gym")
 
@@ -155,7 +155,7 @@ def test_datasets_whose_questions_depend_on_the_hash_seed(monkeypatch: Any) -> N
 
 
 def test_too_few_questions_are_said(monkeypatch: Any) -> None:
-    monkeypatch.setattr("rewards.reasoning_gym._is_held_out", lambda _: True)
+    monkeypatch.setattr("cohort.rewards.reasoning_gym._is_held_out", lambda _: True)
     task = make("chain_sum", train_size=2)
     assert task.eval_row(0)
     with pytest.raises(TaskError, match="chain_sum has too few different questions"):

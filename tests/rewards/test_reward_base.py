@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.records import Completion, Group, Prompt, RewardError
-from rewards.base import RewardLoadError, combine, judge, load_function, resolve_path
-from rewards.results import from_json, to_json
+from cohort.actors.records import Completion, Group, Prompt, RewardError
+from cohort.rewards.base import RewardLoadError, combine, judge, load_function, resolve_path
+from cohort.rewards.results import from_json, to_json
 
 
 def make_group(content: Any = "Q", n: int = 3, **columns: Any) -> Group:
@@ -355,7 +355,7 @@ def test_combine(by_function: Any, weights: Any, errors: Any, totals: Any) -> No
 
 
 def test_load_from_module_and_from_file(tmp_path: Path) -> None:
-    assert load_function("rewards.answer:exact_number").__name__ == "exact_number"
+    assert load_function("cohort.rewards.answer:exact_number").__name__ == "exact_number"
     (tmp_path / "neighbour_of_reward.py").write_text("VALUE = 3.0\n")
     file = tmp_path / "my_reward.py"
     file.write_text(
@@ -376,15 +376,15 @@ def test_resolve_path_leaves_modules_and_absolute_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "words"),
     [
-        ("rewards.answer", "must be module:name"),
-        ("rewards.answer.exact_number", "did you mean rewards.answer:exact_number?"),
+        ("cohort.rewards.answer", "must be module:name"),
+        ("cohort.rewards.answer.exact_number", "did you mean cohort.rewards.answer:exact_number?"),
         (":f", "must be module:name"),
         ("no_such_module_anywhere:f", "no module named 'no_such_module_anywhere'"),
         ("rewards.no_such_part:f", "no module named 'rewards.no_such_part'"),
-        ("rewards.answer:exact_numbr", "did you mean exact_number?"),
-        ("rewards.answer:zzz", "it has"),
-        ("rewards.answer:MAX_CHARACTERS", "of type int, not a function"),
-        ("rewards.base:Verdict", "a class, not a function"),
+        ("cohort.rewards.answer:exact_numbr", "did you mean exact_number?"),
+        ("cohort.rewards.answer:zzz", "it has"),
+        ("cohort.rewards.answer:MAX_CHARACTERS", "of type int, not a function"),
+        ("cohort.rewards.base:Verdict", "a class, not a function"),
         ("/no/such/file.py:f", "no file /no/such/file.py"),
     ],
 )

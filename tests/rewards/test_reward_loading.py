@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from rewards.base import RewardLoadError, judge, load_function, per_completion
-from rewards.results import Verdict
-from rewards.worker import RewardActor, RewardSpec
+from cohort.rewards.base import RewardLoadError, judge, load_function, per_completion
+from cohort.rewards.results import Verdict
+from cohort.rewards.worker import RewardActor, RewardSpec
 from tests.rewards.test_reward_worker import make_group
 
 
@@ -109,9 +109,9 @@ def test_a_package_with_the_name_of_another(tmp_path: Path) -> None:
         **{"rewards/my": "from .util import FACTOR\n" + LENGTHS.replace("len", "FACTOR * len")},
     )
     assert values(f"{tmp_path}/rewards/my.py:reward") == (5.0, 10.0)
-    import rewards.answer
+    import cohort.rewards.answer
 
-    assert str(tmp_path) not in str(rewards.answer.__file__)
+    assert str(tmp_path) not in str(cohort.rewards.answer.__file__)
 
 
 @pytest.mark.parametrize("name", ["my", "json", "rewards", "with-dash", "v1.0"])
@@ -280,7 +280,7 @@ def test_a_column_with_the_name_of_a_bound_argument(tmp_path: Path, name: str) -
 
 
 def test_our_own_classes_take_a_column_named_self() -> None:
-    function = load_function("rewards.maths:MathAnswer")
+    function = load_function("cohort.rewards.maths:MathAnswer")
     assert judge(function, "f", make_group(r"\boxed{7}", answer="7", self=1)).values == (1.0,)
 
 
@@ -309,7 +309,7 @@ def test_a_function_of_verls_under_the_wrong_kind_says_so() -> None:
 # Who may be called as completions come
 
 COMPARE = """
-from rewards.base import per_completion
+from cohort.rewards.base import per_completion
 
 def compare(completions, **_):
     sizes = [len(text) for text in completions]
@@ -357,7 +357,7 @@ def test_functions_get_the_whole_group_unless_they_say_otherwise(tmp_path: Path)
         RewardSpec("partial", f"{path}:alone", options={"more": 1}),
         RewardSpec("Alone", f"{path}:Alone"),
         RewardSpec("made", f"{path}:make", options={"flag": 1}),
-        RewardSpec("ours", "rewards.format:number_only"),
+        RewardSpec("ours", "cohort.rewards.format:number_only"),
     ]
     actor = RewardActor(specs, 20)
     meta = both_ways(actor, "a", "bb")
@@ -380,12 +380,15 @@ def test_functions_get_the_whole_group_unless_they_say_otherwise(tmp_path: Path)
 
 def test_every_built_in_function_is_judged_as_it_comes() -> None:
     for path in (
-        *("rewards.answer:exact_number", "rewards.answer:boxed_answer"),
-        *("rewards.answer:tagged_answer", "rewards.format:number_only"),
-        *("rewards.format:tagged_think_answer", "rewards.language:language_consistency"),
-        *("rewards.length:soft_overlong", "rewards.length:repetition"),
-        *("rewards.reasoning_gym:score", "rewards.travel.reward:itinerary"),
-        "rewards.maths:MathAnswer",
+        *("cohort.rewards.answer:exact_number", "cohort.rewards.answer:boxed_answer"),
+        *("cohort.rewards.answer:tagged_answer", "cohort.rewards.format:number_only"),
+        *(
+            "cohort.rewards.format:tagged_think_answer",
+            "cohort.rewards.language:language_consistency",
+        ),
+        *("cohort.rewards.length:soft_overlong", "cohort.rewards.length:repetition"),
+        *("cohort.rewards.reasoning_gym:score", "cohort.rewards.travel.reward:itinerary"),
+        "cohort.rewards.maths:MathAnswer",
     ):
         function: Any = load_function(path)
         assert function.per_completion, path

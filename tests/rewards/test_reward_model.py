@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from model_server import Reply, Server
 
-from actors.records import Completion, Group, Prompt
-from rewards.base import RewardLoadError
-from rewards.reward_model import RewardModel
-from rewards.worker import RewardActor, RewardSpec
+from cohort.actors.records import Completion, Group, Prompt
+from cohort.rewards.base import RewardLoadError
+from cohort.rewards.reward_model import RewardModel
+from cohort.rewards.worker import RewardActor, RewardSpec
 
 KEY = "sk-very-secret"
 
@@ -164,7 +164,7 @@ def test_the_key_travels_to_the_child_and_nowhere_else(
     )
     group = Group("g", Prompt("p", (1,), "Q"), completions)
     options = {"base_url": server.url, "model": "m", "api_key_env": "MODEL_API_KEY"}
-    path = "rewards.reward_model:RewardModel"
+    path = "cohort.rewards.reward_model:RewardModel"
     actor = RewardActor([RewardSpec("rm", path, options=options, secrets=("MODEL_API_KEY",))], 30)
     _, scored = actor.score(group)
     actor.close()

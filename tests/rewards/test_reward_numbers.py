@@ -17,13 +17,13 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from actors.records import Completion, Group, Prompt, ScoreMeta
-from learner.config import AlgorithmConfig
-from learner.grpo import group_advantages
-from rewards.base import combine, judge, out_of_range
-from rewards.config import RewardFunctionConfig
-from rewards.results import MAX_SCORE, from_json, to_json
-from rewards.worker import RewardActor, RewardSpec
+from cohort.actors.records import Completion, Group, Prompt, ScoreMeta
+from cohort.learner.config import AlgorithmConfig
+from cohort.learner.grpo import group_advantages
+from cohort.rewards.base import combine, judge, out_of_range
+from cohort.rewards.config import RewardFunctionConfig
+from cohort.rewards.results import MAX_SCORE, from_json, to_json
+from cohort.rewards.worker import RewardActor, RewardSpec
 
 IDS = ("c0", "c1", "c2")
 # Sends its own reply to the call in progress, which it finds on the stack, then the right one.

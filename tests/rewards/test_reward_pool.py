@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError, ObjectLostError, OutOfMemoryError
 
-from actors.records import Failure
-from rewards.pool import Lost, RewardPool, RewardPoolError, watched_actor_class
+from cohort.actors.records import Failure
+from cohort.rewards.pool import Lost, RewardPool, RewardPoolError, watched_actor_class
 from tests.harness.local_ray import LocalRay
 from tests.harness.world import in_cluster
 

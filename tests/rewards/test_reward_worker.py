@@ -15,10 +15,10 @@ import numpy as np
 import psutil
 import pytest
 
-from actors.records import Completion, Failure, Group, Prompt, ScoredGroup, ScoreMeta
-from rewards.base import RewardLoadError
-from rewards.environment import scrubbed_environment
-from rewards.worker import RewardActor, RewardSpec, longest_score_s
+from cohort.actors.records import Completion, Failure, Group, Prompt, ScoredGroup, ScoreMeta
+from cohort.rewards.base import RewardLoadError
+from cohort.rewards.environment import scrubbed_environment
+from cohort.rewards.worker import RewardActor, RewardSpec, longest_score_s
 
 HOSTILE = Path(__file__).parent / "hostile_rewards.py"
 MakeActor = Callable[..., RewardActor]
@@ -518,4 +518,4 @@ def test_close_ends_the_child(make_actor: MakeActor) -> None:
 def judging() -> list[psutil.Process]:
     """Reward children of this process; other tests may have started children of other kinds."""
     children = psutil.Process().children()
-    return [child for child in children if "rewards.child" in " ".join(child.cmdline())]
+    return [child for child in children if "cohort.rewards.child" in " ".join(child.cmdline())]

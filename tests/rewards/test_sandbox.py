@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from rewards.sandbox import Limits, Outcome, Sandbox
-from rewards.seccomp import refused_calls
-from rewards.usage import ControlGroup, descendants, look
+from cohort.rewards.sandbox import Limits, Outcome, Sandbox
+from cohort.rewards.seccomp import refused_calls
+from cohort.rewards.usage import ControlGroup, descendants, look
 from tests import needs
 
 MIB = 1 << 20
@@ -151,7 +151,7 @@ def test_nothing_is_left_when_the_judging_process_is_killed(mode: str, grouped: 
     started = f"subprocess.Popen(['/bin/sleep', '{mark}'], start_new_session=True)"
     program = f"import subprocess\n{started}.wait()"
     judge = (
-        "import sys; from rewards.sandbox import *\n"
+        "import sys; from cohort.rewards.sandbox import *\n"
         f"sandbox = Sandbox({mode!r}, Limits(seconds=60), control_groups={grouped})\n"
         f"sandbox.run(['/usr/bin/python3', '-I', 'main.py'], {{'main.py': {program!r}}})"
     )
@@ -298,7 +298,7 @@ def test_a_look_finds_every_descendant(monkeypatch: pytest.MonkeyPatch) -> None:
         assert listed[0] == process.pid
         assert len(descendants(process.pid, 1)) == 2
         # A kernel that does not list children.
-        monkeypatch.setattr("rewards.usage.LISTS_CHILDREN", Path("/nowhere"))
+        monkeypatch.setattr("cohort.rewards.usage.LISTS_CHILDREN", Path("/nowhere"))
         assert sorted(descendants(process.pid, 99)) == sorted(listed)
         found = look(process.pid, 0, 99)
         assert found.processes == 4

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from rewards.language import language_consistency
-from rewards.length import repetition, soft_overlong
+from cohort.rewards.language import language_consistency
+from cohort.rewards.length import repetition, soft_overlong
 
 
 @pytest.mark.parametrize(

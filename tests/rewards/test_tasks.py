@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from actors.records import Prompt
-from rewards.base import load_function
-from rewards.config import RewardFunctionConfig, RewardsConfig, TaskConfig
-from rewards.tasks import (
+from cohort.actors.records import Prompt
+from cohort.rewards.base import load_function
+from cohort.rewards.config import RewardFunctionConfig, RewardsConfig, TaskConfig
+from cohort.rewards.tasks import (
     PromptRenderer,
     Row,
     Task,
@@ -22,7 +22,7 @@ from rewards.tasks import (
     split_overlong,
     take_prompts,
 )
-from rewards.worker import reward_specs
+from cohort.rewards.worker import reward_specs
 
 
 def make_task(name: str = "addition", seed: int = 0, **fields: Any) -> Task:
@@ -194,11 +194,11 @@ def test_jsonl_files_that_do_not_do(tmp_path: Path) -> None:
 # a task of one's own
 
 OWN_TASK = """
-from rewards.config import RewardFunctionConfig
-from rewards.tasks import Row
+from cohort.rewards.config import RewardFunctionConfig
+from cohort.rewards.tasks import Row
 
 class Own:
-    rewards = (RewardFunctionConfig(path="rewards.format:number_only"),)
+    rewards = (RewardFunctionConfig(path="cohort.rewards.format:number_only"),)
     def __init__(self, seed, size, start=0):
         if size > 100:
             raise KeyError("too many")
@@ -250,7 +250,7 @@ def test_the_tasks_own_reward_scores_its_rows() -> None:
     (spec,) = reward_specs(make_task(), RewardsConfig())
     assert (spec.name, spec.path, spec.weight) == (
         "exact_number",
-        "rewards.answer:exact_number",
+        "cohort.rewards.answer:exact_number",
         1.0,
     )
     assert load_function(spec.path)([""], ["7"], [7]) == [1.0]

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from actors.engine import stop_token_ids
-from actors.text import completion_text
-from rewards.rendering import names_read
-from rewards.tasks import PromptRenderer, Row, TaskError
+from cohort.actors.engine import stop_token_ids
+from cohort.actors.text import completion_text
+from cohort.rewards.rendering import names_read
+from cohort.rewards.tasks import PromptRenderer, Row, TaskError
 from tests.templates import FAMILIES, FOLDER, Family, tokenizer_of
 
 CHAT = [family for family in FAMILIES if family.template]

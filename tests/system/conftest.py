@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from actors.process import mapped_shared_memory
+from cohort.actors.process import mapped_shared_memory
 from tests.models import tiny_llama
 
 COHORT = str(Path(sys.executable).parent / "cohort")

@@ -13,7 +13,7 @@ import pytest
 import ray
 from typer.testing import CliRunner
 
-from cluster.cli import app
+from cohort.cluster.cli import app
 from tests.system.conftest import Cohort
 
 pytestmark = pytest.mark.system

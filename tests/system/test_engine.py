@@ -22,10 +22,10 @@ import xxhash
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from actors.engine import EngineSpec
-from actors.records import Failure, Group, GroupMeta, Prompt, SamplingSpec, WeightsInfo
-from actors.rollout import Request, RolloutActor
-from actors.sampling import tokens_at, uniforms
+from cohort.actors.engine import EngineSpec
+from cohort.actors.records import Failure, Group, GroupMeta, Prompt, SamplingSpec, WeightsInfo
+from cohort.actors.rollout import Request, RolloutActor
+from cohort.actors.sampling import tokens_at, uniforms
 from tests.models import tiny_gpt2, tiny_llama, tiny_qwen2
 
 pytestmark = pytest.mark.system

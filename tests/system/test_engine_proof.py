@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from actors.engine import EngineSpec
-from actors.records import Failure, WeightsInfo
-from actors.rollout import RolloutActor
-from learner.weights import WeightFiles, gather_named_weights, weight_specs
+from cohort.actors.engine import EngineSpec
+from cohort.actors.records import Failure, WeightsInfo
+from cohort.actors.rollout import RolloutActor
+from cohort.learner.weights import WeightFiles, gather_named_weights, weight_specs
 from tests.models import tiny_gpt2, tiny_llama, tiny_qwen2
 
 pytestmark = pytest.mark.system
@@ -150,7 +150,7 @@ def repeat(worker: Any, before: str, *_: Any) -> None:
 
 def mix(worker: Any, before: str, name: str) -> None:
     """One tensor of the version before."""
-    from actors import shared_memory
+    from cohort.actors import shared_memory
 
     del worker
     real, old = shared_memory.tensors_in, load_file(before)
@@ -165,7 +165,7 @@ def mix(worker: Any, before: str, name: str) -> None:
 
 def tear(worker: Any, before: str, name: str) -> None:
     """One tensor that is new up to some row, and old from there on."""
-    from actors import shared_memory
+    from cohort.actors import shared_memory
 
     del worker
     real, old = shared_memory.tensors_in, load_file(before)
@@ -205,7 +205,7 @@ def keep_a_kernel(worker: Any, *_: Any) -> None:
 
 def keep_the_head(worker: Any, *_: Any) -> None:
     """What vLLM does by itself with a tied head: it stays as it was."""
-    from actors import shared_memory
+    from cohort.actors import shared_memory
 
     del worker
     real = shared_memory._tied_pairs

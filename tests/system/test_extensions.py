@@ -10,11 +10,11 @@ import pytest
 
 pytestmark = pytest.mark.system
 
-LOAD = "from learner import extensions; extensions.load('cpu'); print('loaded')"
+LOAD = "from cohort.learner import extensions; extensions.load('cpu'); print('loaded')"
 
 
 def test_a_lock_that_a_killed_build_left_stops_nobody() -> None:
-    found = "from learner import extensions; print(extensions.use_folder('cpu'))"
+    found = "from cohort.learner import extensions; print(extensions.use_folder('cpu'))"
     folder = Path(python(found)[-1]) / "deepspeed_shm_comm"
     folder.mkdir(exist_ok=True)
     left = folder / "lock"
@@ -25,7 +25,7 @@ def test_a_lock_that_a_killed_build_left_stops_nobody() -> None:
 
 def test_a_second_use_finds_the_same_folder() -> None:
     use = "extensions.use_folder('cpu')"
-    assert python(f"from learner import extensions; print({use} == {use})")[-1] == "True"
+    assert python(f"from cohort.learner import extensions; print({use} == {use})")[-1] == "True"
 
 
 def test_two_at_a_time() -> None:

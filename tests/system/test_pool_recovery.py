@@ -15,12 +15,12 @@ import ray
 import torch
 from transformers import AutoModelForCausalLM
 
-from actors.config import ActorsConfig
-from actors.engine import EngineSpec
-from actors.pool import Probe, RolloutPool
-from actors.records import GroupMeta, Prompt, SamplingSpec
-from actors.rollout import Request, RolloutActor
-from learner.weights import WeightFiles, gather_named_weights, weight_specs
+from cohort.actors.config import ActorsConfig
+from cohort.actors.engine import EngineSpec
+from cohort.actors.pool import Probe, RolloutPool
+from cohort.actors.records import GroupMeta, Prompt, SamplingSpec
+from cohort.actors.rollout import Request, RolloutActor
+from cohort.learner.weights import WeightFiles, gather_named_weights, weight_specs
 from tests.models import tiny_llama
 
 pytestmark = pytest.mark.system
@@ -54,7 +54,7 @@ class Run:
 
     async def publish(self) -> float:
         """Publish another version, bring the pool to it; seconds that took."""
-        from actors.records import WeightsInfo
+        from cohort.actors.records import WeightsInfo
 
         self.version += 1
         with torch.no_grad():

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import pytest
 
-from rewards.child import die_with_parent
+from cohort.rewards.child import die_with_parent
 from tests.models import tiny_llama, tiny_reward_model
 from tests.shown import Shown, commands, environment, scratch_copy
 from tests.system.test_served_models import START_S, healthy

@@ -15,11 +15,11 @@ import psutil
 import pytest
 import ray
 
-from actors.records import Completion, Group, Prompt, ScoredGroup, ScoreMeta
-from rewards.config import RewardsConfig, TaskConfig
-from rewards.pool import RewardPool, watched_actor_class
-from rewards.tasks import load_task
-from rewards.worker import RewardActor, RewardSpec, longest_score_s, reward_specs
+from cohort.actors.records import Completion, Group, Prompt, ScoredGroup, ScoreMeta
+from cohort.rewards.config import RewardsConfig, TaskConfig
+from cohort.rewards.pool import RewardPool, watched_actor_class
+from cohort.rewards.tasks import load_task
+from cohort.rewards.worker import RewardActor, RewardSpec, longest_score_s, reward_specs
 
 pytestmark = pytest.mark.system
 

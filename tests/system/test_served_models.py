@@ -25,9 +25,9 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from rewards.child import die_with_parent
-from rewards.judge import LLMJudge
-from rewards.reward_model import RewardModel
+from cohort.rewards.child import die_with_parent
+from cohort.rewards.judge import LLMJudge
+from cohort.rewards.reward_model import RewardModel
 from tests.models import tiny_reward_model
 from tests.scripts import ask_for_a_trip
 

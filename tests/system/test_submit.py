@@ -23,7 +23,7 @@ import psutil
 import pytest
 import yaml
 
-from cluster.tracking import STEP_KEYS
+from cohort.cluster.tracking import STEP_KEYS
 from tests.models import tiny_llama
 from tests.shown import Shown, commands
 from tests.system.conftest import REWARDS, shared_files
@@ -62,7 +62,7 @@ class Cluster:
 
     def submit(self, *overrides: str) -> tuple[int, str]:
         """Run `cohort submit` from the repository; its exit code and what it printed."""
-        command = [sys.executable, "-m", "cluster.cli", "submit", str(CONFIG)]
+        command = [sys.executable, "-m", "cohort.cluster.cli", "submit", str(CONFIG)]
         done = subprocess.run(
             [*command, "--address", self.address, *overrides],
             cwd=REPOSITORY,

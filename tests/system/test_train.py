@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from learner.checkpoint import latest
+from cohort.learner.checkpoint import latest
 from tests.system.conftest import Cohort
 from tests.system.runs import rollouts, rows
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from rewards.travel.generate import LEVELS, make_query
-from rewards.travel.plan import to_json
-from rewards.travel.prompt import messages, prompt_text
-from rewards.travel.query import Query
-from rewards.travel.scores import MAX_TOTAL, evaluate
-from rewards.travel.solver import cheapest
+from cohort.rewards.travel.generate import LEVELS, make_query
+from cohort.rewards.travel.plan import to_json
+from cohort.rewards.travel.prompt import messages, prompt_text
+from cohort.rewards.travel.query import Query
+from cohort.rewards.travel.scores import MAX_TOTAL, evaluate
+from cohort.rewards.travel.solver import cheapest
 
 QUERIES = [make_query(21, level, "train", index) for level in LEVELS for index in range(12)]
 Days = list[dict[str, Any]]

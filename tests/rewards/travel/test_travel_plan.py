@@ -8,7 +8,7 @@ import time
 import pytest
 from travel_trips import PLAN, judge
 
-from rewards.travel.plan import Day, Plan, PlanError, parse_plan, to_json
+from cohort.rewards.travel.plan import Day, Plan, PlanError, parse_plan, to_json
 
 DAY = '{"city":"A","meals":["m"],"sights":["s"]}'
 TEXT = f'{{"days":[{DAY}]}}'

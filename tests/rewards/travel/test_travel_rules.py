@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from travel_trips import COST, PLAN, QUERY, failed, judge, plan
 
-from rewards.travel.query import Query
-from rewards.travel.rules import COMMONSENSE, HARD
+from cohort.rewards.travel.query import Query
+from cohort.rewards.travel.rules import COMMONSENSE, HARD
 
 Days = list[dict[str, Any]]
 HARD_NAMES = {rule.name for rule in HARD}

@@ -11,16 +11,16 @@ from collections.abc import Iterator
 import pytest
 from travel_trips import COST, QUERY, failed, judge
 
-from rewards.tasks import Demonstrates
-from rewards.travel.best import best_soft
-from rewards.travel.demonstrations import varied_plan
-from rewards.travel.generate import LEVELS, make_query
-from rewards.travel.plan import Day, Plan, to_json
-from rewards.travel.query import Query, from_columns, to_columns
-from rewards.travel.scores import evaluate
-from rewards.travel.solver import cheapest, routes
-from rewards.travel.task import TravelTask
-from rewards.travel.world import Sizes, make_world
+from cohort.rewards.tasks import Demonstrates
+from cohort.rewards.travel.best import best_soft
+from cohort.rewards.travel.demonstrations import varied_plan
+from cohort.rewards.travel.generate import LEVELS, make_query
+from cohort.rewards.travel.plan import Day, Plan, to_json
+from cohort.rewards.travel.query import Query, from_columns, to_columns
+from cohort.rewards.travel.scores import evaluate
+from cohort.rewards.travel.solver import cheapest, routes
+from cohort.rewards.travel.task import TravelTask
+from cohort.rewards.travel.world import Sizes, make_world
 
 COUNT = 200
 

@@ -14,21 +14,21 @@ import numpy as np
 import pytest
 from travel_trips import PLAN, QUERY, judge
 
-from actors.records import Completion, Group, Prompt
-from rewards.base import judge as judge_group
-from rewards.base import load_function
-from rewards.config import RewardsConfig, TaskConfig
-from rewards.tasks import Task, TaskError, load_task, sample_rows
-from rewards.travel import reward
-from rewards.travel.generate import LEVELS, make_query, split_of, trip
-from rewards.travel.places import PLACES, TAGS
-from rewards.travel.plan import to_json
-from rewards.travel.prompt import INTERESTS, prompt_text, sentence
-from rewards.travel.query import QueryError, from_columns, to_columns
-from rewards.travel.scores import Soft, travelplanner_metrics
-from rewards.travel.solver import cheapest
-from rewards.travel.task import TravelTask
-from rewards.travel.world import DEFAULT_SIZES, Sizes, make_world
+from cohort.actors.records import Completion, Group, Prompt
+from cohort.rewards.base import judge as judge_group
+from cohort.rewards.base import load_function
+from cohort.rewards.config import RewardsConfig, TaskConfig
+from cohort.rewards.tasks import Task, TaskError, load_task, sample_rows
+from cohort.rewards.travel import reward
+from cohort.rewards.travel.generate import LEVELS, make_query, split_of, trip
+from cohort.rewards.travel.places import PLACES, TAGS
+from cohort.rewards.travel.plan import to_json
+from cohort.rewards.travel.prompt import INTERESTS, prompt_text, sentence
+from cohort.rewards.travel.query import QueryError, from_columns, to_columns
+from cohort.rewards.travel.scores import Soft, travelplanner_metrics
+from cohort.rewards.travel.solver import cheapest
+from cohort.rewards.travel.task import TravelTask
+from cohort.rewards.travel.world import DEFAULT_SIZES, Sizes, make_world
 
 ROOT = Path(__file__).parents[3]
 
@@ -141,7 +141,7 @@ def test_a_trip_that_cannot_be() -> None:
 
 
 def make_task(**options: Any) -> Task:
-    config = TaskConfig(name="rewards.travel.task:TravelTask", options=options)
+    config = TaskConfig(name="cohort.rewards.travel.task:TravelTask", options=options)
     return load_task(config, seed=0)
 
 
@@ -284,11 +284,11 @@ def in_another_process(code: str, hash_seed: str) -> str:
 
 DIGEST = """
 import hashlib
-from rewards.travel.best import best_soft
-from rewards.travel.generate import LEVELS
-from rewards.travel.query import from_columns
-from rewards.travel.task import TravelTask
-from rewards.travel.world import make_world
+from cohort.rewards.travel.best import best_soft
+from cohort.rewards.travel.generate import LEVELS
+from cohort.rewards.travel.query import from_columns
+from cohort.rewards.travel.task import TravelTask
+from cohort.rewards.travel.world import make_world
 parts = [repr(make_world(7))]
 for level in LEVELS:
     task = TravelTask(7, level)
@@ -316,7 +316,8 @@ def test_the_queries_are_pinned() -> None:
 
 def test_the_modules_are_light() -> None:
     code = (
-        "import sys, rewards.travel.reward, rewards.travel.task, rewards.travel.demonstrations\n"
+        "import sys, cohort.rewards.travel.reward, cohort.rewards.travel.task\n"
+        "import cohort.rewards.travel.demonstrations\n"
         "heavy = {'torch', 'vllm', 'ray', 'deepspeed', 'transformers', 'datasets'}\n"
         "print(sorted(heavy & sys.modules.keys()))"
     )

@@ -6,9 +6,9 @@ import copy
 import json
 from typing import Any
 
-from rewards.travel.query import Query
-from rewards.travel.scores import Evaluation, evaluate
-from rewards.travel.world import City, Country, Hotel, Leg, Restaurant, Sight
+from cohort.rewards.travel.query import Query
+from cohort.rewards.travel.scores import Evaluation, evaluate
+from cohort.rewards.travel.world import City, Country, Hotel, Leg, Restaurant, Sight
 
 ALBA = City(
     "Alba",

@@ -1,0 +1,1 @@
+"""Cohort: GRPO for language models on Ray, vLLM and DeepSpeed."""
