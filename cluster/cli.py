@@ -53,9 +53,9 @@ def _config(path: Path, overrides: list[str]) -> Config:
 
 def _expecting(work: Callable[[], Any]) -> Any:
     """Run work; turn errors that are meant for people into one message and exit code 1."""
-    from cohort.cluster.report.build import ReportError
-    from cohort.cluster.run import EXPECTED_ERRORS
-    from cohort.cluster.submit import SubmitError
+    from cohort.cluster.commands.submit import SubmitError
+    from cohort.cluster.commands.train import EXPECTED_ERRORS
+    from cohort.cluster.observe.report.build import ReportError
     from cohort.learner.checkpoint import CheckpointError
     from cohort.rewards.base import RewardLoadError
 
@@ -79,7 +79,7 @@ def train(context: typer.Context, config: ConfigArgument) -> None:
     resolved = _config(config, context.args)
 
     def work() -> int:
-        from cohort.cluster.run import run_training
+        from cohort.cluster.commands.train import run_training
 
         return asyncio.run(run_training(resolved))
 
@@ -104,7 +104,7 @@ def check(
     resolved = _config(config, context.args)
 
     def work() -> int:
-        from cohort.cluster.check.run import check as check_run
+        from cohort.cluster.commands.check.run import check as check_run
 
         return check_run(resolved, typer.echo, prompts if generate else 0)
 
@@ -130,9 +130,9 @@ def evaluate(
         raise _fail(ConfigError(f"--output {output}: no file in a folder that is there"), 2)
 
     def work() -> Any:
-        from cohort.cluster.console import Console
-        from cohort.cluster.evaluate import checkpoint_model
-        from cohort.cluster.evaluate import evaluate as run_evaluation
+        from cohort.cluster.commands.evaluate import checkpoint_model
+        from cohort.cluster.commands.evaluate import evaluate as run_evaluation
+        from cohort.cluster.observe.console import Console
         from cohort.cluster.prepare import RunError
 
         if target.is_dir():
@@ -183,7 +183,7 @@ def warmup(
     """
 
     def work() -> int:
-        from cohort.cluster.warmup import WarmUp, check_overrides, run_warmup
+        from cohort.cluster.commands.warmup import WarmUp, check_overrides, run_warmup
 
         check_overrides(context.args)
         given = WarmUp(steps, batch_size, learning_rate, examples)
@@ -233,8 +233,8 @@ def report(
     """
 
     def work() -> Path:
-        from cohort.cluster.report.completions import Limits
-        from cohort.cluster.report.page import write_report
+        from cohort.cluster.observe.report.completions import Limits
+        from cohort.cluster.observe.report.page import write_report
 
         limits = Limits(steps=steps, groups=groups, prompts=prompts)
         return write_report(run_dir, out, limits, max_mb, datetime.now(UTC))
@@ -262,7 +262,7 @@ def submit(
     """Run the same training as a Ray job on a cluster; returns the job's exit code."""
 
     def work() -> int:
-        from cohort.cluster.submit import submit as submit_job
+        from cohort.cluster.commands.submit import submit as submit_job
 
         return submit_job(config, address, context.args, working_dir=working_dir, follow=follow)
 

@@ -17,11 +17,11 @@ from typing import Any, TypeVar
 
 from cohort.actors.pool import Probe
 from cohort.cluster.config import Config
-from cohort.cluster.metrics import StepTimes, reward_errors
+from cohort.cluster.observe.metrics import StepTimes, reward_errors
 from cohort.cluster.recording import Finished, Run, record
 from cohort.cluster.saving import rescue, save_at_the_end, save_if_due
 from cohort.cluster.stream import MAX_GENERATIONS, Batch
-from cohort.learner.group import LostGroups, StepResult
+from cohort.learner.learner import LostGroups, StepResult
 
 T = TypeVar("T")
 

@@ -11,10 +11,10 @@ from cohort.actors.pool import RolloutPool
 from cohort.actors.process import SHM
 from cohort.actors.rollout import RolloutActor
 from cohort.cluster.config import Config
-from cohort.cluster.console import Console
+from cohort.cluster.observe.console import Console
 from cohort.cluster.placement import Placement, cpu_environment
 from cohort.cluster.prepare import Prepared
-from cohort.learner.group import LearnerGroup
+from cohort.learner.learner import LearnerGroup
 from cohort.learner.spec import LearnerSpec
 from cohort.rewards.pool import RewardPool, watched_actor_class
 from cohort.rewards.rates import PassRates, RateHistory

@@ -16,13 +16,13 @@ from typing import Any
 
 from cohort.actors.pool import RolloutPool
 from cohort.cluster.config import Config
-from cohort.cluster.console import Console
-from cohort.cluster.metrics import Counters, StepTimes, step_metrics
-from cohort.cluster.scribe import Scribe
+from cohort.cluster.observe.console import Console
+from cohort.cluster.observe.metrics import Counters, StepTimes, step_metrics
+from cohort.cluster.observe.rollout_writer import Scribe
+from cohort.cluster.observe.tracking import Tracker
 from cohort.cluster.stream import Batch, GroupStream
-from cohort.cluster.tracking import Tracker
 from cohort.learner.checkpoint import Checkpoints
-from cohort.learner.group import LearnerGroup, StepResult
+from cohort.learner.learner import LearnerGroup, StepResult
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 
 from cohort.cluster.recording import Run, record_late
 from cohort.learner.checkpoint import CheckpointError
-from cohort.learner.group import LearnerError
+from cohort.learner.learner import LearnerError
 from cohort.learner.worker import LEARNER_FILE
 
 # After a save that failed, the next try comes with a later step, but not at once.

@@ -58,7 +58,7 @@ def _watched(
 
 
 class LearnerWorker:
-    """One rank. A plain class, to be made a Ray actor by `cohort.learner.group`.
+    """One rank. A plain class, to be made a Ray actor by `cohort.learner.learner`.
 
     All ranks enter every method from `setup` on together.
     """

@@ -13,7 +13,7 @@ import numpy as np
 
 from cohort.actors.records import Completion, Group, Prompt, RewardError, ScoredGroup
 from cohort.cluster.config import dump_config, load_config
-from cohort.cluster.tracking import STEP_KEYS, write_rollouts
+from cohort.cluster.observe.tracking import STEP_KEYS, write_rollouts
 
 FUNCTIONS = ("accuracy", "format", "travel/cultural_richness")
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from cohort.actors.records import Completion, Group, GroupMeta, Prompt
-from cohort.cluster.check.judges import Judges, made_up
-from cohort.cluster.check.rollout import Generated, check_completions
-from cohort.cluster.check.run import check
-from cohort.cluster.check.sheet import Sheet
+from cohort.cluster.commands.check.judges import Judges, made_up
+from cohort.cluster.commands.check.rollout import Generated, check_completions
+from cohort.cluster.commands.check.run import check
+from cohort.cluster.commands.check.sheet import Sheet
 from cohort.cluster.config import Config
 from cohort.rewards.answer import exact_number
 from cohort.rewards.base import judge as score

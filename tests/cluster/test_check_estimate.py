@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from cohort.cluster.check.estimate import (
+from cohort.cluster.commands.check.estimate import (
     Architecture,
     activation_bytes,
     expected_equal,
@@ -21,8 +21,8 @@ from cohort.cluster.check.estimate import (
     two_valued,
     wilson,
 )
-from cohort.cluster.check.model import read_architecture
-from cohort.cluster.metrics import quantile
+from cohort.cluster.commands.check.model import read_architecture
+from cohort.cluster.observe.metrics import quantile
 from tests.models import tiny_gpt2, tiny_llama, tiny_qwen2
 
 # SmolLM2-135M.

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from cohort.cluster.console import Console, duration, number, sparkline, step_line
-from cohort.cluster.tracking import STEP_KEYS
+from cohort.cluster.observe.console import Console, duration, number, sparkline, step_line
+from cohort.cluster.observe.tracking import STEP_KEYS
 
 
 def metrics_of(step: int, **changes: Any) -> dict[str, Any]:
@@ -181,7 +181,7 @@ def test_a_pipe_that_nobody_reads_ends_nothing(mode: str) -> None:
     """As with `cohort train ... | head -1`; the interpreter's own flush at the end counts, too."""
     program = f"""
 import os, signal, sys, time
-from cohort.cluster.console import Console
+from cohort.cluster.observe.console import Console
 sys.stdin.readline()
 with Console(3, {mode!r}) as console:
     for number in range(50):

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 import cohort.cluster.lengths
+from cohort.cluster.commands.evaluate import fitting_rows
 from cohort.cluster.config import Config, load_config
-from cohort.cluster.console import Console
-from cohort.cluster.evaluate import fitting_rows
 from cohort.cluster.lengths import Rendered, check_lengths, chosen, render_rows
+from cohort.cluster.observe.console import Console
 from cohort.cluster.prepare import Prepared, RunError, first_probe, make_renderer
 from cohort.rewards.config import RewardFunctionConfig, TaskConfig
 from cohort.rewards.progress import with_progress

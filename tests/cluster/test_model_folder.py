@@ -14,8 +14,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from cohort.cluster import model_folder
-from cohort.cluster.check.model import check_model
-from cohort.cluster.check.sheet import Sheet
+from cohort.cluster.commands.check.model import check_model
+from cohort.cluster.commands.check.sheet import Sheet
 from cohort.cluster.config import load_config
 from cohort.cluster.errors import RunError
 from cohort.cluster.model_folder import inspect_model, load_tokenizer

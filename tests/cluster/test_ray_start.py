@@ -13,11 +13,11 @@ import pytest
 import ray
 
 import cohort.cluster.ray_start
-from cohort.cluster.check.run import check
+from cohort.cluster.commands.check.run import check
+from cohort.cluster.commands.evaluate import evaluate
 from cohort.cluster.config import Config, load_config
-from cohort.cluster.console import Console
 from cohort.cluster.errors import RunError
-from cohort.cluster.evaluate import evaluate
+from cohort.cluster.observe.console import Console
 from cohort.cluster.placement import GIB, Resources
 from cohort.cluster.ray_start import (
     check_own_ray,

@@ -14,12 +14,12 @@ import pytest
 from typer.testing import CliRunner
 
 from cohort.cluster.cli import app
-from cohort.cluster.report.build import Report, ReportError, build
-from cohort.cluster.report.completions import Limits, spread
-from cohort.cluster.report.curves import MAX_POINTS, choose_charts, curves, tiles
-from cohort.cluster.report.page import render, write_report
-from cohort.cluster.report.samples import Sample, Text, read_groups, shorten
-from cohort.cluster.tracking import write_rollouts
+from cohort.cluster.observe.report.build import Report, ReportError, build
+from cohort.cluster.observe.report.completions import Limits, spread
+from cohort.cluster.observe.report.curves import MAX_POINTS, choose_charts, curves, tiles
+from cohort.cluster.observe.report.page import render, write_report
+from cohort.cluster.observe.report.samples import Sample, Text, read_groups, shorten
+from cohort.cluster.observe.tracking import write_rollouts
 from cohort.learner.grpo import advantages
 from tests.cluster.runs import lively_run, metrics_row, scored_group, write_run
 

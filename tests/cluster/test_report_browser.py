@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from cohort.cluster.report.completions import Limits
-from cohort.cluster.report.curves import MAX_POINTS
-from cohort.cluster.report.page import write_report
-from cohort.cluster.tracking import write_rollouts
+from cohort.cluster.observe.report.completions import Limits
+from cohort.cluster.observe.report.curves import MAX_POINTS
+from cohort.cluster.observe.report.page import write_report
+from cohort.cluster.observe.tracking import write_rollouts
 from tests.cluster.browser import NAMES, Browser, find_browser
 from tests.cluster.runs import lively_run, metrics_row, scored_group, write_run
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-import cohort.cluster.run
+import cohort.cluster.commands.train
 from cohort.cluster.changes import (
     HARMLESS,
     NOT_COMPARED,
@@ -96,7 +96,9 @@ def test_what_changes_rows_schedule_or_objective_is_refused_before_anything_star
 ) -> None:
     run = stopped(world)
     before = (run.folder / "config.yaml").read_text()
-    monkeypatch.setattr(cohort.cluster.run, "connect", lambda *_: pytest.fail("Ray was started"))
+    monkeypatch.setattr(
+        cohort.cluster.commands.train, "connect", lambda *_: pytest.fail("Ray was started")
+    )
     with pytest.raises(RunError, match="differs from the one that was saved") as caught:
         resume(run, **change)
     text = str(caught.value)
@@ -343,7 +345,9 @@ def test_a_learner_of_another_shape_is_refused_before_anything_starts(
     world: MakeWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = stopped(world)
-    monkeypatch.setattr(cohort.cluster.run, "connect", lambda *_: pytest.fail("Ray was started"))
+    monkeypatch.setattr(
+        cohort.cluster.commands.train, "connect", lambda *_: pytest.fail("Ray was started")
+    )
     with pytest.raises(CheckpointError, match=r"learner\.workers=1.*learner\.workers=2"):
         resume(run, learner__workers=2)
     with pytest.raises(CheckpointError, match=r"learner\.zero_stage=1.*learner\.zero_stage=2"):

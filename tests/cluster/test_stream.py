@@ -14,7 +14,7 @@ import pytest
 from cohort.actors.records import Failure, GroupMeta, Prompt, RewardError, ScoreMeta
 from cohort.cluster.config import Config
 from cohort.cluster.loop import TrainingError, check_failures
-from cohort.cluster.metrics import (
+from cohort.cluster.observe.metrics import (
     Counters,
     StepTimes,
     logged_metrics,
@@ -22,9 +22,9 @@ from cohort.cluster.metrics import (
     source_metrics,
     step_metrics,
 )
+from cohort.cluster.observe.tracking import STEP_KEYS
 from cohort.cluster.stream import Batch, GroupStream
-from cohort.cluster.tracking import STEP_KEYS
-from cohort.learner.group import StepResult
+from cohort.learner.learner import StepResult
 from cohort.learner.plan import ScoredRef, plan_step
 from cohort.rewards.rates import Outcome, PassRates, RateHistory
 from cohort.rewards.tasks import Taken

@@ -13,9 +13,16 @@ from typing import Any
 import pytest
 from ray.job_submission import JobStatus
 
-from cohort.cluster import submit as module
+from cohort.cluster.commands import submit as module
+from cohort.cluster.commands.submit import (
+    EXCLUDES,
+    SubmitError,
+    _explain,
+    _Follower,
+    job_command,
+    submit,
+)
 from cohort.cluster.config import ConfigError, parse_overrides
-from cohort.cluster.submit import EXCLUDES, SubmitError, _explain, _Follower, job_command, submit
 
 
 @pytest.fixture

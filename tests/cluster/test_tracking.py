@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 
 from cohort.actors.records import Completion, Group, Prompt, RewardError, ScoredGroup
-from cohort.cluster import tracking
 from cohort.cluster.config import Config, load_config
-from cohort.cluster.tracking import (
+from cohort.cluster.observe import tracking
+from cohort.cluster.observe.tracking import (
     STEP_KEYS,
     Tracker,
     read_metrics,

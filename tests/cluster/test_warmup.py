@@ -13,10 +13,8 @@ import pytest
 from typer.testing import CliRunner
 
 from cohort.cluster.cli import app
-from cohort.cluster.config import ConfigError, load_config
-from cohort.cluster.evaluate import task_metrics
-from cohort.cluster.prepare import Prepared, RunError
-from cohort.cluster.warmup import (
+from cohort.cluster.commands.evaluate import task_metrics
+from cohort.cluster.commands.warmup import (
     WarmUp,
     check_overrides,
     demonstrations,
@@ -24,6 +22,8 @@ from cohort.cluster.warmup import (
     run_warmup,
     warmup_config,
 )
+from cohort.cluster.config import ConfigError, load_config
+from cohort.cluster.prepare import Prepared, RunError
 from cohort.learner.checkpoint import CheckpointError, new_folder
 from cohort.rewards.tasks import AdditionTask, Demonstrates, PromptRenderer, Row, TaskError
 from cohort.rewards.travel.task import TravelTask

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-import cohort.cluster.run
+import cohort.cluster.commands.train
 import cohort.learner.checkpoint
 from cohort.actors.pool import RolloutPool
+from cohort.cluster.observe.rollout_writer import Scribe
+from cohort.cluster.observe.tracking import Tracker
 from cohort.cluster.run_dir import RunDir
-from cohort.cluster.scribe import Scribe
-from cohort.cluster.tracking import Tracker
 from cohort.learner.checkpoint import Checkpoints, is_complete
-from cohort.learner.group import LearnerGroup
+from cohort.learner.learner import LearnerGroup
 from cohort.rewards.pool import RewardPool
 from tests.harness.world import World
 
@@ -27,17 +27,17 @@ MakeWorld = Callable[..., World]
 
 # Where a run is ended: (what holds the function, its name, which call of it).
 BEFORE_TRAINING = {
-    "preparation": (cohort.cluster.run, "prepare", 1),
+    "preparation": (cohort.cluster.commands.train, "prepare", 1),
     "the claim of the folder": (RunDir, "claim", 1),
-    "the look for a checkpoint": (cohort.cluster.run, "where_to_go_on", 1),
+    "the look for a checkpoint": (cohort.cluster.commands.train, "where_to_go_on", 1),
     "the look for space": (Checkpoints, "require_space", 1),
-    "the start of Ray": (cohort.cluster.run, "connect", 1),
-    "placement": (cohort.cluster.run, "make_pool", 1),
-    "the start of the learner": (cohort.cluster.run, "start_learner", 1),
+    "the start of Ray": (cohort.cluster.commands.train, "connect", 1),
+    "placement": (cohort.cluster.commands.train, "make_pool", 1),
+    "the start of the learner": (cohort.cluster.commands.train, "start_learner", 1),
     "the start of the engines": (RolloutPool, "start", 1),
     "the start of the rewards": (RewardPool, "check", 1),
-    "the writing of the config": (cohort.cluster.run, "write_config", 1),
-    "the opening of the metrics": (cohort.cluster.run, "Tracker", 1),
+    "the writing of the config": (cohort.cluster.commands.train, "write_config", 1),
+    "the opening of the metrics": (cohort.cluster.commands.train, "Tracker", 1),
 }
 DURING_TRAINING = {
     "the first weights": (LearnerGroup, "publish", 1),
@@ -53,8 +53,8 @@ DURING_TRAINING = {
     "the end of a save": (Checkpoints, "commit", 1),
     "the marker of a save": (cohort.learner.checkpoint, "_write", 4),
     "the last save": (Checkpoints, "commit", 2),
-    "the goodbye": (cohort.cluster.run, "say_goodbye", 1),
-    "the end of the actors": (cohort.cluster.run, "shut_down", 1),
+    "the goodbye": (cohort.cluster.commands.train, "say_goodbye", 1),
+    "the end of the actors": (cohort.cluster.commands.train, "shut_down", 1),
 }
 
 

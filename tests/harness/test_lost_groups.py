@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cohort.learner.group import LostGroups
+from cohort.learner.learner import LostGroups
 from tests.harness.world import World
 
 MakeWorld = Callable[..., World]

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-import cohort.cluster.scribe
+import cohort.cluster.observe.rollout_writer
 from cohort.actors.pool import RolloutError, RolloutPool
 from cohort.actors.records import Failure
 from cohort.cluster.loop import ProgramError, TrainingError, check_failures
+from cohort.cluster.observe.tracking import Tracker
 from cohort.cluster.stream import Batch
-from cohort.cluster.tracking import Tracker
 from cohort.learner.checkpoint import CheckpointError, Checkpoints, NotFiniteError
-from cohort.learner.group import LearnerError, LearnerGroup
+from cohort.learner.learner import LearnerError, LearnerGroup
 from tests.harness.world import World
 
 MakeWorld = Callable[..., World]
@@ -277,7 +277,12 @@ def test_completions_that_cannot_be_written_end_nothing(
     world: MakeWorld, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = world(run__steps=4)
-    fails(monkeypatch, cohort.cluster.scribe, "rollout_writer", lambda call: call in (2, 3))
+    fails(
+        monkeypatch,
+        cohort.cluster.observe.rollout_writer,
+        "rollout_writer",
+        lambda call: call in (2, 3),
+    )
     assert run.train() == 0
     assert [row.get("report/rollouts_missed") for row in run.rows()] == [None, 1, 2, 2]
     said = capsys.readouterr().out
@@ -300,7 +305,7 @@ def test_metrics_that_cannot_be_written_are_written_later(
 def test_the_goodbye_and_the_console_end_nothing(
     world: MakeWorld, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
-    from cohort.cluster.console import Console
+    from cohort.cluster.observe.console import Console
 
     def closed(*_: Any, **__: Any) -> None:
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")

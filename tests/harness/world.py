@@ -44,12 +44,12 @@ import pytest
 from ray.exceptions import OutOfMemoryError
 
 import cohort.actors.rollout
+import cohort.cluster.commands.train
 import cohort.cluster.making
 import cohort.cluster.prepare
-import cohort.cluster.run
+from cohort.cluster.commands.train import run_training
 from cohort.cluster.config import Config, load_config
 from cohort.cluster.placement import GIB, Resources
-from cohort.cluster.run import run_training
 from cohort.learner.checkpoint import latest, load_state
 from tests.harness import clock, policy
 from tests.harness.engine import LocalRolloutActor, install_vllm
@@ -134,18 +134,18 @@ class World:
         with pytest.MonkeyPatch.context() as patch:
             install_vllm(patch)
             patch.setenv("WANDB_MODE", "disabled")
-            patch.setattr(cohort.cluster.run, "this_machine", lambda: MACHINE)
+            patch.setattr(cohort.cluster.commands.train, "this_machine", lambda: MACHINE)
             patch.setattr(cohort.cluster.prepare, "RewardActor", LoadedHere)
             self._shm.mkdir(parents=True, exist_ok=True)
             patch.setattr(cohort.cluster.making, "SHM", self._shm)
             patch.setattr(cohort.actors.rollout, "SHM", self._shm)
-            real_train = cohort.cluster.run.train
+            real_train = cohort.cluster.commands.train.train
 
             async def train(run: Any) -> Any:
                 self.run = run
                 return await real_train(run)
 
-            patch.setattr(cohort.cluster.run, "train", train)
+            patch.setattr(cohort.cluster.commands.train, "train", train)
 
             async def main() -> int:
                 with self.ray.install(patch):

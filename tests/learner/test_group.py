@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from cohort.learner.config import AlgorithmConfig, LearnerConfig
-from cohort.learner.group import LearnerError, LearnerGroup, _all, pool
 from cohort.learner.grpo import LossStats
+from cohort.learner.learner import LearnerError, LearnerGroup, _all, pool
 from cohort.learner.optimizer import client_optimizer, deepspeed_config, lr_at
 from cohort.learner.plan import Piece, plan_step
 from cohort.learner.spec import LearnerSpec, ModelFacts, RankResult, UpdateResult
@@ -225,7 +225,7 @@ def test_memory_options_reach_deepspeed_and_change_nothing_else() -> None:
 
 def test_importing_the_learner_stays_light() -> None:
     code = (
-        "import sys, cohort.learner.group, cohort.learner.checkpoint, cohort.learner.weights;"
+        "import sys, cohort.learner.learner, cohort.learner.checkpoint, cohort.learner.weights;"
         "heavy = {'deepspeed', 'transformers', 'vllm'} & set(sys.modules);"
         "assert not heavy, heavy"
     )

@@ -303,7 +303,7 @@ MUTANTS = (
         ("tests/learner/test_checkpoint.py::test_a_complete_checkpoint_is_never_overwritten",),
     ),
     Mutant(
-        "cluster/tracking.py",
+        "cluster/observe/tracking.py",
         "                aside.move(file)\n",
         "                file.unlink()\n",
         "completions after the checkpoint that is resumed from are kept",
@@ -324,14 +324,14 @@ MUTANTS = (
         (f"{RUN_DIR}::test_another_machines_driver_that_goes_on_beating_is_refused",),
     ),
     Mutant(
-        "cluster/metrics.py",
+        "cluster/observe/metrics.py",
         "lost = len(batch.failures) * (max(sizes) if sizes else 1)",
         "lost = len(batch.failures)",
         "a group that was lost counts with all its completions",
         (f"{RESCUE}::test_lost_groups_count_with_all_their_completions",),
     ),
     Mutant(
-        "cluster/scribe.py",
+        "cluster/observe/rollout_writer.py",
         "                self._replace()\n",
         "                break\n",
         "a scribe that died is replaced",
@@ -472,7 +472,7 @@ MUTANTS = (
         (f"{RESUMED}::test_changed_rows_are_refused_whatever_the_file_is_called",),
     ),
     Mutant(
-        "cluster/metrics.py",
+        "cluster/observe/metrics.py",
         "            counters.group_size = group_size\n",
         "            pass\n",
         "samples add up after a resume with another group size",
@@ -507,14 +507,14 @@ MUTANTS = (
         ("tests/learner/test_keys.py::test_a_key_without_effect_is_refused",),
     ),
     Mutant(
-        "learner/group.py",
+        "learner/learner.py",
         "        if self.nonfinite_in_a_row:",
         "        if False:",
         "nothing is saved as good after a step that was not finite",
         ("tests/learner/test_group.py::test_after_a_step_that_was_not_finite_nothing_is_saved",),
     ),
     Mutant(
-        "learner/group.py",
+        "learner/learner.py",
         "    if gone:\n",
         "    if False:\n",
         "groups whose objects are gone are generated again",

@@ -26,8 +26,8 @@ from cohort.learner.batch import build_micro_batch
 from cohort.learner.checkpoint import Checkpoints, load_state
 from cohort.learner.config import AlgorithmConfig, LearnerConfig, Preset
 from cohort.learner.float8 import convert
-from cohort.learner.group import LearnerError, LearnerGroup
 from cohort.learner.grpo import policy_loss
+from cohort.learner.learner import LearnerError, LearnerGroup
 from cohort.learner.logprobs import PolicyModel
 from cohort.learner.plan import ScoredRef
 from cohort.learner.spec import LearnerSpec, ModelFacts
@@ -96,7 +96,7 @@ def spec_for(model: Path, ranks: int, shm: Path, **options: Any) -> LearnerSpec:
 async def start(spec: LearnerSpec) -> LearnerGroup:
     with pytest.MonkeyPatch.context() as patch:
         if spec.dtype == "float16":
-            patch.setattr("cohort.learner.group.LearnerWorker", Float16Anywhere)
+            patch.setattr("cohort.learner.learner.LearnerWorker", Float16Anywhere)
         options = [{"num_cpus": 0.5}] * spec.world_size
         try:
             return await LearnerGroup.start(spec, options, timeout_s=300)
@@ -220,7 +220,7 @@ def test_step_equals_reference(
     Group b has equal rewards, a has a completion that was cut, c one at nearly full length. The
     policy has left its reference by one step before.
     """
-    monkeypatch.setattr("cohort.learner.group.LearnerWorker", Changeable)
+    monkeypatch.setattr("cohort.learner.learner.LearnerWorker", Changeable)
 
     async def check() -> None:
         options = dict(zero_stage=stage, gradient_checkpointing=stage == 3, **GRADIENT_PROBE)

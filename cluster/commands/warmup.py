@@ -26,17 +26,17 @@ from cohort.actors.records import (
     ScoreMeta,
     derive_seed,
 )
+from cohort.cluster.commands.train import connect_aside
 from cohort.cluster.config import SECTIONS, Config, ConfigError, compact, parse_overrides
-from cohort.cluster.console import Console, duration
 from cohort.cluster.making import start_learner
+from cohort.cluster.observe.console import Console, duration
 from cohort.cluster.placement import plan, this_machine
 from cohort.cluster.prepare import Prepared, passing_logs, prepare
 from cohort.cluster.ray_start import check_start, ray_address
-from cohort.cluster.run import connect_aside
 from cohort.cluster.signals import Signals
 from cohort.learner.checkpoint import new_folder, require_free
 from cohort.learner.config import AlgorithmConfig
-from cohort.learner.group import LearnerGroup, StepResult
+from cohort.learner.learner import LearnerGroup, StepResult
 from cohort.learner.plan import ScoredRef
 from cohort.rewards.tasks import Demonstrates, Row, TaskError, sample_rows
 
@@ -190,7 +190,7 @@ async def run_warmup(config: Config, given: WarmUp, out: Path) -> int:
     """Check, start the learner, train, write `out`. Returns the exit code: 0, or 130/143 when
     stopped, and then nothing was written.
 
-    Raises one of cohort.cluster.run.EXPECTED_ERRORS when it cannot start or go on.
+    Raises one of cohort.cluster.commands.train.EXPECTED_ERRORS when it cannot start or go on.
     """
     require_free(out)
     config = warmup_config(config, given)

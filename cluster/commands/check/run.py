@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cohort.actors.records import Prompt
-from cohort.cluster.check.judges import Judges, check_rewards, demonstrations
-from cohort.cluster.check.machine import check_machine
-from cohort.cluster.check.model import Model, Resumed, check_model, check_run_dir
-from cohort.cluster.check.prompts import check_prompts, check_task
-from cohort.cluster.check.rollout import check_completions, generate
-from cohort.cluster.check.sheet import Sheet, Stage
+from cohort.cluster.commands.check.judges import Judges, check_rewards, demonstrations
+from cohort.cluster.commands.check.machine import check_machine
+from cohort.cluster.commands.check.model import Model, Resumed, check_model, check_run_dir
+from cohort.cluster.commands.check.prompts import check_prompts, check_task
+from cohort.cluster.commands.check.rollout import check_completions, generate
+from cohort.cluster.commands.check.sheet import Sheet, Stage
 from cohort.cluster.config import SECTIONS, Config
 from cohort.cluster.continuing import compare
 from cohort.cluster.fingerprint import fingerprint

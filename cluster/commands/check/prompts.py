@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from cohort.actors.records import Prompt
-from cohort.cluster.check.estimate import histogram_lines
-from cohort.cluster.check.model import Model
-from cohort.cluster.check.sheet import Stage
+from cohort.cluster.commands.check.estimate import histogram_lines
+from cohort.cluster.commands.check.model import Model
+from cohort.cluster.commands.check.sheet import Stage
 from cohort.cluster.config import Config
 from cohort.cluster.lengths import Lengths, check_lengths, render_rows
-from cohort.cluster.metrics import quantile
+from cohort.cluster.observe.metrics import quantile
 from cohort.cluster.prepare import longest_prompt, make_renderer
 from cohort.rewards.tasks import PromptRenderer, Task, load_task, sample_rows
 from cohort.rewards.worker import RewardSpec, reward_specs

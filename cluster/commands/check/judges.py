@@ -11,7 +11,7 @@ import numpy as np
 
 from cohort.actors.records import Completion, Failure, Group, Prompt, ScoreMeta
 from cohort.actors.text import completion_text
-from cohort.cluster.check.sheet import Stage
+from cohort.cluster.commands.check.sheet import Stage
 from cohort.cluster.config import Config
 from cohort.cluster.prepare import RunError
 from cohort.rewards.base import combine

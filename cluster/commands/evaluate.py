@@ -11,13 +11,13 @@ from typing import Any
 
 from cohort.actors.records import Failure, Group, Prompt, SamplingSpec, ScoreMeta, derive_seed
 from cohort.actors.rollout import Request
+from cohort.cluster.commands.train import connect_aside, shut_down
 from cohort.cluster.config import Config
-from cohort.cluster.console import Console
 from cohort.cluster.making import make_pool, make_rewards
+from cohort.cluster.observe.console import Console
 from cohort.cluster.placement import plan
 from cohort.cluster.prepare import Prepared, RunError, passing_logs, prepare
 from cohort.cluster.ray_start import check_start
-from cohort.cluster.run import connect_aside, shut_down
 from cohort.cluster.signals import Signals
 from cohort.learner.checkpoint import latest
 from cohort.rewards.base import error_tail

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cohort.actors.errors import failure_of
-from cohort.cluster.tracking import Tracker, rollout_writer, table_rows
+from cohort.cluster.observe.tracking import Tracker, rollout_writer, table_rows
 
 # How often a write that takes long is asked how far it is, and how long it may stand still. How
 # long it takes in all does not matter: a step may have gigabytes of completions.

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from cohort.actors.engine import stop_token_ids
-from cohort.cluster.check.estimate import Architecture
-from cohort.cluster.check.sheet import Stage
+from cohort.cluster.commands.check.estimate import Architecture
+from cohort.cluster.commands.check.sheet import Stage
 from cohort.cluster.config import Config
 from cohort.cluster.continuing import Saved
 from cohort.cluster.errors import RunError

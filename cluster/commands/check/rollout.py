@@ -10,14 +10,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from cohort.actors.records import Failure, Group, GroupMeta, Prompt, ScoreMeta
-from cohort.cluster.check.estimate import expected_equal, histogram_lines, two_valued, wilson
-from cohort.cluster.check.judges import Judged, Judges, mean, report_errors, shown
-from cohort.cluster.check.prompts import bounded
-from cohort.cluster.check.sheet import Stage
+from cohort.cluster.commands.check.estimate import (
+    expected_equal,
+    histogram_lines,
+    two_valued,
+    wilson,
+)
+from cohort.cluster.commands.check.judges import Judged, Judges, mean, report_errors, shown
+from cohort.cluster.commands.check.prompts import bounded
+from cohort.cluster.commands.check.sheet import Stage
 from cohort.cluster.config import Config
-from cohort.cluster.console import Console
 from cohort.cluster.making import make_pool
-from cohort.cluster.metrics import quantile
+from cohort.cluster.observe.console import Console
+from cohort.cluster.observe.metrics import quantile
 from cohort.cluster.placement import Placement
 from cohort.cluster.prepare import Prepared, RunError, passing_logs
 from cohort.cluster.stream import group_request

@@ -13,7 +13,6 @@ import psutil
 
 from cohort.actors.pool import RolloutError, RolloutPool
 from cohort.cluster.config import Config, ConfigError, compact, dump_config, expand
-from cohort.cluster.console import Console
 from cohort.cluster.continuing import Saved, compare, planned_saves, where_to_go_on, write_config
 from cohort.cluster.fingerprint import fingerprint
 from cohort.cluster.loop import TrainingError, train
@@ -26,7 +25,10 @@ from cohort.cluster.making import (
     rate_history,
     start_learner,
 )
-from cohort.cluster.metrics import Counters
+from cohort.cluster.observe.console import Console
+from cohort.cluster.observe.metrics import Counters
+from cohort.cluster.observe.rollout_writer import Scribe
+from cohort.cluster.observe.tracking import Tracker
 from cohort.cluster.placement import (
     Placement,
     PlacementError,
@@ -39,12 +41,10 @@ from cohort.cluster.prepare import Prepared, RunError, first_probe, prepare
 from cohort.cluster.ray_start import check_start, connect, ray_address
 from cohort.cluster.recording import Run
 from cohort.cluster.run_dir import RunDir, claim_run_dir
-from cohort.cluster.scribe import Scribe
 from cohort.cluster.signals import Signals, Stopped
 from cohort.cluster.stream import GroupStream
-from cohort.cluster.tracking import Tracker
 from cohort.learner.checkpoint import CheckpointError, Checkpoints
-from cohort.learner.group import LearnerError, LearnerGroup
+from cohort.learner.learner import LearnerError, LearnerGroup
 from cohort.rewards.pool import RewardPool, RewardPoolError
 from cohort.rewards.tasks import TaskError
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cohort.cluster.report.samples import (
+from cohort.cluster.observe.report.samples import (
     LONGEST_TEXT,
     Sample,
     Text,

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from cohort.cluster.stream import Batch
-from cohort.learner.group import StepResult
+from cohort.learner.learner import StepResult
 from cohort.learner.plan import zero_variance
 
 

@@ -148,7 +148,7 @@ class Console:
         self._stage = (text, now)
 
     def step(self, metrics: Mapping[str, Any]) -> None:
-        """One finished step; `metrics` has the keys of cohort.cluster.tracking.STEP_KEYS."""
+        """One finished step; `metrics` has the keys of tracking.STEP_KEYS."""
         self._end_stage()
         reward, seconds = metrics["reward/mean"], metrics["time/step"]
         # A step whose every group was left out has no reward; NaN is not equal to itself.

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from cohort.cluster.run import EXPECTED_ERRORS
+from cohort.cluster.commands.train import EXPECTED_ERRORS
 from cohort.rewards.base import RewardLoadError
 
 INDENT = "    "

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from cohort.cluster.files import write_atomically
-from cohort.cluster.report.build import Report, ReportError, build
-from cohort.cluster.report.completions import Limits
-from cohort.cluster.report.samples import LONGEST_TEXT, Text, shorten
+from cohort.cluster.observe.report.build import Report, ReportError, build
+from cohort.cluster.observe.report.completions import Limits
+from cohort.cluster.observe.report.samples import LONGEST_TEXT, Text, shorten
 
 # A page that cannot keep this much of each text is not worth looking at.
 SHORTEST_TEXT = 200
@@ -92,7 +92,7 @@ def _page(report: Report, limit: int) -> str:
 
 
 def _asset(name: str) -> str:
-    return (resources.files("cohort.cluster.report") / name).read_text(encoding="utf-8")
+    return (resources.files("cohort.cluster.observe.report") / name).read_text(encoding="utf-8")
 
 
 def _plain(value: Any, limit: int) -> Any:

@@ -16,9 +16,22 @@ from pydantic import BaseModel, ValidationError
 
 from cohort.actors.config import ActorsConfig
 from cohort.cluster.config import ConfigError, ModelConfig, RunConfig, read_tree
-from cohort.cluster.report.completions import Advantages, Completions, Limits, choose_completions
-from cohort.cluster.report.curves import Chart, Curves, Tile, choose_charts, curves, numeric, tiles
-from cohort.cluster.tracking import read_metrics
+from cohort.cluster.observe.report.completions import (
+    Advantages,
+    Completions,
+    Limits,
+    choose_completions,
+)
+from cohort.cluster.observe.report.curves import (
+    Chart,
+    Curves,
+    Tile,
+    choose_charts,
+    curves,
+    numeric,
+    tiles,
+)
+from cohort.cluster.observe.tracking import read_metrics
 from cohort.learner.config import AlgorithmConfig
 from cohort.rewards.config import TaskConfig
 
