@@ -49,7 +49,7 @@ class EngineSpec:
 
 
 @dataclass(frozen=True)
-class RawSample:
+class RawCompletion:
     """What the engine returned for one completion: T token ids and their T log-probs."""
 
     token_ids: np.ndarray
@@ -253,7 +253,7 @@ class Engine:
             raise
         return added
 
-    async def finish(self, queue: Any, seed: int) -> RawSample:
+    async def finish(self, queue: Any, seed: int) -> RawCompletion:
         """Wait until a completion is done."""
         return _raw_sample((await self._answer(_finished(queue))).outputs[0], seed)
 
@@ -370,7 +370,7 @@ async def _finished(queue: Any) -> Any:
     return output
 
 
-def _raw_sample(item: Any, seed: int) -> RawSample:
+def _raw_sample(item: Any, seed: int) -> RawCompletion:
     token_ids = np.asarray(item.token_ids, dtype=np.int64)
     logprobs = np.fromiter(
         (entry[token].logprob for entry, token in zip(item.logprobs, item.token_ids, strict=True)),
@@ -379,4 +379,4 @@ def _raw_sample(item: Any, seed: int) -> RawSample:
     )
     if item.finish_reason not in ("stop", "length"):
         raise EngineError(f"vLLM ended a completion with '{item.finish_reason}'")
-    return RawSample(token_ids, logprobs, item.finish_reason, seed)
+    return RawCompletion(token_ids, logprobs, item.finish_reason, seed)

@@ -16,7 +16,7 @@ from cohort.actors.engine import (
     Engine,
     EngineError,
     EngineSpec,
-    RawSample,
+    RawCompletion,
     WeightsNotServed,
     stop_token_ids,
 )
@@ -93,7 +93,7 @@ class EngineLike(Protocol):
         self, request_id: str, token_ids: tuple[int, ...], spec: SamplingSpec, greedy: bool = False
     ) -> list[Any]: ...
 
-    async def finish(self, queue: Any, seed: int) -> RawSample: ...
+    async def finish(self, queue: Any, seed: int) -> RawCompletion: ...
 
     async def abort(self, request_id: str, count: int) -> None: ...
 

@@ -233,10 +233,10 @@ def report(
     """
 
     def work() -> Path:
-        from cohort.cluster.observe.report.completions import Limits
+        from cohort.cluster.observe.report.completions import ReportLimits
         from cohort.cluster.observe.report.page import write_report
 
-        limits = Limits(steps=steps, groups=groups, prompts=prompts)
+        limits = ReportLimits(steps=steps, groups=groups, prompts=prompts)
         return write_report(run_dir, out, limits, max_mb, datetime.now(UTC))
 
     typer.echo(f"page written to {_expecting(work)}")

@@ -14,12 +14,12 @@ from cohort.cluster.config import Config
 from cohort.cluster.observe.console import Console
 from cohort.cluster.placement import Placement, cpu_environment
 from cohort.cluster.prepare import Prepared
-from cohort.learner.learner import LearnerGroup
+from cohort.learner.learner import Learner
 from cohort.learner.spec import LearnerSpec
 from cohort.rewards.pool import RewardPool, watched_actor_class
 from cohort.rewards.rates import PassRates, RateHistory
-from cohort.rewards.tasks import Curriculum, Taken, take_prompts
-from cohort.rewards.worker import RewardActor, longest_score_s
+from cohort.rewards.tasks import Curriculum, SampledPrompts, sample_prompts
+from cohort.rewards.worker import RewardWorker, longest_score_s
 
 # Engine and learner use different kernels: the gap is about 0.1 in bfloat16, an eighth of that in
 # float16, below 1e-4 in float32.
@@ -84,7 +84,7 @@ def make_pool(
 def make_rewards(prepared: Prepared, placement: Placement, console: Console) -> RewardPool:
     """The reward actors; Ray starts one again when it dies, for it holds no state."""
     config = prepared.config.rewards
-    actor_class = watched_actor_class(RewardActor)
+    actor_class = watched_actor_class(RewardWorker)
 
     def make_actor() -> Any:
         return actor_class.options(max_restarts=-1, **placement.reward).remote(
@@ -134,7 +134,7 @@ def learner_spec(
 
 async def start_learner(
     prepared: Prepared, placement: Placement, log_dir: Path, cores: int, trial: Path | None = None
-) -> LearnerGroup:
+) -> Learner:
     """The learner's ranks, ready to train from the model folder.
 
     trial: where they try to save first (see `Checkpoints.trial`); None: nothing will be saved.
@@ -146,14 +146,14 @@ async def start_learner(
     options = [
         {**placement.learner, "runtime_env": {"env_vars": environment}} for _ in range(ranks)
     ]
-    return await LearnerGroup.start(spec, options, config.cluster.start_timeout_s)
+    return await Learner.start(spec, options, config.cluster.start_timeout_s)
 
 
 def draw_from(prepared: Prepared) -> Any:
     """(cursor, count, pass rates) -> that many prompts and the cursor after them."""
 
-    def draw(cursor: int, count: int, rates: PassRates) -> Taken:
-        return take_prompts(
+    def draw(cursor: int, count: int, rates: PassRates) -> SampledPrompts:
+        return sample_prompts(
             prepared.task, prepared.renderer, prepared.config.run.seed, cursor, count, rates
         )
 

@@ -19,7 +19,7 @@ from cohort.cluster.errors import RunError
 from cohort.cluster.lengths import check_lengths, render_rows
 from cohort.cluster.model_folder import inspect_model, load_tokenizer
 from cohort.rewards.tasks import PromptRenderer, Task, load_task, sample_rows
-from cohort.rewards.worker import RewardActor, RewardSpec, reward_specs
+from cohort.rewards.worker import RewardSpec, RewardWorker, reward_specs
 
 PROBE_TOKENS = 32
 
@@ -49,7 +49,7 @@ def prepare(config: Config) -> Prepared:
     specs = reward_specs(task, config.rewards)
     # Loads every function in a child process, as the reward actors will: a wrong path ends here.
     limits = config.rewards
-    actor = RewardActor(specs, limits.timeout_s, memory_bytes=limits.memory_bytes)
+    actor = RewardWorker(specs, limits.timeout_s, memory_bytes=limits.memory_bytes)
     specs = actor.specs
     actor.close()
     renderer = make_renderer(config, tokenizer, context)

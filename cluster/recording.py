@@ -18,11 +18,11 @@ from cohort.actors.pool import RolloutPool
 from cohort.cluster.config import Config
 from cohort.cluster.observe.console import Console
 from cohort.cluster.observe.metrics import Counters, StepTimes, step_metrics
-from cohort.cluster.observe.rollout_writer import Scribe
+from cohort.cluster.observe.rollout_writer import RolloutWriter
 from cohort.cluster.observe.tracking import Tracker
 from cohort.cluster.stream import Batch, GroupStream
 from cohort.learner.checkpoint import Checkpoints
-from cohort.learner.learner import LearnerGroup, StepResult
+from cohort.learner.learner import Learner, StepResult
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,10 @@ class Run:
 
     config: Config
     pool: RolloutPool
-    learner: LearnerGroup
+    learner: Learner
     stream: GroupStream
     tracker: Tracker
-    scribe: Scribe
+    writer: RolloutWriter
     console: Console
     checkpoints: Checkpoints
     several_nodes: bool
@@ -100,18 +100,22 @@ async def record(run: Run, times: StepTimes, gap: float) -> None:
             f"step {batch.step}: {failure.what}: {failure.message} (its like is only counted from "
             "now on: rollout/groups_lost)",
         )
-    replaced = run.scribe.replaced
+    replaced = run.writer.replaced
     try:
-        await run.scribe.write(batch.step, [group.ref for group in batch.groups])
+        await run.writer.write(batch.step, [group.ref for group in batch.groups])
     except Exception as error:  # noqa: BLE001 - reporting never ends a run
         _missed(run, "rollouts", batch.step, error)
-    if run.scribe.replaced > replaced:
-        run.console.note(f"step {batch.step}: the scribe, which writes rollouts/, was replaced")
+    if run.writer.replaced > replaced:
+        run.console.note(
+            f"step {batch.step}: the rollout writer, which writes rollouts/, was replaced"
+        )
     metrics = step_metrics(
         batch, result, times, run.counters, run.learner.version, gap, run.pool.restarts
     )
     metrics |= {f"report/{name}_missed": count for name, count in run.missed.items()}
-    metrics |= {"report/scribe_replaced": run.scribe.replaced} if run.scribe.replaced else {}
+    metrics |= (
+        {"report/rollout_writer_replaced": run.writer.replaced} if run.writer.replaced else {}
+    )
     for what, say in (("metrics", run.tracker.log), ("console", run.console.step)):
         _try(run, what, batch.step, say, metrics)
 

@@ -20,8 +20,8 @@ from cohort.actors.rollout import Request
 from cohort.cluster.config import Config
 from cohort.learner.plan import ScoredRef, informative
 from cohort.rewards.pool import Lost, RewardPool
-from cohort.rewards.rates import NO_RATES, Outcome, PassRates, RateHistory, outcome
-from cohort.rewards.tasks import Taken
+from cohort.rewards.rates import NO_RATES, PassRates, PromptOutcome, RateHistory, outcome
+from cohort.rewards.tasks import SampledPrompts
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class Batch:
     reward_s: float
     generation_wall_s: float
     refill_rounds: int = 0
-    outcomes: tuple[Outcome, ...] = ()
+    outcomes: tuple[PromptOutcome, ...] = ()
     overlong: int = 0
 
 
@@ -83,7 +83,7 @@ class GroupStream:
     def __init__(
         self,
         config: Config,
-        draw: Callable[[int, int, PassRates], Taken],
+        draw: Callable[[int, int, PassRates], SampledPrompts],
         pool: RolloutPool,
         rewards: RewardPool,
         first_step: int,
@@ -243,7 +243,7 @@ class GroupStream:
             overlong=self._overlong.pop(step),
         )
 
-    def _outcomes(self, step: int, groups: list[ScoredRef]) -> tuple[Outcome, ...]:
+    def _outcomes(self, step: int, groups: list[ScoredRef]) -> tuple[PromptOutcome, ...]:
         """How often each of a step's prompts was solved, written into the history."""
         drawn = self._handed = self._drawn.pop(step)
         bar = self._config.task.solved_at

@@ -132,7 +132,7 @@ def pool(
     )
 
 
-class LearnerGroup:
+class Learner:
     """The gang of learner ranks. One call at a time; every call raises LearnerError on failure."""
 
     def __init__(self, spec: LearnerSpec, workers: Sequence[Any], facts: ModelFacts) -> None:
@@ -149,7 +149,7 @@ class LearnerGroup:
         spec: LearnerSpec,
         actor_options: Sequence[Mapping[str, Any]],
         timeout_s: float = 300.0,
-    ) -> LearnerGroup:
+    ) -> Learner:
         """Create one actor per entry of `actor_options` and join them.
 
         spec: of any rank; rank is filled in here. actor_options: Ray options of each rank's actor.

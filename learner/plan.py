@@ -50,7 +50,7 @@ class ScoredRef:
 
 
 @dataclass(frozen=True)
-class Piece:
+class Segment:
     """One completion in a row. weight: of each of its tokens in the loss of the whole step."""
 
     completion_id: str
@@ -60,12 +60,12 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Row:
+class PackedRow:
     """A prompt followed by some completions of its group."""
 
     group_id: str
     prompt_tokens: int
-    pieces: tuple[Piece, ...]
+    pieces: tuple[Segment, ...]
 
     @property
     def completion_tokens(self) -> int:
@@ -89,7 +89,7 @@ class MicroBatch:
     gathers the layer's weights, a collective operation.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[PackedRow, ...]
     chunks: int
     # What the model computes, with padding.
     padded_tokens: int = 0
@@ -147,7 +147,7 @@ class RowCost:
             pairs = (prompt**2 + sum(n**2 for n in completions)) / 2 + prompt * tokens
         return length + self.quadratic * pairs
 
-    def padded_tokens(self, rows: Sequence[Row]) -> int:
+    def padded_tokens(self, rows: Sequence[PackedRow]) -> int:
         """Tokens that one forward pass over these rows computes."""
         if self.masked:
             return len(rows) * padded_length(max((row.length for row in rows), default=0))
@@ -358,16 +358,16 @@ def _rows(
     budget: int,
     cost: RowCost,
     share_prompts: bool,
-) -> list[Row]:
+) -> list[PackedRow]:
     """The rows of one update, every completion with its weight in the update's loss."""
     weights = token_weights(
         [chosen.lengths for chosen in share], algorithm.aggregation, max_tokens, sampled
     )
-    rows: list[Row] = []
+    rows: list[PackedRow] = []
     for chosen, group_weights in zip(share, weights, strict=True):
         meta = chosen.meta
         pieces = [
-            Piece(meta.completion_ids[i], meta.completion_tokens[i], value, weight)
+            Segment(meta.completion_ids[i], meta.completion_tokens[i], value, weight)
             for (i, value), weight in zip(chosen.completions, group_weights, strict=True)
         ]
         rows += _rows_of_group(meta, pieces, budget, cost, share_prompts)
@@ -385,10 +385,10 @@ def score_batches(
 ) -> Shards:
     """Forward passes over every completion that has tokens, for scoring alone."""
     row_cost = cost if cost is not None else RowCost()
-    rows: list[Row] = []
+    rows: list[PackedRow] = []
     for meta in groups:
         pieces = [
-            Piece(completion_id, tokens, 0.0, 1.0)
+            Segment(completion_id, tokens, 0.0, 1.0)
             for completion_id, tokens in zip(
                 meta.completion_ids, meta.completion_tokens, strict=True
             )
@@ -409,18 +409,18 @@ def _check_pair(meta: GroupMeta, scores: ScoreMeta) -> None:
 
 
 def _rows_of_group(
-    meta: GroupMeta, pieces: list[Piece], budget: int, cost: RowCost, share_prompts: bool
-) -> list[Row]:
+    meta: GroupMeta, pieces: list[Segment], budget: int, cost: RowCost, share_prompts: bool
+) -> list[PackedRow]:
     """Split a group into the number of rows with the least work, or into one a completion.
 
     Fewer rows repeat the prompt less often; longer rows pay more attention to tokens that the mask
     then hides. Within a number of rows, the longest completions are dealt first, each to the
     shortest row.
     """
-    best: list[list[Piece]] = []
+    best: list[list[Segment]] = []
     best_work = float("inf")
     for count in range(1 if share_prompts else len(pieces), len(pieces) + 1):
-        bins: list[list[Piece]] = [[] for _ in range(count)]
+        bins: list[list[Segment]] = [[] for _ in range(count)]
         lengths = [meta.prompt_tokens] * count
         for piece in sorted(pieces, key=lambda piece: -piece.tokens):
             shortest = lengths.index(min(lengths))
@@ -430,14 +430,14 @@ def _rows_of_group(
         work = sum(cost(meta.prompt_tokens, [piece.tokens for piece in b]) for b in bins)
         if fits and work < best_work:
             best, best_work = bins, work
-    return [Row(meta.group_id, meta.prompt_tokens, tuple(pieces)) for pieces in best]
+    return [PackedRow(meta.group_id, meta.prompt_tokens, tuple(pieces)) for pieces in best]
 
 
 def _shards(
-    rows: list[Row], ranks: int, budget: int, chunk_tokens: int, cost: RowCost
+    rows: list[PackedRow], ranks: int, budget: int, chunk_tokens: int, cost: RowCost
 ) -> tuple[tuple[MicroBatch, ...], ...]:
     """Deal the rows to the ranks by work, pack each rank's rows, level the counts."""
-    by_rank: list[list[Row]] = [[] for _ in range(ranks)]
+    by_rank: list[list[PackedRow]] = [[] for _ in range(ranks)]
     work = [0.0] * ranks
     for row in sorted(rows, key=lambda row: -row.length):
         least = work.index(min(work))
@@ -467,9 +467,9 @@ def _shards(
     )
 
 
-def _pack(rows: list[Row], budget: int, cost: RowCost) -> list[tuple[Row, ...]]:
+def _pack(rows: list[PackedRow], budget: int, cost: RowCost) -> list[tuple[PackedRow, ...]]:
     """Rows of similar length together, longest first, padding counted in the budget."""
-    batches: list[list[Row]] = []
+    batches: list[list[PackedRow]] = []
     for row in sorted(rows, key=lambda row: -row.length):
         if batches and cost.padded_tokens([*batches[-1], row]) <= budget:
             batches[-1].append(row)

@@ -46,7 +46,7 @@ from cohort.rewards.loading import (
     load_function,
     resolve_path,
 )
-from cohort.rewards.results import MAX_SCORE, Log, Verdict, error_tail, failed, read_result
+from cohort.rewards.results import MAX_SCORE, Log, RewardResult, error_tail, failed, read_result
 
 __all__ = [
     "RESERVED_COLUMNS",
@@ -213,7 +213,7 @@ def judge(
     run: Callable[[Coroutine[Any, Any, Any]], Any] = asyncio.run,
     columns: Mapping[str, str] | None = None,
     max_steps: int = 0,
-) -> Verdict:
+) -> RewardResult:
     """Call `function` on the group and check what it returns; never raises for its mistakes.
 
     run: runs the coroutine of an `async` function. A long-lived caller passes one that keeps its

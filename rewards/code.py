@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from cohort.rewards.base import per_completion
 from cohort.rewards.extract import final_parts, last_code
-from cohort.rewards.sandbox import PATH, Limits, Outcome, Sandbox, SandboxError
+from cohort.rewards.sandbox import PATH, ProgramResult, Sandbox, SandboxError, SandboxLimits
 
 # Reads the nonce before the program runs; a program that leaves early never prints it.
 HARNESS = """\
@@ -69,7 +69,9 @@ class CodeTests:
         for name, value in (("max_tests", max_tests), ("parallel", parallel)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        self._sandbox = Sandbox(sandbox, Limits(seconds=seconds, memory_bytes=memory_mb << 20))
+        self._sandbox = Sandbox(
+            sandbox, SandboxLimits(seconds=seconds, memory_bytes=memory_mb << 20)
+        )
         self._python = _interpreter(sandbox)
         self._max_tests = max_tests
         self._parallel = parallel
@@ -119,7 +121,7 @@ class CodeTests:
         said = outcome.stdout.decode(errors="replace")
         return outcome.returncode == 0 and _lines(said) == _lines(case["output"])
 
-    def _run(self, files: dict[str, str], stdin: str) -> Outcome:
+    def _run(self, files: dict[str, str], stdin: str) -> ProgramResult:
         return self._sandbox.run([self._python, "-I", "-B", "main.py"], files, stdin)
 
 

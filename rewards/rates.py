@@ -15,7 +15,7 @@ NEWEST = 0.1
 
 
 @dataclass(frozen=True)
-class Outcome:
+class PromptOutcome:
     """What became of one group.
 
     tries: completions with a total reward. solved: those of them that reached task.solved_at.
@@ -31,12 +31,12 @@ class Outcome:
 
 def outcome(
     row_id: str, source: str | None, totals: Sequence[float | None], solved_at: float
-) -> Outcome:
+) -> PromptOutcome:
     """The outcome of a group with these total rewards."""
     valid = [total for total in totals if total is not None]
     solved = sum(total >= solved_at for total in valid)
     reward = sum(valid) / len(valid) if valid else None
-    return Outcome(row_id, source, len(valid), solved, reward)
+    return PromptOutcome(row_id, source, len(valid), solved, reward)
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class _Before:
     """A history before a step was recorded: its last steps, and the rates that the step changed."""
 
     step: int
-    last: list[tuple[int, tuple[Outcome, ...]]]
+    last: list[tuple[int, tuple[PromptOutcome, ...]]]
     rows: Mapping[str, Rate | None]
     sources: Mapping[str, Rate | None]
 
@@ -85,11 +85,11 @@ class RateHistory:
         self._delay = delay
         self._rows: dict[str, Rate] = {}
         self._sources: dict[str, Rate] = {}
-        self._last: list[tuple[int, tuple[Outcome, ...]]] = []
+        self._last: list[tuple[int, tuple[PromptOutcome, ...]]] = []
         # What it was before the newest step, as far as that changed it.
         self._before: _Before | None = None
 
-    def record(self, step: int, outcomes: Sequence[Outcome]) -> None:
+    def record(self, step: int, outcomes: Sequence[PromptOutcome]) -> None:
         """Add the outcomes of a finished step."""
         merged = [o for s, old in self._last if s <= step - self._delay for o in old]
         merged += outcomes if self._delay == 0 else []
@@ -141,7 +141,7 @@ class RateHistory:
         history._rows = {name: Rate(*values) for name, values in saved["rows"].items()}
         history._sources = {name: Rate(*values) for name, values in saved["sources"].items()}
         history._last = [
-            (step, tuple(Outcome(*values) for values in outcomes))
+            (step, tuple(PromptOutcome(*values) for values in outcomes))
             for step, outcomes in saved["last"]
         ]
         return history
@@ -151,7 +151,9 @@ def _listed(rate: Rate) -> list[float]:
     return [rate.tries, rate.solved, rate.recent]
 
 
-def _add(rows: dict[str, Rate], sources: dict[str, Rate], outcomes: Sequence[Outcome]) -> None:
+def _add(
+    rows: dict[str, Rate], sources: dict[str, Rate], outcomes: Sequence[PromptOutcome]
+) -> None:
     for item in outcomes:
         if item.tries:
             rows[item.row_id] = _after(rows.get(item.row_id), item)
@@ -159,7 +161,7 @@ def _add(rows: dict[str, Rate], sources: dict[str, Rate], outcomes: Sequence[Out
                 sources[item.source] = _after(sources.get(item.source), item)
 
 
-def _after(rate: Rate | None, item: Outcome) -> Rate:
+def _after(rate: Rate | None, item: PromptOutcome) -> Rate:
     share = item.solved / item.tries
     if rate is None:
         return Rate(item.tries, item.solved, share)

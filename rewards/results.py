@@ -58,7 +58,7 @@ class HasItem(Protocol):
 
 
 @dataclass(frozen=True)
-class Verdict:
+class RewardResult:
     """What one function said about one group of n completions.
 
     values: n entries, None where it did not apply or failed. parts: name -> n numbers or None.
@@ -98,7 +98,7 @@ class Log:
         self.metrics.setdefault(_checked_name(name, self.metrics, "log_metric"), []).append(number)
 
 
-def read_result(name: str, group: Group, result: Any, log: Log) -> Verdict:
+def read_result(name: str, group: Group, result: Any, log: Log) -> RewardResult:
     """The verdict of function `name` that returned `result` for the group.
 
     A result that is not a list or a dict with a "score" ("wrong_type") and one of another length
@@ -138,7 +138,7 @@ def read_result(name: str, group: Group, result: Any, log: Log) -> Verdict:
         if cause is not None:
             errors.append(RewardError(name, completion.id, cause, message[-MAX_MESSAGE:]))
     parts, extra = _read_parts(parts_of)
-    return Verdict(
+    return RewardResult(
         tuple(values),
         tuple(errors),
         parts,
@@ -147,17 +147,19 @@ def read_result(name: str, group: Group, result: Any, log: Log) -> Verdict:
     )
 
 
-def failed(name: str, group: Group, cause: Cause, message: str, broke: bool = False) -> Verdict:
+def failed(
+    name: str, group: Group, cause: Cause, message: str, broke: bool = False
+) -> RewardResult:
     """The verdict of a function that gave no value for any completion of the group."""
     short = message[-MAX_MESSAGE:]
-    return Verdict(
+    return RewardResult(
         (None,) * len(group.completions),
         tuple(RewardError(name, completion.id, cause, short) for completion in group.completions),
         broke=broke,
     )
 
 
-def merged(verdicts: Sequence[Verdict]) -> Verdict:
+def merged(verdicts: Sequence[RewardResult]) -> RewardResult:
     """One verdict out of the verdicts on each completion."""
     sizes = [len(verdict.values) for verdict in verdicts]
 
@@ -173,7 +175,7 @@ def merged(verdicts: Sequence[Verdict]) -> Verdict:
         }
 
     metric_names = dict.fromkeys(key for verdict in verdicts for key in verdict.metrics)
-    return Verdict(
+    return RewardResult(
         tuple(value for verdict in verdicts for value in verdict.values),
         tuple(error for verdict in verdicts for error in verdict.errors),
         joined([verdict.parts for verdict in verdicts]),
@@ -182,7 +184,7 @@ def merged(verdicts: Sequence[Verdict]) -> Verdict:
     )
 
 
-def reordered(verdict: Verdict, order: Sequence[int]) -> Verdict:
+def reordered(verdict: RewardResult, order: Sequence[int]) -> RewardResult:
     """The verdict on the same completions in another order: place i is what was place order[i]."""
 
     def rows(table: Mapping[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
@@ -192,7 +194,7 @@ def reordered(verdict: Verdict, order: Sequence[int]) -> Verdict:
     return replace(verdict, values=values, parts=rows(verdict.parts), extra=rows(verdict.extra))
 
 
-def to_json(verdict: Verdict) -> dict[str, Any]:
+def to_json(verdict: RewardResult) -> dict[str, Any]:
     """A verdict as JSON holds it."""
     return {
         "values": verdict.values,
@@ -204,14 +206,14 @@ def to_json(verdict: Verdict) -> dict[str, Any]:
     }
 
 
-def from_json(name: str, reply: Any, n: int, ids: Collection[str] | None = None) -> Verdict:
+def from_json(name: str, reply: Any, n: int, ids: Collection[str] | None = None) -> RewardResult:
     """The verdict on n completions that a process sent; raises ValueError when it is garbled.
 
     Everything is checked: foreign code may have forged it. ids: of the completions, which errors
     may name.
     """
     try:
-        verdict = Verdict(
+        verdict = RewardResult(
             _numbers(reply["values"]),
             tuple(
                 RewardError(name, i, c, encodable(m[-MAX_MESSAGE:])) for i, c, m in reply["errors"]

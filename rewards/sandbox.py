@@ -21,10 +21,17 @@ from typing import Literal
 
 from cohort.rewards import reaper
 from cohort.rewards.seccomp import refused_calls
-from cohort.rewards.supervise import HELPERS, Limits, Outcome, Start, in_memory, supervise
+from cohort.rewards.supervise import (
+    HELPERS,
+    ProgramResult,
+    SandboxLimits,
+    Start,
+    in_memory,
+    supervise,
+)
 from cohort.rewards.usage import ControlGroup, clear_left_groups, user_threads
 
-__all__ = ["Limits", "Outcome", "Sandbox", "SandboxError"]
+__all__ = ["ProgramResult", "Sandbox", "SandboxError", "SandboxLimits"]
 
 REAPER = reaper.__file__
 NOBODY = 65534
@@ -49,12 +56,12 @@ class Sandbox:
     def __init__(
         self,
         mode: Literal["bwrap", "none"] = "bwrap",
-        limits: Limits | None = None,
+        limits: SandboxLimits | None = None,
         control_groups: bool = True,
     ) -> None:
         if mode not in ("bwrap", "none"):
             raise ValueError(f"sandbox must be 'bwrap' or 'none', got {mode!r}")
-        self.limits = limits or Limits()
+        self.limits = limits or SandboxLimits()
         # util-linux's; limits set inside the namespaces count only what runs there.
         self._prlimit = shutil.which("prlimit", path=PATH)
         if self._prlimit is None:
@@ -66,7 +73,9 @@ class Sandbox:
         if mode == "bwrap":
             self._find()
 
-    def run(self, command: Sequence[str], files: Mapping[str, str], stdin: str = "") -> Outcome:
+    def run(
+        self, command: Sequence[str], files: Mapping[str, str], stdin: str = ""
+    ) -> ProgramResult:
         """Run a command in an empty folder that holds `files` (name -> text), read-only.
 
         Raises SandboxError when the sandbox, not the program, failed.
@@ -107,7 +116,7 @@ class Sandbox:
         files: Mapping[str, str],
         stdin: str,
         group: ControlGroup | None,
-    ) -> Outcome:
+    ) -> ProgramResult:
         status, told = os.pipe()
         waits, gate = os.pipe()
         passed = [told, waits]
@@ -186,7 +195,7 @@ class Sandbox:
         files: Mapping[str, str],
         stdin: str,
         group: ControlGroup | None,
-    ) -> Outcome:
+    ) -> ProgramResult:
         with tempfile.TemporaryDirectory(prefix="cohort-code-") as folder:
             for name, text in files.items():
                 Path(folder, name).write_bytes(text.encode(errors="replace"))

@@ -28,7 +28,7 @@ Stopped = Literal["", "time", "output", "memory", "processes"]
 
 
 @dataclass(frozen=True)
-class Limits:
+class SandboxLimits:
     """Bounds on one program with all that it starts.
 
     seconds: by the clock. memory_bytes: of all its processes together, files in memory included.
@@ -43,7 +43,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ProgramResult:
     """How a program ended. returncode: None when it was killed for `stopped`."""
 
     returncode: int | None
@@ -81,7 +81,9 @@ def in_memory(content: bytes) -> int:
     return descriptor
 
 
-def supervise(start: Start, stdin: bytes, limits: Limits, group: ControlGroup | None) -> Outcome:
+def supervise(
+    start: Start, stdin: bytes, limits: SandboxLimits, group: ControlGroup | None
+) -> ProgramResult:
     """Run a command until it ends, or is killed for exceeding a limit; nothing of it is left."""
     began = time.monotonic()
     given = in_memory(stdin)
@@ -124,11 +126,14 @@ def supervise(start: Start, stdin: bytes, limits: Limits, group: ControlGroup | 
     if not stopped and group is not None and group.ran_out():
         stopped = "memory"
     seconds = time.monotonic() - began
-    return Outcome(None if stopped else process.returncode, stdout, stderr, seconds, stopped)
+    return ProgramResult(None if stopped else process.returncode, stdout, stderr, seconds, stopped)
 
 
 def _watch(
-    process: subprocess.Popen[bytes], began: float, limits: Limits, group: ControlGroup | None
+    process: subprocess.Popen[bytes],
+    began: float,
+    limits: SandboxLimits,
+    group: ControlGroup | None,
 ) -> tuple[Stopped, bytes, bytes]:
     """Until the process has ended and its output is read, or a limit is exceeded."""
     assert process.stdout is not None
@@ -169,7 +174,7 @@ def _watch(
     return stopped, stdout, stderr
 
 
-def _exceeded(pid: int, limits: Limits) -> Stopped:
+def _exceeded(pid: int, limits: SandboxLimits) -> Stopped:
     found = look(pid, limits.memory_bytes, limits.processes + HELPERS)
     if found.processes > limits.processes + HELPERS:
         return "processes"

@@ -343,7 +343,7 @@ def split_overlong(
 
 
 @dataclass(frozen=True)
-class Taken:
+class SampledPrompts:
     """Prompts for a step, those left out as too long, and the cursor after all of them."""
 
     prompts: tuple[Prompt, ...]
@@ -351,14 +351,14 @@ class Taken:
     cursor: int
 
 
-def take_prompts(
+def sample_prompts(
     task: Task,
     renderer: PromptRenderer,
     seed: int,
     cursor: int,
     count: int,
     rates: PassRates = NO_RATES,
-) -> Taken:
+) -> SampledPrompts:
     """The next `count` training prompts from `cursor` on that are not too long.
 
     A pure function of (seed, cursor, rates), so that a resumed run takes the same ones. Raises
@@ -397,4 +397,4 @@ def take_prompts(
                 f"tokens (the shortest has {shortest}): raise model.max_length or lower "
                 "actors.max_tokens"
             )
-    return Taken(tuple(prompts), tuple(overlong), cursor)
+    return SampledPrompts(tuple(prompts), tuple(overlong), cursor)

@@ -1,4 +1,4 @@
-"""RewardActor: judges groups in a child process that can be killed, each call under a deadline."""
+"""RewardWorker: judges groups in a child process that can be killed, each call under a deadline."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cohort.rewards.base import RewardLoadError, combine, out_of_range, resolve_
 from cohort.rewards.config import RewardFunctionConfig, RewardsConfig
 from cohort.rewards.environment import hide_environment, scrubbed_environment
 from cohort.rewards.process import KILL_TIMEOUT_S, Child
-from cohort.rewards.results import Verdict, error_tail, failed, from_json, merged, reordered
+from cohort.rewards.results import RewardResult, error_tail, failed, from_json, merged, reordered
 from cohort.rewards.tasks import Task, TaskError
 
 # Loading a function may import torch or read a model; it is not a hang before this.
@@ -54,7 +54,7 @@ class Judged:
     """What functions said of some completions of a group, and the seconds each took them."""
 
     ids: tuple[str, ...]
-    verdicts: dict[str, tuple[Verdict, tuple[float, ...]]]
+    verdicts: dict[str, tuple[RewardResult, tuple[float, ...]]]
 
 
 def reward_specs(task: Task, config: RewardsConfig, base: Path | None = None) -> list[RewardSpec]:
@@ -98,12 +98,12 @@ def reward_specs(task: Task, config: RewardsConfig, base: Path | None = None) ->
 
 
 def longest_score_s(timeout_s: float, functions: int, group_size: int) -> float:
-    """Seconds within which `RewardActor.score` answers, however its functions behave."""
+    """Seconds within which `RewardWorker.score` answers, however its functions behave."""
     alone = 2 * max(timeout_s, group_size * ALONE_S)
     return functions * (2 * timeout_s + alone + START_TIMEOUT_S + 3 * KILL_TIMEOUT_S)
 
 
-class RewardActor:
+class RewardWorker:
     """Scores groups with a list of reward functions. To be wrapped by `ray.remote`.
 
     Of all methods but `ping`, one may run at a time: there is one child process, and it judges one
@@ -265,16 +265,16 @@ class RewardActor:
 
     def _verdicts(
         self, group: Group, indices: Sequence[int]
-    ) -> dict[str, tuple[Verdict, tuple[float, ...]]] | Failure:
+    ) -> dict[str, tuple[RewardResult, tuple[float, ...]]] | Failure:
         """What these functions say about a group, and the seconds each completion took them."""
         what, n = f"score {group.id}", len(group.completions)
-        found: dict[str, tuple[Verdict, tuple[float, ...]]] = {}
+        found: dict[str, tuple[RewardResult, tuple[float, ...]]] = {}
         try:
             payload = _pickled(group) if indices else b""
             for index in indices:
                 spec = self._specs[index]
                 if spec.sources and group.prompt.source not in spec.sources:
-                    found[spec.name] = Verdict((None,) * n), (0.0,) * n
+                    found[spec.name] = RewardResult((None,) * n), (0.0,) * n
                 else:
                     verdict, seconds = self._judge(index, group, payload)
                     found[spec.name] = verdict, tuple(seconds)
@@ -284,7 +284,9 @@ class RewardActor:
             return Failure("infra", what, f"cannot start a reward child: {error}")
         return found
 
-    def _judge(self, index: int, group: Group, payload: bytes) -> tuple[Verdict, Sequence[float]]:
+    def _judge(
+        self, index: int, group: Group, payload: bytes
+    ) -> tuple[RewardResult, Sequence[float]]:
         """The verdict of function `index`, and the seconds that judging each completion took."""
         verdict, seconds = self._call(index, group, payload, self._timeout_s)
         n = len(group.completions)
@@ -306,13 +308,13 @@ class RewardActor:
             verdict = merged(alone)
         return verdict, [seconds + more for more in times]
 
-    def _judge_alone(self, index: int, group: Group) -> tuple[list[Verdict], list[float]]:
+    def _judge_alone(self, index: int, group: Group) -> tuple[list[RewardResult], list[float]]:
         """As `_judge`, one completion after the other, each with its share of what time is left;
         a verdict for each."""
         n = len(group.completions)
         left = max(self._timeout_s, n * ALONE_S)
         give_up = time.monotonic() + 2 * left
-        verdicts: list[Verdict] = []
+        verdicts: list[RewardResult] = []
         times: list[float] = []
         for done, completion in enumerate(group.completions):
             alone = replace(group, completions=(completion,))
@@ -334,7 +336,7 @@ class RewardActor:
 
     def _call(
         self, index: int, group: Group, payload: bytes, timeout_s: float
-    ) -> tuple[Verdict, float]:
+    ) -> tuple[RewardResult, float]:
         """One call of function `index` in the child, and how long it took."""
         # A child that died between two groups, or said something that nobody asked for, is no fault
         # of this one.
@@ -379,7 +381,7 @@ class _NotPickled(Exception):
 
 def joined(
     judged: Sequence[Judged], ids: Sequence[str]
-) -> dict[str, tuple[Verdict, tuple[float, ...]]]:
+) -> dict[str, tuple[RewardResult, tuple[float, ...]]]:
     """One verdict a function out of what was said of single completions, in the order of `ids`;
     of the functions that said something of each."""
     arrived = [name for part in judged for name in part.ids]

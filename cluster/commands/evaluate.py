@@ -25,7 +25,7 @@ from cohort.rewards.tasks import Measures, Row, Task, TaskError
 
 
 @dataclass(frozen=True)
-class Report:
+class Evaluation:
     """Scores on held-out prompts. pass_at: k -> unbiased estimate from `samples` each.
 
     task_greedy, task_sampled: the task's own metrics, of greedy completions and of all samples;
@@ -62,7 +62,7 @@ def checkpoint_model(run_dir: Path) -> Path:
     return checkpoint / "hf"
 
 
-async def evaluate(config: Config, model: Path | None, console: Console) -> Report:
+async def evaluate(config: Config, model: Path | None, console: Console) -> Evaluation:
     """Generate and score held-out prompts: once greedily, and group_size samples each.
 
     model: a Hugging Face folder to use in place of model.path.
@@ -81,7 +81,7 @@ async def evaluate(config: Config, model: Path | None, console: Console) -> Repo
 
 async def _evaluate(
     config: Config, model: Path | None, console: Console, signals: Signals
-) -> Report:
+) -> Evaluation:
     import ray
 
     if model is not None:
@@ -187,7 +187,7 @@ async def _score(rewards: Any, generating: Any) -> tuple[ScoreMeta, list[str]]:
 
 def _report(
     config: Config, greedy: list[ScoreMeta], sampled: list[ScoreMeta], samples: int
-) -> Report:
+) -> Evaluation:
     bar = config.task.solved_at
     # A score that failed counts as unsolved and is reported; None that means "does not apply" is
     # left out of the mean reward.
@@ -195,7 +195,7 @@ def _report(
     sampled_totals = [total for item in sampled for total in item.totals]
     solved = [sum(t is not None and t >= bar for t in item.totals) for item in sampled]
     ks = sorted({1, *(k for k in (2, 4, 8, 16, 32, 64) if k <= samples), samples})
-    return Report(
+    return Evaluation(
         model=config.model.path,
         prompts=len(greedy),
         samples=samples,

@@ -27,7 +27,7 @@ from cohort.cluster.making import (
 )
 from cohort.cluster.observe.console import Console
 from cohort.cluster.observe.metrics import Counters
-from cohort.cluster.observe.rollout_writer import Scribe
+from cohort.cluster.observe.rollout_writer import RolloutWriter
 from cohort.cluster.observe.tracking import Tracker
 from cohort.cluster.placement import (
     Placement,
@@ -44,7 +44,7 @@ from cohort.cluster.run_dir import RunDir, claim_run_dir
 from cohort.cluster.signals import Signals, Stopped
 from cohort.cluster.stream import GroupStream
 from cohort.learner.checkpoint import CheckpointError, Checkpoints
-from cohort.learner.learner import LearnerError, LearnerGroup
+from cohort.learner.learner import Learner, LearnerError
 from cohort.rewards.pool import RewardPool, RewardPoolError
 from cohort.rewards.tasks import TaskError
 
@@ -166,7 +166,7 @@ class Actors:
     placement: Placement | None = None
     pool: RolloutPool | None = None
     rewards: RewardPool | None = None
-    learner: LearnerGroup | None = None
+    learner: Learner | None = None
 
     def kill(self) -> None:
         """End every actor, whatever state the run is in; their watchers clean up after them."""
@@ -314,7 +314,7 @@ def assemble(
             rate_history(prepared, state),
         ),
         tracker=tracker,
-        scribe=Scribe(
+        writer=RolloutWriter(
             folder / "rollouts",
             config.tracking.samples_per_step,
             config.tracking.table_every,
@@ -366,7 +366,7 @@ async def say_goodbye(run: Run, prepared: Prepared) -> None:
         )
 
 
-def shut_down(pool: RolloutPool, rewards: RewardPool, learner: LearnerGroup | None) -> None:
+def shut_down(pool: RolloutPool, rewards: RewardPool, learner: Learner | None) -> None:
     """End every actor, whatever state the run is in; their watchers clean up after them."""
     pool.kill()
     rewards.kill()

@@ -36,7 +36,7 @@ from cohort.cluster.ray_start import check_start, ray_address
 from cohort.cluster.signals import Signals
 from cohort.learner.checkpoint import new_folder, require_free
 from cohort.learner.config import AlgorithmConfig
-from cohort.learner.learner import LearnerGroup, StepResult
+from cohort.learner.learner import Learner, StepResult
 from cohort.learner.plan import ScoredRef
 from cohort.rewards.tasks import Demonstrates, Row, TaskError, sample_rows
 
@@ -234,7 +234,7 @@ async def _warm_up(
     config = prepared.config
     console.stage("starting Ray")
     placement = plan(config, await connect_aside(config, signals), prepared.parameters)
-    learner: LearnerGroup | None = None
+    learner: Learner | None = None
     try:
         console.stage(f"starting {config.learner.workers} learner rank(s)")
         cores = int(this_machine().cpus)
@@ -294,7 +294,7 @@ def _held_out(prepared: Prepared) -> list[ScoredRef]:
     return [item for item in shown if item is not None]
 
 
-async def held_out_loss(learner: LearnerGroup, shown: Sequence[ScoredRef]) -> float:
+async def held_out_loss(learner: Learner, shown: Sequence[ScoredRef]) -> float:
     """Mean negative log-likelihood of demonstrations in nats a token; NaN without any."""
     total, tokens = 0.0, 0
     for item in shown:

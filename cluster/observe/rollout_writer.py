@@ -1,4 +1,4 @@
-"""The scribe writes rollouts/ from references, so that no completion passes through the driver."""
+"""The rollout writer writes rollouts/ from references, so that no completion passes through the driver."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ STALLED_S = 120.0
 ATTEMPTS = 2
 
 
-class ScribeError(Exception):
+class RolloutWriterError(Exception):
     """A step's completions could not be written; the message says why."""
 
 
-class Scribe:
+class RolloutWriter:
     """One small Ray actor on the driver's node; the driver gets back the few rows it shows.
 
     One that died or stands still is replaced. replaced: how often.
@@ -50,7 +50,7 @@ class Scribe:
     async def write(self, step: int, groups: list[Any]) -> None:
         """Write a step's groups to rollouts/step-NNNNNN.jsonl; now and then a table for W&B.
 
-        Raises ScribeError when they could not be written.
+        Raises RolloutWriterError when they could not be written.
         """
         from ray.exceptions import RayTaskError
 
@@ -59,7 +59,7 @@ class Scribe:
             try:
                 rows = await self._patiently(self._actor.write.remote(step, groups))
             except Exception as error:  # noqa: BLE001 - sorted here
-                why = failure_of(error, "the scribe").message.strip().splitlines()[-1]
+                why = failure_of(error, "the rollout writer").message.strip().splitlines()[-1]
                 if isinstance(error, RayTaskError):
                     break  # it lives, and would fail again
                 self._replace()
@@ -67,7 +67,7 @@ class Scribe:
                 if step % self._table_every == 0:
                     self._tracker.table(step, rows)
                 return
-        raise ScribeError(f"rollouts/step-{step:06d}.jsonl was not written: {why}")
+        raise RolloutWriterError(f"rollouts/step-{step:06d}.jsonl was not written: {why}")
 
     async def _patiently(self, writing: Any) -> list[dict[str, Any]]:
         """The answer to `write`, as long as there is progress; raises TimeoutError without any."""

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from ray.exceptions import ActorDiedError
 
-from cohort.actors.engine import RawSample
+from cohort.actors.engine import RawCompletion
 from cohort.actors.records import Failure, Prompt, SamplingSpec, WeightsInfo
 from cohort.actors.rollout import Place, Request, RolloutActor
 
@@ -80,7 +80,7 @@ class StandInEngine:
         while self.frozen:
             await asyncio.sleep(0.005)
 
-    async def finish(self, queue: Any, seed: int) -> RawSample:
+    async def finish(self, queue: Any, seed: int) -> RawCompletion:
         count = self.running[queue]
         for _ in range(count):
             await asyncio.sleep(self.token_s)
@@ -88,7 +88,7 @@ class StandInEngine:
             self.progress += 1
         del self.running[queue]
         ids = np.arange(count, dtype=np.int64) + seed
-        return RawSample(ids, np.zeros(count, np.float32), "length", seed)
+        return RawCompletion(ids, np.zeros(count, np.float32), "length", seed)
 
     async def abort(self, request_id: str, count: int) -> None:
         for name in [f"{request_id}/{index}" for index in range(count)]:

@@ -15,7 +15,7 @@ from cohort.actors.records import Completion, Group, GroupMeta, Prompt
 from cohort.cluster.commands.check.judges import Judges, made_up
 from cohort.cluster.commands.check.rollout import Generated, check_completions
 from cohort.cluster.commands.check.run import check
-from cohort.cluster.commands.check.sheet import Sheet
+from cohort.cluster.commands.check.sheet import CheckReport
 from cohort.cluster.config import Config
 from cohort.rewards.answer import exact_number
 from cohort.rewards.base import judge as score
@@ -311,7 +311,7 @@ def said(
             )
         )  # fmt: skip
     lines: list[str] = []
-    sheet = Sheet(lines.append)
+    sheet = CheckReport(lines.append)
     judges = Judges(config, [RewardSpec(function.rpartition(":")[2], function)])
     try:
         with sheet.stage("generated completions") as stage:

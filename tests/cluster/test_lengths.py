@@ -19,7 +19,7 @@ from cohort.rewards.config import RewardFunctionConfig, TaskConfig
 from cohort.rewards.progress import with_progress
 from cohort.rewards.row_store import KEPT_BYTES, RowStore
 from cohort.rewards.survey import UNKNOWN, survey_of
-from cohort.rewards.tasks import PromptRenderer, Row, Task, TaskError, load_task, take_prompts
+from cohort.rewards.tasks import PromptRenderer, Row, Task, TaskError, load_task, sample_prompts
 from tests.models import tiny_tokenizer
 from tests.templates import FAMILIES, tokenizer_of
 
@@ -120,9 +120,9 @@ def test_an_overlong_prompt_is_found_when_it_is_drawn(large: Task) -> None:
             with pytest.raises(
                 TaskError, match=r"has \d+ tokens, more than the 100 .*overlong=dro"
             ):
-                take_prompts(large, renderer, 0, 0, large.train_size())
+                sample_prompts(large, renderer, 0, 0, large.train_size())
         else:
-            taken = take_prompts(large, renderer, 0, 0, large.train_size() - 1)
+            taken = sample_prompts(large, renderer, 0, 0, large.train_size() - 1)
             assert taken.cursor == len(taken.prompts) + len(taken.overlong)
             assert len(taken.overlong) == 1
 

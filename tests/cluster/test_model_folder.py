@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from cohort.cluster import model_folder
 from cohort.cluster.commands.check.model import check_model
-from cohort.cluster.commands.check.sheet import Sheet
+from cohort.cluster.commands.check.sheet import CheckReport
 from cohort.cluster.config import load_config
 from cohort.cluster.errors import RunError
 from cohort.cluster.model_folder import inspect_model, load_tokenizer
@@ -308,7 +308,7 @@ def test_a_bad_folder_is_one_message_that_names_it_in_every_command(
     assert str(folder) in text and "Traceback" not in text and len(text) < 900
     assert "\n" not in text
     lines: list[str] = []
-    sheet = Sheet(lines.append)
+    sheet = CheckReport(lines.append)
     with sheet.stage("model") as stage:
         check_model(config(folder), stage)
     assert sheet.conclude() == 1

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from cohort.cluster.cli import app
 from cohort.cluster.observe.report.build import Report, ReportError, build
-from cohort.cluster.observe.report.completions import Limits, spread
+from cohort.cluster.observe.report.completions import ReportLimits, spread
 from cohort.cluster.observe.report.curves import MAX_POINTS, choose_charts, curves, tiles
 from cohort.cluster.observe.report.page import render, write_report
 from cohort.cluster.observe.report.samples import Sample, Text, read_groups, shorten
@@ -106,7 +106,7 @@ def test_shorten_keeps_both_ends_and_counts_what_is_left_out() -> None:
 
 def test_recurring_prompts_are_always_there(tmp_path: Path) -> None:
     run = lively_run(tmp_path / "run", steps=50, group_size=2, words=3)
-    shown = build(run, Limits(steps=3, groups=1, prompts=2, visits=5), NOW).completions
+    shown = build(run, ReportLimits(steps=3, groups=1, prompts=2, visits=5), NOW).completions
     assert [view.step for view in shown.steps] == [0, 24, 49]
     assert [view.of for view in shown.steps] == [6, 6, 6]
     (visited,) = shown.recurring
@@ -123,12 +123,12 @@ def test_prompts_recur_by_what_they_ask_not_by_id(tmp_path: Path) -> None:
     for step in range(2):
         groups = [scored_group(f"epoch-{step}", "the same question", ["a", "b"], [0.0, 1.0])]
         write_rollouts(run / "rollouts", step, groups)
-    assert build(run, Limits(), NOW).completions.recurring == ((0, 1),)
+    assert build(run, ReportLimits(), NOW).completions.recurring == ((0, 1),)
 
 
 def test_no_prompts_are_looked_for_when_none_are_wanted(tmp_path: Path) -> None:
     run = lively_run(tmp_path / "run", steps=9, group_size=2, words=1)
-    report = build(run, Limits(steps=2, prompts=0), NOW)
+    report = build(run, ReportLimits(steps=2, prompts=0), NOW)
     assert report.completions.recurring == ()
     assert {group.step for group in report.completions.groups} == {0, 8}
 
@@ -143,7 +143,7 @@ def test_advantages_are_the_learners(tmp_path: Path, baseline: Any, scale: Any) 
     run = one_group_run(
         tmp_path / "run", rewards, f"algorithm.baseline={baseline}", f"algorithm.scale={scale}"
     )
-    report = build(run, Limits(), NOW)
+    report = build(run, ReportLimits(), NOW)
     spread_of_all = math.sqrt(sum((r - 1.25 / 3) ** 2 for r in (0.0, 1.0, 0.25)) / 3)
     expected = advantages(rewards, baseline, scale, spread_of_all)
     found = [sample.advantage for sample in samples(report)]
@@ -154,23 +154,29 @@ def test_advantages_are_the_learners(tmp_path: Path, baseline: Any, scale: Any) 
 
 def test_what_is_not_trained_says_why(tmp_path: Path) -> None:
     equal = one_group_run(tmp_path / "equal", [1.0, 1.0, None])
-    assert [(s.advantage, s.untrained) for s in samples(build(equal, Limits(), NOW))] == [
+    assert [(s.advantage, s.untrained) for s in samples(build(equal, ReportLimits(), NOW))] == [
         (None, "group without signal"),
         (None, "group without signal"),
         (None, "no reward"),
     ]
     # The third completion of these groups was cut at max_tokens.
     masked = one_group_run(tmp_path / "cut", [1.0, 0.0, 0.0], "algorithm.mask_truncated=true")
-    assert [s.untrained for s in samples(build(masked, Limits(), NOW))] == ["", "", "truncated"]
+    assert [s.untrained for s in samples(build(masked, ReportLimits(), NOW))] == [
+        "",
+        "",
+        "truncated",
+    ]
     single = one_group_run(tmp_path / "single", [1.0, None])
-    assert samples(build(single, Limits(), NOW))[0].untrained == "the only reward of its group"
+    assert (
+        samples(build(single, ReportLimits(), NOW))[0].untrained == "the only reward of its group"
+    )
 
 
 def test_advantages_need_the_algorithm(tmp_path: Path) -> None:
     run = one_group_run(tmp_path / "run", [0.0, 1.0])
     config = run / "config.yaml"
     config.write_text(config.read_text().replace("baseline: mean", "advantage: zscore"))
-    report = build(run, Limits(), NOW)
+    report = build(run, ReportLimits(), NOW)
     assert [(s.advantage, s.untrained) for s in samples(report)] == [(None, ""), (None, "")]
     assert any("algorithm.advantage" in note for note in report.notes)
     assert (report.run.steps_total, report.run.model) == (1, "some/model")
@@ -233,7 +239,7 @@ def test_a_run_that_goes_on_or_is_damaged_at_its_end(tmp_path: Path) -> None:
     (run / "rollouts" / "step-000003.jsonl.tmp").write_text("{")
     (run / "rollouts" / "step-last.jsonl").write_text("{")
     (run / "rollouts" / "step-000004.jsonl").write_text('[]\n{"step": 4}\n"x"\n' + "[" * 100_000)
-    report = build(run, Limits(), NOW)
+    report = build(run, ReportLimits(), NOW)
     assert (report.run.steps_done, report.run.steps_total) == (3, 23)
     assert [view.step for view in report.completions.steps] == [0, 1, 2, 4]
     assert report.completions.unread == 1 + 4
@@ -265,7 +271,7 @@ def test_rows_of_another_form_are_left_out(tmp_path: Path, change: dict[str, Any
 
 def test_a_run_without_rollouts_steps_or_config(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").touch()
-    report = build(tmp_path, Limits(), NOW)
+    report = build(tmp_path, ReportLimits(), NOW)
     assert (report.run.steps_done, report.run.steps_total, report.tiles) == (0, None, ())
     assert report.completions.steps == ()
     assert any("config.yaml" in note for note in report.notes)
@@ -280,7 +286,7 @@ def test_where_the_run_is(tmp_path: Path) -> None:
         folder.mkdir(parents=True)
         if complete:
             (folder / "COMPLETE").touch()
-    state = build(run, Limits(), NOW).run
+    state = build(run, ReportLimits(), NOW).run
     assert (state.steps_done, state.steps_total, state.checkpoint) == (7, 10, 6)
     assert state.made == "2026-01-02 03:04 UTC"
     assert state.seconds == pytest.approx(sum(row["time/step"] for row in rows_of(7)))
@@ -317,7 +323,7 @@ def test_the_page_loads_nothing_and_hostile_text_stays_data(tmp_path: Path) -> N
         "g" + HOSTILE, HOSTILE, [HOSTILE, "b"], [0.0, None], [HOSTILE, "__proto__"]
     )
     write_rollouts(run / "rollouts", 0, [group])
-    page = render(build(run, Limits(), NOW), 10_000_000)
+    page = render(build(run, ReportLimits(), NOW), 10_000_000)
     found = _Scripts(page)
     assert found.names.count("script") == 2 and "img" not in found.names
     assert found.loaded == []
@@ -333,7 +339,7 @@ def test_broken_surrogates_reach_the_page(tmp_path: Path) -> None:
     file = run / "rollouts" / "step-000000.jsonl"
     file.write_text(file.read_text().replace("answer 0", r"\ud83d alone \udc00"))
     out = tmp_path / "page.html"
-    write_report(run, out, Limits(), 10, NOW)
+    write_report(run, out, ReportLimits(), 10, NOW)
     shown = data_of(out.read_text(encoding="utf-8"))["completions"]["groups"][0]["samples"][0]
     assert shown["text"] == "\ud83d alone \udc00"
 
@@ -344,7 +350,7 @@ def test_the_page_keeps_its_size(tmp_path: Path) -> None:
         texts = ["long " * 60_000, "漢字" * 30_000, "short"]
         groups = [scored_group(f"{step}", "?" * 50_000, texts, [0.0, 1.0, 0.5])]
         write_rollouts(run / "rollouts", step, groups)
-    report = build(run, Limits(), NOW)
+    report = build(run, ReportLimits(), NOW)
     for megabytes in (0.9, 0.3):
         page = render(report, int(megabytes * 1e6))
         assert 0.4 * megabytes * 1e6 < len(page.encode()) <= megabytes * 1e6

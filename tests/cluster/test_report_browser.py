@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from cohort.cluster.observe.report.completions import Limits
+from cohort.cluster.observe.report.completions import ReportLimits
 from cohort.cluster.observe.report.curves import MAX_POINTS
 from cohort.cluster.observe.report.page import write_report
 from cohort.cluster.observe.tracking import write_rollouts
@@ -55,15 +55,15 @@ def page(browser: Browser) -> Iterator[Browser]:
     assert len(set(browser.requests)) == 1
 
 
-def report_of(run: Path, limits: Limits | None = None) -> Path:
+def report_of(run: Path, limits: ReportLimits | None = None) -> Path:
     now = datetime(2026, 1, 2, tzinfo=UTC)
-    return write_report(run, None, limits or Limits(), 10.0, now)
+    return write_report(run, None, limits or ReportLimits(), 10.0, now)
 
 
 @pytest.fixture(scope="module")
 def lively(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = lively_run(tmp_path_factory.mktemp("lively") / "run", STEPS, group_size=4, words=12)
-    return report_of(run, Limits(steps=10))
+    return report_of(run, ReportLimits(steps=10))
 
 
 def points(browser: Browser, chart: str) -> list[list[float]]:

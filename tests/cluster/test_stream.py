@@ -26,8 +26,8 @@ from cohort.cluster.observe.tracking import STEP_KEYS
 from cohort.cluster.stream import Batch, GroupStream
 from cohort.learner.learner import StepResult
 from cohort.learner.plan import ScoredRef, plan_step
-from cohort.rewards.rates import Outcome, PassRates, RateHistory
-from cohort.rewards.tasks import Taken
+from cohort.rewards.rates import PassRates, PromptOutcome, RateHistory
+from cohort.rewards.tasks import SampledPrompts
 from tests.harness import clock
 
 G = 2
@@ -38,9 +38,9 @@ def config(**sections: Any) -> Config:
     return Config.model_validate({"model": {"path": "m"}, "task": task, **sections})
 
 
-def draw(cursor: int, count: int, _: PassRates) -> Taken:
+def draw(cursor: int, count: int, _: PassRates) -> SampledPrompts:
     prompts = tuple(Prompt(f"0-{i}", (1,), "p") for i in range(cursor, cursor + count))
-    return Taken(prompts, (), cursor + count)
+    return SampledPrompts(prompts, (), cursor + count)
 
 
 class Pool:
@@ -127,7 +127,7 @@ def test_a_stream_chooses_by_pass_rates_and_resumes_with_what_was_seen(staleness
         actors={"max_staleness": staleness}, task={"prompts_per_step": 4, "solved_at": 8}
     )
 
-    def choosy(cursor: int, count: int, rates: PassRates) -> Taken:
+    def choosy(cursor: int, count: int, rates: PassRates) -> SampledPrompts:
         """Prompts whose numbers tell what was known."""
         solved = sum(rate.solved for rate in rates.sources.values())
         tries = sum(rate.tries for rate in rates.rows.values())
@@ -135,7 +135,7 @@ def test_a_stream_chooses_by_pass_rates_and_resumes_with_what_was_seen(staleness
             Prompt(f"0-{tries}.{solved}-{i}", (1,), "p", source="odd" if i % 2 else "even")
             for i in range(cursor, cursor + count)
         )
-        return Taken(prompts, (), cursor + count)
+        return SampledPrompts(prompts, (), cursor + count)
 
     async def run(first: int, history: RateHistory) -> tuple[dict[str, int], list[Any]]:
         pool, saved = Pool(), []
@@ -159,10 +159,10 @@ def test_a_stream_chooses_by_pass_rates_and_resumes_with_what_was_seen(staleness
 
 
 def test_prompts_that_were_left_out_as_too_long_are_counted_in_their_step() -> None:
-    def picky(cursor: int, count: int, rates: PassRates) -> Taken:
+    def picky(cursor: int, count: int, rates: PassRates) -> SampledPrompts:
         """Every second row is too long."""
         kept = draw(cursor, count, rates).prompts
-        return Taken(kept, kept, cursor + 2 * count)
+        return SampledPrompts(kept, kept, cursor + 2 * count)
 
     async def main() -> None:
         stream = GroupStream(config(), picky, Pool(), Rewards(), 0, 0)  # type: ignore[arg-type]
@@ -177,10 +177,10 @@ def test_prompts_that_were_left_out_as_too_long_are_counted_in_their_step() -> N
 
 def test_metrics_of_each_source() -> None:
     outcomes = (
-        Outcome("a", "easy", 2, 2, 1.0),
-        Outcome("b", "easy", 1, 0, 0.25),
-        Outcome("c", "hard", 0, 0, None),
-        Outcome("d", None, 2, 1, 0.5),
+        PromptOutcome("a", "easy", 2, 2, 1.0),
+        PromptOutcome("b", "easy", 1, 0, 0.25),
+        PromptOutcome("c", "hard", 0, 0, None),
+        PromptOutcome("d", None, 2, 1, 0.5),
     )
     batch = Batch(0, 4, [], [], 0.0, 0.0, 1.0, outcomes=outcomes)
     assert source_metrics(batch) == {

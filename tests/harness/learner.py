@@ -1,6 +1,6 @@
 """A learner rank without DeepSpeed: LearnerWorker's interface on the policy of `policy.py`.
 
-The product's LearnerGroup drives it, so plans, checks, versions and checkpoints are the real ones.
+The product's Learner drives it, so plans, checks, versions and checkpoints are the real ones.
 Weights are published through the product's WeightFiles. Its optimizer has momentum: a resumed run
 that forgot it would not be bit-identical.
 """

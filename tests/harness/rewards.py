@@ -9,7 +9,7 @@ from typing import Any
 from cohort.rewards.adapters import load_reward
 from cohort.rewards.base import is_per_completion, judge, per_completion
 from cohort.rewards.results import from_json, to_json
-from cohort.rewards.worker import RewardActor, RewardSpec
+from cohort.rewards.worker import RewardSpec, RewardWorker
 from tests.harness.local_ray import current_actor, current_ray
 
 JUDGE_S = 0.02
@@ -26,8 +26,8 @@ def _refuse(work: Coroutine[Any, Any, Any]) -> Any:
     raise NotImplementedError("no async reward functions here: the loop is the driver's")
 
 
-class LocalRewardActor(RewardActor):
-    """The product's RewardActor with its functions in this process instead of a child."""
+class LocalRewardWorker(RewardWorker):
+    """The product's RewardWorker with its functions in this process instead of a child."""
 
     kind = "reward"
     serial = True
@@ -47,14 +47,14 @@ class LocalRewardActor(RewardActor):
 
     async def judge(self, *parts: Any) -> Any:  # type: ignore[override]
         await asyncio.sleep(JUDGE_S * current_ray().slowness(current_actor().name))
-        return RewardActor.judge(self, *parts)
+        return RewardWorker.judge(self, *parts)
 
     async def score(self, group: Any, *judged: Any) -> Any:  # type: ignore[override]
         await asyncio.sleep(JUDGE_S * current_ray().slowness(current_actor().name))
-        return RewardActor.score(self, group, *judged)
+        return RewardWorker.score(self, group, *judged)
 
 
-class LoadedHere(RewardActor):
+class LoadedHere(RewardWorker):
     """What `prepare` makes to see whether the functions can be loaded, without a child process."""
 
     def __init__(self, specs: Sequence[RewardSpec], *_: Any, **__: Any) -> None:

@@ -15,11 +15,11 @@ import pytest
 import cohort.cluster.commands.train
 import cohort.learner.checkpoint
 from cohort.actors.pool import RolloutPool
-from cohort.cluster.observe.rollout_writer import Scribe
+from cohort.cluster.observe.rollout_writer import RolloutWriter
 from cohort.cluster.observe.tracking import Tracker
 from cohort.cluster.run_dir import RunDir
 from cohort.learner.checkpoint import Checkpoints, is_complete
-from cohort.learner.learner import LearnerGroup
+from cohort.learner.learner import Learner
 from cohort.rewards.pool import RewardPool
 from tests.harness.world import World
 
@@ -40,15 +40,15 @@ BEFORE_TRAINING = {
     "the opening of the metrics": (cohort.cluster.commands.train, "Tracker", 1),
 }
 DURING_TRAINING = {
-    "the first weights": (LearnerGroup, "publish", 1),
+    "the first weights": (Learner, "publish", 1),
     "the first load": (RolloutPool, "sync", 1),
     "generation": (RolloutPool, "generate", 2),
-    "a step": (LearnerGroup, "step", 3),
-    "the weights after a step": (LearnerGroup, "publish", 3),
+    "a step": (Learner, "step", 3),
+    "the weights after a step": (Learner, "publish", 3),
     "the load after a step": (RolloutPool, "sync", 3),
-    "the writing of completions": (Scribe, "write", 2),
+    "the writing of completions": (RolloutWriter, "write", 2),
     "the writing of metrics": (Tracker, "_write", 2),
-    "a save": (LearnerGroup, "save", 1),
+    "a save": (Learner, "save", 1),
     "the second save": (Checkpoints, "begin", 2),
     "the end of a save": (Checkpoints, "commit", 1),
     "the marker of a save": (cohort.learner.checkpoint, "_write", 4),

@@ -18,7 +18,7 @@ from cohort.cluster.loop import ProgramError, TrainingError, check_failures
 from cohort.cluster.observe.tracking import Tracker
 from cohort.cluster.stream import Batch
 from cohort.learner.checkpoint import CheckpointError, Checkpoints, NotFiniteError
-from cohort.learner.learner import LearnerError, LearnerGroup
+from cohort.learner.learner import Learner, LearnerError
 from tests.harness.world import World
 
 MakeWorld = Callable[..., World]
@@ -70,14 +70,14 @@ def break_take(patch: pytest.MonkeyPatch) -> None:
 
 
 def break_publish(patch: pytest.MonkeyPatch) -> None:
-    real = LearnerGroup.publish
+    real = Learner.publish
 
-    async def publish(self: LearnerGroup, remote: bool = False) -> Any:
+    async def publish(self: Learner, remote: bool = False) -> Any:
         if self.version == 3:
             raise LearnerError("learner rank 0 failed publishing the weights: no space")
         return await real(self, remote)
 
-    patch.setattr(LearnerGroup, "publish", publish)
+    patch.setattr(Learner, "publish", publish)
 
 
 @pytest.mark.parametrize("staleness", [0, 2])
@@ -252,24 +252,27 @@ def test_space_is_needed_for_one_more_than_is_kept(tmp_path: Path) -> None:
 # Reporting.
 
 
-def test_a_scribe_that_dies_is_replaced(
+def test_a_rollout_writer_that_dies_is_replaced(
     world: MakeWorld, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = world(run__steps=4)
     run.on("call", lambda event: run.ray.kill(event.actor), what="write", nth=2)
     assert run.train() == 0
     assert [len(run.rollouts(step)) for step in range(4)] == [16] * 4
-    assert run.run.scribe.replaced == 1
-    assert "step 1: the scribe, which writes rollouts/, was replaced" in capsys.readouterr().out
-    assert [row.get("report/scribe_replaced") for row in run.rows()] == [None, 1, 1, 1]
+    assert run.run.writer.replaced == 1
+    assert (
+        "step 1: the rollout writer, which writes rollouts/, was replaced"
+        in capsys.readouterr().out
+    )
+    assert [row.get("report/rollout_writer_replaced") for row in run.rows()] == [None, 1, 1, 1]
 
 
-def test_a_scribe_that_hangs_is_replaced(world: MakeWorld) -> None:
+def test_a_rollout_writer_that_hangs_is_replaced(world: MakeWorld) -> None:
     run = world(run__steps=3)
     run.on("call", lambda event: run.ray.freeze(event.actor), what="write", nth=2)
     assert run.train() == 0
     assert [len(run.rollouts(step)) for step in range(3)] == [16] * 3
-    assert run.run.scribe.replaced == 1
+    assert run.run.writer.replaced == 1
     assert run.time < 300
 
 

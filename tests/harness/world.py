@@ -6,8 +6,8 @@
     rows = world.rows()
 
 `train` is the product's `run_training`: config, preparation, run directory, RolloutPool,
-RewardPool, LearnerGroup, GroupStream, the loop, metrics, checkpoints and the goodbye are the real
-ones, and so are RolloutActor (its gate, versions, refusals), Engine and RewardActor. Stand-ins are
+RewardPool, Learner, GroupStream, the loop, metrics, checkpoints and the goodbye are the real
+ones, and so are RolloutActor (its gate, versions, refusals), Engine and RewardWorker. Stand-ins are
 
 - Ray (`local_ray.py`): actors in this process that can be killed, frozen, slowed, and whose objects
   can be lost, as Ray's can;
@@ -55,13 +55,13 @@ from tests.harness import clock, policy
 from tests.harness.engine import LocalRolloutActor, install_vllm
 from tests.harness.learner import LocalLearnerWorker
 from tests.harness.local_ray import NODE, Event, LocalRay
-from tests.harness.rewards import LoadedHere, LocalRewardActor
+from tests.harness.rewards import LoadedHere, LocalRewardWorker
 
 T = TypeVar("T")
 STAND_INS = {
     "RolloutActor": LocalRolloutActor,
     "LearnerWorker": LocalLearnerWorker,
-    "RewardActor": LocalRewardActor,
+    "RewardWorker": LocalRewardWorker,
 }
 MACHINE = Resources(cpus=16, gpus=0, memory=64 * GIB)
 CONFIG = Path(__file__).parent / "world.yaml"
@@ -135,7 +135,7 @@ class World:
             install_vllm(patch)
             patch.setenv("WANDB_MODE", "disabled")
             patch.setattr(cohort.cluster.commands.train, "this_machine", lambda: MACHINE)
-            patch.setattr(cohort.cluster.prepare, "RewardActor", LoadedHere)
+            patch.setattr(cohort.cluster.prepare, "RewardWorker", LoadedHere)
             self._shm.mkdir(parents=True, exist_ok=True)
             patch.setattr(cohort.cluster.making, "SHM", self._shm)
             patch.setattr(cohort.actors.rollout, "SHM", self._shm)

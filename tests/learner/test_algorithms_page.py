@@ -22,7 +22,7 @@ from cohort.learner.grpo import (
     sequence_means,
     tv_objective,
 )
-from cohort.learner.plan import Piece, plan_step, shaped_rewards
+from cohort.learner.plan import Segment, plan_step, shaped_rewards
 
 PAGE = (Path(__file__).parents[2] / "docs" / "algorithms.md").read_text(encoding="utf-8")
 MAX_TOKENS = 10
@@ -82,7 +82,7 @@ def inputs() -> tuple[list[tuple[GroupMeta, ScoreMeta]], dict[str, dict[str, flo
 
 
 @cache
-def pieces(preset: Preset) -> dict[str, Piece]:
+def pieces(preset: Preset) -> dict[str, Segment]:
     groups, _ = inputs()
     plan = plan_step(
         groups,

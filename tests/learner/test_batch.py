@@ -14,8 +14,8 @@ from cohort.learner.batch import build_micro_batch
 from cohort.learner.config import AlgorithmConfig
 from cohort.learner.plan import (
     MicroBatch,
-    Piece,
     RowCost,
+    Segment,
     StepPlan,
     informative,
     plan_step,
@@ -258,7 +258,7 @@ def test_shapes_come_back(masked: bool) -> None:
     assert sizes == ({64, 128, 192, 256} if masked else {32, 64, 96, 128})
 
 
-def pieces_of(found: StepPlan, update: int = 0) -> dict[str, Piece]:
+def pieces_of(found: StepPlan, update: int = 0) -> dict[str, Segment]:
     return {
         piece.completion_id: piece
         for shard in found.updates[update]

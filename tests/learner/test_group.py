@@ -15,9 +15,9 @@ import torch
 
 from cohort.learner.config import AlgorithmConfig, LearnerConfig
 from cohort.learner.grpo import LossStats
-from cohort.learner.learner import LearnerError, LearnerGroup, _all, pool
+from cohort.learner.learner import Learner, LearnerError, _all, pool
 from cohort.learner.optimizer import client_optimizer, deepspeed_config, lr_at
-from cohort.learner.plan import Piece, plan_step
+from cohort.learner.plan import Segment, plan_step
 from cohort.learner.spec import LearnerSpec, ModelFacts, RankResult, UpdateResult
 from tests.learner.helpers import metas, scored_group, scored_ref
 
@@ -71,7 +71,7 @@ class Ranks:
     def __init__(self, kl: dict[str, float] | None = None) -> None:
         self.kl = kl or {}
         self.finite = True
-        self.planned: dict[str, Piece] = {}
+        self.planned: dict[str, Segment] = {}
         self.calls: list[str] = []
         self.done = 0
 
@@ -95,13 +95,13 @@ class Ranks:
         return None
 
 
-def group_of(ranks: Ranks, **algorithm: Any) -> LearnerGroup:
+def group_of(ranks: Ranks, **algorithm: Any) -> Learner:
     spec = LearnerSpec(
         model_path="none", dtype="float32", learner=LearnerConfig(),
         algorithm=AlgorithmConfig(**algorithm), temperature=1.0, max_tokens=32, rank=0,
         world_size=1, device="cpu", threads=1, seed=0, shm_dir="none",
     )  # fmt: skip
-    return LearnerGroup(spec, [ranks], ModelFacts(1, 1e-3, True, True))
+    return Learner(spec, [ranks], ModelFacts(1, 1e-3, True, True))
 
 
 def test_a_kl_in_the_reward_comes_off_after_the_filter() -> None:

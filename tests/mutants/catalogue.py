@@ -334,8 +334,8 @@ MUTANTS = (
         "cluster/observe/rollout_writer.py",
         "                self._replace()\n",
         "                break\n",
-        "a scribe that died is replaced",
-        (f"{RESCUE}::test_a_scribe_that_dies_is_replaced",),
+        "a rollout writer that died is replaced",
+        (f"{RESCUE}::test_a_rollout_writer_that_dies_is_replaced",),
     ),
     Mutant(
         "actors/text.py",

@@ -13,7 +13,7 @@ from cohort.rewards.adapters import from_openrlhf, from_verl, load_reward
 from cohort.rewards.base import is_per_completion, judge
 from cohort.rewards.config import RewardFunctionConfig, RewardsConfig
 from cohort.rewards.tasks import TaskError
-from cohort.rewards.worker import RewardActor, reward_specs
+from cohort.rewards.worker import RewardWorker, reward_specs
 
 CHAT = [{"role": "user", "content": "2 + 2?"}]
 
@@ -153,7 +153,7 @@ def test_the_config_reaches_the_adapter_in_the_child(verl: Path) -> None:
         ]
     )
     (spec,) = reward_specs(None, config, verl.parent)  # type: ignore[arg-type]
-    actor = RewardActor([spec], 20)
+    actor = RewardWorker([spec], 20)
     meta, scored = actor.score(make_group("4", "5", answer="4"))
     actor.close()
     assert scored is not None

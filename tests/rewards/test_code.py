@@ -12,8 +12,8 @@ import pytest
 
 from cohort.rewards.base import RewardLoadError
 from cohort.rewards.code import CodeTests
-from cohort.rewards.sandbox import Limits, Sandbox, SandboxError
-from cohort.rewards.worker import RewardActor, RewardSpec
+from cohort.rewards.sandbox import Sandbox, SandboxError, SandboxLimits
+from cohort.rewards.worker import RewardSpec, RewardWorker
 from tests import needs
 
 SUM = [{"input": "3 4\n", "output": "7"}, {"input": "1 1\n", "output": "2\n"}]
@@ -97,7 +97,7 @@ def test_bombs_end_in_bound(judge: CodeTests, code: str) -> None:
 
 @pytest.fixture(scope="module")
 def sandbox() -> Sandbox:
-    return Sandbox("bwrap", Limits(seconds=5, memory_bytes=256 << 20))
+    return Sandbox("bwrap", SandboxLimits(seconds=5, memory_bytes=256 << 20))
 
 
 @needs.bubblewrap
@@ -166,7 +166,7 @@ def test_without_a_sandbox_it_is_refused_with_what_to_do(
         CodeTests()
     # As a user sees it, before anything starts.
     with pytest.raises(RewardLoadError, match=r"(?s)CodeTests.*sandbox: none"):
-        RewardActor([RewardSpec("code", "cohort.rewards.code:CodeTests")], 5)
+        RewardWorker([RewardSpec("code", "cohort.rewards.code:CodeTests")], 5)
     assert CodeTests(sandbox="none")
 
 

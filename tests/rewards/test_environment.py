@@ -102,10 +102,10 @@ ACTOR = """
 import os, subprocess, sys
 import numpy as np
 from cohort.actors.records import Completion, Group, Prompt
-from cohort.rewards.worker import RewardActor, RewardSpec
+from cohort.rewards.worker import RewardWorker, RewardSpec
 completion = Completion("c", "p", np.arange(1), np.zeros(1), "stop", 0, (0, 0), "a")
 group = Group("g", Prompt("p", (1,), "Q", {}), (completion,))
-actor = RewardActor([RewardSpec("spy", sys.argv[1])], 20)
+actor = RewardWorker([RewardSpec("spy", sys.argv[1])], 20)
 meta, _ = actor.score(group)
 actor.close()
 told = subprocess.run(["printenv", "GH_PAT"], capture_output=True, text=True).stdout.strip()

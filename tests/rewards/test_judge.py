@@ -13,7 +13,7 @@ from model_server import Reply, Server, grade, says
 from cohort.actors.records import Completion, Group, Prompt
 from cohort.rewards.base import RewardLoadError
 from cohort.rewards.judge import LLMJudge
-from cohort.rewards.worker import RewardActor, RewardSpec
+from cohort.rewards.worker import RewardSpec, RewardWorker
 
 KEY = "sk-very-secret"
 
@@ -208,7 +208,7 @@ def test_the_key_travels_to_the_child_and_nowhere_else(
         "api_key_env": "JUDGE_API_KEY",
     }
     path = "cohort.rewards.judge:LLMJudge"
-    actor = RewardActor(
+    actor = RewardWorker(
         [RewardSpec("judge", path, options=options, secrets=("JUDGE_API_KEY",))], 30
     )
     for _ in range(2):  # the second time from the cache, in the same event loop
@@ -223,7 +223,7 @@ def test_the_key_travels_to_the_child_and_nowhere_else(
     assert len(server.requests) == 3
     assert KEY not in str(scored)
     with pytest.raises(RewardLoadError, match=r"(?s)JUDGE_API_KEY.*secrets: \[JUDGE_API_KEY\]"):
-        RewardActor([RewardSpec("judge", path, options=options)], 30)
+        RewardWorker([RewardSpec("judge", path, options=options)], 30)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 
 from cohort.actors.records import Completion, Group, Prompt
 from cohort.rewards.maths import MathAnswer
-from cohort.rewards.worker import RewardActor, RewardSpec
+from cohort.rewards.worker import RewardSpec, RewardWorker
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("math_verify") is None, reason="math-verify is not installed"
@@ -158,7 +158,7 @@ def test_the_bound_holds_in_the_reward_child() -> None:
     )
     group = Group("g", Prompt("p", (1,), QUESTION, {"answer": "12"}), completions)
     spec = RewardSpec("maths", "cohort.rewards.maths:MathAnswer", options={"timeout_s": 1})
-    actor = RewardActor([spec], 20, memory_bytes=2 << 30)
+    actor = RewardWorker([spec], 20, memory_bytes=2 << 30)
     child = actor.pids()[1]
     _, scored = actor.score(group)
     assert scored is not None

@@ -13,9 +13,9 @@ import pytest
 from cohort.actors.records import Completion, Group, Prompt, ScoreMeta
 from cohort.rewards.config import RewardFunctionConfig, RewardsConfig, TaskConfig
 from cohort.rewards.mixture import BLOCK, MixtureTask, shares
-from cohort.rewards.rates import NO_RATES, Outcome, PassRates, Rate, RateHistory, outcome
+from cohort.rewards.rates import NO_RATES, PassRates, PromptOutcome, Rate, RateHistory, outcome
 from cohort.rewards.tasks import Demonstrates, Row, TaskError, load_task, sample_rows
-from cohort.rewards.worker import RewardActor, reward_specs
+from cohort.rewards.worker import RewardWorker, reward_specs
 
 SMALL = {"name": "addition", "label": "small", "options": {"max_operand": 4}, "weight": 3}
 LARGE = {"name": "addition", "label": "large", "options": {"max_operand": 9}}
@@ -106,7 +106,7 @@ def test_a_row_is_judged_by_its_own_parts_functions_only(tmp_path: Path) -> None
         ("exact_number", ("large", "small")),
         ("same", ("dataset",)),
     ]
-    actor = RewardActor(specs, timeout_s=20)
+    actor = RewardWorker(specs, timeout_s=20)
     try:
         for label, texts, totals in (("large", None, (1.0, 0.0)), ("dataset", None, (2.0, 0.0))):
             row = next(r for _, r in sample_rows(task, 0, 0, 50) if r.source == label)
@@ -184,8 +184,8 @@ def test_a_part_keeps_its_metrics() -> None:
 
 
 def test_an_outcome_counts_what_was_judged() -> None:
-    assert outcome("r", "s", [1.0, None, 0.5, 2.0], 1.0) == Outcome("r", "s", 3, 2, 3.5 / 3)
-    assert outcome("r", None, [None], 1.0) == Outcome("r", None, 0, 0, None)
+    assert outcome("r", "s", [1.0, None, 0.5, 2.0], 1.0) == PromptOutcome("r", "s", 3, 2, 3.5 / 3)
+    assert outcome("r", None, [None], 1.0) == PromptOutcome("r", None, 0, 0, None)
 
 
 @pytest.mark.parametrize("delay", [0, 1, 3])
@@ -199,13 +199,15 @@ def test_what_a_step_sees_is_what_was_known_so_many_steps_before(delay: int) -> 
         assert ahead == 4 * step
         saved = json.loads(json.dumps(history.as_dict()))
         assert RateHistory.resumed(saved, delay).before(step) == history.before(step)
-        history.record(step, [Outcome("r", "s", 4, step % 5, 0.0), Outcome("x", "s", 0, 0, None)])
+        history.record(
+            step, [PromptOutcome("r", "s", 4, step % 5, 0.0), PromptOutcome("x", "s", 0, 0, None)]
+        )
 
 
 def test_rates_given_out_do_not_change_later() -> None:
     history = RateHistory(0)
     before = history.before(0)
-    history.record(0, [Outcome("r", "s", 4, 1, 0.0)])
+    history.record(0, [PromptOutcome("r", "s", 4, 1, 0.0)])
     assert before == NO_RATES
     assert history.before(1).rows["r"] == Rate(4, 1, 0.25)
 
@@ -253,7 +255,8 @@ def test_a_resumed_curriculum_draws_what_an_unbroken_one_draws(delay: int) -> No
                     drawn[ahead] = [f"{epoch}-{row.id}" for epoch, row in rows]
             found = [name.partition("-")[2] for name in drawn[step]]
             history.record(
-                step, [Outcome(r, r.partition("/")[0], 8, solved(r, step), 0.0) for r in found]
+                step,
+                [PromptOutcome(r, r.partition("/")[0], 8, solved(r, step), 0.0) for r in found],
             )
             if step == 5:
                 saved = json.loads(json.dumps(history.as_dict()))

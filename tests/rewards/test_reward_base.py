@@ -384,7 +384,7 @@ def test_resolve_path_leaves_modules_and_absolute_files(tmp_path: Path) -> None:
         ("cohort.rewards.answer:exact_numbr", "did you mean exact_number?"),
         ("cohort.rewards.answer:zzz", "it has"),
         ("cohort.rewards.answer:MAX_CHARACTERS", "of type int, not a function"),
-        ("cohort.rewards.base:Verdict", "a class, not a function"),
+        ("cohort.rewards.results:RewardResult", "a class, not a function"),
         ("/no/such/file.py:f", "no file /no/such/file.py"),
     ],
 )

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from cohort.rewards.base import RewardLoadError, judge, load_function, per_completion
-from cohort.rewards.results import Verdict
-from cohort.rewards.worker import RewardActor, RewardSpec
+from cohort.rewards.results import RewardResult
+from cohort.rewards.worker import RewardSpec, RewardWorker
 from tests.rewards.test_reward_worker import make_group
 
 
@@ -178,7 +178,7 @@ def test_process_pools_of_any_start_method(tmp_path: Path, place: str) -> None:
     if place == "package":
         (file.parent / "__init__.py").touch()
     names = ("spawn", "forkserver", "fork", "pool")
-    actor = RewardActor([RewardSpec(name, f"{file}:{name}") for name in names], 60)
+    actor = RewardWorker([RewardSpec(name, f"{file}:{name}") for name in names], 60)
     meta, _ = actor.score(make_group("a", "bb"))
     actor.close()
     assert meta.errors == (), meta.errors[0].message  # type: ignore[union-attr]
@@ -272,7 +272,7 @@ def test_a_column_with_the_name_of_a_bound_argument(tmp_path: Path, name: str) -
     bound: Any = functools.partial(open_ended, 1)
     if name == "self":
         bound = load_function(f"{tmp_path}/kinds.py:instance")
-    verdict: Verdict = judge(bound, "f", group)
+    verdict: RewardResult = judge(bound, "f", group)
     assert f"the column {name} has the name of an argument" in verdict.errors[0].message
     if name == "self":
         method = load_function(f"{tmp_path}/kinds.py:method")
@@ -336,7 +336,7 @@ def mistaken(completions):
 """
 
 
-def both_ways(actor: RewardActor, *texts: str) -> Any:
+def both_ways(actor: RewardWorker, *texts: str) -> Any:
     """The scores of a group whose completions were judged as they came."""
     from dataclasses import replace
 
@@ -359,7 +359,7 @@ def test_functions_get_the_whole_group_unless_they_say_otherwise(tmp_path: Path)
         RewardSpec("made", f"{path}:make", options={"flag": 1}),
         RewardSpec("ours", "cohort.rewards.format:number_only"),
     ]
-    actor = RewardActor(specs, 20)
+    actor = RewardWorker(specs, 20)
     meta = both_ways(actor, "a", "bb")
     assert meta.by_function == {
         "compare": (-0.5, 0.5),
@@ -397,7 +397,7 @@ def test_every_built_in_function_is_judged_as_it_comes() -> None:
 
 def test_after_a_mistake_the_others_are_still_compared_with_each_other(tmp_path: Path) -> None:
     write(tmp_path, compare=COMPARE)
-    actor = RewardActor([RewardSpec("f", f"{tmp_path}/compare.py:mistaken")], 20)
+    actor = RewardWorker([RewardSpec("f", f"{tmp_path}/compare.py:mistaken")], 20)
     meta = both_ways(actor, "a", "bad", "bb", "ccc")
     actor.close()
     assert [error.completion_id for error in meta.errors] == ["c1"]

@@ -13,7 +13,7 @@ from model_server import Reply, Server
 from cohort.actors.records import Completion, Group, Prompt
 from cohort.rewards.base import RewardLoadError
 from cohort.rewards.reward_model import RewardModel
-from cohort.rewards.worker import RewardActor, RewardSpec
+from cohort.rewards.worker import RewardSpec, RewardWorker
 
 KEY = "sk-very-secret"
 
@@ -165,7 +165,7 @@ def test_the_key_travels_to_the_child_and_nowhere_else(
     group = Group("g", Prompt("p", (1,), "Q"), completions)
     options = {"base_url": server.url, "model": "m", "api_key_env": "MODEL_API_KEY"}
     path = "cohort.rewards.reward_model:RewardModel"
-    actor = RewardActor([RewardSpec("rm", path, options=options, secrets=("MODEL_API_KEY",))], 30)
+    actor = RewardWorker([RewardSpec("rm", path, options=options, secrets=("MODEL_API_KEY",))], 30)
     _, scored = actor.score(group)
     actor.close()
     assert scored is not None
@@ -174,7 +174,7 @@ def test_the_key_travels_to_the_child_and_nowhere_else(
     assert set(server.headers) == {f"Bearer {KEY}"}
     assert KEY not in str(scored)
     with pytest.raises(RewardLoadError, match=r"(?s)MODEL_API_KEY.*secrets: \[MODEL_API_KEY\]"):
-        RewardActor([RewardSpec("rm", path, options=options)], 30)
+        RewardWorker([RewardSpec("rm", path, options=options)], 30)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from cohort.learner.grpo import group_advantages
 from cohort.rewards.base import combine, judge, out_of_range
 from cohort.rewards.config import RewardFunctionConfig
 from cohort.rewards.results import MAX_SCORE, from_json, to_json
-from cohort.rewards.worker import RewardActor, RewardSpec
+from cohort.rewards.worker import RewardSpec, RewardWorker
 
 IDS = ("c0", "c1", "c2")
 # Sends its own reply to the call in progress, which it finds on the stack, then the right one.
@@ -260,16 +260,16 @@ def test_the_largest_scores_have_advantages() -> None:
 
 
 @pytest.fixture(scope="module")
-def forger(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RewardActor]:
+def forger(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RewardWorker]:
     file = tmp_path_factory.mktemp("forger") / "forger.py"
     file.write_text(FORGER)
-    actor = RewardActor([RewardSpec("forge", f"{file}:forge", whole_group=True)], 20)
+    actor = RewardWorker([RewardSpec("forge", f"{file}:forge", whole_group=True)], 20)
     yield actor
     actor.close()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_forged_reply_is_a_counted_error(forger: RewardActor, kind: str) -> None:
+def test_a_forged_reply_is_a_counted_error(forger: RewardWorker, kind: str) -> None:
     limit = sys.get_int_max_str_digits()
     meta, scored = forger.score(make_group(kind=kind))
     assert isinstance(meta, ScoreMeta), meta
@@ -316,7 +316,7 @@ def test_nothing_that_a_function_starts_outlives_it(tmp_path: Path, how: str, en
     file = tmp_path / "leaves.py"
     file.write_text(LEAVES)
     timeout_s = 1.0 if ending == "timeout" else 20.0
-    actor = RewardActor([RewardSpec("f", f"{file}:daemon", whole_group=True)], timeout_s)
+    actor = RewardWorker([RewardSpec("f", f"{file}:daemon", whole_group=True)], timeout_s)
     child = psutil.Process(actor.pids()[1])
     try:
         meta, _ = actor.score(make_group(1, how=how))

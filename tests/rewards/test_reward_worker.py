@@ -18,10 +18,10 @@ import pytest
 from cohort.actors.records import Completion, Failure, Group, Prompt, ScoredGroup, ScoreMeta
 from cohort.rewards.base import RewardLoadError
 from cohort.rewards.environment import scrubbed_environment
-from cohort.rewards.worker import RewardActor, RewardSpec, longest_score_s
+from cohort.rewards.worker import RewardSpec, RewardWorker, longest_score_s
 
 HOSTILE = Path(__file__).parent / "hostile_rewards.py"
-MakeActor = Callable[..., RewardActor]
+MakeActor = Callable[..., RewardWorker]
 
 
 def make_group(*texts: str, **columns: Any) -> Group:
@@ -43,16 +43,16 @@ def make_group(*texts: str, **columns: Any) -> Group:
 
 @pytest.fixture
 def make_actor() -> Iterator[MakeActor]:
-    actors: list[RewardActor] = []
+    actors: list[RewardWorker] = []
 
     def make(
         *names: str, timeout_s: float = 20, whole_group: bool | None = None, **weights: float
-    ) -> RewardActor:
+    ) -> RewardWorker:
         specs = [
             RewardSpec(name, f"{HOSTILE}:{name}", weights.get(name, 1.0), whole_group=whole_group)
             for name in names
         ]
-        actors.append(RewardActor(specs, timeout_s))
+        actors.append(RewardWorker(specs, timeout_s))
         return actors[-1]
 
     yield make
@@ -60,7 +60,7 @@ def make_actor() -> Iterator[MakeActor]:
         actor.close()
 
 
-def score(actor: RewardActor, group: Group) -> ScoredGroup:
+def score(actor: RewardWorker, group: Group) -> ScoredGroup:
     meta, scored = actor.score(group)
     assert isinstance(meta, ScoreMeta), meta
     assert scored is not None
@@ -152,18 +152,18 @@ def test_secrets_that_a_function_names_are_passed_on(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("JUDGE_API_KEY", "1")
     monkeypatch.setenv("OTHER_API_KEY", "1")
     path = f"{HOSTILE}:variable_is_set"
-    actor = RewardActor([RewardSpec("f", path, secrets=("JUDGE_API_KEY",))], 20)
+    actor = RewardWorker([RewardSpec("f", path, secrets=("JUDGE_API_KEY",))], 20)
     assert score(actor, make_group("a", variable="JUDGE_API_KEY")).totals == (1.0,)
     assert score(actor, make_group("a", variable="OTHER_API_KEY")).totals == (0.0,)
     actor.close()
     monkeypatch.delenv("JUDGE_API_KEY")
     with pytest.raises(RewardLoadError, match="JUDGE_API_KEY: not set in the environment of"):
-        RewardActor([RewardSpec("f", path, secrets=("JUDGE_API_KEY",))], 20)
+        RewardWorker([RewardSpec("f", path, secrets=("JUDGE_API_KEY",))], 20)
 
 
 def test_options_columns_and_logs_travel_through_the_child() -> None:
     spec = RewardSpec("f", f"{HOSTILE}:logs", options={"scale": 3}, columns={"truth": "answer"})
-    actor = RewardActor([spec], 20)
+    actor = RewardWorker([spec], 20)
     meta, scored = actor.score(make_group("a", "bb", answer=2))
     assert isinstance(meta, ScoreMeta)
     assert scored is not None
@@ -238,7 +238,7 @@ def test_functions_after_a_hang_still_score_the_group(make_actor: MakeActor) -> 
 
 def test_a_function_that_compares_is_never_called_with_part_of_a_group() -> None:
     spec = RewardSpec("hang", f"{HOSTILE}:hang", whole_group=True)
-    actor = RewardActor([spec], 0.5)
+    actor = RewardWorker([spec], 0.5)
     scored = score(actor, make_group("hang", "a", "b"))
     assert causes(scored) == [("hang", f"c{i}", "timeout") for i in range(3)]
     actor.close()
@@ -280,7 +280,7 @@ def test_a_function_that_compares_waits_for_its_group() -> None:
         RewardSpec("length", f"{HOSTILE}:length", whole_group=False),
         RewardSpec("other", f"{HOSTILE}:length", sources=("elsewhere",), whole_group=False),
     ]
-    actor = RewardActor(specs, 20)
+    actor = RewardWorker(specs, 20)
     group = make_group("a", "bb")
     judged = [actor.judge(replace(group, completions=(c,)))[1] for c in group.completions]
     meta, _ = actor.score(group, *judged)
@@ -327,7 +327,7 @@ def test_many_hanging_samples_end_in_bound_with_every_worker_alive() -> None:
 
     def work() -> None:
         # A child belongs to the thread that started it.
-        actor = RewardActor([spec], 0.2)
+        actor = RewardWorker([spec], 0.2)
         while True:
             try:
                 group = waiting.pop()
@@ -404,7 +404,7 @@ def test_a_death_is_reported_and_the_child_replaced(
 
 def test_a_memory_bomb_is_an_error_that_names_the_key() -> None:
     specs = [RewardSpec(name, f"{HOSTILE}:{name}") for name in ("length", "memory_bomb")]
-    actor = RewardActor(specs, 20, memory_bytes=1 << 29)
+    actor = RewardWorker(specs, 20, memory_bytes=1 << 29)
     child = actor.pids()[1]
     assert child is not None
     scored = score(actor, make_group("bomb", "a"))
@@ -469,7 +469,7 @@ def test_a_function_that_cannot_be_loaded_says_why(tmp_path: Path, source: str, 
     file = tmp_path / "broken.py"
     file.write_text(source)
     with pytest.raises(RewardLoadError) as raised:
-        RewardActor([RewardSpec("reward", f"{file}:reward")], 5)
+        RewardWorker([RewardSpec("reward", f"{file}:reward")], 5)
     assert str(file) in str(raised.value)
     assert words in str(raised.value)
     assert not judging()
@@ -479,14 +479,14 @@ def test_a_module_that_hangs_on_import_is_given_up(tmp_path: Path) -> None:
     file = tmp_path / "slow.py"
     file.write_text("import time\ntime.sleep(60)\ndef reward(): pass\n")
     with pytest.raises(RewardLoadError, match=r"slow.py:reward was not ready after 1 s"):
-        RewardActor([RewardSpec("reward", f"{file}:reward")], 5, start_timeout_s=1)
+        RewardWorker([RewardSpec("reward", f"{file}:reward")], 5, start_timeout_s=1)
     assert not judging()
 
 
 def test_a_child_that_cannot_be_replaced_is_a_failure(tmp_path: Path) -> None:
     file = tmp_path / "fading.py"
     file.write_text(HOSTILE.read_text())
-    actor = RewardActor([RewardSpec("exit_hard", f"{file}:exit_hard")], 5)
+    actor = RewardWorker([RewardSpec("exit_hard", f"{file}:exit_hard")], 5)
     file.unlink()
     meta, scored = actor.score(make_group("die"))
     assert isinstance(meta, Failure)

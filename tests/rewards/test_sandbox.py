@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
-from cohort.rewards.sandbox import Limits, Outcome, Sandbox
+from cohort.rewards.sandbox import ProgramResult, Sandbox, SandboxLimits
 from cohort.rewards.seccomp import refused_calls
 from cohort.rewards.usage import ControlGroup, descendants, look
 from tests import needs
 
 MIB = 1 << 20
-Run = Callable[..., Outcome]
+Run = Callable[..., ProgramResult]
 
 
 def can_group() -> bool:
@@ -40,8 +40,8 @@ def grouped(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture(params=[pytest.param("bwrap", marks=needs.bubblewrap), "none"])
 def run(request: pytest.FixtureRequest, grouped: bool) -> Run:
-    def run_program(code: str, **limits: Any) -> Outcome:
-        bounds = Limits(**{"seconds": 20, "memory_bytes": 256 * MIB, **limits})
+    def run_program(code: str, **limits: Any) -> ProgramResult:
+        bounds = SandboxLimits(**{"seconds": 20, "memory_bytes": 256 * MIB, **limits})
         sandbox = Sandbox(request.param, bounds, control_groups=grouped)
         python = "/usr/bin/python3" if request.param == "bwrap" else sys.executable
         return sandbox.run([python, "-I", "-B", "main.py"], {"main.py": code})
@@ -152,7 +152,7 @@ def test_nothing_is_left_when_the_judging_process_is_killed(mode: str, grouped: 
     program = f"import subprocess\n{started}.wait()"
     judge = (
         "import sys; from cohort.rewards.sandbox import *\n"
-        f"sandbox = Sandbox({mode!r}, Limits(seconds=60), control_groups={grouped})\n"
+        f"sandbox = Sandbox({mode!r}, SandboxLimits(seconds=60), control_groups={grouped})\n"
         f"sandbox.run(['/usr/bin/python3', '-I', 'main.py'], {{'main.py': {program!r}}})"
     )
     root = Path(__file__).resolve().parents[2]
@@ -226,7 +226,7 @@ def test_descriptors_and_files_are_bounded(run: Run) -> None:
 
 @pytest.fixture(scope="module")
 def closed() -> Sandbox:
-    return Sandbox("bwrap", Limits(seconds=20, memory_bytes=256 * MIB))
+    return Sandbox("bwrap", SandboxLimits(seconds=20, memory_bytes=256 * MIB))
 
 
 C = "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\n"

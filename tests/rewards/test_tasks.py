@@ -18,9 +18,9 @@ from cohort.rewards.tasks import (
     Task,
     TaskError,
     load_task,
+    sample_prompts,
     sample_rows,
     split_overlong,
-    take_prompts,
 )
 from cohort.rewards.worker import reward_specs
 
@@ -413,9 +413,9 @@ class Lengths:
 
 def test_take_prompts_skips_and_counts_overlong_rows_and_resumes(tokenizer: Any) -> None:
     task, renderer = Lengths(1, 9, 2, 9, 3), PromptRenderer(tokenizer, 5)
-    first = take_prompts(task, renderer, 0, 0, 4)
-    second = take_prompts(task, renderer, 0, first.cursor, 4)
-    both = take_prompts(task, renderer, 0, 0, 8)
+    first = sample_prompts(task, renderer, 0, 0, 4)
+    second = sample_prompts(task, renderer, 0, first.cursor, 4)
+    both = sample_prompts(task, renderer, 0, 0, 8)
     assert len(first.prompts) == len(second.prompts) == 4
     assert first.prompts + second.prompts == both.prompts
     assert both.cursor == second.cursor == len(both.prompts) + len(both.overlong)
@@ -427,4 +427,4 @@ def test_take_prompts_skips_and_counts_overlong_rows_and_resumes(tokenizer: Any)
 def test_take_prompts_stops_when_nothing_fits(tokenizer: Any) -> None:
     words = r"all 3 prompts are longer than 5 tokens \(the shortest has 8\)"
     with pytest.raises(TaskError, match=words):
-        take_prompts(Lengths(7, 8, 9), PromptRenderer(tokenizer, 5), 0, 0, 2)
+        sample_prompts(Lengths(7, 8, 9), PromptRenderer(tokenizer, 5), 0, 0, 2)

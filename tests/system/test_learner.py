@@ -27,7 +27,7 @@ from cohort.learner.checkpoint import Checkpoints, load_state
 from cohort.learner.config import AlgorithmConfig, LearnerConfig, Preset
 from cohort.learner.float8 import convert
 from cohort.learner.grpo import policy_loss
-from cohort.learner.learner import LearnerError, LearnerGroup
+from cohort.learner.learner import Learner, LearnerError
 from cohort.learner.logprobs import PolicyModel
 from cohort.learner.plan import ScoredRef
 from cohort.learner.spec import LearnerSpec, ModelFacts
@@ -93,13 +93,13 @@ def spec_for(model: Path, ranks: int, shm: Path, **options: Any) -> LearnerSpec:
     )
 
 
-async def start(spec: LearnerSpec) -> LearnerGroup:
+async def start(spec: LearnerSpec) -> Learner:
     with pytest.MonkeyPatch.context() as patch:
         if spec.dtype == "float16":
             patch.setattr("cohort.learner.learner.LearnerWorker", Float16Anywhere)
         options = [{"num_cpus": 0.5}] * spec.world_size
         try:
-            return await LearnerGroup.start(spec, options, timeout_s=300)
+            return await Learner.start(spec, options, timeout_s=300)
         except LearnerError:
             for rank in range(spec.world_size):
                 print(last_lines(Path(str(spec.log_dir)) / f"learner-{rank}.log", count=200))
@@ -141,7 +141,7 @@ def gradients(
     return float(loss.detach()), found, norm
 
 
-async def weights(group: LearnerGroup) -> dict[str, torch.Tensor]:
+async def weights(group: Learner) -> dict[str, torch.Tensor]:
     # Copies: the file's memory is used again for a later version.
     file = load_file((await group.publish()).path)
     return {name: tensor.clone() for name, tensor in file.items()}
@@ -160,7 +160,7 @@ class Changeable(LearnerWorker):
         self.spec = replace(self.spec, algorithm=algorithm)
 
 
-async def use(group: LearnerGroup, algorithm: AlgorithmConfig, **learner: Any) -> None:
+async def use(group: Learner, algorithm: AlgorithmConfig, **learner: Any) -> None:
     await asyncio.gather(*(worker.use.remote(algorithm) for worker in group._workers))
     options = group.spec.learner.model_copy(update=learner)
     group.spec = replace(group.spec, algorithm=algorithm, learner=options)
@@ -431,7 +431,7 @@ def test_kl_in_the_reward(
 )
 def learner(
     request: Any, run: Any, models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[LearnerGroup]:
+) -> Iterator[Learner]:
     """A learner at work; `at_start` brings it back to its first state."""
     ranks, stage, dtype, kind = request.param
     shm = tmp_path_factory.mktemp("shm")
@@ -457,7 +457,7 @@ class Float16Anywhere(Changeable):
 SMALL = dict(learning_rate=3e-5, warmup_steps=4, gradient_clip=0.5, micro_batch_tokens=64)
 
 
-async def at_start(group: LearnerGroup) -> dict[str, torch.Tensor]:
+async def at_start(group: Learner) -> dict[str, torch.Tensor]:
     await group.load(Path(group.spec.shm_dir) / "start")
     return await weights(group)
 
@@ -474,7 +474,7 @@ def bits(tensors: dict[str, torch.Tensor]) -> dict[str, bytes]:
     return {name: t.view(torch.uint8).numpy().tobytes() for name, t in tensors.items()}
 
 
-def test_publish_holds_the_model(run: Any, learner: LearnerGroup) -> None:
+def test_publish_holds_the_model(run: Any, learner: Learner) -> None:
     found = run(at_start(learner))
     dtype = getattr(torch, learner.spec.dtype)
     model = AutoModelForCausalLM.from_pretrained(learner.spec.model_path, dtype=dtype)
@@ -485,7 +485,7 @@ def test_publish_holds_the_model(run: Any, learner: LearnerGroup) -> None:
     assert first.names == tuple(expected)
 
 
-def test_probe_equals_transformers(run: Any, learner: LearnerGroup) -> None:
+def test_probe_equals_transformers(run: Any, learner: Learner) -> None:
     run(at_start(learner))
     dtype = getattr(torch, learner.spec.dtype)
     model = AutoModelForCausalLM.from_pretrained(learner.spec.model_path, dtype=dtype).eval()
@@ -496,7 +496,7 @@ def test_probe_equals_transformers(run: Any, learner: LearnerGroup) -> None:
     torch.testing.assert_close(found, expected, atol=atol, rtol=0)
 
 
-def test_versions_and_learning_rate(run: Any, learner: LearnerGroup) -> None:
+def test_versions_and_learning_rate(run: Any, learner: Learner) -> None:
     """The version counts applied steps; the last two published files stay."""
     run(at_start(learner))
     groups = [put(g) for g in batch()]
@@ -511,7 +511,7 @@ def test_versions_and_learning_rate(run: Any, learner: LearnerGroup) -> None:
     assert 0 < result.entropy < math.log(67)
 
 
-def test_precision_of_a_step(run: Any, learner: LearnerGroup) -> None:
+def test_precision_of_a_step(run: Any, learner: Learner) -> None:
     """bfloat16 keeps the gradient to a few percent, float16 to one, float32 to rounding."""
     run(at_start(learner))
     groups = batch()
@@ -526,7 +526,7 @@ def test_precision_of_a_step(run: Any, learner: LearnerGroup) -> None:
     assert result.loss == pytest.approx(loss.item(), abs=tolerance)
 
 
-def test_a_loss_scale_that_is_too_large_loses_no_step(run: Any, learner: LearnerGroup) -> None:
+def test_a_loss_scale_that_is_too_large_loses_no_step(run: Any, learner: Learner) -> None:
     """Gradients that overflow float16 are computed again at half the scale, until they fit."""
     if learner.spec.dtype != "float16":
         pytest.skip("only float16 scales its loss")
@@ -549,14 +549,14 @@ def test_a_loss_scale_that_is_too_large_loses_no_step(run: Any, learner: Learner
     run(check())
 
 
-def test_no_group_left_is_not_a_step(run: Any, learner: LearnerGroup) -> None:
+def test_no_group_left_is_not_a_step(run: Any, learner: Learner) -> None:
     before = run(at_start(learner))
     result = run(learner.step([put(scored_group("b", [0.1] * 8, [4] * 8))]))
     assert (result.applied, result.version, result.filtered, result.tokens) == (False, 0, 8, 0)
     assert bits(run(weights(learner))) == bits(before)
 
 
-def test_resume_is_exact(run: Any, learner: LearnerGroup, tmp_path: Path) -> None:
+def test_resume_is_exact(run: Any, learner: Learner, tmp_path: Path) -> None:
     """Two steps in a row equal one step, a checkpoint, new actors, and one more."""
 
     async def check() -> None:
@@ -590,9 +590,7 @@ def test_resume_is_exact(run: Any, learner: LearnerGroup, tmp_path: Path) -> Non
     run(check())
 
 
-def test_a_checkpoint_with_a_program_is_refused(
-    run: Any, learner: LearnerGroup, tmp_path: Path
-) -> None:
+def test_a_checkpoint_with_a_program_is_refused(run: Any, learner: Learner, tmp_path: Path) -> None:
     """A pickle that makes a file, in place of DeepSpeed's own: refused, and not run."""
     run(at_start(learner))
     shutil.copytree(Path(learner.spec.shm_dir) / "start", tmp_path / "start")
@@ -611,7 +609,7 @@ class Planted:
         return os.system, (f"touch {self.file}",)
 
 
-def test_other_shape_is_refused_before_loading(run: Any, learner: LearnerGroup) -> None:
+def test_other_shape_is_refused_before_loading(run: Any, learner: Learner) -> None:
     spec = learner.spec
     stage = (spec.learner.zero_stage + 1) % 4
     changed = replace(spec, learner=spec.learner.model_copy(update={"zero_stage": stage}))
@@ -623,7 +621,7 @@ def test_other_shape_is_refused_before_loading(run: Any, learner: LearnerGroup) 
         learner.spec = spec
 
 
-def test_steps_below_bfloat16_resolution_add_up(run: Any, learner: LearnerGroup) -> None:
+def test_steps_below_bfloat16_resolution_add_up(run: Any, learner: Learner) -> None:
     """Weights of 0.3 are 0.002 apart in bfloat16; 60 steps of 3e-5 must still move them."""
     before = run(at_start(learner))
     groups = [put(g) for g in batch()]
@@ -642,7 +640,7 @@ def test_steps_below_bfloat16_resolution_add_up(run: Any, learner: LearnerGroup)
     assert float(changed.float().mean()) > 0.3
 
 
-def test_non_finite_step_is_left_out(run: Any, learner: LearnerGroup, tmp_path: Path) -> None:
+def test_non_finite_step_is_left_out(run: Any, learner: Learner, tmp_path: Path) -> None:
     async def check() -> None:
         await at_start(learner)
         good = [put(g) for g in batch()]

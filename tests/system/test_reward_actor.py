@@ -19,7 +19,7 @@ from cohort.actors.records import Completion, Group, Prompt, ScoredGroup, ScoreM
 from cohort.rewards.config import RewardsConfig, TaskConfig
 from cohort.rewards.pool import RewardPool, watched_actor_class
 from cohort.rewards.tasks import load_task
-from cohort.rewards.worker import RewardActor, RewardSpec, longest_score_s, reward_specs
+from cohort.rewards.worker import RewardSpec, RewardWorker, longest_score_s, reward_specs
 
 pytestmark = pytest.mark.system
 
@@ -66,7 +66,7 @@ def hang_file(tmp_path: Path) -> Path:
 
 
 def make_actor(specs: list[RewardSpec], timeout_s: float) -> Any:
-    return ray.remote(RewardActor).options(num_cpus=0).remote(specs, timeout_s)
+    return ray.remote(RewardWorker).options(num_cpus=0).remote(specs, timeout_s)
 
 
 def make_group(question: str, texts: list[str], **columns: Any) -> Group:
@@ -196,7 +196,7 @@ def leaves_a_daemon(completions):
 def make_pool(file: Path, function: str, workers: int, timeout_s: float = 20) -> RewardPool:
     """As a run makes it, with less patience."""
     specs = [RewardSpec(function, f"{file}:{function}")]
-    actor_class = watched_actor_class(RewardActor)
+    actor_class = watched_actor_class(RewardWorker)
 
     def make() -> Any:
         return actor_class.options(num_cpus=0, max_restarts=-1).remote(specs, timeout_s)

@@ -57,7 +57,7 @@ class Cluster:
         for process in psutil.Process(self.pid).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
                 names.append(" ".join(process.cmdline()))
-        kinds = ("VLLM::", "ray::RolloutActor", "ray::LearnerWorker", "ray::RewardActor")
+        kinds = ("VLLM::", "ray::RolloutActor", "ray::LearnerWorker", "ray::RewardWorker")
         return [name for name in names if name.startswith(kinds)]
 
     def submit(self, *overrides: str) -> tuple[int, str]:

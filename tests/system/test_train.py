@@ -172,8 +172,10 @@ def test_a_start_that_was_stopped_at_any_moment_is_started_again(
     nothing_left()
 
 
-def test_a_run_whose_scribe_or_ray_dies(cohort: Cohort, nothing_left: Callable[[], None]) -> None:
-    """The scribe is replaced. Without Ray nothing goes on: the run ends, and says so."""
+def test_a_run_whose_rollout_writer_or_ray_dies(
+    cohort: Cohort, nothing_left: Callable[[], None]
+) -> None:
+    """The rollout writer is replaced. Without Ray nothing goes on: the run ends, and says so."""
     run = cohort.folder / "dies"
     process = cohort.start(run__dir=run, run__steps=500, run__checkpoint_every=2)
     log = cohort.folder / "out.log"

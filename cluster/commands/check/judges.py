@@ -17,7 +17,7 @@ from cohort.cluster.prepare import RunError
 from cohort.rewards.base import combine
 from cohort.rewards.extract import left_open
 from cohort.rewards.tasks import Demonstrates, Task
-from cohort.rewards.worker import RewardActor, RewardSpec
+from cohort.rewards.worker import RewardSpec, RewardWorker
 
 ROWS = 4
 # Columns that hold a reference answer by the field's conventions, and ways of giving an answer.
@@ -31,7 +31,7 @@ SHOWN, ECHO, NOTHING = "a demonstration", "the prompt again", "nothing"
 
 
 @dataclass(frozen=True)
-class Judged:
+class CheckedGroup:
     """What the functions said about one group. seconds: of each function on the whole group."""
 
     scores: ScoreMeta
@@ -49,11 +49,11 @@ class Judges:
         limits = config.rewards
         self.specs = tuple(specs)
         self.load_s: dict[str, float] = {}
-        self._actors: dict[str, RewardActor] = {}
+        self._actors: dict[str, RewardWorker] = {}
         try:
             for spec in specs:
                 began = time.monotonic()
-                self._actors[spec.name] = RewardActor(
+                self._actors[spec.name] = RewardWorker(
                     [spec],
                     limits.timeout_s,
                     memory_bytes=limits.memory_bytes,
@@ -69,7 +69,7 @@ class Judges:
         for actor in self._actors.values():
             actor.close()
 
-    def judge(self, group: Group) -> Judged:
+    def judge(self, group: Group) -> CheckedGroup:
         """Score a group; raises RunError when a child process cannot be had."""
         metas: dict[str, ScoreMeta] = {}
         for name, actor in self._actors.items():
@@ -85,9 +85,9 @@ class Judges:
         seconds = {name: meta.seconds for name, meta in metas.items()}
         parts = {key: row for meta in metas.values() for key, row in meta.parts.items()}
         took = sum(seconds.values())
-        return Judged(ScoreMeta(group.id, totals, by_function, errors, took, parts), seconds)
+        return CheckedGroup(ScoreMeta(group.id, totals, by_function, errors, took, parts), seconds)
 
-    def that_compare(self, group: Group, judged: Judged) -> list[str]:
+    def that_compare(self, group: Group, judged: CheckedGroup) -> list[str]:
         """Functions that are called as completions come, and value them otherwise than in their
         group."""
         failed = {error.function for error in judged.scores.errors}

@@ -16,7 +16,7 @@ from cohort.cluster.commands.check.estimate import (
     two_valued,
     wilson,
 )
-from cohort.cluster.commands.check.judges import Judged, Judges, mean, report_errors, shown
+from cohort.cluster.commands.check.judges import CheckedGroup, Judges, mean, report_errors, shown
 from cohort.cluster.commands.check.prompts import bounded
 from cohort.cluster.commands.check.sheet import Stage
 from cohort.cluster.config import Config
@@ -99,13 +99,13 @@ def check_completions(config: Config, generated: Generated, judges: Judges, stag
     _check_times(config, generated, judged, stage)
 
 
-def _different(pair: tuple[Group, Judged]) -> float:
+def _different(pair: tuple[Group, CheckedGroup]) -> float:
     """How far the rewards of a group are apart."""
     known = [total for total in pair[1].scores.totals if total is not None]
     return statistics.pstdev(known) if known else 0.0
 
 
-def _show(group: Group, judged: Judged, stage: Stage) -> None:
+def _show(group: Group, judged: CheckedGroup, stage: Stage) -> None:
     """Some completions of a group, the best first and the worst last."""
     totals = judged.scores.totals
 
@@ -150,7 +150,7 @@ def _check_lengths(config: Config, generated: Generated, stage: Stage) -> None:
         stage.say(f"note: {share:.0%} cut; watch rollout/truncated_fraction, see actors.max_tokens")
 
 
-def _functions(judges: Judges, judged: Sequence[Judged], stage: Stage) -> None:
+def _functions(judges: Judges, judged: Sequence[CheckedGroup], stage: Stage) -> None:
     """Each function by itself: what it gave, and how long it took."""
     samples = sum(len(item.scores.totals) for item in judged)
     width = max(len(spec.name) for spec in judges.specs)
@@ -240,7 +240,7 @@ def _check_signal(
 
 
 def _check_times(
-    config: Config, generated: Generated, judged: Sequence[Judged], stage: Stage
+    config: Config, generated: Generated, judged: Sequence[CheckedGroup], stage: Stage
 ) -> None:
     """Seconds of a step, where they were measured."""
     prompts, workers = config.task.prompts_per_step, config.rewards.workers

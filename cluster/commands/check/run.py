@@ -12,7 +12,7 @@ from cohort.cluster.commands.check.machine import check_machine
 from cohort.cluster.commands.check.model import Model, Resumed, check_model, check_run_dir
 from cohort.cluster.commands.check.prompts import check_prompts, check_task
 from cohort.cluster.commands.check.rollout import check_completions, generate
-from cohort.cluster.commands.check.sheet import Sheet, Stage
+from cohort.cluster.commands.check.sheet import CheckReport, Stage
 from cohort.cluster.config import SECTIONS, Config
 from cohort.cluster.continuing import compare
 from cohort.cluster.fingerprint import fingerprint
@@ -20,7 +20,7 @@ from cohort.cluster.lengths import Lengths
 from cohort.cluster.placement import Placement, this_machine
 from cohort.cluster.prepare import Prepared
 from cohort.cluster.ray_start import check_start, connect, ray_address
-from cohort.rewards.tasks import PromptRenderer, Task, take_prompts
+from cohort.rewards.tasks import PromptRenderer, Task, sample_prompts
 from cohort.rewards.worker import RewardSpec
 
 
@@ -45,7 +45,7 @@ def check(config: Config, print_line: Callable[[str], None], prompts: int) -> in
     Every stage is printed as it ends. prompts: for how many completions are generated; 0 starts no
     engine. What is started is ended.
     """
-    sheet, found = Sheet(print_line), Found()
+    sheet, found = CheckReport(print_line), Found()
     with sheet.stage("config") as stage:
         stage.say(chosen(config))
     with sheet.stage("run.dir") as stage:
@@ -91,7 +91,7 @@ def _resources(config: Config, found: Found, stage: Stage) -> Placement:
 
 
 def _rewards_and_completions(
-    config: Config, sheet: Sheet, found: Found, model: Model, prompts: int
+    config: Config, sheet: CheckReport, found: Found, model: Model, prompts: int
 ) -> None:
     judges: Judges | None = None
     try:
@@ -115,7 +115,7 @@ def _completions(config: Config, found: Found, judges: Judges, count: int, stage
     assert found.model is not None and found.task is not None
     assert found.renderer is not None and found.placement is not None
     step, cursor = (found.resumed.step, found.resumed.cursor) if found.resumed else (0, 0)
-    taken = take_prompts(found.task, found.renderer, config.run.seed, cursor, count)
+    taken = sample_prompts(found.task, found.renderer, config.run.seed, cursor, count)
     stage.say(f"starting {config.actors.count} engine(s)")
     if not found.connected:
         connect(config)

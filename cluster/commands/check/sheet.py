@@ -36,7 +36,7 @@ class Stage:
         self.say(f"PROBLEM: {short}")
 
 
-class Sheet:
+class CheckReport:
     """All stages so far. print_line: takes each line as soon as there is one."""
 
     def __init__(self, print_line: Callable[[str], None]) -> None:

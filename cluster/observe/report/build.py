@@ -19,7 +19,7 @@ from cohort.cluster.config import ConfigError, ModelConfig, RunConfig, read_tree
 from cohort.cluster.observe.report.completions import (
     Advantages,
     Completions,
-    Limits,
+    ReportLimits,
     choose_completions,
 )
 from cohort.cluster.observe.report.curves import (
@@ -45,7 +45,7 @@ class ReportError(Exception):
 
 
 @dataclass(frozen=True)
-class Run:
+class RecordedRun:
     """What is known of the run as a whole; None where its config.yaml does not tell.
 
     seconds: wall clock of all finished steps. checkpoint: steps done in the last complete one.
@@ -69,7 +69,7 @@ class Run:
 class Report:
     """Everything on the page. notes: what was sampled, left out or could not be known."""
 
-    run: Run
+    run: RecordedRun
     tiles: tuple[Tile, ...]
     curves: Curves
     charts: tuple[Chart, ...]
@@ -77,7 +77,7 @@ class Report:
     notes: tuple[str, ...]
 
 
-def build(run_dir: Path, limits: Limits, now: datetime) -> Report:
+def build(run_dir: Path, limits: ReportLimits, now: datetime) -> Report:
     """Read a run directory, finished or still growing.
 
     Raises ReportError for a folder that is no run directory, and for damaged metrics.
@@ -99,7 +99,7 @@ def build(run_dir: Path, limits: Limits, now: datetime) -> Report:
     completions = choose_completions(run_dir / "rollouts", limits, advantages)
     drawn = curves(rows)
     return Report(
-        run=Run(
+        run=RecordedRun(
             name=run_dir.resolve().name,
             folder=str(run_dir),
             model=model.path if model else None,
@@ -192,7 +192,7 @@ def _curve_notes(drawn: Curves, steps: int) -> list[str]:
 
 
 def _completion_notes(
-    shown: Completions, limits: Limits, algorithm: AlgorithmConfig | None
+    shown: Completions, limits: ReportLimits, algorithm: AlgorithmConfig | None
 ) -> list[str]:
     if not shown.recorded:
         return ["There are no rollouts: rollouts/ holds no step-*.jsonl."]

@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Limits:
+class ReportLimits:
     """How much of the completions is shown.
 
     steps: sampled steps. groups: of each. prompts: that came at several steps (0 looks for none,
@@ -49,7 +49,7 @@ class Message:
 
 
 @dataclass(frozen=True)
-class Group:
+class ReportedGroup:
     """A group of one step. prompt: its place in `Completions.prompts`."""
 
     step: int
@@ -77,7 +77,7 @@ class Completions:
     """
 
     prompts: tuple[tuple[Message, ...], ...] = ()
-    groups: tuple[Group, ...] = ()
+    groups: tuple[ReportedGroup, ...] = ()
     steps: tuple[StepView, ...] = ()
     recurring: tuple[tuple[int, ...], ...] = ()
     recorded: int = 0
@@ -101,7 +101,9 @@ def spread(items: Sequence[T], count: int) -> list[T]:
     return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
 
 
-def choose_completions(folder: Path, limits: Limits, advantages: Advantages | None) -> Completions:
+def choose_completions(
+    folder: Path, limits: ReportLimits, advantages: Advantages | None
+) -> Completions:
     """Read rollouts/ as far as needed. advantages: None leaves them out."""
     files = _step_files(folder)
     visits = _recurring(files, limits) if limits.prompts else {}
@@ -113,7 +115,7 @@ def choose_completions(folder: Path, limits: Limits, advantages: Advantages | No
 
     prompts: dict[bytes, tuple[Message, ...]] = {}
     places: dict[bytes, int] = {}
-    groups: list[Group] = []
+    groups: list[ReportedGroup] = []
     views: list[StepView] = []
     met: dict[bytes, list[int]] = {key: [] for key in visits}
     unread = 0
@@ -140,7 +142,9 @@ def choose_completions(folder: Path, limits: Limits, advantages: Advantages | No
                 met[group.key].append(len(groups))
             shown.append(len(groups))
             groups.append(
-                Group(step, places[group.key], group.prompt_tokens, group.functions, group.samples)
+                ReportedGroup(
+                    step, places[group.key], group.prompt_tokens, group.functions, group.samples
+                )
             )
         if step in sampled:
             views.append(StepView(step, tuple(shown), len(raw)))
@@ -160,7 +164,7 @@ def _step_files(folder: Path) -> dict[int, Path]:
     return dict(sorted((int(match[1]), file) for file, match in names.items() if match))
 
 
-def _recurring(files: Mapping[int, Path], limits: Limits) -> dict[bytes, list[int]]:
+def _recurring(files: Mapping[int, Path], limits: ReportLimits) -> dict[bytes, list[int]]:
     """The prompts that came at most steps, and at which; the earliest first among equals."""
     visits: dict[bytes, list[int]] = {}
     for step, file in files.items():

@@ -20,7 +20,7 @@ from typing import Any
 
 from cohort.cluster.files import write_atomically
 from cohort.cluster.observe.report.build import Report, ReportError, build
-from cohort.cluster.observe.report.completions import Limits
+from cohort.cluster.observe.report.completions import ReportLimits
 from cohort.cluster.observe.report.samples import LONGEST_TEXT, Text, shorten
 
 # A page that cannot keep this much of each text is not worth looking at.
@@ -28,7 +28,7 @@ SHORTEST_TEXT = 200
 
 
 def write_report(
-    run_dir: Path, out: Path | None, limits: Limits, max_mb: float, now: datetime
+    run_dir: Path, out: Path | None, limits: ReportLimits, max_mb: float, now: datetime
 ) -> Path:
     """Write the page of a run to `out`, by default report.html in the run directory.
 
