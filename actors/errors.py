@@ -11,6 +11,32 @@ import errno
 
 from cohort.actors.records import Failure, FailureKind
 
+
+class CohortError(Exception):
+    """Base of every error whose message is meant for people: `cohort` prints it without a traceback
+    and exits with `exit_code`.
+
+    - CohortError
+      - ConfigError: a key of the config, or its value (exit code 2)
+      - TaskError: rows and prompts of a task
+      - RewardLoadError: a reward function that cannot be loaded
+      - PlacementError: the machines cannot hold the run
+      - RunError: anything else that keeps a run from starting or going on
+      - RolloutError, RewardPoolError, LearnerError: actors that fail again and again
+      - TrainingError: a step that cannot be trained
+      - CheckpointError: a checkpoint that cannot be written or read
+      - ReportError, SubmitError: of the commands of these names
+
+    Example:
+        try:
+            cohort.train(config)
+        except cohort.CohortError as error:
+            print(f"error: {error}")
+    """
+
+    exit_code = 1
+
+
 # The machine is short of something now; the same work may succeed later or elsewhere.
 SHORTAGES = frozenset({errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE})
 

@@ -7,11 +7,11 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from cohort.actors.errors import failure_of
+from cohort.actors.errors import CohortError, failure_of
 from cohort.actors.watch import Watch
 
 
-class RolloutError(Exception):
+class RolloutError(CohortError):
     """The pool cannot go on; the message says which actor, what happened, what to change."""
 
 

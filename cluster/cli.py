@@ -21,6 +21,7 @@ leave_at_once_on_signals()
 
 import typer  # noqa: E402
 
+from cohort.actors.errors import CohortError  # noqa: E402
 from cohort.cluster.config import SECTIONS, Config, ConfigError, all_keys, load_config  # noqa: E402
 from cohort.cluster.values import written  # noqa: E402
 
@@ -37,34 +38,26 @@ app = typer.Typer(
 ConfigArgument = Annotated[Path, typer.Argument(help="A YAML file, e.g. from deploy/configs/.")]
 
 
-def _fail(error: Exception, code: int) -> typer.Exit:
+def _fail(error: CohortError) -> typer.Exit:
     first, *others = str(error).splitlines() or [repr(error)]
     for line in (f"error: {first}", *(f"       {line}" for line in others)):
         typer.echo(line, err=True)
-    return typer.Exit(code)
+    return typer.Exit(error.exit_code)
 
 
 def _config(path: Path, overrides: list[str]) -> Config:
     try:
         return load_config(path, overrides)
     except ConfigError as error:
-        raise _fail(error, 2) from None
+        raise _fail(error) from None
 
 
 def _expecting(work: Callable[[], Any]) -> Any:
     """Run work; turn errors that are meant for people into one message and exit code 1."""
-    from cohort.cluster.commands.submit import SubmitError
-    from cohort.cluster.commands.train import EXPECTED_ERRORS
-    from cohort.cluster.observe.report.build import ReportError
-    from cohort.learner.checkpoint import CheckpointError
-    from cohort.rewards.base import RewardLoadError
-
     try:
         return work()
-    except ConfigError as error:
-        raise _fail(error, 2) from None
-    except (*EXPECTED_ERRORS, CheckpointError, ReportError, RewardLoadError, SubmitError) as error:
-        raise _fail(error, 1) from None
+    except CohortError as error:
+        raise _fail(error) from None
     except Stopped as stopped:
         typer.echo(f"{stopped}: stopped", err=True)
         raise typer.Exit(stopped.exit_code) from None
@@ -127,7 +120,7 @@ def evaluate(
 ) -> None:
     """Score a model or a checkpoint on the task's held-out prompts: greedy and pass@k."""
     if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
-        raise _fail(ConfigError(f"--output {output}: no file in a folder that is there"), 2)
+        raise _fail(ConfigError(f"--output {output}: no file in a folder that is there"))
 
     def work() -> Any:
         from cohort.cluster.commands.evaluate import checkpoint_model

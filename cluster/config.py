@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from cohort.actors.config import ActorsConfig
+from cohort.actors.errors import CohortError
 from cohort.cluster.values import ValueProblem, kind_at, read_value, read_yaml, typed, write_yaml
 from cohort.learner.config import SECTION_PRESETS, AlgorithmConfig, Dtype, LearnerConfig
 from cohort.rewards.config import RewardsConfig, TaskConfig
@@ -153,8 +154,10 @@ SECTIONS: dict[str, type[BaseModel]] = {
 }
 
 
-class ConfigError(Exception):
+class ConfigError(CohortError):
     """The config is wrong; the message names the key and what to write instead."""
+
+    exit_code = 2
 
 
 # What pydantic takes for a bool.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from cohort.actors.errors import CohortError
 
-class RunError(Exception):
+
+class RunError(CohortError):
     """The run cannot start; the message says why and which key to change."""

@@ -15,6 +15,7 @@ import time
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+from cohort.actors.errors import CohortError
 from cohort.actors.pool import Probe
 from cohort.cluster.config import Config
 from cohort.cluster.observe.metrics import StepTimes, reward_errors
@@ -26,7 +27,7 @@ from cohort.learner.learner import LostGroups, StepResult
 T = TypeVar("T")
 
 
-class TrainingError(Exception):
+class TrainingError(CohortError):
     """The run cannot go on; the message says why and which key to change."""
 
 

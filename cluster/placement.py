@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from cohort.actors.errors import CohortError
 from cohort.actors.machine import cgroup_limits, usable_cores
 from cohort.actors.process import KEEP_HEAP, SHM
 from cohort.cluster.config import Config
@@ -52,7 +53,7 @@ class Placement:
     reward: dict[str, Any]
 
 
-class PlacementError(Exception):
+class PlacementError(CohortError):
     """The machines cannot hold the run; the message names the keys to change."""
 
 

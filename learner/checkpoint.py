@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cohort.actors.errors import CohortError
 from cohort.learner.aside import Aside
 
 STATE = "state.json"
@@ -34,7 +35,7 @@ TRIAL = "tmp-trial"
 DRIVER_WAS_HERE = "driver"
 
 
-class CheckpointError(Exception):
+class CheckpointError(CohortError):
     """A checkpoint cannot be written, found or used; the message says which and why."""
 
 

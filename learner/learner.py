@@ -11,7 +11,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayTaskError
 
-from cohort.actors.errors import kind_of, words
+from cohort.actors.errors import CohortError, kind_of, words
 from cohort.actors.records import WeightsInfo
 from cohort.learner.checkpoint import CheckpointError, NotFiniteError
 from cohort.learner.grpo import LossStats
@@ -25,7 +25,7 @@ GRACE_S = 5.0
 CONSEQUENCES = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe")
 
 
-class LearnerError(Exception):
+class LearnerError(CohortError):
     """The learner cannot go on; the message names the rank, what it did, and its own error.
 
     savable: every rank lives and answers, so that what was learned may still be saved.

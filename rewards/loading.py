@@ -36,6 +36,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from cohort.actors.errors import CohortError
 from cohort.rewards.results import error_tail
 
 RewardFunction = Callable[..., Any]
@@ -54,7 +55,7 @@ BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ON
 NAMED = (inspect.Parameter.POSITIONAL_ONLY, *BY_NAME)
 
 
-class RewardLoadError(ValueError):
+class RewardLoadError(CohortError, ValueError):
     """A path cannot be loaded; the message names the path and what is missing."""
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cohort.actors.errors import failure_of, kind_of, words
+from cohort.actors.errors import CohortError, failure_of, kind_of, words
 from cohort.actors.records import Failure, ScoreMeta
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ RESTART_S = 180.0
 RETRY_S = 0.2
 
 
-class RewardPoolError(Exception):
+class RewardPoolError(CohortError):
     """No reward actor is left; the message says what happened to the last one and what to do."""
 
 

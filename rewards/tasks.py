@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
+from cohort.actors.errors import CohortError
 from cohort.actors.records import Messages, Prompt, derive_seed
 from cohort.rewards.base import RewardLoadError, error_tail, load_attribute, resolve_path
 from cohort.rewards.config import RewardFunctionConfig, TaskConfig
@@ -19,7 +20,7 @@ from cohort.rewards.rates import NO_RATES, PassRates
 from cohort.rewards.rendering import RenderError, TokenizerRenderer
 
 
-class TaskError(ValueError):
+class TaskError(CohortError, ValueError):
     """The task cannot give prompts; the message names the key, file or line to change."""
 
 

@@ -20,6 +20,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from cohort.actors.errors import CohortError
 from cohort.cluster.config import load_config
 
 EXCLUDES = [
@@ -42,7 +43,7 @@ SILENCE_S = 120.0
 INTERRUPTED = 130
 
 
-class SubmitError(Exception):
+class SubmitError(CohortError):
     """The job cannot be submitted or followed; the message says what to do."""
 
 

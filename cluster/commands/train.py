@@ -11,11 +11,11 @@ from typing import Any
 
 import psutil
 
-from cohort.actors.pool import RolloutError, RolloutPool
-from cohort.cluster.config import Config, ConfigError, compact, dump_config, expand
+from cohort.actors.pool import RolloutPool
+from cohort.cluster.config import Config, compact, dump_config, expand
 from cohort.cluster.continuing import Saved, compare, planned_saves, where_to_go_on, write_config
 from cohort.cluster.fingerprint import fingerprint
-from cohort.cluster.loop import TrainingError, train
+from cohort.cluster.loop import train
 from cohort.cluster.making import (
     draw_from,
     make_pool,
@@ -31,7 +31,6 @@ from cohort.cluster.observe.rollout_writer import RolloutWriter
 from cohort.cluster.observe.tracking import Tracker
 from cohort.cluster.placement import (
     Placement,
-    PlacementError,
     Resources,
     checkpoint_bytes,
     plan,
@@ -43,10 +42,9 @@ from cohort.cluster.recording import Run
 from cohort.cluster.run_dir import RunDir, claim_run_dir
 from cohort.cluster.signals import Signals, Stopped
 from cohort.cluster.stream import GroupStream
-from cohort.learner.checkpoint import CheckpointError, Checkpoints
-from cohort.learner.learner import Learner, LearnerError
-from cohort.rewards.pool import RewardPool, RewardPoolError
-from cohort.rewards.tasks import TaskError
+from cohort.learner.checkpoint import Checkpoints
+from cohort.learner.learner import Learner
+from cohort.rewards.pool import RewardPool
 
 # How often our signal handlers are set again while Ray sets its own.
 HANDLERS_S = 0.05
@@ -56,25 +54,11 @@ RAY_SERVERS = {"raylet", "gcs_server"}
 WATCH_S = 5.0
 
 
-EXPECTED_ERRORS = (
-    CheckpointError,
-    ConfigError,
-    LearnerError,
-    PlacementError,
-    RewardPoolError,
-    RolloutError,
-    RunError,
-    TaskError,
-    TrainingError,
-)
-"""Errors whose message is meant for people: shown without a traceback."""
-
-
 async def run_training(config: Config) -> int:
     """Check, start, train, stop. Returns the exit code: 0 done, 128 + a signal's number when that
     stopped it; what was trained is saved then.
 
-    Raises one of EXPECTED_ERRORS when the run cannot start or go on.
+    Raises CohortError when the run cannot start or go on.
     """
     with Signals() as signals:
         try:

@@ -190,7 +190,7 @@ async def run_warmup(config: Config, given: WarmUp, out: Path) -> int:
     """Check, start the learner, train, write `out`. Returns the exit code: 0, or 130/143 when
     stopped, and then nothing was written.
 
-    Raises one of cohort.cluster.commands.train.EXPECTED_ERRORS when it cannot start or go on.
+    Raises CohortError when it cannot start or go on.
     """
     require_free(out)
     config = warmup_config(config, given)

@@ -1,4 +1,4 @@
-"""The rollout writer writes rollouts/ from references, so that no completion passes through the driver."""
+"""Writes rollouts/ from references, so that no completion passes through the driver."""
 
 from __future__ import annotations
 

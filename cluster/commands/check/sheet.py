@@ -6,8 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from cohort.cluster.commands.train import EXPECTED_ERRORS
-from cohort.rewards.base import RewardLoadError
+from cohort.actors.errors import CohortError
 
 INDENT = "    "
 # Of an error's text; a traceback's last lines matter most.
@@ -53,7 +52,7 @@ class CheckReport:
         began = time.monotonic()
         try:
             yield stage
-        except (*EXPECTED_ERRORS, RewardLoadError) as error:
+        except CohortError as error:
             stage.problem(str(error))
         verdict = "PROBLEM" if stage.problems else "warning" if stage.warnings else "ok"
         stage.say(f"[{verdict}] {time.monotonic() - began:.1f} s")

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from cohort.actors.config import ActorsConfig
+from cohort.actors.errors import CohortError
 from cohort.cluster.config import ConfigError, ModelConfig, RunConfig, read_tree
 from cohort.cluster.observe.report.completions import (
     Advantages,
@@ -40,7 +41,7 @@ STEP_FOLDER = re.compile(r"step-(\d{1,15})")
 Section = TypeVar("Section", bound=BaseModel)
 
 
-class ReportError(Exception):
+class ReportError(CohortError):
     """No page can be made; the message says why, and what to change."""
 
 
