@@ -12,11 +12,12 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -91,6 +92,19 @@ class Signals:
         self._action = lambda _: loop.call_soon_threadsafe(action)
         if self.caught is not None:
             action()
+
+    async def cancel(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of `work`, which the first signal cancels until it chooses another action.
+
+        Raises Stopped when a signal ended it so.
+        """
+        task = asyncio.ensure_future(work)
+        self.then(task.cancel)
+        try:
+            return await task
+        except asyncio.CancelledError:
+            self.check()
+            raise
 
     def name(self) -> str:
         """The name of the signal that was caught."""

@@ -11,11 +11,9 @@ from typing import Any
 
 from cohort.actors.records import Failure, Group, Prompt, SamplingSpec, ScoreMeta, derive_seed
 from cohort.actors.rollout import Request
-from cohort.cluster.commands.train import connect_aside, shut_down
 from cohort.cluster.config import Config
-from cohort.cluster.making import make_pool, make_rewards
+from cohort.cluster.launch import launch
 from cohort.cluster.observe.console import Console
-from cohort.cluster.placement import plan
 from cohort.cluster.prepare import Prepared, RunError, passing_logs, prepare
 from cohort.cluster.ray_start import check_start
 from cohort.cluster.signals import Signals
@@ -70,20 +68,12 @@ async def evaluate(config: Config, model: Path | None, console: Console) -> Eval
     Raises Stopped when a signal ends it.
     """
     with Signals() as signals:
-        working = asyncio.ensure_future(_evaluate(config, model, console, signals))
-        signals.then(working.cancel)
-        try:
-            return await working
-        except asyncio.CancelledError:
-            signals.check()
-            raise
+        return await signals.cancel(_evaluate(config, model, console, signals))
 
 
 async def _evaluate(
     config: Config, model: Path | None, console: Console, signals: Signals
 ) -> Evaluation:
-    import ray
-
     if model is not None:
         changed = config.model.model_copy(update={"path": str(model)})
         config = config.model_copy(update={"model": changed})
@@ -97,17 +87,10 @@ async def _evaluate(
     count = len(rows)
     samples = config.task.group_size
     check_start(config)
-    console.stage("starting Ray")
-    placement = plan(config, await connect_aside(config, signals), prepared.parameters)
     with passing_logs("eval") as log_dir:
-        pool = make_pool(prepared, placement, log_dir, console)
-        rewards = make_rewards(prepared, placement, console)
-        try:
-            console.stage(f"starting {config.actors.count} engine(s)")
-            await asyncio.gather(
-                pool.start(config.cluster.start_timeout_s, serve_loaded=True),
-                rewards.check(config.cluster.start_timeout_s),
-            )
+        async with launch(
+            prepared, console, log_dir, ("engines", "rewards"), signals=signals
+        ) as actors:
             console.stage(f"{count} held-out prompts, greedy and {samples} samples each")
             requests = [
                 Request(
@@ -124,11 +107,8 @@ async def _evaluate(
                 for prompt in prompts
                 for kind in ("greedy", "sampled")
             ]
-            tasks = await pool.generate(requests)
-            judged = await asyncio.gather(*(_score(rewards, task) for task in tasks))
-        finally:
-            shut_down(pool, rewards, None)
-            ray.shutdown()
+            tasks = await actors.pool.generate(requests)
+            judged = await asyncio.gather(*(_score(actors.rewards, task) for task in tasks))
     greedy, sampled = judged[0::2], judged[1::2]
     return replace(
         _report(config, [s for s, _ in greedy], [s for s, _ in sampled], samples),

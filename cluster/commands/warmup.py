@@ -26,14 +26,13 @@ from cohort.actors.records import (
     ScoreMeta,
     derive_seed,
 )
-from cohort.cluster.commands.train import connect_aside
 from cohort.cluster.config import SECTIONS, Config, ConfigError, compact, parse_overrides
-from cohort.cluster.making import start_learner
+from cohort.cluster.launch import launch
 from cohort.cluster.observe.console import Console, duration
 from cohort.cluster.placement import plan, this_machine
 from cohort.cluster.prepare import Prepared, passing_logs, prepare
 from cohort.cluster.ray_start import check_start, ray_address
-from cohort.cluster.signals import Signals
+from cohort.cluster.signals import Signals, Stopped
 from cohort.learner.checkpoint import new_folder, require_free
 from cohort.learner.config import AlgorithmConfig
 from cohort.learner.learner import Learner, StepResult
@@ -206,17 +205,13 @@ async def run_warmup(config: Config, given: WarmUp, out: Path) -> int:
         Console(given.steps, "plain") as console,
     ):
         console.header(f"cohort warmup: {out}\n{compact(config)}")
-        working = asyncio.ensure_future(
-            _warm_up(prepared, given, first, batches, out, log_dir, console, signals)
-        )
-        signals.then(working.cancel)
         try:
-            return await working
-        except asyncio.CancelledError:
-            if signals.caught is None:
-                raise
-            console.note(f"{signals.name()}: stopped before training; nothing was written")
-            return 128 + signals.caught
+            return await signals.cancel(
+                _warm_up(prepared, given, first, batches, out, log_dir, console, signals)
+            )
+        except Stopped as stopped:
+            console.note(f"{stopped}: stopped before training; nothing was written")
+            return stopped.exit_code
 
 
 async def _warm_up(
@@ -229,16 +224,8 @@ async def _warm_up(
     console: Console,
     signals: Signals,
 ) -> int:
-    import ray
-
-    config = prepared.config
-    console.stage("starting Ray")
-    placement = plan(config, await connect_aside(config, signals), prepared.parameters)
-    learner: Learner | None = None
-    try:
-        console.stage(f"starting {config.learner.workers} learner rank(s)")
-        cores = int(this_machine().cpus)
-        learner = await start_learner(prepared, placement, log_dir, cores)
+    async with launch(prepared, console, log_dir, ("learner",), signals=signals) as actors:
+        learner = actors.learner
         stop = asyncio.Event()
 
         def leave() -> None:
@@ -271,10 +258,6 @@ async def _warm_up(
         console.note(f"peak memory: learner {peak / 2**30:.1f} GiB")
         console.note(f"model written to {out}; train from it with model.path={out}")
         return 0
-    finally:
-        if learner is not None:
-            learner.kill()
-        ray.shutdown()
 
 
 def step_line(step: int, steps: int, result: StepResult, seconds: float, eta_s: float) -> str:

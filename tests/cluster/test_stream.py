@@ -13,7 +13,7 @@ import pytest
 
 from cohort.actors.records import Failure, GroupMeta, Prompt, RewardError, ScoreMeta
 from cohort.cluster.config import Config
-from cohort.cluster.loop import TrainingError, check_failures
+from cohort.cluster.failures import TrainingError, check_failures
 from cohort.cluster.observe.metrics import (
     Counters,
     StepTimes,

@@ -45,6 +45,7 @@ from ray.exceptions import OutOfMemoryError
 
 import cohort.actors.rollout
 import cohort.cluster.commands.train
+import cohort.cluster.launch
 import cohort.cluster.making
 import cohort.cluster.prepare
 from cohort.cluster.commands.train import run_training
@@ -135,6 +136,7 @@ class World:
             install_vllm(patch)
             patch.setenv("WANDB_MODE", "disabled")
             patch.setattr(cohort.cluster.commands.train, "this_machine", lambda: MACHINE)
+            patch.setattr(cohort.cluster.launch, "this_machine", lambda: MACHINE)
             patch.setattr(cohort.cluster.prepare, "RewardWorker", LoadedHere)
             self._shm.mkdir(parents=True, exist_ok=True)
             patch.setattr(cohort.cluster.making, "SHM", self._shm)
@@ -221,6 +223,7 @@ def in_cluster(main: Callable[[LocalRay], Coroutine[Any, Any, T]]) -> T:
 
         async def program() -> T:
             with ray.install(patch):
+                ray.init()
                 try:
                     return await main(ray)
                 finally:

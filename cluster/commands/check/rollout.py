@@ -20,10 +20,9 @@ from cohort.cluster.commands.check.judges import CheckedGroup, Judges, mean, rep
 from cohort.cluster.commands.check.prompts import bounded
 from cohort.cluster.commands.check.sheet import Stage
 from cohort.cluster.config import Config
-from cohort.cluster.making import make_pool
+from cohort.cluster.launch import launch
 from cohort.cluster.observe.console import Console
 from cohort.cluster.observe.metrics import quantile
-from cohort.cluster.placement import Placement
 from cohort.cluster.prepare import Prepared, RunError, passing_logs
 from cohort.cluster.stream import group_request
 from cohort.learner.plan import informative
@@ -47,21 +46,17 @@ class Generated:
         return [tokens for meta in self.metas for tokens in meta.completion_tokens]
 
 
-async def generate(
-    prepared: Prepared, placement: Placement, prompts: Sequence[Prompt], step: int
-) -> Generated:
+async def generate(prepared: Prepared, prompts: Sequence[Prompt], step: int) -> Generated:
     """Start the engines, generate a group for each prompt as step `step` would, end the engines.
 
-    Ray must be connected. Raises RolloutError or RunError.
+    Raises RolloutError or RunError.
     """
     config = prepared.config
     with passing_logs("check") as log_dir, Console(1, "plain") as console:
-        pool = make_pool(prepared, placement, log_dir, console)
-        try:
-            starts = await pool.start(config.cluster.start_timeout_s, serve_loaded=True)
+        async with launch(prepared, console, log_dir, ("engines",)) as actors:
             began = time.monotonic()
             requests = [group_request(config, step, prompt) for prompt in prompts]
-            made = await asyncio.gather(*await pool.generate(requests))
+            made = await asyncio.gather(*await actors.pool.generate(requests))
             seconds = time.monotonic() - began
             metas, groups = [], []
             for meta, reference in made:
@@ -69,9 +64,7 @@ async def generate(
                     raise RunError(f"{meta.what}: {meta.message}")
                 metas.append(meta)
                 groups.append(await reference)
-        finally:
-            pool.kill()
-    return Generated(metas, groups, seconds, max(starts))
+    return Generated(metas, groups, seconds, actors.engine_start_s)
 
 
 def check_completions(config: Config, generated: Generated, judges: Judges, stage: Stage) -> None:
