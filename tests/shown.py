@@ -40,9 +40,9 @@ PLACES: dict[str, Where] = {
     "cohort warmup": "stack",
     "cohort export": "stack",
     ".venv/bin/python -m vllm.entrypoints.launchers.api_server.entry": "stack",
-    ".venv/bin/python deploy/ask_for_a_trip.py": "stack",
+    ".venv/bin/python examples/travel/ask_for_a_trip.py": "stack",
     "python -m vllm.entrypoints.launchers.api_server.entry": "stack",
-    "python deploy/ask_for_a_trip.py": "stack",
+    "python examples/travel/ask_for_a_trip.py": "stack",
     "cohort submit": "cluster",
     # What is left needs machines, or would reach beyond the tests: `ray start` and `ray stop` act
     # on every cluster of the machine. tests/deploy checks the files that these name.
