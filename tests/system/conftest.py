@@ -24,6 +24,9 @@ CONFIG = str(Path(__file__).resolve().parents[2] / "deploy" / "configs" / "addit
 # Rewards that a random model can earn: how many of its tokens are digits.
 REWARDS = '''
 import os, time
+import rewards  # the user's own
+
+assert rewards.THEIRS
 
 def digits(prompts, completions, completion_ids, answer, **columns):
     """Share of digits among the characters of each completion."""
@@ -50,6 +53,11 @@ class Cohort:
         self.mark = uuid.uuid4().hex
         self.started: list[subprocess.Popen[str]] = []
         (folder / "judge.py").write_text(REWARDS)
+        # A user's own modules, with the names of our folders: nothing of ours may import them.
+        (folder / "rewards.py").write_text("THEIRS = True\n")
+        (folder / "cluster").mkdir()
+        for name in ("actors.py", "learner.py", "cluster/__init__.py"):
+            (folder / name).write_text("raise RuntimeError('imported in place of ours')\n")
 
     def arguments(self, command: str, **overrides: object) -> list[str]:
         """The quickstart's config made small; keyword a__b is config key a.b."""
