@@ -138,7 +138,7 @@ class RolloutActor:
         self._spec = spec
         self._log = Path(log_dir) / f"{name}.log"
         # Nobody can have put something under a name that nobody knew.
-        self._shm = SHM / f"cohort-{name}-{secrets.token_hex(8)}"
+        self._shm = SHM / f"cohort-{name}-{os.getpid()}-{secrets.token_hex(8)}"
         self._engine = engine
         self._tokenizer = tokenizer
         self._stops: list[int] = []

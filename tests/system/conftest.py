@@ -139,21 +139,23 @@ def ours(mark: str) -> list[tuple[psutil.Process, str]]:
     return found
 
 
+OWNED = re.compile(r"__KMP_REGISTERED_LIB_(\d+)_|cohort-rollout-\d+-(\d+)-")
+
+
 def shared_files() -> set[str]:
-    """Shared memory of runs, but not what a living process uses that is none of theirs."""
-    names = set(os.listdir("/dev/shm"))
+    """Shared memory of runs, but not what a living process uses or has under its number."""
     used = set()
     for pid in psutil.pids():
         with contextlib.suppress(PermissionError):
             used |= {path.name for path in mapped_shared_memory([pid])}
-    used |= {
-        name
-        for name in names
-        if (of := re.match(r"__KMP_REGISTERED_LIB_(\d+)", name)) and psutil.pid_exists(int(of[1]))
-    }
-    return {
-        name for name in names - used if name.startswith(("cohort-", "psm_", "sem.mp-", "__KMP_"))
-    }
+    found = set()
+    for name in set(os.listdir("/dev/shm")) - used:
+        owner = OWNED.match(name)
+        if owner and psutil.pid_exists(int(owner[1] or owner[2])):
+            continue
+        if name.startswith(("cohort-", "psm_", "sem.mp-", "__KMP_")):
+            found.add(name)
+    return found
 
 
 @pytest.fixture

@@ -52,7 +52,7 @@ def cluster() -> Iterator[None]:
     # For the reference's tiny tensors; more threads only wait for each other.
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
     torch.set_num_threads(before)
