@@ -22,7 +22,8 @@ leave_at_once_on_signals()
 import typer  # noqa: E402
 
 from cohort.actors.errors import CohortError  # noqa: E402
-from cohort.cluster.config import SECTIONS, Config, ConfigError, all_keys, load_config  # noqa: E402
+from cohort.cluster.config import SECTIONS, Config, ConfigError, all_keys  # noqa: E402
+from cohort.cluster.config_file import load_config  # noqa: E402
 from cohort.cluster.values import written  # noqa: E402
 
 EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}

@@ -27,7 +27,8 @@ from cohort.actors.records import (
     derive_seed,
 )
 from cohort.cluster.commands.train import connect_aside
-from cohort.cluster.config import SECTIONS, Config, ConfigError, compact, parse_overrides
+from cohort.cluster.config import SECTIONS, Config, ConfigError, compact
+from cohort.cluster.config_file import parse_overrides
 from cohort.cluster.making import start_learner
 from cohort.cluster.observe.console import Console, duration
 from cohort.cluster.placement import plan, this_machine

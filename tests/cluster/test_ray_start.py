@@ -15,7 +15,8 @@ import ray
 import cohort.cluster.ray_start
 from cohort.cluster.commands.check.run import check
 from cohort.cluster.commands.evaluate import evaluate
-from cohort.cluster.config import Config, load_config
+from cohort.cluster.config import Config
+from cohort.cluster.config_file import load_config
 from cohort.cluster.errors import RunError
 from cohort.cluster.observe.console import Console
 from cohort.cluster.placement import GIB, Resources

@@ -19,7 +19,8 @@ from cohort.cluster.changes import (
     split_allowed,
     table,
 )
-from cohort.cluster.config import ConfigError, all_keys, load_config
+from cohort.cluster.config import ConfigError, all_keys
+from cohort.cluster.config_file import load_config
 from cohort.cluster.continuing import Saved, compare
 from cohort.cluster.errors import RunError
 from cohort.cluster.fingerprint import (
