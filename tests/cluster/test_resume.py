@@ -26,6 +26,7 @@ from cohort.cluster.errors import RunError
 from cohort.cluster.fingerprint import (
     BLOCK_BYTES,
     WHOLE_BYTES,
+    code_digests,
     file_digest,
     fingerprint,
     row_digests,
@@ -340,6 +341,18 @@ def test_changed_reward_code_is_said(tmp_path: Path) -> None:
     assert [item.key for item in found] == ["rewards.functions"] and str(file) in found[0].what
     assert split_allowed(found, []) == ([], found)
     assert "mine.py" in table(found)
+
+
+def test_a_users_module_is_known_whatever_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`rewards:score` is the user's own; what is in cohort changes with the version."""
+    (tmp_path / "rewards.py").write_text(REWARD.format(name="score"))
+    monkeypatch.syspath_prepend(tmp_path)
+    paths = ["rewards:score", "cohort.rewards.answer:exact_number"]
+    config = load_config(None, ["model.path=x", f"rewards.functions={paths}"])
+    specs = reward_specs(load_task(config.task, 0), config.rewards)
+    assert list(code_digests(config, specs)) == ["rewards.functions: rewards:score"]
 
 
 def test_a_learner_of_another_shape_is_refused_before_anything_starts(
