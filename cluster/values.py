@@ -129,8 +129,8 @@ def read_yaml(text: str) -> object:
         raise ValueProblem(f"{place}{problem}{advice}") from error
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        told = f"line {line}: the character {error.character!r} is not allowed"
-        raise ValueProblem(told) from error
+        message = f"line {line}: the character {error.character!r} is not allowed"
+        raise ValueProblem(message) from error
     except yaml.YAMLError as error:
         raise ValueProblem(str(error)) from error
     except RecursionError as error:
