@@ -11,54 +11,35 @@ from dataclasses import dataclass
 
 from pydantic import JsonValue
 
-from cohort.cluster.config import SECTIONS, RunConfig
+from cohort.cluster.config import SECTIONS, ClusterConfig, RunConfig, TrackingConfig
 from cohort.cluster.fingerprint import ConfigTree, Fingerprint
 from cohort.learner.config import AlgorithmConfig, LearnerConfig
 from cohort.learner.optimizer import lr_at
 
 # Keys that change neither what is trained nor how. The checkpoint's own shape (learner.workers,
 # learner.zero_stage, model.dtype) is compared where it is loaded.
-HARMLESS_SECTIONS = ("cluster", "tracking")
+HARMLESS = {
+    "cluster": set(ClusterConfig.model_fields),
+    "tracking": set(TrackingConfig.model_fields),
+    "run": {"checkpoint_every", "keep_checkpoints"},
+    "task": {"solved_at", "eval_prompts"},
+    "model": {"dtype"},
+    "actors": {
+        "count", "max_staleness", "max_concurrent", "kv_cache_gib", "gpu_memory", "tensor_parallel",
+        "compile", "quantization", "start_timeout_s", "group_timeout_s", "sync_timeout_s",
+        "probe_tolerance",
+    },
+    "rewards": {"workers", "timeout_s", "memory_gb", "max_error_rate"},
+    "learner": {
+        "workers", "zero_stage", "micro_batch_tokens", "logit_chunk_tokens", "attention",
+        "gradient_checkpointing", "offload", "deepspeed", "float8", "max_skipped_steps",
+        "step_timeout_s",
+    },
+    # The keys that a preset sets are compared.
+    "algorithm": {"preset"},
+}  # fmt: skip
 # How a run is resumed is not part of what it is.
 NOT_COMPARED = ("run.dir", "run.resume", "run.allow_changed")
-HARMLESS = frozenset(
-    [
-        "run.checkpoint_every",
-        "run.keep_checkpoints",
-        "task.solved_at",
-        "task.eval_prompts",
-        "actors.count",
-        "actors.max_staleness",
-        "actors.max_concurrent",
-        "actors.kv_cache_gib",
-        "actors.gpu_memory",
-        "actors.tensor_parallel",
-        "actors.compile",
-        "actors.quantization",
-        "actors.start_timeout_s",
-        "actors.group_timeout_s",
-        "actors.sync_timeout_s",
-        "actors.probe_tolerance",
-        "rewards.workers",
-        "rewards.timeout_s",
-        "rewards.memory_gb",
-        "rewards.max_error_rate",
-        "learner.workers",
-        "learner.zero_stage",
-        "model.dtype",
-        "learner.micro_batch_tokens",
-        "learner.logit_chunk_tokens",
-        "learner.gradient_checkpointing",
-        "learner.offload",
-        "learner.deepspeed",
-        "learner.float8",
-        "learner.attention",
-        "learner.max_skipped_steps",
-        "learner.step_timeout_s",
-        # The keys that it sets are compared.
-        "algorithm.preset",
-    ]
-)
 # What others would break, by key or section.
 BREAKS = {
     "run.seed": "other rows may be held out, and come in another order",
@@ -195,7 +176,7 @@ def _config(
             if before == after or key in NOT_COMPARED:
                 continue
             breaks = BREAKS.get(key) or BREAKS.get(section, "not known to be harmless")
-            if key in HARMLESS or section in HARMLESS_SECTIONS:
+            if name in HARMLESS[section]:
                 breaks = ""
             if key in RATE_KEYS:
                 changed = {**saved, section: {**saved[section], name: after}}

@@ -17,18 +17,10 @@ from cohort.cluster.values import ValueProblem, kind_at, read_value, read_yaml, 
 # What pydantic takes for a bool.
 SWITCH = frozenset(["true", "false", "yes", "no", "on", "off", "y", "n", "t", "f", "1", "0"])
 # Keys that do not exist, because they would make engine and learner disagree about probabilities.
-BIASED_SAMPLING = frozenset(
-    [
-        "top_p",
-        "top_k",
-        "min_p",
-        "repetition_penalty",
-        "presence_penalty",
-        "frequency_penalty",
-        "logit_bias",
-        "typical_p",
-    ]
-)
+BIASED_SAMPLING = {
+    "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+    "logit_bias", "typical_p",
+}  # fmt: skip
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:

@@ -69,16 +69,8 @@ def prepare(config: Config) -> Prepared:
     worker.close()
     renderer = make_renderer(config, tokenizer, context)
     lengths = check_lengths(config, render_rows(task, renderer), renderer, specs)
-    return Prepared(
-        config=config,
-        model_path=path,
-        parameters=parameters,
-        task=task,
-        rewards=specs,
-        renderer=renderer,
-        max_length=lengths.max_length,
-        overlong=lengths.overlong,
-    )
+    sizes = lengths.max_length, lengths.overlong
+    return Prepared(config, path, parameters, task, specs, renderer, *sizes)
 
 
 def longest_prompt(config: Config, context: int) -> int:

@@ -20,7 +20,6 @@ import time
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
 
 import yaml
 
@@ -96,21 +95,19 @@ class RunDir:
         """
         try:
             (self.path / "logs").mkdir(parents=True, exist_ok=True)
-            self._file = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise RunError(f"run.dir={self.path} cannot be written: {error.strerror}") from error
-        try:
-            self._lock(self._file)
+            file = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                self._lock(file)
+            except BaseException:
+                os.close(file)
+                raise
+            self._file = file
             # A full disk shows here and not after the engines have started.
-            _write(self._file, json.dumps(asdict(this_process())))
+            _write(file, json.dumps(asdict(this_process())))
         except OSError as error:
             self.release()
             raise RunError(f"run.dir={self.path} cannot be written: {error.strerror}") from error
-        except RunError:
-            os.close(self._file)
-            self._file = None
-            raise
-        self._beating = threading.Thread(target=self._beat, args=(self._file,), daemon=True)
+        self._beating = threading.Thread(target=self._beat, args=(file,), daemon=True)
         self._beating.start()
 
     def _lock(self, file: int) -> None:
@@ -164,12 +161,7 @@ class RunDir:
     def __enter__(self) -> RunDir:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
 
