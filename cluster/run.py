@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
-from typing import Any
 
 from cohort.cluster.config import Config
+from cohort.cluster.fingerprint import Fingerprint
 from cohort.cluster.launch import Services
 from cohort.cluster.observe.console import Console
 from cohort.cluster.observe.metrics import Counters, StepTimes
@@ -40,7 +40,7 @@ class Saves:
     """
 
     checkpoints: Checkpoints
-    fingerprint: dict[str, Any]
+    fingerprint: Fingerprint
     step: int
     failed_at: float | None = None
 

@@ -14,8 +14,8 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import Any
 
+from cohort.cluster.continuing import SavedState
 from cohort.cluster.run import Run
 from cohort.learner.checkpoint import CheckpointError
 from cohort.learner.learner import LearnerError
@@ -113,7 +113,7 @@ async def save(run: Run) -> None:
         + (" (the last update was not finite, and changed nothing)" if skipped else "")
     )
     history = run.stream.history
-    state: dict[str, Any] = {
+    state: SavedState = {
         "step": run.progress.step,
         "cursor": run.progress.cursor,
         "counters": run.progress.counters.as_dict(),

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from cohort.actors.errors import CohortError
     from cohort.actors.records import Group, Prompt
-    from cohort.cluster.config import Config, load_config
+    from cohort.cluster.config import Config
+    from cohort.cluster.config_file import load_config
     from cohort.cluster.session import evaluate, launch, train
     from cohort.rewards.tasks import Task
 
@@ -46,7 +47,7 @@ _HOMES = {
     "Task": "rewards.tasks",
     "evaluate": "cluster.session",
     "launch": "cluster.session",
-    "load_config": "cluster.config",
+    "load_config": "cluster.config_file",
     "train": "cluster.session",
 }
 

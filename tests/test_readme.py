@@ -15,7 +15,8 @@ import yaml
 from typer.testing import CliRunner
 
 from cohort.cluster.cli import app
-from cohort.cluster.config import all_keys, load_config
+from cohort.cluster.config import all_keys
+from cohort.cluster.config_file import load_config
 from cohort.rewards.adapters import load_reward
 from cohort.rewards.tasks import load_task
 from cohort.rewards.worker import reward_specs

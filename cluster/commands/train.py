@@ -179,7 +179,7 @@ def assemble(
             actors.rewards,
             saves.step,
             cursor,
-            rate_history(prepared, state),
+            rate_history(prepared, state["pass_rates"] if state else None),
         ),
         recorder=Recorder(tracker, writer, console),
         saves=saves,

@@ -22,7 +22,8 @@ from cohort.cluster.commands.warmup import (
     run_warmup,
     warmup_config,
 )
-from cohort.cluster.config import ConfigError, load_config
+from cohort.cluster.config import ConfigError
+from cohort.cluster.config_file import load_config
 from cohort.cluster.prepare import Prepared, RunError
 from cohort.learner.checkpoint import CheckpointError, new_folder
 from cohort.rewards.tasks import AdditionTask, Demonstrates, PromptRenderer, Row, TaskError

@@ -49,7 +49,8 @@ import cohort.cluster.launch
 import cohort.cluster.making
 import cohort.cluster.prepare
 from cohort.cluster.commands.train import run_training
-from cohort.cluster.config import Config, load_config
+from cohort.cluster.config import Config
+from cohort.cluster.config_file import load_config
 from cohort.cluster.placement import GIB, Resources
 from cohort.learner.checkpoint import latest, load_state
 from tests.harness import clock, policy

@@ -9,7 +9,8 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from cohort.cluster.config import ConfigError, dump_config, load_config
+from cohort.cluster.config import ConfigError, dump_config
+from cohort.cluster.config_file import load_config
 from cohort.learner.config import (
     CROSS_ENTROPY_NEEDS,
     PRESETS,
