@@ -21,7 +21,8 @@ from pydantic import (
 from cohort.actors.config import ActorsConfig
 from cohort.actors.errors import CohortError
 from cohort.cluster.values import ValueProblem, kind_at, read_value, read_yaml, typed, write_yaml
-from cohort.learner.config import SECTION_PRESETS, AlgorithmConfig, Dtype, LearnerConfig
+from cohort.learner.config import AlgorithmConfig, Dtype, LearnerConfig
+from cohort.learner.presets import SECTION_PRESETS
 from cohort.rewards.config import RewardsConfig, TaskConfig
 
 

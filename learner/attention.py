@@ -13,30 +13,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+
+from cohort.learner.shapes import RowShape
 
 TREE = "cohort_tree"
 # Queries of a plain sequence that are computed together: later ones see all keys before them, and
 # of their scores only those within the block can be hidden.
 CAUSAL_BLOCK = 512
-
-
 # Rows up to this length are computed together, padded, under a mask: their parts are too small.
 MASKED_ROW_LENGTH = 256
-
-
-@dataclass(frozen=True)
-class RowShape:
-    """Tokens of a row: of its prompt, then of each completion."""
-
-    prompt: int
-    completions: tuple[int, ...] = ()
-
-    @property
-    def length(self) -> int:
-        return self.prompt + sum(self.completions)
 
 
 @dataclass(frozen=True)
@@ -63,7 +50,7 @@ class Tree:
 
         Padding attends to itself alone.
         """
-        # Nobody may attend to nothing: a softmax over nothing would be nan.
+        # A fully masked row would make the softmax nan: every token attends to itself.
         mask = torch.eye(length, dtype=torch.bool, device=device)
         mask_B1LL = mask.repeat(len(self.rows), 1, 1, 1)
         for b, row in enumerate(self.rows):
@@ -211,7 +198,7 @@ def tree_attention_forward(
     *,
     tree: TreeAttention,
     scaling: float | None = None,
-    **_: Any,
+    **_: object,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface, for a batch of one row that holds all others.
 

@@ -22,11 +22,15 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cohort.actors.errors import CohortError
 from cohort.learner.aside import Aside
 
+if TYPE_CHECKING:
+    from cohort.learner.spec import LearnerSpec
+
+LEARNER_FILE = "learner.json"
 STATE = "state.json"
 MANIFEST = "manifest.json"
 COMPLETE = "COMPLETE"
@@ -203,6 +207,38 @@ def is_complete(checkpoint: str | Path) -> bool:
 def load_state(checkpoint: str | Path) -> dict[str, Any]:
     """The driver's state as it was given to `commit`."""
     return json.loads((Path(checkpoint) / STATE).read_text(encoding="utf-8"))
+
+
+def must_match(spec: LearnerSpec) -> dict[str, object]:
+    """What the learner that loads a checkpoint has in common with the one that wrote it."""
+    return _shape(spec.world_size, spec.learner.zero_stage, spec.dtype)
+
+
+def _shape(workers: int, zero_stage: int, dtype: str) -> dict[str, object]:
+    return {
+        "learner.workers": workers,
+        "learner.zero_stage": zero_stage,
+        "model.dtype": dtype,
+    }
+
+
+def check_loadable(checkpoint: Path, spec: LearnerSpec) -> None:
+    """Raise CheckpointError unless a learner of this spec can load the checkpoint."""
+    check_shape(checkpoint, spec.world_size, spec.learner.zero_stage, spec.dtype)
+
+
+def check_shape(checkpoint: Path, workers: int, zero_stage: int, dtype: str) -> None:
+    """Raise CheckpointError unless a learner of this shape can load the checkpoint."""
+    file = checkpoint / LEARNER_FILE
+    if not file.is_file():
+        raise CheckpointError(f"{checkpoint} holds no learner state ({LEARNER_FILE} is missing)")
+    found = json.loads(file.read_text(encoding="utf-8"))
+    for key, wanted in _shape(workers, zero_stage, dtype).items():
+        if found[key] != wanted:
+            raise CheckpointError(
+                f"{checkpoint} was written with {key}={found[key]}, this run has {key}={wanted}: "
+                f"resume with {key}={found[key]}, or start a new run from {checkpoint / HF_FOLDER}"
+            )
 
 
 def export(run_dir: str | Path, out: str | Path) -> Path:

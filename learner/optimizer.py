@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, overload
 
 import torch
 
@@ -119,11 +119,16 @@ class ClippingAdamW(torch.optim.AdamW):
     overflow: bool = False
     _global_grad_norm: float = 0.0
 
+    @overload
+    def step(self, closure: None = ...) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
         parameters = [p for group in self.param_groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_norm)
         self._global_grad_norm = float(norm)
         self.overflow = not math.isfinite(self._global_grad_norm)
-        if not self.overflow:
-            super().step(closure)
+        return None if self.overflow else super().step(closure)

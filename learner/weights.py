@@ -11,20 +11,23 @@ import mmap
 import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import xxhash
 
 from cohort.actors.weight_file import TensorSpec, encode_header
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 # Under ZeRO-3, parameters of about this many elements are whole on every rank at one time.
 BUCKET_ELEMENTS = 64 * 1024 * 1024
 
 
-def check_names(model: Any) -> None:
+def check_names(model: PreTrainedModel) -> None:
     """Raise ValueError when the model's tensors are not those of its checkpoints.
 
     transformers fuses the experts of mixture models while loading; engines read the unfused form.
@@ -53,11 +56,9 @@ def named_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return named
 
 
-def _shape(tensor: Any, zero_stage: int) -> tuple[int, ...]:
+def _shape(tensor: torch.Tensor, zero_stage: int) -> tuple[int, ...]:
     # A parameter that ZeRO-3 has partitioned is empty; its true shape is kept aside.
-    if zero_stage == 3 and isinstance(tensor, torch.nn.Parameter):
-        return tuple(tensor.ds_shape)
-    return tuple(tensor.shape)
+    return tuple(getattr(tensor, "ds_shape", tensor.shape) if zero_stage == 3 else tensor.shape)
 
 
 def weight_specs(model: torch.nn.Module, zero_stage: int) -> list[TensorSpec]:
@@ -82,7 +83,9 @@ def gather_named_weights(
                 yield name, tensor.detach()
 
 
-def whole(tensors: Sequence[torch.Tensor], modifier_rank: int | None = None) -> Any:
+def whole(
+    tensors: Sequence[torch.Tensor], modifier_rank: int | None = None
+) -> AbstractContextManager[object]:
     """A context in which these ZeRO-3 parameters are whole on every rank.
 
     modifier_rank: whose changes to them are kept.

@@ -20,7 +20,7 @@ from cohort.cluster.config import (
     load_config,
     parse_overrides,
 )
-from cohort.learner.config import PRESETS, Preset
+from cohort.learner.presets import PRESETS, Preset
 
 MODEL = "model.path=some/model"
 

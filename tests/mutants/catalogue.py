@@ -179,43 +179,43 @@ MUTANTS = (
     ),
     # The learner.
     Mutant(
-        "learner/plan.py",
+        "learner/credit.py",
         "    by_task = group_advantages(task_rewards(meta, scores), algorithm, 1.0)",
-        "    by_task = group_advantages("
-        "shaped_rewards(meta, scores, algorithm, max_tokens), algorithm, 1.0)",
+        "    longest = max(meta.completion_tokens)\n    by_task = group_advantages("
+        "shaped_rewards(meta, scores, algorithm, longest), algorithm, 1.0)",
         "a length penalty alone is no signal",
         (f"{BATCH}::test_a_length_penalty_is_no_signal",),
     ),
     Mutant(
         "learner/plan.py",
         "            sum(sizes[start::count]),\n",
-        "            sum(kept_sizes[start::count]),\n",
+        "            sum(sizes[: len(credit.groups)][start::count]),\n",
         "a constant normaliser is over all completions, trained or not",
         (f"{BATCH}::test_a_constant_is_over_all_completions",),
     ),
     Mutant(
-        "learner/plan.py",
+        "learner/credit.py",
         "        None if tokens == 0 else reward\n",
         "        reward\n",
         "a completion without tokens is not trained",
         (f"{BATCH}::test_plan_invariants",),
     ),
     Mutant(
-        "learner/grpo.py",
+        "learner/credit.py",
         '    alone = algorithm.scale == "group" and all_equal(rewards)\n',
         "    alone = False\n",
         "a KL off equal rewards is not brought to full size",
         (f"{GRPO}::test_a_kl_off_the_reward",),
     ),
     Mutant(
-        "learner/grpo.py",
+        "learner/objectives.py",
         "ratio_T.clamp(1.0 - clip_low, 1.0 + clip_high) * advantages_T",
         "ratio_T.clamp(1.0 - clip_low, 1.0 + clip_low) * advantages_T",
         "the upper clip bound is its own",
         (f"{GRPO}::test_clipped_objective",),
     ),
     Mutant(
-        "learner/grpo.py",
+        "learner/corrections.py",
         "weight_T = w_T.clamp(max=algorithm.correction_cap)",
         "weight_T = torch.ones_like(w_T)",
         "the engine's mismatch is corrected",
@@ -281,14 +281,14 @@ MUTANTS = (
         (f"{RESCUE}::test_pass_rates_of_a_step_that_was_not_trained_are_not_saved",),
     ),
     Mutant(
-        "learner/saved.py",
+        "learner/saving.py",
         "    if not bool(finite):\n",
         "    if False:\n",
         "weights that are not finite are never saved",
         (f"{SAVED}::test_weights_that_are_not_finite_are_found",),
     ),
     Mutant(
-        "learner/saved.py",
+        "learner/saving.py",
         "_plain_settings(settings, own)",
         "settings",
         "generation settings that transformers refuses to write are copied",
