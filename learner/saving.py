@@ -24,7 +24,7 @@ from cohort.learner.checkpoint import (
     must_match,
 )
 from cohort.learner.safe_load import only_data
-from cohort.learner.state import CheckpointWriter, Engine, RankState
+from cohort.learner.state import CheckpointWriter, Engine, RankState, everywhere
 from cohort.learner.weights import gather_named_weights
 
 if TYPE_CHECKING:
@@ -217,15 +217,10 @@ def try_to_write(
 
 def require_finite(model: torch.nn.Module, device: torch.device) -> None:
     """Raise NotFiniteError, on every rank, unless all weights of all ranks are finite."""
-    finite = torch.ones(1, device=device)
-    for parameter in model.parameters():
-        # ZeRO-3 leaves each rank its own part there.
-        held = getattr(parameter, "ds_tensor", parameter)
-        if not bool(held.detach().isfinite().all()):
-            finite.zero_()
-            break
-    dist.all_reduce(finite, dist.ReduceOp.MIN)
-    if not bool(finite):
+    # ZeRO-3 leaves each rank its own part in `ds_tensor`.
+    held = (getattr(parameter, "ds_tensor", parameter) for parameter in model.parameters())
+    finite = all(bool(tensor.detach().isfinite().all()) for tensor in held)
+    if not everywhere(finite, device):
         raise NotFiniteError("the weights hold a NaN or an infinity, and are not saved")
 
 
@@ -248,11 +243,10 @@ class Writing:
 
     def agree(self, device: torch.device) -> None:
         """Raise CheckpointError on every rank if any could not write."""
-        fine = torch.full((1,), float(self.error is None), device=device)
-        dist.all_reduce(fine, dist.ReduceOp.MIN)
+        fine = everywhere(self.error is None, device)
         if self.error is not None:
             raise CheckpointError(f"{type(self.error).__name__}: {self.error}") from self.error
-        if not bool(fine):
+        if not fine:
             raise CheckpointError("another rank could not write its part")
 
 

@@ -96,10 +96,14 @@ class RankState:
         """The Hugging Face model inside the policy."""
         return self.policy.model
 
-    def everywhere(self, holds: bool) -> bool:
-        """Whether something holds on every rank; all of them ask together."""
-        if self.spec.world_size == 1:
-            return holds
-        answer = torch.tensor(float(holds), device=self.device)
-        dist.all_reduce(answer, dist.ReduceOp.MIN)
-        return bool(answer)
+
+def everywhere(holds: bool, device: torch.device) -> bool:
+    """Whether something holds on every rank; all of them ask together.
+
+    Args:
+        holds: Whether it holds on this rank.
+        device: Of this rank's model, over which the ranks communicate.
+    """
+    answer = torch.tensor(float(holds), device=device)
+    dist.all_reduce(answer, dist.ReduceOp.MIN)
+    return bool(answer)

@@ -16,7 +16,7 @@ from cohort.learner.optimizer import lr_at
 from cohort.learner.packing import MicroBatch
 from cohort.learner.plan import GroupRef
 from cohort.learner.spec import UpdateResult
-from cohort.learner.state import RankState
+from cohort.learner.state import RankState, everywhere
 
 
 @dataclass
@@ -107,7 +107,7 @@ def _update(
         applied = engine.was_step_applied()
         # DeepSpeed halved the scale: the same update again, so that no batch is lost to it.
         finite = math.isfinite(stats.loss)
-        if applied or _loss_scale(state) == loss_scale or not state.everywhere(finite):
+        if applied or _loss_scale(state) == loss_scale or not everywhere(finite, state.device):
             break
     state.updates_done += applied
     norm = float(engine.get_global_grad_norm())

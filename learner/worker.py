@@ -20,7 +20,7 @@ from cohort.learner.packing import MicroBatch
 from cohort.learner.plan import GroupRef
 from cohort.learner.shapes import RowShape
 from cohort.learner.spec import LearnerSpec, ModelFacts, RankResult
-from cohort.learner.state import RankState
+from cohort.learner.state import RankState, everywhere
 from cohort.learner.weights import WeightFiles
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class LearnerWorker:
         started = time.monotonic()
         state = self.state
         by_id, lost = step.fetch(groups, self.spec.learner.step_timeout_s)
-        complete = state.everywhere(not lost)
+        complete = everywhere(not lost, state.device)
         results = step.train_step(state, updates, by_id) if complete else ()
         elapsed = time.monotonic() - started
         return RankResult(self.spec.rank, results, state.steps_done, elapsed, lost)
@@ -119,7 +119,7 @@ class LearnerWorker:
             every rank returns the indices of those that it lacks.
         """
         by_id, lost = step.fetch(groups, self.spec.learner.step_timeout_s)
-        if not self.state.everywhere(not lost):
+        if not everywhere(not lost, self.state.device):
             return lost
         return step.reference_kl(self.state, batches, by_id)
 

@@ -282,7 +282,7 @@ MUTANTS = (
     ),
     Mutant(
         "learner/saving.py",
-        "    if not bool(finite):\n",
+        "    if not everywhere(finite, device):\n",
         "    if False:\n",
         "weights that are not finite are never saved",
         (f"{SAVED}::test_weights_that_are_not_finite_are_found",),
