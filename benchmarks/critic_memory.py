@@ -152,7 +152,7 @@ def measure(stage: int, ranks: int, critic: bool) -> list[dict[str, float]]:
         actor = ray.remote(num_cpus=0.5, runtime_env={"env_vars": environment})(MeasuredWorker)
         workers = [actor.remote(replace(spec, rank=rank)) for rank in range(ranks)]
         address = ray.get(workers[0].rendezvous.remote())
-        facts: list[ModelFacts] = ray.get([w.setup.remote(*address) for w in workers])
+        facts: list[ModelFacts] = ray.get([w.setup.remote(*address, 600) for w in workers])
         if critic:
             ray.get([w.add_critic.remote() for w in workers])
         plan = plan_step(

@@ -28,7 +28,7 @@ MASKED_ROW_LENGTH = 256
 
 @dataclass(frozen=True)
 class Tree:
-    """Who attends to whom among the N tokens of a micro-batch, whose rows lie one after another."""
+    """Which of the N tokens of a micro-batch attend to which; rows lie one after another."""
 
     rows: tuple[RowShape, ...]
 
@@ -46,7 +46,7 @@ class Tree:
         )
 
     def mask(self, length: int, device: torch.device) -> torch.Tensor:
-        """[B, 1, L, L] bool, True = query attends to key, of rows padded to L = `length`.
+        """[B, 1, L, L] bool, True = query attends to key, of B rows padded to L = `length`.
 
         Padding attends to itself alone.
         """
@@ -69,10 +69,16 @@ def _causal(n: int, device: torch.device) -> torch.Tensor:
 
 
 class TreeAttention:
-    """softmax(scale * q k^T) v over a Tree. What all layers have in common is made here, once."""
+    """softmax(scale * q k^T) v over a Tree (Vaswani et al. 2017, arXiv 1706.03762, eq. 1).
+
+    What all layers have in common is made once, when it is created.
+
+    Args:
+        tree: Which tokens attend to which.
+        like: A tensor with the device and dtype of the model's activations.
+    """
 
     def __init__(self, tree: Tree, like: torch.Tensor) -> None:
-        """like: has the device and dtype of the model's activations."""
         self._lengths = [row.length for row in tree.rows]
         self._short = [b for b, n in enumerate(self._lengths) if n <= MASKED_ROW_LENGTH]
         self._long = {b: _Row(row, like) for b, row in enumerate(tree.rows) if b not in self._short}
@@ -86,7 +92,17 @@ class TreeAttention:
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        """q [H, M, D]; k, v [K, M, D]; K divides H; M >= N. Returns [M, H, D], zeros behind N."""
+        """Attend.
+
+        Args:
+            q: [H, M, D], M >= N tokens, those behind N are padding.
+            k: [K, M, D]; K divides H.
+            v: [K, M, D].
+            scale: The factor on the scores.
+
+        Returns:
+            [M, H, D], zeros behind N.
+        """
         total = sum(self._lengths)
         heads, groups = q.shape[0], k.shape[0]
         # Query heads that share a key head are stacked: no key is ever copied.
@@ -153,7 +169,7 @@ def _grouped(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _causal_bias(queries: int, keys: int, like: torch.Tensor) -> torch.Tensor:
-    """[queries, keys], the last query at the last key: 0 where it may look, -inf where not."""
+    """[queries, keys], the last query at the last key: 0 where it attends, -inf where not."""
     hidden = torch.full((queries, keys), -math.inf, dtype=like.dtype, device=like.device)
     return hidden.triu(1 + keys - queries)
 
@@ -202,7 +218,7 @@ def tree_attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface, for a batch of one row that holds all others.
 
-    The caller sees to it that no window or cap applies.
+    The caller makes sure that no window or cap applies.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return tree(query[0], key[0], value[0], scale)[None], None

@@ -32,7 +32,7 @@ class LearnerConfig(BaseModel):
         0.1,
         gt=0,
         le=1,
-        description="Share of the peak at the last update; for lr_schedule=linear and cosine.",
+        description="Fraction of the peak at the last update; for lr_schedule=linear and cosine.",
     )
     adam_betas: tuple[float, float] = Field((0.9, 0.99), description="Betas of AdamW.")
     adam_eps: float = Field(1e-8, gt=0, description="Epsilon of AdamW.")
@@ -75,7 +75,7 @@ class LearnerConfig(BaseModel):
     )
 
     def contradictions(self) -> list[str]:
-        """What cannot work together, one line each, with the keys to change."""
+        """Settings that contradict each other, one line each, with the keys to change."""
         problems = []
         if self.offload != "none" and self.zero_stage < OFFLOAD_STAGE[self.offload]:
             problems.append(
@@ -125,7 +125,8 @@ class AlgorithmConfig(BaseModel):
 
     preset: Preset = Field("cohort", description="A named set of the keys below.")
     baseline: Baseline = Field(
-        "mean", description="Taken off the rewards: the group's mean, that of the others, nothing."
+        "mean",
+        description="Subtracted from the rewards: the group's mean, that of the others, nothing.",
     )
     scale: Scale = Field(
         "group",
@@ -141,16 +142,16 @@ class AlgorithmConfig(BaseModel):
         0.0,
         ge=0,
         le=1,
-        description="Soft length penalty: over this last share of actors.max_tokens the reward "
+        description="Soft length penalty: over this last fraction of actors.max_tokens the reward "
         "falls by up to 1. It never makes a group worth training. 0: none.",
     )
     mask_truncated: bool = Field(
-        False, description="Do not train completions that were cut at actors.max_tokens."
+        False, description="Do not train completions that were truncated at actors.max_tokens."
     )
     dynamic_sampling_rounds: int = Field(
         0,
         ge=0,
-        description="How often a step may draw new prompts in place of groups that "
+        description="How often a step may sample new prompts in place of groups that "
         "drop_zero_variance leaves out.",
     )
     objective: Literal["clip", "cispo", "dppo_tv", "cross_entropy"] = Field(
@@ -211,8 +212,8 @@ class AlgorithmConfig(BaseModel):
     )
     kl_in: Literal["loss", "reward"] = Field(
         "loss",
-        description="loss: on every token. reward: summed over a completion and taken off its "
-        "reward, after drop_zero_variance has looked at it.",
+        description="loss: on every token. reward: summed over a completion and subtracted from "
+        "its reward, after drop_zero_variance has looked at it.",
     )
     reference_refresh_steps: int = Field(
         0,
@@ -236,7 +237,7 @@ class AlgorithmConfig(BaseModel):
             return given
         values = {**PRESETS[preset], **given}
         if values.get("objective", "clip") != "clip":
-            # There is none then, whatever the preset has: only who asks for one is refused.
+            # Other objectives have none. The preset's is dropped; one in the config is refused.
             values["dual_clip"] = given.get("dual_clip")
         return values
 
@@ -246,7 +247,7 @@ class AlgorithmConfig(BaseModel):
         return self.kl_coef > 0 and every > 0 and steps_done % every == 0
 
     def contradictions(self) -> list[str]:
-        """What cannot work together, one line each, with the keys to change."""
+        """Settings that contradict each other, one line each, with the keys to change."""
         if self.objective == "cross_entropy":
             return [
                 f"algorithm.{key}={getattr(self, key)} does not apply to "
@@ -297,7 +298,7 @@ class AlgorithmConfig(BaseModel):
         return problems
 
     def _unused(self) -> list[str]:
-        """Keys that the others leave without any effect, though they were changed.
+        """Keys that were changed although the others leave them without any effect.
 
         A key counts as changed when it has another value than its preset gives it, or than its
         default: a config that was written out in full, every key present, can be read again.
@@ -314,8 +315,8 @@ class AlgorithmConfig(BaseModel):
         ]
 
 
-# The keys that others can leave without effect: whether they are used, and why not. What is not
-# here is used by every objective but cross_entropy.
+# The keys that others can leave without effect: whether they are used, and why not. All other keys
+# are used by every objective but cross_entropy.
 USED_WHEN: dict[str, tuple[Callable[[AlgorithmConfig], bool], str]] = {
     "clip_low": (
         lambda algorithm: algorithm.objective != "cispo",
@@ -345,8 +346,8 @@ USED_WHEN: dict[str, tuple[Callable[[AlgorithmConfig], bool], str]] = {
     ),
 }
 
-# Demonstrations have no rewards, no engine that sampled them, and one update each: no other key has
-# anything to work on.
+# Demonstrations have no rewards, no engine that sampled them, and one update each: the other keys
+# do not apply.
 CROSS_ENTROPY_NEEDS: dict[str, object] = {
     **{
         name: field.default

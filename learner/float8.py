@@ -42,11 +42,17 @@ def stays_high(model: PreTrainedModel, name: str, layer: nn.Linear) -> bool:
 
 
 def convert(model: PreTrainedModel, recipe: Recipe, device: torch.device) -> int:
-    """Turn a model's linear layers into float8 ones, in place; how many were converted.
+    """Turn a model's linear layers into float8 ones, in place.
 
     Parameters stay the same tensors under the same names. On CPUs the products are emulated:
-    rounded to float8, multiplied in float32. Raises UnsupportedModel: no torchao, a GPU without
-    float8, or a model none of whose layers can be converted.
+    rounded to float8, multiplied in float32.
+
+    Returns:
+        How many layers were converted.
+
+    Raises:
+        UnsupportedModel: torchao is missing, the GPU has no float8, or no layer of the model can be
+            converted.
     """
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training

@@ -55,8 +55,20 @@ class ModelInputs:
 class PolicyModel(nn.Module):
     """A Hugging Face causal language model as a scorer of tokens.
 
-    Always in evaluation mode, with gradients: dropout would make the learner's policy another one
-    than the engine's.
+    Always in evaluation mode, with gradients: dropout would make the learner's policy differ from
+    the engine's.
+
+    Args:
+        model: The causal language model.
+        attention: `learner.attention`.
+        gradient_checkpointing: Recompute decoder layers in the backward pass.
+
+    Attributes:
+        can_tree: Whether `TreeAttention` may be used; `self_check` finds out.
+        shares_prompts: Whether several completions may follow one prompt; `self_check` finds out.
+
+    Raises:
+        UnsupportedModel: The model caps its attention scores, which this attention leaves out.
     """
 
     def __init__(
@@ -83,7 +95,6 @@ class PolicyModel(nn.Module):
             cap=config.get("final_logit_softcapping"),
         )
         self.window: int | None = config.get("sliding_window")
-        # Found out by `self_check`.
         self.can_tree = self.attention in ("auto", "tree")
         self.shares_prompts = True
         register()
@@ -168,7 +179,7 @@ class PolicyModel(nn.Module):
     def _base(
         self, input_ids_BL: torch.Tensor, attention: str | None, **where: object
     ) -> torch.Tensor:
-        """The model without its output layer: [B, L, H]. attention: None leaves the model's own."""
+        """The model without its output layer: [B, L, H]. attention: None keeps the model's own."""
         if attention is not None and self.model.config._attn_implementation != attention:
             self.model.set_attn_implementation(attention)
         output = self.model.base_model(input_ids=input_ids_BL, use_cache=False, **where)
@@ -220,8 +231,14 @@ class PolicyModel(nn.Module):
         """Score a shared-prompt row here and its second completion with the model's own forward.
 
         Where they differ, the architecture does not take its attention from outside (state-space
-        models): its prompts are not shared. Raises UnsupportedModel when a row of its own is
-        scored differently too: the model transforms its logits in a way this class does not know.
+        models): its prompts are not shared.
+
+        Args:
+            temperature: Of the rollouts.
+
+        Raises:
+            UnsupportedModel: A row of its own is scored differently, too: the model transforms its
+                logits in a way that this class does not know.
         """
         device = next(self.model.parameters()).device
         vocabulary = int(self.model.get_output_embeddings().weight.shape[0])

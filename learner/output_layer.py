@@ -13,7 +13,10 @@ SCORE_BLOCK = 32
 
 @dataclass(frozen=True)
 class LogitScale:
-    """What a model makes of its last layer: x -> cap * tanh(factor * x / cap), or factor * x."""
+    """What a model does to the outputs x of its last layer.
+
+    cap * tanh(factor * x / cap), or factor * x without a cap.
+    """
 
     factor: float = 1.0
     cap: float | None = None
@@ -35,8 +38,9 @@ class LogitScale:
 class TokenScores(torch.autograd.Function):
     """Log-probs and entropies from the output layer, a few tokens at a time.
 
-    Autograd would keep and walk several float32 copies of [N, V]. Here the model's own outputs are
-    all that is kept; what comes in between has two small buffers that are used over and over.
+    Autograd would keep several float32 copies of [N, V] and pass over them. Here only the model's
+    own outputs are kept; intermediate values share two small buffers.
+
     With z = scale(outputs) / temperature and p = softmax(z): d logprob / dz = onehot(target) - p,
     d entropy / dz = -p (log p + entropy).
     """
@@ -49,7 +53,18 @@ class TokenScores(torch.autograd.Function):
         scale: LogitScale,
         temperature: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns (logprobs [N] float32, entropies [N] float32). Outputs beyond N are padding."""
+        """Log-probs of target_N and entropies, in nats.
+
+        Args:
+            ctx: Autograd's.
+            outputs_PV: Of the output layer; those beyond N are padding.
+            target_N: int64.
+            scale: What the model does to the outputs.
+            temperature: Logits are divided by it.
+
+        Returns:
+            ([N] float32, [N] float32).
+        """
         logprobs_N = torch.empty(len(target_N), device=outputs_PV.device)
         normaliser_N, entropy_N = torch.empty_like(logprobs_N), torch.empty_like(logprobs_N)
         buffers = [_buffer(outputs_PV), _buffer(outputs_PV)]

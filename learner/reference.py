@@ -21,8 +21,16 @@ class ReferencePolicy:
     """Log-probs of a policy that never trains.
 
     Every rank holds it whole, in the precision of the policy; under ZeRO-3 it is partitioned like
-    the policy itself. All ranks enter every method together. `refreshed` says whether it has ever
-    become the policy; until then it is what `fingerprint` (xxh3-128 of its tensors) names.
+    the policy itself. All ranks enter every method together.
+
+    Args:
+        policy: The original model, whole.
+        zero_stage: Of the learner.
+        dtype: Of the policy.
+
+    Attributes:
+        refreshed: Whether it has ever become the policy.
+        fingerprint: xxh3-128 over the tensors of the original model.
     """
 
     def __init__(self, policy: PolicyModel, zero_stage: int, dtype: Dtype) -> None:
@@ -52,7 +60,7 @@ class ReferencePolicy:
 
     @torch.no_grad()
     def logprobs(self, inputs: ModelInputs, temperature: float, chunks: int) -> torch.Tensor:
-        """[T] float32, of the same tokens at the same temperature as the policy's."""
+        """[T] float32, nats, of the same tokens at the same temperature as the policy's."""
         logprobs_T, _ = self._forward(inputs, temperature, chunks)
         return logprobs_T
 
