@@ -88,11 +88,12 @@ class RowCost:
     masked: bool = True
 
     def __call__(self, row: RowShape) -> float:
-        pairs = float(row.length**2)
+        length = row.length
+        pairs = float(length**2)
         if not self.masked:
-            tokens = row.length - row.prompt
+            tokens = length - row.prompt
             pairs = (row.prompt**2 + sum(n**2 for n in row.completions)) / 2 + row.prompt * tokens
-        return row.length + self.quadratic * pairs
+        return length + self.quadratic * pairs
 
     def padded_tokens(self, rows: Sequence[PackedRow]) -> int:
         """Tokens that one forward pass over these rows computes."""
@@ -127,23 +128,26 @@ class Packer:
         mask then hides. Within a number of rows, the longest completions are dealt first, each to
         the shortest row.
         """
-        best: list[PackedRow] = []
+        longest_first = sorted(segments, key=lambda segment: -segment.tokens)
+        best: list[list[Segment]] = []
         best_work = float("inf")
         for count in range(1 if self.share_prompts else len(segments), len(segments) + 1):
             bins: list[list[Segment]] = [[] for _ in range(count)]
             lengths = [meta.prompt_tokens] * count
-            for segment in sorted(segments, key=lambda segment: -segment.tokens):
+            for segment in longest_first:
                 shortest = lengths.index(min(lengths))
                 bins[shortest].append(segment)
                 lengths[shortest] += segment.tokens
-            rows = [PackedRow(meta.group_id, meta.prompt_tokens, tuple(b)) for b in bins]
-            fits = all(
-                row.length <= self.micro_batch_tokens or len(row.segments) == 1 for row in rows
+            crowded = [n for n, b in zip(lengths, bins, strict=True) if len(b) > 1]
+            if max(crowded, default=0) > self.micro_batch_tokens:
+                continue
+            work = sum(
+                self.cost(RowShape(meta.prompt_tokens, tuple(segment.tokens for segment in b)))
+                for b in bins
             )
-            work = sum(self.cost(row.shape) for row in rows)
-            if fits and work < best_work:
-                best, best_work = rows, work
-        return best
+            if work < best_work:
+                best, best_work = bins, work
+        return [PackedRow(meta.group_id, meta.prompt_tokens, tuple(b)) for b in best]
 
     def shards(self, rows: Sequence[PackedRow]) -> Shards:
         """Deal the rows to the ranks by work, pack each rank's rows, and level the counts."""
