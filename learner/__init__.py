@@ -28,4 +28,8 @@ In every rank:
 On disk:
 
     checkpoint        complete or ignored; aside: what is in the way is moved, never deleted
+
+Names of tensors end with their dimensions: N tokens of a batch, T tokens of completions, B rows, L
+tokens of the longest row, P padded tokens, S completions, H hidden size, V vocabulary. logprobs_T
+is a vector over completion tokens, hidden_TH a matrix.
 """
