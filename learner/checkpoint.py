@@ -19,7 +19,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,7 +130,7 @@ class Checkpoints:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def commit(self, step: int, state: dict[str, Any]) -> Path:
+    def commit(self, step: int, state: Mapping[str, object]) -> Path:
         """Add the driver's state, make everything durable, give it its name, drop old ones.
 
         Args:
