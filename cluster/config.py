@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from cohort.actors.config import ActorsConfig
 from cohort.actors.errors import CohortError
 from cohort.cluster.values import write_yaml
-from cohort.learner.config import SECTION_PRESETS, AlgorithmConfig, Dtype, LearnerConfig
+from cohort.learner.config import AlgorithmConfig, Dtype, LearnerConfig
+from cohort.learner.presets import SECTION_PRESETS
 from cohort.rewards.config import RewardsConfig, TaskConfig
 
 

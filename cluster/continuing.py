@@ -15,8 +15,7 @@ from cohort.cluster.files import write_atomically
 from cohort.cluster.fingerprint import Fingerprint
 from cohort.cluster.observe.tracking import read_metrics
 from cohort.learner.aside import Aside
-from cohort.learner.checkpoint import latest, load_state
-from cohort.learner.worker import check_shape
+from cohort.learner.checkpoint import check_shape, latest, load_state
 
 
 class SavedState(TypedDict):

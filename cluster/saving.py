@@ -17,9 +17,8 @@ from pathlib import Path
 
 from cohort.cluster.continuing import SavedState
 from cohort.cluster.run import Run
-from cohort.learner.checkpoint import CheckpointError
+from cohort.learner.checkpoint import LEARNER_FILE, CheckpointError
 from cohort.learner.learner import LearnerError
-from cohort.learner.worker import LEARNER_FILE
 
 # After a save that failed, the next try comes with a later step, but not at once.
 RETRY_S = 60.0

@@ -18,7 +18,8 @@ from cohort.actors.pool import RolloutPool
 from cohort.actors.records import Failure, GroupMeta, Prompt, SamplingSpec, ScoreMeta, derive_seed
 from cohort.actors.rollout import Request
 from cohort.cluster.config import Config
-from cohort.learner.plan import ScoredRef, informative
+from cohort.learner.credit import informative
+from cohort.learner.plan import ScoredRef
 from cohort.rewards.pool import Lost, RewardPool
 from cohort.rewards.rates import NO_RATES, PassRates, PromptOutcome, RateHistory, outcome
 from cohort.rewards.tasks import SampledPrompts
@@ -266,7 +267,7 @@ class GroupStream:
     def _informative(self, produced: _Produced) -> bool:
         group, config = produced.outcome, self._config
         return isinstance(group, ScoredRef) and informative(
-            group.meta, group.scores, config.algorithm, config.actors.max_tokens
+            group.meta, group.scores, config.algorithm
         )
 
     @property

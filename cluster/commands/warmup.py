@@ -288,6 +288,7 @@ async def held_out_loss(learner: Learner, shown: Sequence[ScoredRef]) -> float:
     """Mean negative log-likelihood of demonstrations in nats a token; NaN without any."""
     total, tokens = 0.0, 0
     for item in shown:
+        assert isinstance(item.ref, ScoredGroup), "demonstrations stay in the driver"
         group = item.ref.group
         ids = group.completions[0].token_ids.tolist()
         logprobs = await learner.logprobs([*group.prompt.token_ids, *ids])

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from cohort.cluster.stream import Batch
+from cohort.learner.credit import zero_variance
 from cohort.learner.learner import StepResult
-from cohort.learner.plan import zero_variance
 
 
 @dataclass

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from cohort.cluster.config import Config, ConfigError, all_keys, compact, dump_config, expand
 from cohort.cluster.config_file import load_config, parse_overrides
-from cohort.learner.config import PRESETS, Preset
+from cohort.learner.presets import PRESETS, Preset
 
 MODEL = "model.path=some/model"
 

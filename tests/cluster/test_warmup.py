@@ -190,7 +190,7 @@ def test_what_is_there_is_not_written_over(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is not an empty folder"):
         asyncio.run(run_warmup(config, GIVEN, tmp_path / "out"))
     assert (tmp_path / "out" / "mine").read_text() == "x"
-    with pytest.raises(CheckpointError, match="mine is no folder"):
+    with pytest.raises(CheckpointError, match="mine is not a writable directory"):
         asyncio.run(run_warmup(config, GIVEN, tmp_path / "out" / "mine" / "deep" / "model"))
 
 

@@ -25,7 +25,7 @@ from cohort.cluster.observe.console import Console
 from cohort.cluster.observe.metrics import quantile
 from cohort.cluster.prepare import Prepared, RunError, passing_logs
 from cohort.cluster.stream import group_request
-from cohort.learner.plan import informative
+from cohort.learner.credit import informative
 
 SHOWN_GROUPS = 2
 SHOWN_COMPLETIONS = 4
@@ -201,7 +201,7 @@ def _check_signal(
 ) -> None:
     """The share of groups whose rewards are all equal: they teach nothing."""
     flat = sum(
-        not informative(meta, score, config.algorithm, config.actors.max_tokens)
+        not informative(meta, score, config.algorithm)
         for meta, score in zip(metas, scores, strict=True)
     )
     low, high = wilson(flat, len(metas))
