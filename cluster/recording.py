@@ -97,7 +97,7 @@ async def record(run: Run, times: StepTimes, gap: float) -> None:
     for failure in batch.failures:
         run.note_once(
             f"{failure.kind} {failure.message}",
-            f"step {batch.step}: {failure.what}: {failure.message} (its like is only counted from "
+            f"step {batch.step}: {failure} (its like is only counted from "
             "now on: rollout/groups_lost)",
         )
     replaced = run.writer.replaced

@@ -12,10 +12,10 @@ import ray
 from ray.exceptions import RayTaskError
 
 from cohort.actors.errors import CohortError, kind_of, words
-from cohort.actors.records import WeightsInfo
+from cohort.actors.records import ScoredRef, WeightsInfo
 from cohort.learner.checkpoint import CheckpointError, NotFiniteError
 from cohort.learner.grpo import LossStats
-from cohort.learner.plan import MicroBatch, RowCost, ScoredRef, StepPlan, plan_step, score_batches
+from cohort.learner.plan import MicroBatch, RowCost, StepPlan, plan_step, score_batches
 from cohort.learner.spec import LearnerSpec, ModelFacts, RankResult
 from cohort.learner.worker import LearnerWorker, check_loadable
 

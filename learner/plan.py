@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from cohort.actors.records import GroupMeta, ScoreMeta
 from cohort.learner.config import AlgorithmConfig
@@ -35,18 +34,6 @@ from cohort.learner.grpo import (
 # shapes in every step cost a tenth of the time, and what is kept tears the heap into pieces that
 # grow without end.
 LENGTH_MULTIPLE = 32
-
-
-@dataclass(frozen=True)
-class ScoredRef:
-    """A scored group as the driver holds it: sizes, rewards, and where the tokens are.
-
-    ref: a Ray object reference to the ScoredGroup (or the ScoredGroup itself).
-    """
-
-    meta: GroupMeta
-    scores: ScoreMeta
-    ref: Any
 
 
 @dataclass(frozen=True)

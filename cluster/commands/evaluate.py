@@ -9,8 +9,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from cohort.actors.records import Failure, Group, Prompt, SamplingSpec, ScoreMeta, derive_seed
-from cohort.actors.rollout import Request
+from cohort.actors.records import (
+    Failure,
+    Group,
+    Prompt,
+    Request,
+    SamplingSpec,
+    ScoreMeta,
+    derive_seed,
+)
 from cohort.cluster.commands.train import connect_aside, shut_down
 from cohort.cluster.config import Config
 from cohort.cluster.making import make_pool, make_rewards
@@ -177,10 +184,10 @@ def task_metrics(
 async def _score(rewards: Any, generating: Any) -> tuple[ScoreMeta, list[str]]:
     meta, group = await generating
     if isinstance(meta, Failure):
-        raise RunError(f"{meta.what}: {meta.message}")
+        raise RunError(str(meta))
     scores, _ = await rewards.score(group)
     if isinstance(scores, Failure):
-        raise RunError(f"{scores.what}: {scores.message}")
+        raise RunError(str(scores))
     completions: Group = await group
     return scores, [completion.text for completion in completions.completions]
 

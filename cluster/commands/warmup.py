@@ -23,6 +23,7 @@ from cohort.actors.records import (
     GroupMeta,
     Prompt,
     ScoredGroup,
+    ScoredRef,
     ScoreMeta,
     derive_seed,
 )
@@ -37,7 +38,6 @@ from cohort.cluster.signals import Signals
 from cohort.learner.checkpoint import new_folder, require_free
 from cohort.learner.config import AlgorithmConfig
 from cohort.learner.learner import Learner, StepResult
-from cohort.learner.plan import ScoredRef
 from cohort.rewards.tasks import Demonstrates, Row, TaskError, sample_rows
 
 # Held-out demonstrations whose likelihood is measured before and after.
@@ -298,6 +298,7 @@ async def held_out_loss(learner: Learner, shown: Sequence[ScoredRef]) -> float:
     """Mean negative log-likelihood of demonstrations in nats a token; NaN without any."""
     total, tokens = 0.0, 0
     for item in shown:
+        assert isinstance(item.ref, ScoredGroup), "demonstrations stay in the driver"
         group = item.ref.group
         ids = group.completions[0].token_ids.tolist()
         logprobs = await learner.logprobs([*group.prompt.token_ids, *ids])

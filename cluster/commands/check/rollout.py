@@ -66,7 +66,7 @@ async def generate(
             metas, groups = [], []
             for meta, reference in made:
                 if isinstance(meta, Failure):
-                    raise RunError(f"{meta.what}: {meta.message}")
+                    raise RunError(str(meta))
                 metas.append(meta)
                 groups.append(await reference)
         finally:
