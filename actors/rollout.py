@@ -35,7 +35,7 @@ from cohort.actors.records import (
     FailureKind,
     Group,
     GroupMeta,
-    Prompt,
+    Request,
     SamplingSpec,
     WeightsInfo,
 )
@@ -44,20 +44,6 @@ from cohort.actors.text import completion_text
 UNSYNCED = -1
 # Mistakes in a program: another actor would make them too.
 MISTAKES = (AttributeError, ImportError, NameError, NotImplementedError, WeightsNotServed)
-
-
-@dataclass(frozen=True)
-class Request:
-    """One group to generate. greedy: for evaluation, temperature 0 and no seed.
-
-    step: that it is for; groups of older steps go first where they have to wait.
-    """
-
-    group_id: str
-    prompt: Prompt
-    sampling: SamplingSpec
-    greedy: bool = False
-    step: int = 0
 
 
 @dataclass(frozen=True)
@@ -240,7 +226,7 @@ class RolloutActor:
         if not self._shm.exists():
             self._shm.mkdir(mode=0o700)
         target = self._shm / f"v{info.version}-{secrets.token_hex(4)}.safetensors"
-        write_new(target, memoryview(data))
+        write_new(target, data.data)
         for other in self._shm.iterdir():
             if other != target:
                 other.unlink()

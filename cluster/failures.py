@@ -25,12 +25,12 @@ def check_failures(config: Config, batch: Batch) -> None:
     """
     for failure in batch.failures:
         if failure.kind == "bug":
-            raise ProgramError(f"step {batch.step}: {failure.what}: {failure.message}")
+            raise ProgramError(f"step {batch.step}: {failure}")
     if not batch.groups:
         first = batch.failures[0]
         raise TrainingError(
             f"step {batch.step}: none of the {len(batch.failures)} groups was generated and "
-            f"scored. {first.what}: {first.message}"
+            f"scored. {first}"
         )
     fraction, example = reward_errors(batch)
     if fraction > config.rewards.max_error_rate:

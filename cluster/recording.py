@@ -89,8 +89,8 @@ class Recorder:
         for failure in batch.failures:
             self._note_once(
                 f"{failure.kind} {failure.message}",
-                f"step {batch.step}: {failure.what}: {failure.message} (further failures of this "
-                "kind are only counted: rollout/groups_lost)",
+                f"step {batch.step}: {failure} (further failures of this kind are only counted: "
+                "rollout/groups_lost)",
             )
         replaced = self.writer.replaced
         try:

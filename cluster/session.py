@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
-from cohort.actors.records import Failure, Group, GroupMeta, Prompt
+from cohort.actors.records import Failure, Group, GroupMeta, Prompt, ScoredRef
 from cohort.cluster.commands.evaluate import Evaluation
 from cohort.cluster.commands.evaluate import evaluate as run_evaluation
 from cohort.cluster.commands.train import run_training
@@ -28,7 +28,6 @@ from cohort.cluster.publishing import Publisher
 from cohort.cluster.ray_start import check_start
 from cohort.cluster.stream import Batch, group_request
 from cohort.learner.learner import Learner
-from cohort.learner.plan import ScoredRef
 from cohort.rewards.rates import NO_RATES
 from cohort.rewards.tasks import SampledPrompts
 

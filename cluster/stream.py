@@ -15,11 +15,18 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cohort.actors.pool import RolloutPool
-from cohort.actors.records import Failure, GroupMeta, Prompt, SamplingSpec, ScoreMeta, derive_seed
-from cohort.actors.rollout import Request
+from cohort.actors.records import (
+    Failure,
+    GroupMeta,
+    Prompt,
+    Request,
+    SamplingSpec,
+    ScoredRef,
+    ScoreMeta,
+    derive_seed,
+)
 from cohort.cluster.config import Config
 from cohort.learner.credit import informative
-from cohort.learner.plan import ScoredRef
 from cohort.rewards.pool import Lost, RewardPool
 from cohort.rewards.rates import NO_RATES, PassRates, PromptOutcome, RateHistory, outcome
 from cohort.rewards.tasks import SampledPrompts
@@ -192,10 +199,9 @@ class GroupStream:
             if not isinstance(scores, Lost) or not left:
                 break
             logger.warning(
-                "group %s is generated again: %s: %s",
+                "group %s is generated again: %s",
                 request.group_id,
-                scores.what,
-                scores.message,
+                scores,
             )
             (generating,) = await self._pool.generate([request], self._judge)
         now = time.monotonic()

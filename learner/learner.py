@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, cast
 
 import ray
 
-from cohort.actors.records import WeightsInfo
+from cohort.actors.records import ScoredRef, WeightsInfo
 from cohort.learner.checkpoint import CheckpointError, check_loadable
 from cohort.learner.packing import MicroBatch, Packer, RowCost
-from cohort.learner.plan import ScoredRef, StepPlan, plan_step, score_batches
+from cohort.learner.plan import StepPlan, plan_step, score_batches
 from cohort.learner.ranks import LearnerError, Ranks
 from cohort.learner.results import StepResult, pool
 from cohort.learner.spec import LearnerSpec, ModelFacts

@@ -24,15 +24,6 @@ GroupRef: TypeAlias = "ObjectRef[ScoredGroup] | ScoredGroup"
 
 
 @dataclass(frozen=True)
-class ScoredRef:
-    """A scored group as the driver holds it: sizes, rewards, and where the tokens are."""
-
-    meta: GroupMeta
-    scores: ScoreMeta
-    ref: GroupRef
-
-
-@dataclass(frozen=True)
 class StepPlan:
     """One step: one or several optimizer updates on the completions of its groups.
 

@@ -14,11 +14,11 @@ from cohort.actors.records import (
     Group,
     GroupMeta,
     Prompt,
+    Request,
     SamplingSpec,
     ScoreMeta,
     derive_seed,
 )
-from cohort.actors.rollout import Request
 from cohort.cluster.config import Config
 from cohort.cluster.errors import RunError
 from cohort.cluster.launch import launch
@@ -201,10 +201,10 @@ async def _score(
 ) -> tuple[ScoreMeta, list[str]]:
     meta, group = await generating
     if isinstance(meta, Failure):
-        raise RunError(f"{meta.what}: {meta.message}")
+        raise RunError(str(meta))
     scores, _ = await rewards.score(group)
     if isinstance(scores, Failure):
-        raise RunError(f"{scores.what}: {scores.message}")
+        raise RunError(str(scores))
     return scores, [completion.text for completion in (await group).completions]
 
 

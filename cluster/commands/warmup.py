@@ -23,6 +23,7 @@ from cohort.actors.records import (
     GroupMeta,
     Prompt,
     ScoredGroup,
+    ScoredRef,
     ScoreMeta,
     derive_seed,
 )
@@ -37,7 +38,6 @@ from cohort.cluster.signals import Signals, Stopped
 from cohort.learner.checkpoint import new_folder, require_free
 from cohort.learner.config import AlgorithmConfig
 from cohort.learner.learner import Learner, StepResult
-from cohort.learner.plan import ScoredRef
 from cohort.rewards.tasks import Demonstrates, Row, TaskError, sample_rows
 
 # Held-out demonstrations whose loss is measured before and after.

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from cohort.actors.records import Failure, GroupMeta, Prompt, RewardError, ScoreMeta
+from cohort.actors.records import Failure, GroupMeta, Prompt, RewardError, ScoredRef, ScoreMeta
 from cohort.cluster.config import Config
 from cohort.cluster.failures import TrainingError, check_failures
 from cohort.cluster.observe.metrics import (
@@ -26,7 +26,7 @@ from cohort.cluster.observe.tracking import STEP_KEYS
 from cohort.cluster.stream import Batch, GroupStream
 from cohort.learner.learner import StepResult
 from cohort.learner.packing import Packer
-from cohort.learner.plan import ScoredRef, plan_step
+from cohort.learner.plan import plan_step
 from cohort.rewards.rates import PassRates, PromptOutcome, RateHistory
 from cohort.rewards.tasks import SampledPrompts
 from tests.harness import clock

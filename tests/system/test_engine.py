@@ -23,8 +23,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from cohort.actors.engine import EngineSpec
-from cohort.actors.records import Failure, Group, GroupMeta, Prompt, SamplingSpec, WeightsInfo
-from cohort.actors.rollout import Request, RolloutActor
+from cohort.actors.records import (
+    Failure,
+    Group,
+    GroupMeta,
+    Prompt,
+    Request,
+    SamplingSpec,
+    WeightsInfo,
+)
+from cohort.actors.rollout import RolloutActor
 from cohort.actors.sampling import tokens_at, uniforms
 from tests.models import tiny_gpt2, tiny_llama, tiny_qwen2
 

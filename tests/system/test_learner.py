@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from cohort.actors.process import last_lines
-from cohort.actors.records import ScoredGroup
+from cohort.actors.records import ScoredGroup, ScoredRef
 from cohort.learner import attention
 from cohort.learner.batch import build_micro_batch
 from cohort.learner.checkpoint import Checkpoints, load_state
@@ -29,7 +29,6 @@ from cohort.learner.float8 import convert
 from cohort.learner.grpo import policy_loss
 from cohort.learner.learner import Learner, LearnerError
 from cohort.learner.logprobs import PolicyModel
-from cohort.learner.plan import ScoredRef
 from cohort.learner.presets import Preset
 from cohort.learner.spec import LearnerSpec, ModelFacts
 from cohort.learner.worker import LearnerWorker

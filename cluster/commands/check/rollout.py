@@ -61,7 +61,7 @@ async def generate(prepared: Prepared, prompts: Sequence[Prompt], step: int) -> 
             metas, groups = [], []
             for meta, reference in made:
                 if isinstance(meta, Failure):
-                    raise RunError(f"{meta.what}: {meta.message}")
+                    raise RunError(str(meta))
                 metas.append(meta)
                 groups.append(await reference)
     return Generated(metas, groups, seconds, actors.engine_start_s)
