@@ -381,8 +381,8 @@ MUTANTS = (
     ),
     Mutant(
         "cluster/stream.py",
-        "self._overlong[step] = self._overlong.get(step, 0) + len(taken.overlong)",
-        "self._overlong[step] = 0",
+        "begun.overlong += len(sampled.overlong)",
+        "begun.overlong = 0",
         "prompts that are left out as too long are counted",
         (
             "tests/cluster/test_stream.py::"

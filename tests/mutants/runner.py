@@ -13,7 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-COPIED = ("actors", "cluster", "learner", "rewards", "deploy", "tests", "docs", "benchmarks")
+COPIED = (
+    *("cohort", "actors", "cluster", "learner", "rewards"),
+    *("deploy", "examples", "tests", "docs", "benchmarks"),
+)
 FILES = ("pyproject.toml", "README.md", "CONTRIBUTING.md", "Makefile", "LICENSE")
 AT_ONCE = 2
 LIMIT_S = 180
@@ -65,7 +68,7 @@ def copy_tree(target: Path) -> None:
     ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
     for name in COPIED:
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, target / name, ignore=ignore)
+            shutil.copytree(ROOT / name, target / name, symlinks=True, ignore=ignore)
     for name in FILES:
         if (ROOT / name).is_file():
             shutil.copy(ROOT / name, target / name)
