@@ -1,7 +1,7 @@
 """Make the README's pictures from a run: what its terminal showed, and its report.
 
-    cohort train deploy/configs/addition.yaml run.dir=RUN run.steps=30 > LOG
-    python docs/images/make.py RUN LOG
+    cohort train deploy/configs/addition.yaml run.steps=30 > LOG
+    python docs/images/make.py runs/addition LOG
 
 Needs Chromium for the report. Writes terminal.svg and report.png beside this file.
 """
@@ -9,6 +9,7 @@ Needs Chromium for the report. Writes terminal.svg and report.png beside this fi
 from __future__ import annotations
 
 import io
+import os
 import re
 import shutil
 import subprocess
@@ -57,14 +58,17 @@ def stages(log: str) -> list[str]:
 
 
 def terminal(run: Path, log: str) -> str:
-    """An SVG of the terminal after the run's last step: its start as logged, its steps replayed."""
+    """An SVG of the terminal at the end of the run: its log, with the live view of its steps."""
     metrics = read_metrics(run / "metrics.jsonl")
     stream = io.StringIO()
+    os.environ["TERM"] = "xterm-256color"
     with Console(len(metrics), "rich", stream) as console:
         for line in stages(log):
             console.note(line)
         for step in metrics:
             console.step(step)
+        for line in re.findall(r"^(?:peak memory|done): .+", log, re.M):
+            console.note(line)
     recorder = Recorder(record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True)
     recorder.print("[bold]$ make train[/bold]")
     for line in screen(stream.getvalue()):
