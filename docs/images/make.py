@@ -58,7 +58,7 @@ def stages(log: str) -> list[str]:
 
 
 def terminal(run: Path, log: str) -> str:
-    """An SVG of the terminal at the end of the run: its log, with the live view of its steps."""
+    """An SVG of the terminal after the last step: the start as logged, the steps replayed."""
     metrics = read_metrics(run / "metrics.jsonl")
     stream = io.StringIO()
     os.environ["TERM"] = "xterm-256color"
@@ -67,8 +67,6 @@ def terminal(run: Path, log: str) -> str:
             console.note(line)
         for step in metrics:
             console.step(step)
-        for line in re.findall(r"^(?:peak memory|done): .+", log, re.M):
-            console.note(line)
     recorder = Recorder(record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True)
     recorder.print("[bold]$ make train[/bold]")
     for line in screen(stream.getvalue()):
