@@ -18,8 +18,8 @@ from typing import Any
 from cohort.actors.config import ActorsConfig
 from cohort.actors.errors import failure_of
 from cohort.actors.probe import Probe, limit_of, probe_gap, stale
-from cohort.actors.records import Failure, GroupMeta, WeightsInfo
-from cohort.actors.rollout import NotSynced, Place, Request, split_cores
+from cohort.actors.records import Failure, GroupMeta, Request, WeightsInfo
+from cohort.actors.rollout import NotSynced, Place, split_cores
 from cohort.actors.slot import ActorLost, RolloutError, Slot
 from cohort.actors.watch import Watch
 
@@ -110,7 +110,7 @@ class RolloutPool:
             "to start its engine (actors.start_timeout_s)",
         )
         if isinstance(answer, Failure):
-            raise ActorLost(f"{answer.what}: {answer.message}")
+            raise ActorLost(str(answer))
         slot.ready = self._serve_loaded
         return float(answer)
 
@@ -169,8 +169,8 @@ class RolloutPool:
             if self._published is not published:
                 # Its file may be gone already: the newest is what counts.
                 return True
-            text = f"{answer.what}: {answer.message}"
-            raise ActorLost(text) if answer.kind == "infra" else RolloutError(text)
+            error = ActorLost if answer.kind == "infra" else RolloutError
+            raise error(str(answer))
         slot.gap = self._proven(slot, info, probe, answer)
         if self._published is not published:
             return True
@@ -286,7 +286,7 @@ class RolloutPool:
                     if failure.kind == "data":
                         return failure, None
                     if failure.kind == "bug":
-                        raise RolloutError(f"{failure.what}: {failure.message}")
+                        raise RolloutError(str(failure))
                     attempt += 1
                     self._lose(slot, generation, failure.message)
             except ActorLost as lost:
@@ -423,7 +423,7 @@ class RolloutPool:
             self._broken = self._broken or error
         except Exception as error:  # noqa: BLE001 - those who wait must hear of it
             failure = failure_of(error, f"replacing rollout-{slot.index}")
-            self._broken = self._broken or RolloutError(f"{failure.what}: {failure.message}")
+            self._broken = self._broken or RolloutError(str(failure))
         finally:
             slot.repair = None
             self._dispatch()

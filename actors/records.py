@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from cohort.actors.text import prefill_of
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
 
 FinishReason = Literal["stop", "length"]
 FailureKind = Literal["infra", "data", "bug"]
@@ -144,6 +147,18 @@ class ScoreMeta:
 
 
 @dataclass(frozen=True)
+class ScoredRef:
+    """A scored group as the driver holds it: sizes, rewards, and where the tokens are.
+
+    ref: a Ray object reference to the ScoredGroup (or the ScoredGroup itself).
+    """
+
+    meta: GroupMeta
+    scores: ScoreMeta
+    ref: ObjectRef[ScoredGroup] | ScoredGroup
+
+
+@dataclass(frozen=True)
 class Failure:
     """An error as a value at a process boundary.
 
@@ -156,6 +171,9 @@ class Failure:
     what: str
     message: str
 
+    def __str__(self) -> str:
+        return f"{self.what}: {self.message}"
+
 
 @dataclass(frozen=True)
 class SamplingSpec:
@@ -165,6 +183,20 @@ class SamplingSpec:
     temperature: float
     n: int
     seed: int
+
+
+@dataclass(frozen=True)
+class Request:
+    """One group to generate. greedy: for evaluation, temperature 0 and no seed.
+
+    step: that it is for; groups of older steps go first where they have to wait.
+    """
+
+    group_id: str
+    prompt: Prompt
+    sampling: SamplingSpec
+    greedy: bool = False
+    step: int = 0
 
 
 @dataclass(frozen=True)
@@ -181,7 +213,7 @@ class WeightsInfo:
     nbytes: int
     path: str
     node_id: str
-    remote: Any = None
+    remote: ObjectRef[np.ndarray] | None = None
 
 
 def derive_seed(run_seed: int, *parts: int | str) -> int:

@@ -35,7 +35,7 @@ from cohort.actors.records import (
     FailureKind,
     Group,
     GroupMeta,
-    Prompt,
+    Request,
     SamplingSpec,
     WeightsInfo,
 )
@@ -44,20 +44,6 @@ from cohort.actors.text import completion_text
 UNSYNCED = -1
 # Mistakes in a program: another actor would make them too.
 MISTAKES = (AttributeError, ImportError, NameError, NotImplementedError, WeightsNotServed)
-
-
-@dataclass(frozen=True)
-class Request:
-    """One group to generate. greedy: for evaluation, temperature 0 and no seed.
-
-    step: that it is for; groups of older steps go first where they have to wait.
-    """
-
-    group_id: str
-    prompt: Prompt
-    sampling: SamplingSpec
-    greedy: bool = False
-    step: int = 0
 
 
 @dataclass(frozen=True)
@@ -138,7 +124,7 @@ class RolloutActor:
         self._spec = spec
         self._log = Path(log_dir) / f"{name}.log"
         # Nobody can have put something under a name that nobody knew.
-        self._shm = SHM / f"cohort-{name}-{secrets.token_hex(8)}"
+        self._shm = SHM / f"cohort-{name}-{os.getpid()}-{secrets.token_hex(8)}"
         self._engine = engine
         self._tokenizer = tokenizer
         self._stops: list[int] = []
@@ -240,7 +226,7 @@ class RolloutActor:
         if not self._shm.exists():
             self._shm.mkdir(mode=0o700)
         target = self._shm / f"v{info.version}-{secrets.token_hex(4)}.safetensors"
-        write_new(target, memoryview(data))
+        write_new(target, data.data)
         for other in self._shm.iterdir():
             if other != target:
                 other.unlink()

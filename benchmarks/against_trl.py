@@ -88,6 +88,7 @@ def compare_losses(out: Path) -> str:
     from cohort.learner.config import AlgorithmConfig
     from cohort.learner.grpo import policy_loss
     from cohort.learner.logprobs import PolicyModel
+    from cohort.learner.packing import Packer
     from cohort.learner.plan import plan_step
 
     groups, inputs = make_samples()
@@ -117,24 +118,16 @@ def compare_losses(out: Path) -> str:
             policy = PolicyModel(model)
             old = dict(zip((id for g in groups for id in g.ids), inputs["old_rows"], strict=True))
             plan = plan_step(
-                [(g.meta, g.scores) for g in groups], algorithm, ranks=1, micro_batch_tokens=300,
-                max_tokens=24,
-            )  # fmt: skip
+                [(g.meta, g.scores) for g in groups], algorithm, Packer(1, 300), max_tokens=24
+            )
             total = 0.0
             advantages = {}
             for batch in plan.updates[0][0]:
                 tensors = build_micro_batch(batch, {g.meta.group_id: g.scored for g in groups})
-                pieces = [piece for row in batch.rows for piece in row.pieces]
-                advantages.update({piece.completion_id: piece.advantage for piece in pieces})
-                logprobs, _ = policy(
-                    tensors.input_ids_N, tensors.position_ids_N, tensors.tree,
-                    tensors.predict_T, tensors.target_T, 1.0, batch.chunks,
-                )  # fmt: skip
-                loss, _ = policy_loss(
-                    logprobs, tensors.behaviour_T, tensors.advantage_T, tensors.weight_T,
-                    tensors.sequence_T, algorithm,
-                    old_T=torch.cat([old[piece.completion_id] for piece in pieces]),
-                )  # fmt: skip
+                advantages.update({s.completion_id: s.advantage for s in batch.segments})
+                logprobs, _ = policy(tensors, 1.0, batch.chunks)
+                old_T = torch.cat([old[segment.completion_id] for segment in batch.segments])
+                loss, _ = policy_loss(tensors.loss_inputs(logprobs, old_T=old_T), algorithm)
                 loss.backward()
                 total += float(loss.detach())
             their = theirs[loss_type]
@@ -190,7 +183,7 @@ def make_samples() -> tuple[list[Sample], dict[str, Any]]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from cohort.learner.grpo import advantages
+    from cohort.learner.credit import advantages
 
     random_ = np.random.default_rng(0)
     groups, prompts, rows = [], [], []

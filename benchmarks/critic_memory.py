@@ -25,7 +25,10 @@ from quickstart import ROOT, save
 from cohort.actors.records import Completion, Group, GroupMeta, Prompt, ScoredGroup, ScoreMeta
 from cohort.learner.batch import build_micro_batch
 from cohort.learner.config import AlgorithmConfig, LearnerConfig
-from cohort.learner.plan import MicroBatch, plan_step
+from cohort.learner.logprobs import ModelInputs
+from cohort.learner.packing import MicroBatch, Packer
+from cohort.learner.plan import plan_step
+from cohort.learner.setup import load_policy
 from cohort.learner.spec import LearnerSpec, ModelFacts
 from cohort.learner.worker import LearnerWorker
 
@@ -43,9 +46,9 @@ class Critic(torch.nn.Module):
         size = policy.model.config.hidden_size
         self.head = torch.nn.Linear(size, 1, bias=False, dtype=weights.dtype, device=weights.device)
 
-    def forward(self, input_ids: Any, position_ids: Any, tree: Any, predict: Any) -> Any:
+    def forward(self, inputs: ModelInputs) -> torch.Tensor:
         """Values [T] of the states that predict token t."""
-        return self.head(self.policy._hidden(input_ids, position_ids, tree, predict))[:, 0].float()
+        return self.head(self.policy.hidden(inputs))[:, 0].float()
 
 
 class MeasuredWorker(LearnerWorker):
@@ -59,7 +62,11 @@ class MeasuredWorker(LearnerWorker):
 
         from cohort.learner.optimizer import client_optimizer, deepspeed_config
 
-        critic = Critic(self._load_policy(self.spec.learner.gradient_checkpointing))
+        state = self.state
+        policy = load_policy(
+            self.spec, state.model_folder, state.device, self.spec.learner.gradient_checkpointing
+        )
+        critic = Critic(policy)
         self.critic, *_ = deepspeed.initialize(
             model=critic,
             optimizer=client_optimizer(critic.parameters(), self.spec.learner, self.spec.dtype),
@@ -74,9 +81,7 @@ class MeasuredWorker(LearnerWorker):
             by_id = {group.group.id: group for group in groups}
             for batch in batches:
                 tensors = build_micro_batch(batch, by_id)
-                values = self.critic(
-                    tensors.input_ids_N, tensors.position_ids_N, tensors.tree, tensors.predict_T
-                )
+                values = self.critic(tensors)
                 loss = (tensors.weight_T * (values - tensors.advantage_T).square()).sum()
                 self.critic.backward(loss * self.spec.world_size, scale_wrt_gas=False)
             self.critic.step()
@@ -147,13 +152,15 @@ def measure(stage: int, ranks: int, critic: bool) -> list[dict[str, float]]:
         actor = ray.remote(num_cpus=0.5, runtime_env={"env_vars": environment})(MeasuredWorker)
         workers = [actor.remote(replace(spec, rank=rank)) for rank in range(ranks)]
         address = ray.get(workers[0].rendezvous.remote())
-        facts: list[ModelFacts] = ray.get([w.setup.remote(*address) for w in workers])
+        facts: list[ModelFacts] = ray.get([w.setup.remote(*address, 600) for w in workers])
         if critic:
             ray.get([w.add_critic.remote() for w in workers])
         plan = plan_step(
-            [metas(group) for group in groups], AlgorithmConfig(), ranks=ranks,
-            micro_batch_tokens=2048, max_tokens=32, share_prompts=facts[0].shares_prompts,
-        )  # fmt: skip
+            [metas(group) for group in groups],
+            AlgorithmConfig(),
+            Packer(ranks, 2048, share_prompts=facts[0].shares_prompts),
+            max_tokens=32,
+        )
         for _ in range(2):
             found = ray.get(
                 [

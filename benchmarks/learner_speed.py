@@ -99,11 +99,13 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def tensors_of(shape: tuple[int, int, int, int], vocabulary: int) -> Any:
+def inputs_of(shape: tuple[int, int, int, int], vocabulary: int, device: str) -> Any:
     """A planned micro-batch of random tokens."""
     import torch
 
-    from cohort.learner.attention import RowShape, Tree
+    from cohort.learner.attention import Tree
+    from cohort.learner.logprobs import ModelInputs
+    from cohort.learner.shapes import RowShape
 
     prompt, count, size, rows = shape
     length = prompt + count * size
@@ -118,12 +120,14 @@ def tensors_of(shape: tuple[int, int, int, int], vocabulary: int) -> Any:
         ]
     )
     generator = torch.Generator().manual_seed(0)
-    return (
-        torch.randint(0, vocabulary, (rows * length,), generator=generator),
-        position.repeat(rows),
+    ids = torch.randint(0, vocabulary, (rows * length,), generator=generator)
+    target = torch.randint(0, vocabulary, (len(predict),), generator=generator)
+    return ModelInputs(
+        ids.to(device),
+        position.repeat(rows).to(device),
         Tree((RowShape(prompt, (size,) * count),) * rows),
-        predict,
-        torch.randint(0, vocabulary, (len(predict),), generator=generator),
+        predict.to(device),
+        target.to(device),
     )
 
 
@@ -154,15 +158,14 @@ def measure(policy: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
     parameters = sum(p.numel() for p in policy.model.parameters())
     results = []
     for name, shape in ROWS.items():
-        ids, position, tree, predict, target = tensors_of(shape, policy.model.config.vocab_size)
-        moved = [x.to(options.device) for x in (ids, position, predict, target)]
+        inputs = inputs_of(shape, policy.model.config.vocab_size, options.device)
         seconds, peaks = [], []
         for _ in range(options.repeats + 1):
             peaks.append(measure_peak(options.device))
             policy.zero_grad(set_to_none=False)
             synchronize(options.device)
             began = time.monotonic()
-            logprobs, _ = policy(moved[0], moved[1], tree, moved[2], moved[3], 1.0, 1)
+            logprobs, _ = policy(inputs, 1.0, 1)
             logprobs.sum().backward()
             synchronize(options.device)
             seconds.append(time.monotonic() - began)
@@ -172,8 +175,8 @@ def measure(policy: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
         result = {
             "rows": name, "gflop": work, "seconds": seconds[1:], "gflops": rate,
             "peak_gflops": peaks[1:], "share": rate / peak,
-            "row_tokens": ids.numel(), "completion_tokens": len(predict),
-            "tokens_per_s": ids.numel() / statistics.median(seconds[1:]),
+            "row_tokens": len(inputs.input_ids_N), "completion_tokens": len(inputs.predict_T),
+            "tokens_per_s": len(inputs.input_ids_N) / statistics.median(seconds[1:]),
         }  # fmt: skip
         if options.device == "cuda":
             result["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30

@@ -42,7 +42,8 @@ def measure(options: argparse.Namespace, stage: int, float8: str) -> dict[str, A
     from transformers import AutoConfig
 
     from cohort.learner.config import AlgorithmConfig, LearnerConfig
-    from cohort.learner.plan import RowCost, plan_step
+    from cohort.learner.packing import Packer, RowCost
+    from cohort.learner.plan import plan_step
     from cohort.learner.spec import LearnerSpec
     from cohort.learner.worker import LearnerWorker
 
@@ -68,11 +69,17 @@ def measure(options: argparse.Namespace, stage: int, float8: str) -> dict[str, A
         _, port = worker.rendezvous()
         facts = worker.setup("127.0.0.1", port, timeout_s=600)
         plan = plan_step(
-            [metas(group) for group in groups], algorithm, ranks=1,
-            micro_batch_tokens=options.micro_batch_tokens, max_tokens=options.completion,
-            cost=RowCost(facts.attention_work, facts.masked_attention),
-            share_prompts=facts.shares_prompts, logit_chunk_tokens=options.logit_chunk_tokens,
-        )  # fmt: skip
+            [metas(group) for group in groups],
+            algorithm,
+            Packer(
+                1,
+                options.micro_batch_tokens,
+                options.logit_chunk_tokens,
+                RowCost(facts.attention_work, facts.masked_attention),
+                facts.shares_prompts,
+            ),
+            max_tokens=options.completion,
+        )
         seconds, publish, peaks = [], [], []
         for version in range(options.repeats + 1):
             synchronize(options.device)

@@ -34,8 +34,9 @@ def child(vocabulary: int, tokens: int, way: str) -> dict[str, Any]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from cohort.learner.attention import RowShape, Tree
-    from cohort.learner.logprobs import PolicyModel
+    from cohort.learner.attention import Tree
+    from cohort.learner.logprobs import ModelInputs, PolicyModel
+    from cohort.learner.shapes import RowShape
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -54,13 +55,16 @@ def child(vocabulary: int, tokens: int, way: str) -> dict[str, Any]:
     def run(n: int) -> None:
         rows_, tokens_ = n // length, n
         tree = Tree((RowShape(1, (length,)),) * rows_)
-        part = (ids[:rows_].flatten(), position[:rows_].flatten(), tree, predict[:tokens_])
+        inputs = ModelInputs(
+            ids[:rows_].flatten(), position[:rows_].flatten(), tree, predict[:tokens_],
+            target[:tokens_],
+        )  # fmt: skip
         if way == "all at once":
-            logprobs = model.lm_head(policy._hidden(*part)).float().log_softmax(-1)
-            scores = logprobs.gather(1, target[:tokens_, None])
+            logprobs = model.lm_head(policy.hidden(inputs)).float().log_softmax(-1)
+            scores = logprobs.gather(1, inputs.target_T[:, None])
         else:
             chunks = -(-tokens_ // int(way.split()[-1]))
-            scores, _ = policy(*part, target[:tokens_], 1.0, chunks)
+            scores, _ = policy(inputs, 1.0, chunks)
         scores.sum().backward()
 
     # What the model, its gradients and the libraries need is there after one row.

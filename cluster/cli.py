@@ -8,11 +8,12 @@ import locale
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from cohort.cluster.signals import Stopped, leave_at_once_on_signals
 
@@ -22,7 +23,9 @@ leave_at_once_on_signals()
 import typer  # noqa: E402
 
 from cohort.actors.errors import CohortError  # noqa: E402
-from cohort.cluster.config import SECTIONS, Config, ConfigError, all_keys, load_config  # noqa: E402
+from cohort.cluster.config import SECTIONS, ConfigError, all_keys  # noqa: E402
+from cohort.cluster.config_file import load_config  # noqa: E402
+from cohort.cluster.errors import RunError  # noqa: E402
 from cohort.cluster.values import written  # noqa: E402
 
 EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -38,73 +41,58 @@ app = typer.Typer(
 ConfigArgument = Annotated[Path, typer.Argument(help="A YAML file, e.g. from deploy/configs/.")]
 
 
-def _fail(error: CohortError) -> typer.Exit:
-    first, *others = str(error).splitlines() or [repr(error)]
-    for line in (f"error: {first}", *(f"       {line}" for line in others)):
-        typer.echo(line, err=True)
-    return typer.Exit(error.exit_code)
-
-
-def _config(path: Path, overrides: list[str]) -> Config:
+@contextmanager
+def errors_shown() -> Iterator[None]:
+    """End the command with the message of an error that is meant for people, and its exit code."""
     try:
-        return load_config(path, overrides)
-    except ConfigError as error:
-        raise _fail(error) from None
-
-
-def _expecting(work: Callable[[], Any]) -> Any:
-    """Run work; turn errors that are meant for people into one message and exit code 1."""
-    try:
-        return work()
+        yield
     except CohortError as error:
-        raise _fail(error) from None
+        first, *others = str(error).splitlines() or [repr(error)]
+        for line in (f"error: {first}", *(f"       {line}" for line in others)):
+            typer.echo(line, err=True)
+        raise typer.Exit(error.exit_code) from None
     except Stopped as stopped:
         typer.echo(f"{stopped}: stopped", err=True)
         raise typer.Exit(stopped.exit_code) from None
 
 
 @app.command(context_settings=EXTRA)
+@errors_shown()
 def train(context: typer.Context, config: ConfigArgument) -> None:
     """Train. Any config key can be given after the file: `key=value` or `--key value`.
 
     Example: cohort train deploy/configs/addition.yaml run.steps=10 actors.count=2
     """
-    resolved = _config(config, context.args)
+    resolved = load_config(config, context.args)
+    from cohort.cluster.commands.train import run_training
 
-    def work() -> int:
-        from cohort.cluster.commands.train import run_training
-
-        return asyncio.run(run_training(resolved))
-
-    raise typer.Exit(_expecting(work))
+    raise typer.Exit(asyncio.run(run_training(resolved)))
 
 
 @app.command(context_settings=EXTRA)
+@errors_shown()
 def check(
     context: typer.Context,
     config: ConfigArgument,
     generate: Annotated[
-        bool, typer.Option(help="Start the engines and judge what they generate.")
+        bool, typer.Option(help="Start the engines and score what they generate.")
     ] = True,
     prompts: Annotated[
         int, typer.Option(min=1, help="Prompts that completions are generated for.")
     ] = 8,
 ) -> None:
-    """Try everything that a run needs, say what to change; exit code 1 when it could not work.
+    """Try everything that a run needs and say what to change; exit code 1 if it could not work.
 
     Nothing is trained and nothing is written to run.dir.
     """
-    resolved = _config(config, context.args)
+    resolved = load_config(config, context.args)
+    from cohort.cluster.commands.check.run import check as check_run
 
-    def work() -> int:
-        from cohort.cluster.commands.check.run import check as check_run
-
-        return check_run(resolved, typer.echo, prompts if generate else 0)
-
-    raise typer.Exit(_expecting(work))
+    raise typer.Exit(check_run(resolved, typer.echo, prompts if generate else 0))
 
 
 @app.command("eval", context_settings=EXTRA)
+@errors_shown()
 def evaluate(
     context: typer.Context,
     target: Annotated[
@@ -120,26 +108,18 @@ def evaluate(
 ) -> None:
     """Score a model or a checkpoint on the task's held-out prompts: greedy and pass@k."""
     if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
-        raise _fail(ConfigError(f"--output {output}: no file in a folder that is there"))
+        raise ConfigError(f"--output {output}: not a file in a folder that exists")
+    is_run = target.is_dir()
+    if is_run and not (target / "config.yaml").is_file():
+        raise RunError(f"{target} is not a run directory: it holds no config.yaml")
+    resolved = load_config(target / "config.yaml" if is_run else target, context.args)
+    from cohort.cluster.commands.evaluate import checkpoint_model
+    from cohort.cluster.commands.evaluate import evaluate as run_evaluation
+    from cohort.cluster.observe.console import Console
 
-    def work() -> Any:
-        from cohort.cluster.commands.evaluate import checkpoint_model
-        from cohort.cluster.commands.evaluate import evaluate as run_evaluation
-        from cohort.cluster.observe.console import Console
-        from cohort.cluster.prepare import RunError
-
-        if target.is_dir():
-            if not (target / "config.yaml").is_file():
-                raise RunError(f"{target} is not a run directory: it holds no config.yaml")
-            resolved = _config(target / "config.yaml", context.args)
-            folder: Path | None = model or checkpoint_model(target)
-        else:
-            resolved = _config(target, context.args)
-            folder = model
-        with Console(1, "plain") as console:
-            return asyncio.run(run_evaluation(resolved, folder, console))
-
-    report = _expecting(work)
+    folder = model or (checkpoint_model(target) if is_run else None)
+    with Console(1, "plain") as console:
+        report = asyncio.run(run_evaluation(resolved, folder, console))
     typer.echo(f"model            {report.model}")
     typer.echo(f"held-out prompts {report.prompts}")
     typer.echo(
@@ -159,6 +139,7 @@ def evaluate(
 
 
 @app.command(context_settings=EXTRA)
+@errors_shown()
 def warmup(
     context: typer.Context,
     config: ConfigArgument,
@@ -167,7 +148,7 @@ def warmup(
     batch_size: Annotated[int, typer.Option(min=1, help="Demonstrations of one step.")] = 32,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-5,
     examples: Annotated[
-        int, typer.Option(min=0, help="Training rows they are taken from. 0: all.")
+        int, typer.Option(min=0, help="Training rows that they come from. 0: all.")
     ] = 0,
 ) -> None:
     """Teach a model the task's demonstrations; OUT is a model folder to train from.
@@ -175,34 +156,30 @@ def warmup(
     Example: cohort warmup deploy/configs/travel.yaml runs/warm --steps 60 learner.workers=2
     """
 
-    def work() -> int:
-        from cohort.cluster.commands.warmup import WarmUp, check_overrides, run_warmup
+    from cohort.cluster.commands.warmup import WarmUp, check_overrides, run_warmup
 
-        check_overrides(context.args)
-        given = WarmUp(steps, batch_size, learning_rate, examples)
-        return asyncio.run(run_warmup(_config(config, context.args), given, out))
-
-    raise typer.Exit(_expecting(work))
+    check_overrides(context.args)
+    given = WarmUp(steps, batch_size, learning_rate, examples)
+    raise typer.Exit(asyncio.run(run_warmup(load_config(config, context.args), given, out)))
 
 
 @app.command()
+@errors_shown()
 def export(
     run_dir: Annotated[Path, typer.Argument(help="A run directory.")],
     out: Annotated[Path, typer.Argument(help="The folder to make; must not exist or be empty.")],
 ) -> None:
     """Write the last checkpoint as a Hugging Face folder for transformers and vLLM."""
 
-    def work() -> Path:
-        from cohort.learner.checkpoint import export as export_checkpoint
+    from cohort.learner.checkpoint import export as export_checkpoint
 
-        return export_checkpoint(run_dir, out)
-
-    typer.echo(f"model written to {_expecting(work)}")
+    typer.echo(f"model written to {export_checkpoint(run_dir, out)}")
 
 
 @app.command()
+@errors_shown()
 def report(
-    run_dir: Annotated[Path, typer.Argument(help="A run directory, also of a run that goes on.")],
+    run_dir: Annotated[Path, typer.Argument(help="A run directory, also of a run in progress.")],
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="The page. Empty: RUN_DIR/report.html.")
     ] = None,
@@ -217,7 +194,8 @@ def report(
         ),
     ] = 6,
     max_mb: Annotated[
-        float, typer.Option(min=0.1, help="Largest size of the page; long texts are cut to fit.")
+        float,
+        typer.Option(min=0.1, help="Largest size of the page; long texts are truncated to fit."),
     ] = 10.0,
 ) -> None:
     """Write a page about a run: curves, completions with rewards and advantages, times.
@@ -225,17 +203,16 @@ def report(
     One HTML file that needs no network and no server.
     """
 
-    def work() -> Path:
-        from cohort.cluster.observe.report.completions import ReportLimits
-        from cohort.cluster.observe.report.page import write_report
+    from cohort.cluster.observe.report.completions import ReportLimits
+    from cohort.cluster.observe.report.page import write_report
 
-        limits = ReportLimits(steps=steps, groups=groups, prompts=prompts)
-        return write_report(run_dir, out, limits, max_mb, datetime.now(UTC))
-
-    typer.echo(f"page written to {_expecting(work)}")
+    limits = ReportLimits(steps=steps, groups=groups, prompts=prompts)
+    page = write_report(run_dir, out, limits, max_mb, datetime.now(UTC))
+    typer.echo(f"page written to {page}")
 
 
 @app.command(context_settings=EXTRA)
+@errors_shown()
 def submit(
     context: typer.Context,
     config: ConfigArgument,
@@ -254,12 +231,11 @@ def submit(
 ) -> None:
     """Run the same training as a Ray job on a cluster; returns the job's exit code."""
 
-    def work() -> int:
-        from cohort.cluster.commands.submit import submit as submit_job
+    from cohort.cluster.commands.submit import submit as submit_job
 
-        return submit_job(config, address, context.args, working_dir=working_dir, follow=follow)
-
-    raise typer.Exit(_expecting(work))
+    raise typer.Exit(
+        submit_job(config, address, context.args, working_dir=working_dir, follow=follow)
+    )
 
 
 @app.command()
@@ -274,9 +250,9 @@ def keys() -> None:
 
 
 def _speak_utf8() -> None:
-    """Start again with UTF-8 for files, arguments and output where the locale says otherwise.
+    """Restart with UTF-8 for files, arguments and output where the locale is another.
 
-    Paths, prompts and completions hold any character; what is started from here inherits it.
+    Paths, prompts and completions hold any character; child processes inherit the setting.
     """
     if not sys.flags.utf8_mode and locale.getencoding().lower().replace("-", "") != "utf8":
         environment = {**os.environ, "PYTHONUTF8": "1"}

@@ -1,22 +1,41 @@
-"""What a run goes on from, and what it finds in its folder when it does.
-
-`where_to_go_on` is the place where a run that is resumed is compared with the one that was saved.
-"""
+"""Where a run goes on from, and the comparison with the run that was saved."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict, cast
+
+from pydantic import JsonValue
 
 from cohort.cluster.changes import accepted, differences, refusal, split_allowed
 from cohort.cluster.config import Config
 from cohort.cluster.errors import RunError
 from cohort.cluster.files import write_atomically
+from cohort.cluster.fingerprint import Fingerprint
 from cohort.cluster.observe.tracking import read_metrics
 from cohort.learner.aside import Aside
-from cohort.learner.checkpoint import latest, load_state
-from cohort.learner.worker import check_shape
+from cohort.learner.checkpoint import check_shape, latest, load_state
+
+
+class SavedState(TypedDict):
+    """The driver's own state in a checkpoint, as JSON.
+
+    Attributes:
+        step: Steps that are done.
+        cursor: Position in the sequence of training prompts at which the next step begins.
+        counters: What `Counters.resumed` takes.
+        tracking: What the tracker goes on with.
+        pass_rates: What the task's history of pass rates goes on with; None for tasks without one.
+        fingerprint: What the resumed run is compared with; older checkpoints have none.
+    """
+
+    step: int
+    cursor: int
+    counters: dict[str, int]
+    tracking: dict[str, str | None]
+    pass_rates: dict[str, JsonValue] | None
+    fingerprint: NotRequired[Fingerprint]
 
 
 @dataclass(frozen=True)
@@ -24,38 +43,52 @@ class Saved:
     """The checkpoint that a run goes on from, and the driver's state in it."""
 
     checkpoint: Path
-    state: dict[str, Any]
+    state: SavedState
+
+    @classmethod
+    def load(cls, checkpoint: Path) -> Saved:
+        return cls(checkpoint, cast(SavedState, load_state(checkpoint)))
 
     @property
     def step(self) -> int:
-        return int(self.state["step"])
+        return self.state["step"]
 
 
 def where_to_go_on(config: Config, folder: Path) -> Saved | None:
     """The newest complete checkpoint if the run is to be resumed; None to begin at step 0.
 
-    Raises RunError when what is recorded in the folder cannot be gone on from.
+    Raises:
+        RunError: The folder's metrics cannot be read.
     """
     try:
         read_metrics(folder / "metrics.jsonl")
     except ValueError as error:
         raise RunError(f"{error}: move that file away, or choose another run.dir") from error
     found = latest(folder / "checkpoints") if config.run.resume else None
-    return Saved(found, load_state(found)) if found else None
+    return Saved.load(found) if found else None
 
 
-def compare(config: Config, saved: Saved, now: dict[str, Any]) -> str:
-    """What has changed since the checkpoint, in words; empty when nothing has.
+def compare(config: Config, saved: Saved, now: Fingerprint) -> str:
+    """Compare this run with the one that was saved.
 
-    now: this run's fingerprint. Raises RunError for what must not differ and is not named in
-    run.allow_changed, CheckpointError for a learner that cannot load the checkpoint.
+    Args:
+        config: This run's config.
+        saved: The checkpoint to go on from.
+        now: This run's fingerprint.
+
+    Returns:
+        A message about what has changed; empty when nothing has.
+
+    Raises:
+        RunError: Something differs that must not, and run.allow_changed does not name it.
+        CheckpointError: This learner cannot load the checkpoint.
     """
     learner = config.learner
     check_shape(saved.checkpoint, learner.workers, learner.zero_stage, config.model.dtype)
     before = saved.state.get("fingerprint")
     if not before:
         return (
-            f"{saved.checkpoint} holds no fingerprint of its run, as those of older versions: "
+            f"{saved.checkpoint} is of an older version and holds no fingerprint of its run: "
             "whether data, model and config are the same is not known"
         )
     found = differences(before, now, saved.step)
@@ -73,11 +106,8 @@ def planned_saves(config: Config, first_step: int) -> int:
 
 
 def write_config(file: Path, text: str, aside: Aside) -> None:
-    """Write config.yaml; one that says something else, run.resume apart, is moved aside first."""
-    if file.exists():
-        before = file.read_text(encoding="utf-8")
-        if before.replace("resume: false", "resume: true") != text.replace(
-            "resume: false", "resume: true"
-        ):
-            aside.move(file)
+    """Write config.yaml; a different one (run.resume aside) is moved away first."""
+    off, on = "resume: false", "resume: true"
+    if file.exists() and file.read_text(encoding="utf-8").replace(off, on) != text.replace(off, on):
+        aside.move(file)
     write_atomically(file, text)

@@ -1,4 +1,4 @@
-"""Writing files so that a crash leaves the old one or the new one, never a mixture."""
+"""Atomic writes: a crash leaves the old file or the new one, never a mixture."""
 
 from __future__ import annotations
 
@@ -11,10 +11,7 @@ from typing import IO
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file that becomes `path` when the block ends; a crash leaves the old one or the new one.
-
-    When the block raises, the old one stays.
-    """
+    """A file that becomes `path` when the block ends; the old one stays when it raises."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:
@@ -22,7 +19,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
     except BaseException:
-        # Also for the space that it takes: the disk may be full.
+        # The disk may be full.
         temporary.unlink(missing_ok=True)
         raise
     os.replace(temporary, path)
@@ -34,6 +31,6 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` by `text`; a crash leaves the old file or the new one, never a mixture."""
+    """Replace the contents of `path` by `text`, in UTF-8."""
     with replacing(path) as file:
         file.write(text.encode("utf-8"))

@@ -1,8 +1,8 @@
-"""What a run is made of, in digests that its checkpoints hold: config, rows, model, reward code.
+"""The fingerprint of a run, which its checkpoints hold: config, rows, model and reward code.
 
-Covered: every config key; of a dataset all rows in their order, of other tasks their sizes and
+Covered are every config key; of a dataset all rows in their order, of other tasks their sizes and
 rows spread over both splits; of a model folder the small files whole, and of weight files the size,
-both ends and blocks spread over them; of tasks and reward functions of one's own the file that
+both ends and blocks spread over them; of a user's own tasks and reward functions the file that the
 config names, not what it imports.
 """
 
@@ -14,7 +14,9 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
+
+from pydantic import JsonValue
 
 from cohort.cluster.config import Config, expand
 from cohort.rewards.tasks import BUILT_IN, Fingerprinted, Row, Task
@@ -26,7 +28,7 @@ SAMPLED_ROWS = 64
 # A file of at most so many bytes is read whole; of a larger one both ends and blocks between them.
 WHOLE_BYTES = 32 << 20
 BLOCKS, BLOCK_BYTES = 64, 64 << 10
-# What of a model folder decides over weights, tokens and text.
+# The files of a model folder that decide weights, tokens and text.
 MODEL_FILES = (
     "*.json",
     "*.safetensors",
@@ -37,16 +39,38 @@ MODEL_FILES = (
     "merges.txt",
     "chat_templates/*",
 )
-# Parts of this program: another version of it is another matter.
-OUR_PACKAGES = ("actors", "cluster", "learner", "rewards")
+# Section -> key -> value.
+ConfigTree = dict[str, dict[str, JsonValue]]
+
+
+class Fingerprint(TypedDict):
+    """What a resumed run must have in common with the one that was saved, as JSON.
+
+    Attributes:
+        version: Of this layout.
+        config: Every key.
+        rows: Name of a part of the data -> its size and digest.
+        model: File of the model folder -> its size and digest; empty where it is not known.
+        code: `rewards.functions: PATH` or `task.name: PATH` -> digest of its file.
+    """
+
+    version: int
+    config: ConfigTree
+    rows: dict[str, str]
+    model: dict[str, str]
+    code: dict[str, str]
 
 
 def fingerprint(
     config: Config, model_path: str, task: Task, specs: Sequence[RewardSpec]
-) -> dict[str, Any]:
-    """Everything that a run which goes on must have in common with the one that was saved.
+) -> Fingerprint:
+    """Fingerprint a run that is about to start.
 
-    model_path: the folder or hub id that `inspect_model` found. The result is JSON.
+    Args:
+        config: The run's config.
+        model_path: The folder or hub id that `inspect_model` found.
+        task: The loaded task; a sample of its rows is read.
+        specs: The reward functions in use.
     """
     return {
         "version": VERSION,
@@ -58,7 +82,7 @@ def fingerprint(
 
 
 def row_digests(task: Task) -> dict[str, str]:
-    """What stands for the task's rows, by its name."""
+    """Sizes and digests of both splits, and those that the task itself gives."""
     found = {
         "training": f"{task.train_size():,} rows, {_sampled(task.train_size(), task.train_row)}",
         "held-out": f"{task.eval_size():,} rows, {_sampled(task.eval_size(), task.eval_row)}",
@@ -82,8 +106,7 @@ def _sampled(size: int, row: Callable[[int], Row]) -> str:
 
 
 def model_digests(path: str) -> dict[str, str]:
-    """Size and digest of each file of a model folder by its name; empty for a hub id that is not
-    in the cache."""
+    """Size and digest of each file of a model; empty for a hub id that is not in the cache."""
     folder = Path(path) if Path(path).is_dir() else _cached(path)
     if folder is None:
         return {}
@@ -102,16 +125,15 @@ def _cached(hub_id: str) -> Path | None:
 
 
 def file_digest(file: Path) -> str:
-    """Of the whole file, or of its size, its ends and blocks between them when it is large."""
+    """Digest of a file; of a large one, of its size, its ends and blocks between them."""
     digest = hashlib.blake2b(digest_size=8)
     size = file.stat().st_size
     digest.update(str(size).encode())
     with file.open("rb") as opened:
         if size <= WHOLE_BYTES:
-            while block := opened.read(1 << 20):
-                digest.update(block)
+            digest.update(opened.read())
         else:
-            # The first block holds the header of safetensors, or the most of it.
+            # The first block holds all or most of a safetensors header.
             for place in range(BLOCKS):
                 opened.seek(place * (size - BLOCK_BYTES) // (BLOCKS - 1))
                 digest.update(opened.read(BLOCK_BYTES))
@@ -119,7 +141,7 @@ def file_digest(file: Path) -> str:
 
 
 def code_digests(config: Config, specs: Sequence[RewardSpec]) -> dict[str, str]:
-    """Digests of the files that hold the task and the reward functions of one's own."""
+    """Digests of the files that hold the user's own task and reward functions."""
     paths = {f"rewards.functions: {spec.path}": spec.path for spec in specs}
     if config.task.name not in BUILT_IN:
         paths[f"task.name: {config.task.name}"] = config.task.name
@@ -128,14 +150,16 @@ def code_digests(config: Config, specs: Sequence[RewardSpec]) -> dict[str, str]:
 
 
 def _source(path: str) -> Path | None:
-    """The file of `path.py:name` or `module:name`, found without an import; None for our own, and
-    for what is in no file."""
+    """The file of `path.py:name` or `module:name`, found without importing it.
+
+    None for Cohort's own functions, which change with its version, and where there is no file.
+    """
     location = path.rpartition(":")[0]
     if location.endswith(".py") or os.sep in location:
         file = expand(location)
         return file if file.is_file() else None
     parts = location.split(".")
-    if parts[0] in OUR_PACKAGES:
+    if parts[0] == "cohort":
         return None
     for folder in sys.path:
         base = Path(folder or os.curdir).joinpath(*parts)

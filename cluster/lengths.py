@@ -1,8 +1,8 @@
-"""Prompt lengths: which rows are rendered before the start, and what they say of all rows.
+"""Prompt lengths: which rows are rendered before the start, and what they tell about all rows.
 
 Rendering takes about a millisecond a prompt. Of large data only the longest rows and some others
 are rendered before the start; every other prompt is rendered, and its length checked, when it is
-drawn.
+sampled.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from cohort.rewards.survey import UNKNOWN, survey_of
 from cohort.rewards.tasks import PromptRenderer, Row, Task, TaskError, split_overlong
 from cohort.rewards.worker import RewardSpec
 
-# A task with at most so many rows, and so many bytes of prompts, is rendered whole.
+# A task with at most so many rows and bytes of prompts is rendered whole.
 WHOLE_ROWS = 10_000
 WHOLE_BYTES = 32 << 20
-# Of others, in each split: the first rows, so many of the longest, and so many over all.
+# Of others, rows to render in each split: the first, the longest, and some spread over all.
 FIRST = 16
 LONGEST = 500
 SPREAD = 500
 LONGEST_BYTES = 4 << 20
-# How much longer than the rows that were rendered the others may be, where they are as large.
+# How much longer in tokens other rows may be than rendered rows of the same bytes, and where their
+# bytes are not known.
 MARGIN = 1.1
 UNKNOWN_MARGIN = 1.25
 
@@ -37,8 +38,12 @@ UNKNOWN_MARGIN = 1.25
 class Rendered:
     """Prompts of a task, in the order of its rows.
 
-    rows: of both splits, rendered or not. rest: tokens that the longest of the others may have,
-    estimated; 0 when there are none. sources: of all rows; None when not all are known.
+    Attributes:
+        train: Of the training split.
+        held_out: Of the held-out split.
+        rows: Of both splits, rendered or not.
+        rest: Estimated tokens of the longest prompt that was not rendered; 0 for none.
+        sources: Of all rows; None when not all are known.
     """
 
     train: list[Prompt]
@@ -59,9 +64,12 @@ class Rendered:
 
 @dataclass(frozen=True)
 class Lengths:
-    """longest: tokens of the longest prompt that is used; max_length: with its completion.
+    """The lengths that a run is planned with, in tokens.
 
-    overlong: how many of the prompts that were rendered are left out.
+    Attributes:
+        longest: Of the longest prompt that is used.
+        max_length: Of a prompt with its completion.
+        overlong: How many of the rendered prompts are left out.
     """
 
     longest: int
@@ -70,7 +78,7 @@ class Lengths:
 
 
 def render_rows(task: Task, renderer: PromptRenderer) -> Rendered:
-    """Every prompt of a task of usual size; the longest and some others of a larger one."""
+    """Render every prompt of a task of usual size; the longest and some others of a larger one."""
     survey = survey_of(task)
     sizes = (survey.train_bytes, survey.eval_bytes)
     rows = sum(map(len, sizes))
@@ -97,10 +105,14 @@ def render_rows(task: Task, renderer: PromptRenderer) -> Rendered:
 
 
 def chosen(sizes: np.ndarray) -> np.ndarray:
-    """The rows of a split to render, by their bytes: the first, the longest, some over all."""
+    """Indexes of the rows to render: the first, the longest, some spread over all.
+
+    Args:
+        sizes: Bytes of each row of a split, UNKNOWN where not known; shape (rows,).
+    """
     longest = np.argsort(-sizes, kind="stable")[:LONGEST]
     longest = longest[np.cumsum(sizes[longest]) - sizes[longest] <= LONGEST_BYTES]
-    # Rows of unknown size, in a mixture those of a part, may be few among many others.
+    # Rows of unknown size may be few among many others: in a mixture, those of one part.
     unknown = np.flatnonzero(sizes == UNKNOWN)
     spread = (evenly(np.arange(len(sizes)), SPREAD), evenly(unknown, SPREAD))
     return np.unique(np.concatenate([np.arange(min(FIRST, len(sizes))), longest, *spread]))
@@ -114,7 +126,7 @@ def evenly(items: np.ndarray, most: int) -> np.ndarray:
 
 
 def _rest(sizes: np.ndarray, indexes: np.ndarray, prompts: Sequence[Prompt]) -> int:
-    """Tokens of the longest prompt among the rows that were not rendered, estimated."""
+    """Estimate the tokens of the longest prompt among the rows that were not rendered."""
     others = np.ones(len(sizes), dtype=bool)
     others[indexes] = False
     if not others.any():
@@ -124,7 +136,7 @@ def _rest(sizes: np.ndarray, indexes: np.ndarray, prompts: Sequence[Prompt]) -> 
         return math.ceil(UNKNOWN_MARGIN * tokens.max())
     largest = int(sizes[others].max())
     seen = sizes[indexes]
-    # Of rows as large: in small ones what the chat template adds weighs more.
+    # By rows of a similar size, because in small ones the chat template weighs more.
     alike = seen >= largest / 2
     return math.ceil(MARGIN * largest * (tokens[alike] / seen[alike]).max())
 
@@ -132,13 +144,14 @@ def _rest(sizes: np.ndarray, indexes: np.ndarray, prompts: Sequence[Prompt]) -> 
 def check_lengths(
     config: Config, rendered: Rendered, renderer: PromptRenderer, specs: Sequence[RewardSpec]
 ) -> Lengths:
-    """The lengths that the run is planned with.
+    """Decide the lengths that the run is planned with.
 
     Where not all rows were rendered, the renderer's bound is set to what the engines will have room
-    for: what is longer is found when it is drawn.
+    for; longer prompts are found when they are sampled.
 
-    Raises TaskError when a prompt is too long and task.overlong=error, or when all are, and when a
-    reward function is for a source that no row has.
+    Raises:
+        TaskError: A prompt is too long and task.overlong=error, all are too long, or a reward
+            function is for a source that no row has.
     """
     for spec in specs:
         unknown = sorted(set(spec.sources) - (rendered.sources or frozenset()))

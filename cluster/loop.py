@@ -9,37 +9,23 @@ has caught up, and generation overlaps with training; nothing else changes.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import time
-from collections.abc import Coroutine
-from typing import Any, TypeVar
-
-from cohort.actors.errors import CohortError
-from cohort.actors.pool import Probe
-from cohort.cluster.config import Config
-from cohort.cluster.observe.metrics import StepTimes, reward_errors
-from cohort.cluster.recording import Finished, Run, record
+from cohort.cluster.failures import check_failures
+from cohort.cluster.recording import Finished, StepTimer
+from cohort.cluster.run import Run
 from cohort.cluster.saving import rescue, save_at_the_end, save_if_due
 from cohort.cluster.stream import MAX_GENERATIONS, Batch
+from cohort.cluster.waiting import unless_stopped
 from cohort.learner.learner import LostGroups, StepResult
-
-T = TypeVar("T")
-
-
-class TrainingError(CohortError):
-    """The run cannot go on; the message says why and which key to change."""
-
-
-class ProgramError(Exception):
-    """Code that the run calls is wrong; the message is its traceback."""
 
 
 async def train(run: Run) -> None:
     """Train until `run.steps` steps are done, or until `run.stop` is set; then save.
 
-    Raises TrainingError, RolloutError, LearnerError or CheckpointError when the run cannot go on;
-    what the learner has learned until then is saved first, if it still can.
+    What the learner has learned is saved first when an error ends the run, if it still can be.
+
+    Raises:
+        CohortError: the run cannot go on (TrainingError, RolloutError, LearnerError), or what it
+            learned could not be saved (CheckpointError).
     """
     try:
         await _steps(run)
@@ -52,42 +38,33 @@ async def train(run: Run) -> None:
 
 
 async def _steps(run: Run) -> None:
-    config = run.config
+    config, progress = run.config, run.progress
     # Engines start from the weights on disk; after a resume those are not the run's.
-    await publish(run)
-    while run.step < config.run.steps and not run.stop.is_set():
-        began = time.monotonic()
+    await run.publisher.publish()
+    while progress.step < config.run.steps and not run.stop.is_set():
+        timer = StepTimer()
 
         # 1. Let actors work on this step, and on as many later ones as staleness allows.
-        last = min(run.step + config.actors.max_staleness, config.run.steps - 1)
+        last = min(progress.step + config.actors.max_staleness, config.run.steps - 1)
         await run.stream.admit(last)
 
         # 2. Wait for this step's groups, generated and scored.
-        batch = await unless_stopped(run, run.stream.take(run.step))
+        batch = await unless_stopped(run.stop, run.stream.take(progress.step))
         if batch is None:
             break
         check_failures(config, batch)
 
         # 3. One optimizer step on them. From here on it counts, whatever comes next.
-        train_began = time.monotonic()
-        batch, result = await learn(run, batch)
-        train_s = time.monotonic() - train_began
-        run.finish(Finished(batch, result, train_s))
+        with timer("train"):
+            batch, result = await learn(run, batch)
+        run.finish(Finished(batch, result, timer.seconds["train"]))
 
         # 4. The actors pull the new weights.
-        sync_began = time.monotonic()
-        gap = await publish(run)
-        sync_s = time.monotonic() - sync_began
+        with timer("sync"):
+            gap = await run.publisher.publish()
 
         # 5. Write down what happened.
-        times = StepTimes(
-            step=time.monotonic() - began,
-            generate=batch.generate_s,
-            reward=batch.reward_s,
-            train=train_s,
-            sync=sync_s,
-        )
-        await record(run, times, gap)
+        await run.record(timer.times(batch), gap)
 
         # 6. Save now and then; what is saved is what `run.resume` continues from.
         await save_if_due(run)
@@ -103,51 +80,3 @@ async def learn(run: Run, batch: Batch) -> tuple[Batch, StepResult]:
             batch = await run.stream.again(batch, lost.group_ids)
             check_failures(run.config, batch)
     return batch, await run.learner.step(batch.groups)
-
-
-async def publish(run: Run) -> float:
-    """Publish the learner's weights and have every actor load and prove them; the probe's gap."""
-    info = await run.learner.publish(remote=run.several_nodes)
-    # Not while the engines load: on shared cores both would wait for each other.
-    logprobs = await run.learner.logprobs(run.probe_ids)
-    probe = Probe(run.probe_ids, logprobs, run.probe_tolerance, run.probe_floor)
-    return await run.pool.sync(info, probe)
-
-
-async def unless_stopped(run: Run, work: Coroutine[Any, Any, T]) -> T | None:
-    """The result of `work`, or None when the run is asked to stop first."""
-    task = asyncio.ensure_future(work)
-    stopping = asyncio.ensure_future(run.stop.wait())
-    try:
-        await asyncio.wait({task, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        return None
-    finally:
-        stopping.cancel()
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.wait({task, stopping})
-
-
-def check_failures(config: Config, batch: Batch) -> None:
-    """Stop when too much of a step was lost or could not be scored, or none of it is there.
-
-    Raises TrainingError, or ProgramError for a mistake in a program.
-    """
-    for failure in batch.failures:
-        if failure.kind == "bug":
-            raise ProgramError(f"step {batch.step}: {failure.what}: {failure.message}")
-    if not batch.groups:
-        first = batch.failures[0]
-        raise TrainingError(
-            f"step {batch.step}: none of the {len(batch.failures)} groups was generated and "
-            f"scored. {first.what}: {first.message}"
-        )
-    share, example = reward_errors(batch)
-    if share > config.rewards.max_error_rate:
-        raise TrainingError(
-            f"step {batch.step}: {100 * share:.3g}% of the completions were lost or could not be "
-            f"scored, more than rewards.max_error_rate={config.rewards.max_error_rate:g} allows. "
-            f"The first: {example}"
-        )

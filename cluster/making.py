@@ -6,6 +6,8 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from pydantic import JsonValue
+
 from cohort.actors.engine import EngineSpec
 from cohort.actors.pool import RolloutPool
 from cohort.actors.process import SHM
@@ -160,11 +162,14 @@ def draw_from(prepared: Prepared) -> Any:
     return draw
 
 
-def rate_history(prepared: Prepared, saved: dict[str, Any] | None) -> RateHistory | None:
-    """The pass rates for a task that chooses its rows by them; None for other tasks."""
+def rate_history(prepared: Prepared, saved: dict[str, JsonValue] | None) -> RateHistory | None:
+    """The pass rates for a task that chooses its rows by them; None for other tasks.
+
+    saved: those of a checkpoint.
+    """
     if not isinstance(prepared.task, Curriculum):
         return None
     delay = prepared.config.actors.max_staleness
-    if saved and saved["pass_rates"]:
-        return RateHistory.resumed(saved["pass_rates"], delay)
+    if saved:
+        return RateHistory.resumed(saved, delay)
     return RateHistory(delay)

@@ -1,7 +1,7 @@
-"""What a model folder holds, and everything that would only show once engines have started.
+"""The checks of a model folder, so that faults show before engines start.
 
-No weights are read and no code of a model's own is run. Every fault is a RunError that names the
-file or the config key; `cohort check`, `train`, `eval` and `warmup` see the same ones.
+No weights are read and no code that comes with a model is run. Every fault is a RunError that names
+the file or the config key; `cohort check`, `train`, `eval` and `warmup` report the same ones.
 """
 
 from __future__ import annotations
@@ -9,13 +9,16 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from cohort.cluster.config import Config, expand
-from cohort.cluster.errors import RunError
+from cohort.cluster.errors import RunError, in_words
 from cohort.cluster.weight_files import adapter, compare_with_model, read_object, weight_files
 
-# How configs call the longest sequence, the usual name first.
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+# Names of the longest sequence in config.json, the usual one first.
 CONTEXT_KEYS = (
     "max_position_embeddings",
     "n_positions",
@@ -25,7 +28,7 @@ CONTEXT_KEYS = (
     "context_length",
     "n_ctx",
 )
-# Heads that give numbers, classes or single words in place of a next token.
+# Heads that give numbers, classes or single words instead of a next token.
 OTHER_HEADS = (
     "ForSequenceClassification",
     "ForTokenClassification",
@@ -36,17 +39,21 @@ OTHER_HEADS = (
     "RewardModel",
 )
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
-# Read before anything is loaded, because loaders do not say which of them is broken.
+# Read before anything is loaded, because loaders do not name the broken one.
 JSON_FILES = ("config.json", "generation_config.json", "tokenizer_config.json")
 MORE_JSON_FILES = ("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
-# What a tokenizer calls the placeholders of inputs that a text does not have.
+# A tokenizer's names for the placeholders of other inputs than text.
 NOT_TEXT = ("image_token", "audio_token", "video_token")
 
 
 def inspect_model(config: Config) -> tuple[str, int, int]:
-    """The model's local path or hub id, its context length in tokens, its number of parameters.
+    """Check the model that model.path names.
 
-    Raises RunError for what cannot be trained from.
+    Returns:
+        The local path or hub id, the context length in tokens, the number of parameters.
+
+    Raises:
+        RunError: It cannot be trained.
     """
     path, local = _locate(config.model.path)
     if local:
@@ -60,10 +67,11 @@ def inspect_model(config: Config) -> tuple[str, int, int]:
     return path, _context(config, found), sum(shapes.values())
 
 
-def load_tokenizer(path: str) -> Any:
-    """The tokenizer of a model's folder or hub id.
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model's folder or hub id.
 
-    Raises RunError when there is none, it is broken, or it has tokens that the model does not.
+    Raises:
+        RunError: There is none, it is broken, or it has tokens that the model has not.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers import AutoTokenizer
@@ -81,20 +89,20 @@ def load_tokenizer(path: str) -> Any:
             if (folder / name).is_file():
                 read_object(folder / name)
         raise RunError(
-            f"model.path={path}: its tokenizer cannot be loaded: {_told(error)}"
+            f"model.path={path}: its tokenizer cannot be loaded: {in_words(error)}"
         ) from error
     _check_vocabulary(path, tokenizer)
     return tokenizer
 
 
 def vocabulary_size(path: str) -> int | None:
-    """How many token ids the model has an embedding for."""
+    """The number of token ids that the model has an embedding for."""
     size = _read_config(path).get_text_config().to_dict().get("vocab_size")
     return size if isinstance(size, int) else None
 
 
 def _locate(given: str) -> tuple[str, bool]:
-    """(the folder's path or the hub id, whether it is a folder)."""
+    """The folder's path or the hub id, and whether it is a folder."""
     folder = expand(given)
     if folder.is_file():
         hint = ""
@@ -109,7 +117,7 @@ def _locate(given: str) -> tuple[str, bool]:
 
 
 def _check_files(folder: Path) -> None:
-    """Raise RunError for a folder without a model, and for files that are no JSON."""
+    """Raise RunError for a folder without a model, and for files that are not JSON."""
     if not (folder / "config.json").is_file():
         only = adapter(folder) if (folder / "adapter_config.json").is_file() else ""
         inside = sorted(found.parent.name for found in folder.glob("*/config.json"))
@@ -126,7 +134,7 @@ def _check_files(folder: Path) -> None:
                 )
 
 
-def _read_config(path: str) -> Any:
+def _read_config(path: str) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     try:
@@ -135,7 +143,7 @@ def _read_config(path: str) -> Any:
         if not Path(path).is_dir():
             raise RunError(
                 f"model.path={path}: there is no such folder here, and as a hub id it cannot be "
-                f"had: {_told(error)}"
+                f"loaded: {in_words(error)}"
             ) from error
         file = Path(path) / "config.json"
         known = read_object(file)
@@ -145,14 +153,14 @@ def _read_config(path: str) -> Any:
                 "which is not run: transformers must know the architecture itself"
             ) from error
         kind = known.get("model_type")
-        told = f"model_type={kind!r} " if kind else "no model_type, "
+        named = f"model_type={kind!r} " if kind else "no model_type, "
         raise RunError(
-            f"model.path: {file} ({told}architectures={known.get('architectures')}) is not "
-            f"understood by transformers: {_told(error)}"
+            f"model.path: {file} ({named}architectures={known.get('architectures')}) is not "
+            f"understood by transformers: {in_words(error)}"
         ) from error
 
 
-def _refuse_other_kinds(path: str, found: Any) -> None:
+def _refuse_other_kinds(path: str, found: PreTrainedConfig) -> None:
     """Raise RunError for models that generate no text, or whose weights cannot be trained."""
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -160,9 +168,8 @@ def _refuse_other_kinds(path: str, found: Any) -> None:
     )
 
     sizes = found.to_dict()
-    quantized = sizes.get("quantization_config") or found.get_text_config().to_dict().get(
-        "quantization_config"
-    )
+    text = found.get_text_config().to_dict()
+    quantized = sizes.get("quantization_config") or text.get("quantization_config")
     if quantized:
         method = quantized.get("quant_method") or "an unknown method"
         raise RunError(
@@ -192,12 +199,12 @@ def _refuse_other_kinds(path: str, found: Any) -> None:
         )
 
 
-def _empty_model(path: str, found: Any) -> Any:
-    """The model without memory for its weights. Raises RunError when there is no such decoder."""
+def _empty_model(path: str, found: PreTrainedConfig) -> PreTrainedModel:
+    """The model on the meta device: shapes without memory. Raises RunError if there is none."""
     import torch
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
-    # transformers imports torchao, which finds fault with its own parts for GPUs.
+    # transformers imports torchao, which warns about its own parts for GPUs.
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
     if type(found) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -206,21 +213,19 @@ def _empty_model(path: str, found: Any) -> Any:
             "continue a text with (AutoModelForCausalLM does not know it)"
         )
     try:
-        # On the meta device: shapes without memory.
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(found, trust_remote_code=False)
         model.tie_weights()
     except Exception as error:
         raise RunError(
-            f"model.path={path}: no model can be made of its config.json: {_told(error)}"
+            f"model.path={path}: no model can be made of its config.json: {in_words(error)}"
         ) from error
     return model
 
 
-def _context(config: Config, found: Any) -> int:
-    """The longest sequence, in tokens; model.max_length where the model names none."""
-    text = found.get_text_config()
-    sizes = text.to_dict()
+def _context(config: Config, found: PreTrainedConfig) -> int:
+    """The longest sequence in tokens; model.max_length where the model names none."""
+    sizes = found.get_text_config().to_dict()
     for key in CONTEXT_KEYS:
         if isinstance(size := sizes.get(key), int) and size > 0:
             return size
@@ -232,13 +237,13 @@ def _context(config: Config, found: Any) -> int:
     return config.model.max_length
 
 
-def _check_vocabulary(path: str, tokenizer: Any) -> None:
+def _check_vocabulary(path: str, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise RunError for a tokenizer with ids that the model has no embedding for."""
     size = vocabulary_size(path)
     if size is None:
         return
     beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= size}
-    # Gemma 3's models for text share the tokenizer of those that see.
+    # Gemma 3's text models share the tokenizer of those for images.
     unused = {str(tokenizer.special_tokens_map.get(name)) for name in NOT_TEXT}
     wrong = sorted((number, token) for token, number in beyond.items() if token not in unused)
     if wrong:
@@ -248,9 +253,3 @@ def _check_vocabulary(path: str, tokenizer: Any) -> None:
             f"the model embeds {size}: they do not belong together. Were tokens added? Then save "
             "the model after resize_token_embeddings"
         )
-
-
-def _told(error: Exception) -> str:
-    """An error of a library in a few words."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:400]}"

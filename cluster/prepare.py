@@ -1,6 +1,6 @@
-"""What is checked and loaded before anything starts: model folder, task, rewards, lengths.
+"""Loading and checking before anything starts: model folder, task, rewards, prompt lengths.
 
-Nothing here needs Ray, an engine or a learner; nothing is written except a folder for passing logs.
+Nothing here needs Ray, an engine or a learner; nothing is written except a folder for logs.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from cohort.cluster.config import Config
 from cohort.cluster.errors import RunError
@@ -21,12 +21,26 @@ from cohort.cluster.model_folder import inspect_model, load_tokenizer
 from cohort.rewards.tasks import PromptRenderer, Task, load_task, sample_rows
 from cohort.rewards.worker import RewardSpec, RewardWorker, reward_specs
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 PROBE_TOKENS = 32
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is known before anything is started."""
+    """A config with everything that was loaded for it.
+
+    Attributes:
+        config: The run's config.
+        model_path: A local folder or a hub id.
+        parameters: Of the model.
+        task: The loaded task.
+        rewards: The reward functions in use.
+        renderer: Renders the task's rows to prompts.
+        max_length: Longest sequence, prompt and completion, in tokens.
+        overlong: Prompts that are left out because they are too long, among those rendered.
+    """
 
     config: Config
     model_path: str
@@ -39,37 +53,35 @@ class Prepared:
 
 
 def prepare(config: Config) -> Prepared:
-    """Load and check everything that needs no actor: model folder, task, rewards, lengths.
+    """Load and check everything that needs no actor; writes nothing.
 
-    Raises RunError, ConfigError, TaskError or RewardLoadError; writes nothing.
+    Raises:
+        CohortError: A RunError, ConfigError, TaskError or RewardLoadError.
     """
     path, context, parameters = inspect_model(config)
     tokenizer = load_tokenizer(path)
     task = load_task(config.task, config.run.seed)
     specs = reward_specs(task, config.rewards)
-    # Loads every function in a child process, as the reward actors will: a wrong path ends here.
+    # Load every function in a child process, as the reward workers will: a wrong path ends here.
     limits = config.rewards
-    actor = RewardWorker(specs, limits.timeout_s, memory_bytes=limits.memory_bytes)
-    specs = actor.specs
-    actor.close()
+    worker = RewardWorker(specs, limits.timeout_s, memory_bytes=limits.memory_bytes)
+    specs = worker.specs
+    worker.close()
     renderer = make_renderer(config, tokenizer, context)
     lengths = check_lengths(config, render_rows(task, renderer), renderer, specs)
-    return Prepared(
-        config=config,
-        model_path=path,
-        parameters=parameters,
-        task=task,
-        rewards=specs,
-        renderer=renderer,
-        max_length=lengths.max_length,
-        overlong=lengths.overlong,
-    )
+    sizes = lengths.max_length, lengths.overlong
+    return Prepared(config, path, parameters, task, specs, renderer, *sizes)
 
 
 def longest_prompt(config: Config, context: int) -> int:
     """Tokens of the longest prompt that leaves room for a completion in the model's context.
 
-    Raises RunError when none does, or model.max_length exceeds the context.
+    Args:
+        config: The run's config.
+        context: The model's, in tokens.
+
+    Raises:
+        RunError: None does, or model.max_length exceeds the context.
     """
     if config.model.max_length and config.model.max_length > context:
         raise RunError(
@@ -84,11 +96,19 @@ def longest_prompt(config: Config, context: int) -> int:
     return longest
 
 
-def make_renderer(config: Config, tokenizer: Any, context: int) -> PromptRenderer:
-    """What renders this config's prompts; context: the model's, in tokens.
+def make_renderer(
+    config: Config, tokenizer: PreTrainedTokenizerBase, context: int
+) -> PromptRenderer:
+    """Make the renderer of this config's prompts.
 
-    Raises RunError when the context has no room for a prompt, TaskError for template arguments
-    that the chat template does not read.
+    Args:
+        config: The run's config.
+        tokenizer: The model's.
+        context: The model's, in tokens.
+
+    Raises:
+        RunError: The context has no room for a prompt.
+        TaskError: The chat template does not read one of model.template_arguments.
     """
     return PromptRenderer(
         tokenizer,
@@ -102,7 +122,7 @@ def make_renderer(config: Config, tokenizer: Any, context: int) -> PromptRendere
 def passing_logs(command: str) -> Iterator[Path]:
     """A folder for the logs of a command that has no run directory.
 
-    It stays when the block raises: the error's message may name a file in it.
+    It is kept when the block raises, because the error's message may name a file in it.
     """
     folder = Path(tempfile.mkdtemp(prefix=f"cohort-{command}-"))
     yield folder
@@ -110,7 +130,7 @@ def passing_logs(command: str) -> Iterator[Path]:
 
 
 def first_probe(prepared: Prepared) -> list[int]:
-    """A fixed token sequence made of the task's own prompts: what engines are compared on."""
+    """A fixed token sequence of the task's own prompts, on which engines are compared."""
     task = prepared.task
     ids: list[int] = []
     for cursor in count():

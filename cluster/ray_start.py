@@ -1,4 +1,4 @@
-"""Joining a Ray cluster, or starting a Ray of our own; what can go wrong there, said in words."""
+"""Joining a Ray cluster or starting one, with messages for what can go wrong."""
 
 from __future__ import annotations
 
@@ -8,31 +8,30 @@ import re
 import socket
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from cohort.actors.process import start_sweeper
 from cohort.cluster.config import Config
-from cohort.cluster.errors import RunError
+from cohort.cluster.errors import RunError, in_words
 from cohort.cluster.placement import Resources, connected_cluster, object_store_bytes, this_machine
 from cohort.learner.checkpoint import nearest_existing
 
 CONNECT_TIMEOUT_S = 10
-# Ray's address of a new cluster on this machine, of one that is running here already.
+# Ray's addresses of a new cluster on this machine, and of one that is running here already.
 OWN, RUNNING = "local", "auto"
 HOST_PORT = re.compile(r"(\[[0-9a-fA-F:.%\w]+\]|[^\s:/\[\]]+):(\d{1,5})")
-# The longest socket that Ray makes below its folder for temporary files, and what Linux allows.
+# The longest socket name below Ray's folder for temporary files, and the bytes that Linux allows.
 SOCKET = "ray/session_2026-01-01_00-00-00_000000_{pid}/sockets/plasma_store"
 LONGEST_SOCKET = 107
 
 
 def ray_address(config: Config) -> str | None:
-    """The cluster to join; None for a Ray of our own."""
+    """The cluster to join; None to start one."""
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     return None if address == OWN else address or None
 
 
 def check_reachable(address: str) -> None:
-    """Raise RunError unless it is host:port and somebody answers there, or "auto".
+    """Raise RunError unless the address is "auto", or host:port and something answers there.
 
     Ray itself would try for minutes.
     """
@@ -52,8 +51,8 @@ def check_reachable(address: str) -> None:
     found = HOST_PORT.fullmatch(address)
     if found is None or not 0 < int(found[2]) < 65536:
         raise RunError(
-            f"{what} is no address of a Ray cluster: give host:port (usually HEAD:6379), auto for "
-            "one that runs on this machine, or nothing for a Ray of its own"
+            f"{what} is not the address of a Ray cluster: give host:port (usually HEAD:6379), auto "
+            "for one that runs on this machine, or leave it empty to start Ray"
         )
     try:
         host, port = found[1].strip("[]"), int(found[2])
@@ -63,7 +62,7 @@ def check_reachable(address: str) -> None:
 
 
 def check_start(config: Config) -> None:
-    """Raise RunError for what can be known to keep Ray from being joined or started."""
+    """Raise RunError if Ray can be known in advance not to be joined or started."""
     address = ray_address(config)
     if address:
         check_reachable(address)
@@ -72,7 +71,7 @@ def check_start(config: Config) -> None:
 
 
 def check_own_ray() -> None:
-    """Try what a Ray of our own needs of this machine. Raises RunError when it could not start."""
+    """Check what starting Ray needs of this machine. Raises RunError when something is missing."""
     folder = ray_folder()
     longest = len(os.fsencode(str(folder / SOCKET.format(pid=_longest_pid()))))
     if longest > LONGEST_SOCKET:
@@ -89,19 +88,26 @@ def check_own_ray() -> None:
 
 
 def connect(config: Config, here: Resources | None = None) -> Resources:
-    """Join the Ray cluster, or start a Ray of our own on this machine; what it offers.
+    """Join the Ray cluster, or start Ray on this machine.
 
-    here: what this machine has, where that is known. Raises RunError.
+    Args:
+        config: The run's config.
+        here: What this machine has, where that is known already.
+
+    Returns:
+        What the cluster or this machine has.
+
+    Raises:
+        RunError: Ray cannot be joined or started.
     """
     import ray
 
     address = ray_address(config)
-    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    # Ray reports how it is used to its makers unless told not to.
+    # Disable Ray's telemetry.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if address:
         try:
-            ray.init(address=address, **options)
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
         except Exception as error:
             raise RunError(_not_joined(address, error)) from error
         return connected_cluster()
@@ -110,37 +116,38 @@ def connect(config: Config, here: Resources | None = None) -> Resources:
     start_sweeper()
     try:
         ray.init(
-            # Without it Ray would join a cluster that somebody started on this machine.
+            # Otherwise Ray would join a cluster that runs on this machine.
             address=OWN,
             num_cpus=int(have.cpus),
             include_dashboard=False,
             object_store_memory=object_store_bytes(have),
-            **options,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
         )
     except Exception as error:
         ray.shutdown()
         raise RunError(
-            f"Ray did not start on this machine: {_told(error)}\nIts logs are in "
+            f"Ray did not start on this machine: {in_words(error)}\nIts logs are in "
             f"{ray_folder() / 'ray' / 'session_latest' / 'logs'}"
         ) from error
     return have
 
 
 def ray_folder() -> Path:
-    """Where Ray makes its folder `ray`."""
+    """The folder in which Ray makes its own, `ray`."""
     return Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp")
 
 
 def _not_joined(address: str, error: Exception) -> str:
-    what, told = _named(address), _told(error)
-    if "version mismatch" in told.lower():
+    what, message = _named(address), in_words(error)
+    if "version mismatch" in message.lower():
         return (
             f"{what}: the cluster has another version of Ray or Python than this environment. "
-            f"Install the same ones on both. {told}"
+            f"Install the same ones on both. {message}"
         )
     if address == RUNNING:
-        return f"{what}: no Ray runs on this machine: {told}"
-    return f"{what}: cannot connect to Ray: {told}"
+        return f"{what}: no Ray runs on this machine: {message}"
+    return f"{what}: cannot connect to Ray: {message}"
 
 
 def _named(address: str) -> str:
@@ -185,11 +192,7 @@ def _require_writable(folder: Path, what: str, advice: str) -> None:
     """Raise RunError unless a file can be made in the folder, or the nearest that is there."""
     place = nearest_existing(folder)
     try:
-        # Gone when it is closed.
+        # It has no name and vanishes when closed.
         tempfile.TemporaryFile(dir=place).close()
     except OSError as error:
         raise RunError(f"{what} cannot be written: {error.strerror} ({place}): {advice}") from error
-
-
-def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"

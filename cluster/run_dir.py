@@ -1,9 +1,8 @@
-"""The run directory: whose it is, who uses it now, and what a new start finds in it.
+"""The run directory: whether it is a run's, which driver uses it, what a new start finds in it.
 
-The first thing that a run writes is `cohort.lock`. It says that the folder is a run's, and who runs
-there: one driver at a time. The lock ends with its owner, however that ends: on one machine the
-kernel releases it; on others, where that may not be seen, an owner that lives touches the file
-every few seconds.
+The first thing that a run writes is `cohort.lock`, which marks the folder as a run's and names its
+one driver. The lock ends with its owner, however that ends: on one machine the kernel releases it;
+for other machines, which may not see that, a living owner touches the file every few seconds.
 """
 
 from __future__ import annotations
@@ -21,19 +20,18 @@ import time
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
 
 import yaml
 
 from cohort.cluster.config import SECTIONS, Config, expand
-from cohort.cluster.prepare import RunError
+from cohort.cluster.errors import RunError
 from cohort.learner.aside import Aside
 
 LOCK = "cohort.lock"
 HEARTBEAT_S = 5.0
-# An owner on another machine that was silent for so long is dead.
+# An owner on another machine is dead after so many seconds without a heartbeat.
 SILENCE_S = 45.0
-# What a run writes; `logs` and `checkpoints` are there before it is started.
+# What a run writes.
 NAMES = re.compile(
     r"cohort\.lock|config\.yaml(\.tmp)?|metrics\.jsonl(\.tmp)?|rollouts|checkpoints|logs|wandb"
     r"|wandb_id(\.tmp)?|report\.html|replaced-\d+"
@@ -46,7 +44,15 @@ NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 @dataclass(frozen=True)
 class Owner:
-    """Who uses a run directory. boot: of the running kernel, the same for all its containers."""
+    """The driver that uses a run directory.
+
+    Attributes:
+        host: Name of its machine.
+        boot: Id of the machine's running kernel, the same in all its containers.
+        pid: Of the driver.
+        since: When it began, in ISO format.
+        command: Its command line.
+    """
 
     host: str
     boot: str
@@ -67,9 +73,11 @@ def this_process() -> Owner:
 
 
 class RunDir:
-    """A run directory that is ours until `release`. Use it as a context manager.
+    """A run directory that belongs to this driver until `release`; a context manager.
 
-    aside: where what this start finds, and must not go on with, is kept.
+    Attributes:
+        path: The folder.
+        aside: Keeps what this start finds and must replace.
     """
 
     def __init__(self, path: Path) -> None:
@@ -82,25 +90,24 @@ class RunDir:
     def claim(self) -> None:
         """Make the folder and lock it.
 
-        Raises RunError when it cannot be written, or another driver uses it.
+        Raises:
+            RunError: It cannot be written, or another driver uses it.
         """
         try:
             (self.path / "logs").mkdir(parents=True, exist_ok=True)
-            self._file = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise RunError(f"run.dir={self.path} cannot be written: {error.strerror}") from error
-        try:
-            self._lock(self._file)
-            # A full disk shows here, and not after the engines have started.
-            _write(self._file, json.dumps(asdict(this_process())))
+            file = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                self._lock(file)
+            except BaseException:
+                os.close(file)
+                raise
+            self._file = file
+            # A full disk shows here and not after the engines have started.
+            _write(file, json.dumps(asdict(this_process())))
         except OSError as error:
             self.release()
             raise RunError(f"run.dir={self.path} cannot be written: {error.strerror}") from error
-        except RunError:
-            os.close(self._file)
-            self._file = None
-            raise
-        self._beating = threading.Thread(target=self._beat, args=(self._file,), daemon=True)
+        self._beating = threading.Thread(target=self._beat, args=(file,), daemon=True)
         self._beating.start()
 
     def _lock(self, file: int) -> None:
@@ -109,8 +116,8 @@ class RunDir:
         if locked is False:
             raise RunError(in_use(self.path, owner))
         if owner is not None and (locked is None or owner.boot != this_process().boot):
-            # The lock of another machine may not be seen here. Its owner is alive if it goes on
-            # touching the file; what "now" is, the file system says, not this machine's clock.
+            # The lock of another machine may not be seen here. Its owner is alive if it keeps
+            # touching the file, by the file system's time and not by this machine's clock.
             before = self._beaten()
             waiting = time.time() + SILENCE_S
             while self._age(before) < SILENCE_S and time.time() < waiting:
@@ -119,12 +126,12 @@ class RunDir:
                     raise RunError(in_use(self.path, owner))
 
     def _beaten(self) -> float:
-        """When the lock was last touched. Opened anew: NFS remembers open files."""
+        """When the lock was last touched. Opens the file, because NFS caches times of open ones."""
         with (self.path / LOCK).open("rb") as lock:
             return os.fstat(lock.fileno()).st_mtime
 
     def _age(self, then: float) -> float:
-        """Seconds from a time of this file system until now."""
+        """Seconds since `then` by the file system's time."""
         probe = self.path / "logs" / f".now-{os.getpid()}"
         probe.touch()
         try:
@@ -137,8 +144,7 @@ class RunDir:
             try:
                 os.utime(file)
             except OSError:
-                # A file system that is full or away for a while: the next beat tells.
-                continue
+                continue  # full or away for a while: the next heartbeat tries again
 
     def release(self) -> None:
         """Let another driver use the folder. May be called twice."""
@@ -155,12 +161,7 @@ class RunDir:
     def __enter__(self) -> RunDir:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
 
@@ -172,8 +173,9 @@ def in_use(folder: Path, owner: Owner | None) -> str:
 def find_run_dir(config: Config) -> Path:
     """The run's folder, which need not exist yet; writes nothing.
 
-    Raises RunError when it is a file, holds what is not ours, holds a run that is not to be
-    continued, or is in use by another driver.
+    Raises:
+        RunError: It is a file, holds something else than a run, holds a run and run.resume is not
+            set, or is in use by another driver.
     """
     folder = expand(config.run.dir).absolute()
     if folder.exists() and not folder.is_dir():
@@ -190,7 +192,7 @@ def find_run_dir(config: Config) -> Path:
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether a run may write here: nothing is there, or only what runs write."""
+    """Whether a run may write here: the folder is empty, or holds only what runs write."""
     if not folder.is_dir():
         return True
     names = {entry.name for entry in folder.iterdir()}
@@ -198,14 +200,14 @@ def is_ours(folder: Path) -> bool:
         return True
     if "config.yaml" in names:
         return _is_config(folder / "config.yaml")
-    # A start of an earlier version that failed.
+    # A failed start of an earlier version.
     checkpoints = folder / "checkpoints"
     inside = [entry.name for entry in checkpoints.iterdir()] if checkpoints.is_dir() else []
     return all(map(NAMES.fullmatch, names)) and all(map(CHECKPOINT.fullmatch, inside))
 
 
 def _is_config(file: Path) -> bool:
-    """Whether this is a config of ours; other programs call theirs so, too."""
+    """Whether this is a config of Cohort; other programs use the name, too."""
     try:
         tree = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
@@ -214,9 +216,9 @@ def _is_config(file: Path) -> bool:
 
 
 def what_was_recorded(folder: Path) -> str:
-    """What is there of a run's training, in words; empty when there is none.
+    """What the folder holds of a run's training, in words; empty for none.
 
-    A start that failed leaves a lock, logs and perhaps a config: that is not training.
+    A failed start leaves a lock, logs and perhaps a config, which are not training.
     """
     found = []
     checkpoints = sorted(entry.name for entry in folder.glob("checkpoints/step-*"))
@@ -234,14 +236,15 @@ def what_was_recorded(folder: Path) -> str:
 
 
 def claim_run_dir(config: Config) -> RunDir:
-    """The run's folder, made if needed, for this driver alone.
+    """Make the run's folder if needed and lock it for this driver.
 
-    Raises RunError as `find_run_dir` does, and when it cannot be written.
+    Raises:
+        RunError: As `find_run_dir`, and when the folder cannot be written.
     """
     claimed = RunDir(find_run_dir(config))
     claimed.claim()
     try:
-        # Once more: another driver may have begun and ended in between.
+        # Again, because another driver may have begun and ended in between.
         if not config.run.resume and (found := what_was_recorded(claimed.path)):
             raise RunError(f"run.dir={claimed.path} already holds a run ({found})")
     except BaseException:
@@ -276,7 +279,7 @@ def _flock(file: int, kind: int) -> bool | None:
 
 
 def _owner(file: int) -> Owner | None:
-    """Who the lock says it belongs to; None when it was released, or is being written."""
+    """The owner that a lock names; None when it was released or is being written."""
     try:
         return Owner(**json.loads(os.pread(file, 4096, 0)))
     except (ValueError, TypeError):

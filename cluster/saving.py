@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import time
 from pathlib import Path
-from typing import Any
 
-from cohort.cluster.recording import Run, record_late
-from cohort.learner.checkpoint import CheckpointError
+from cohort.cluster.continuing import SavedState
+from cohort.cluster.run import Run
+from cohort.learner.checkpoint import LEARNER_FILE, CheckpointError
 from cohort.learner.learner import LearnerError
-from cohort.learner.worker import LEARNER_FILE
 
 # After a save that failed, the next try comes with a later step, but not at once.
 RETRY_S = 60.0
@@ -34,19 +34,19 @@ async def save_if_due(run: Run) -> None:
 
     The last step is left to `save_at_the_end`. Raises LearnerError when the learner is lost.
     """
-    if run.step >= run.config.run.steps:
+    if run.progress.step >= run.config.run.steps:
         return
     every = run.config.run.checkpoint_every
-    due = bool(every) and run.step % every == 0
-    if run.unsaved_since is not None:
-        due = due or time.monotonic() - run.unsaved_since >= RETRY_S
+    due = bool(every) and run.progress.step % every == 0
+    if run.saves.failed_at is not None:
+        due = due or time.monotonic() - run.saves.failed_at >= RETRY_S
     if not due:
         return
     error = await _try_to_save(run)
     if error is not None:
         run.console.note(
-            f"checkpoint {run.step} could not be written, training goes on and tries again later: "
-            f"{error}"
+            f"checkpoint {run.progress.step} could not be written, training goes on and tries "
+            f"again later: {error}"
         )
 
 
@@ -55,7 +55,7 @@ async def save_at_the_end(run: Run) -> None:
 
     Raises CheckpointError when it could not be saved, LearnerError when the learner is lost.
     """
-    if run.saved == run.step:
+    if run.saves.step == run.progress.step:
         return
     began, wait, tries = time.monotonic(), FIRST_WAIT_S, 1
     while error := await _try_to_save(run):
@@ -64,13 +64,13 @@ async def save_at_the_end(run: Run) -> None:
         may_pass = isinstance(error, (CheckpointError, LearnerError, OSError))
         if left <= 0 or (not may_pass and tries >= TRIES):
             raise CheckpointError(
-                f"step {run.step} could not be saved in {time.monotonic() - began:.0f} s: {error}"
-                f"\n{_newest(run)}"
+                f"step {run.progress.step} could not be saved in {time.monotonic() - began:.0f} s: "
+                f"{error}\n{_newest(run)}"
             ) from error
         wait = min(wait, max(left, 0.1))
         run.console.note(
-            f"checkpoint {run.step} could not be written: {error}\nThe learner keeps it: trying "
-            f"again in {wait:.0f} s, for {left:.0f} s more"
+            f"checkpoint {run.progress.step} could not be written: {error}\nThe learner keeps it: "
+            f"trying again in {wait:.0f} s, for {left:.0f} s more"
         )
         await asyncio.sleep(wait)
         wait, tries = min(2 * wait, LONGEST_WAIT_S), tries + 1
@@ -80,19 +80,25 @@ async def rescue(run: Run, error: BaseException) -> None:
     """Before an error ends a run: record and save what the learner has done. Raises nothing."""
     try:
         if not run.lost:
-            await record_late(run)
-        if run.saved == run.step:
+            await _record_late(run)
+        if run.saves.step == run.progress.step:
             return
         if run.lost or (isinstance(error, LearnerError) and not error.savable):
             run.console.note(f"the learner is lost: {_newest(run)}")
             return
-        run.console.note(f"the run ends with an error after step {run.step}: saving first")
+        run.console.note(f"the run ends with an error after step {run.progress.step}: saving first")
         await save_at_the_end(run)
         run.console.note(
-            f"saved; the same command with run.resume=true goes on after step {run.step}"
+            f"saved; the same command with run.resume=true goes on after step {run.progress.step}"
         )
     except Exception as second:  # noqa: BLE001 - the first error is the one to be shown
-        run.console.note(f"step {run.step} could not be saved: {second}\n{_newest(run)}")
+        run.console.note(f"step {run.progress.step} could not be saved: {second}\n{_newest(run)}")
+
+
+async def _record_late(run: Run) -> None:
+    """Write down a step after which the run failed, before its times and its gap were known."""
+    if run.progress.unrecorded is not None:
+        await run.record(run.progress.unrecorded.times(), math.nan)
 
 
 async def save(run: Run) -> None:
@@ -102,24 +108,24 @@ async def save(run: Run) -> None:
     """
     skipped = run.learner.nonfinite_in_a_row
     run.console.note(
-        f"saving checkpoint {run.step}"
+        f"saving checkpoint {run.progress.step}"
         + (" (the last update was not finite, and changed nothing)" if skipped else "")
     )
     history = run.stream.history
-    state: dict[str, Any] = {
-        "step": run.step,
-        "cursor": run.cursor,
-        "counters": run.counters.as_dict(),
-        "tracking": run.tracker.state(),
-        "pass_rates": history.as_dict(before=run.step) if history else None,
-        "fingerprint": run.fingerprint,
+    state: SavedState = {
+        "step": run.progress.step,
+        "cursor": run.progress.cursor,
+        "counters": run.progress.counters.as_dict(),
+        "tracking": run.recorder.tracker.state(),
+        "pass_rates": history.as_dict(before=run.progress.step) if history else None,
+        "fingerprint": run.saves.fingerprint,
     }
-    folder = run.checkpoints.begin(run.step)
+    folder = run.saves.checkpoints.begin(run.progress.step)
     await run.learner.save(folder, after_skipped=True)
     _require_step(folder, run.learner.version)
     # Writing to disk can take long; rewards and retries of an overlapped run must not wait for it.
-    await asyncio.to_thread(run.checkpoints.commit, run.step, state)
-    run.saved, run.unsaved_since = run.step, None
+    await asyncio.to_thread(run.saves.checkpoints.commit, run.progress.step, state)
+    run.saves.step, run.saves.failed_at = run.progress.step, None
 
 
 async def _try_to_save(run: Run) -> Exception | None:
@@ -127,10 +133,10 @@ async def _try_to_save(run: Run) -> Exception | None:
     try:
         await save(run)
     except Exception as error:
-        run.checkpoints.discard(run.step)
+        run.saves.checkpoints.discard(run.progress.step)
         if isinstance(error, LearnerError) and not error.savable:
             raise
-        run.unsaved_since = time.monotonic()
+        run.saves.failed_at = time.monotonic()
         return error
     return None
 
@@ -145,7 +151,7 @@ def _require_step(folder: Path, version: int) -> None:
 
 
 def _newest(run: Run) -> str:
-    newest = run.checkpoints.latest()
+    newest = run.saves.checkpoints.latest()
     if newest is None:
         return "there is no complete checkpoint"
     return f"the newest complete checkpoint is {newest}; run.resume=true goes on from it"

@@ -11,14 +11,22 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cohort.actors.pool import RolloutPool
-from cohort.actors.records import Failure, GroupMeta, Prompt, SamplingSpec, ScoreMeta, derive_seed
-from cohort.actors.rollout import Request
+from cohort.actors.records import (
+    Failure,
+    GroupMeta,
+    Prompt,
+    Request,
+    SamplingSpec,
+    ScoredRef,
+    ScoreMeta,
+    derive_seed,
+)
 from cohort.cluster.config import Config
-from cohort.learner.plan import ScoredRef, informative
+from cohort.learner.credit import informative
 from cohort.rewards.pool import Lost, RewardPool
 from cohort.rewards.rates import NO_RATES, PassRates, PromptOutcome, RateHistory, outcome
 from cohort.rewards.tasks import SampledPrompts
@@ -60,6 +68,17 @@ class Batch:
     overlong: int = 0
 
 
+@dataclass
+class _Step:
+    """A step in flight. prompts: by group id. cursor: where the next step's prompts begin."""
+
+    began: float
+    tasks: list[asyncio.Task[_Produced]] = field(default_factory=list)
+    prompts: dict[str, Prompt] = field(default_factory=dict)
+    cursor: int = 0
+    overlong: int = 0
+
+
 def group_request(config: Config, step: int, prompt: Prompt) -> Request:
     """What a step asks for a prompt: a group, whose seed is its own in every run and step."""
     sampling = SamplingSpec(
@@ -94,12 +113,7 @@ class GroupStream:
         self._draw = draw
         self._pool = pool
         self._rewards = rewards
-        self._steps: dict[int, list[asyncio.Task[_Produced]]] = {}
-        self._started: dict[int, float] = {}
-        self._cursors: dict[int, int] = {}
-        self._overlong: dict[int, int] = {}
-        # For each step in flight, its prompts by the ids of their groups.
-        self._drawn: dict[int, dict[str, Prompt]] = {}
+        self._steps: dict[int, _Step] = {}
         # The prompts of the step that was handed over last.
         self._handed: dict[str, Prompt] = {}
         # Completions being judged: for each group, its attempt at them and their verdicts.
@@ -114,20 +128,23 @@ class GroupStream:
         """Start on the prompts of every step up to and including `until_step`."""
         while self._next <= until_step:
             step, self._next = self._next, self._next + 1
-            self._started[step] = time.monotonic()
-            self._steps[step] = await self._begin(step, self._config.task.prompts_per_step)
-            self._cursors[step] = self.cursor
+            self._steps[step] = _Step(began=time.monotonic())
+            await self._begin(step, self._config.task.prompts_per_step)
+            self._steps[step].cursor = self.cursor
 
     async def _begin(self, step: int, count: int) -> list[asyncio.Task[_Produced]]:
+        """Start on so many more prompts of a step; the tasks of these."""
         rates = self.history.before(step) if self.history else NO_RATES
-        taken = self._draw(self.cursor, count, rates)
-        self.cursor = taken.cursor
-        self._overlong[step] = self._overlong.get(step, 0) + len(taken.overlong)
-        requests = [group_request(self._config, step, prompt) for prompt in taken.prompts]
-        drawn = self._drawn.setdefault(step, {})
-        drawn.update((request.group_id, request.prompt) for request in requests)
+        sampled = self._draw(self.cursor, count, rates)
+        self.cursor = sampled.cursor
+        requests = [group_request(self._config, step, prompt) for prompt in sampled.prompts]
         self.admitted += len(requests) * self._config.task.group_size
-        return await self._produce(requests)
+        tasks = await self._produce(requests)
+        begun = self._steps[step]
+        begun.overlong += len(sampled.overlong)
+        begun.prompts |= {request.group_id: request.prompt for request in requests}
+        begun.tasks += tasks
+        return tasks
 
     async def _produce(self, requests: list[Request]) -> list[asyncio.Task[_Produced]]:
         generating = await self._pool.generate(requests, self._judge)
@@ -182,10 +199,9 @@ class GroupStream:
             if not isinstance(scores, Lost) or not left:
                 break
             logger.warning(
-                "group %s is generated again: %s: %s",
+                "group %s is generated again: %s",
                 request.group_id,
-                scores.what,
-                scores.message,
+                scores,
             )
             (generating,) = await self._pool.generate([request], self._judge)
         now = time.monotonic()
@@ -214,7 +230,8 @@ class GroupStream:
         new prompts are drawn until there are as many with one, or the rounds are used up.
         """
         waited_from = time.monotonic()
-        produced = await asyncio.gather(*self._steps.pop(step))
+        begun = self._steps[step]
+        produced = await asyncio.gather(*begun.tasks)
         rounds = 0
         while rounds < self._config.algorithm.dynamic_sampling_rounds:
             missing = self._config.task.prompts_per_step - sum(map(self._informative, produced))
@@ -225,29 +242,29 @@ class GroupStream:
         if self._next == step + 1:
             # Otherwise later steps have drawn in between: a resumed run begins with theirs, and
             # sees again what was drawn here.
-            self._cursors[step] = self.cursor
+            begun.cursor = self.cursor
+        del self._steps[step]
         groups = [item.outcome for item in produced if isinstance(item.outcome, ScoredRef)]
-        outcomes = self._outcomes(step, groups)
         generated = max(item.generated_at for item in produced)
         scored = max(item.scored_at for item in produced)
+        self._handed = begun.prompts
         return Batch(
             step=step,
-            cursor=self._cursors.pop(step),
+            cursor=begun.cursor,
             groups=groups,
             failures=[item.outcome for item in produced if isinstance(item.outcome, Failure)],
             generate_s=max(0.0, generated - waited_from),
             reward_s=max(0.0, scored - max(generated, waited_from)),
-            generation_wall_s=max(1e-6, generated - self._started.pop(step)),
+            generation_wall_s=max(1e-6, generated - begun.began),
             refill_rounds=rounds,
-            outcomes=outcomes,
-            overlong=self._overlong.pop(step),
+            outcomes=self._outcomes(step, groups),
+            overlong=begun.overlong,
         )
 
     def _outcomes(self, step: int, groups: list[ScoredRef]) -> tuple[PromptOutcome, ...]:
         """How often each of a step's prompts was solved, written into the history."""
-        drawn = self._handed = self._drawn.pop(step)
         bar = self._config.task.solved_at
-        prompts = [(drawn[group.meta.group_id], group.scores.totals) for group in groups]
+        prompts = [(self._handed[group.meta.group_id], group.scores.totals) for group in groups]
         outcomes = tuple(outcome(p.row_id, p.source, totals, bar) for p, totals in prompts)
         if self.history:
             self.history.record(step, outcomes)
@@ -256,18 +273,18 @@ class GroupStream:
     def _informative(self, produced: _Produced) -> bool:
         group, config = produced.outcome, self._config
         return isinstance(group, ScoredRef) and informative(
-            group.meta, group.scores, config.algorithm, config.actors.max_tokens
+            group.meta, group.scores, config.algorithm
         )
 
     @property
     def in_flight(self) -> int:
         """Completions admitted and not yet handed over."""
-        return sum(map(len, self._steps.values())) * self._config.task.group_size
+        return sum(len(s.prompts) for s in self._steps.values()) * self._config.task.group_size
 
     def cancel(self) -> None:
         """Give up what is in flight; a resumed run generates it again, from the same seeds."""
-        for tasks in self._steps.values():
-            _cancel(tasks)
+        for step in self._steps.values():
+            _cancel(step.tasks)
         for _, judging in self._judging.values():
             _cancel(judging)
         self._judging.clear()

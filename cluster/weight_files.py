@@ -1,7 +1,6 @@
-"""The weight files of a model folder, looked at without reading the weights.
+"""The checks of a model folder's weight files, without reading the weights.
 
-Every fault is a RunError that names the file: what a loader says of it hours later, in another
-process, does not.
+Every fault is a RunError that names the file, which a loader's error in another process does not.
 """
 
 from __future__ import annotations
@@ -12,22 +11,27 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from pydantic import JsonValue
 
 from cohort.cluster.errors import RunError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 BIN = "pytorch_model*.bin"
-# How safetensors calls the numbers of weights that can be trained.
-TRAINABLE = {"F64", "F32", "F16", "BF16"}
+# safetensors' names for the types of quantized weights.
 PACKED = {"U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "I32", "U32"}
 
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """files: all of them. size: in bytes. sizes: how many numbers each tensor has by its name;
-    empty for files of torch, which are not looked into."""
+    """The weight files of a model.
+
+    Attributes:
+        files: All of them.
+        size: Their bytes together.
+        sizes: Tensor name -> number of elements; empty for torch's files, which are not opened.
+    """
 
     files: tuple[Path, ...]
     size: int
@@ -43,7 +47,11 @@ class WeightFiles:
 
 
 def weight_files(folder: Path) -> WeightFiles:
-    """The weights of a model folder. Raises RunError unless they are there, whole and plain."""
+    """Find the weights of a model folder.
+
+    Raises:
+        RunError: There are none, or one is missing, truncated or quantized.
+    """
     index = folder / INDEX
     if index.is_file():
         named = _index(index)
@@ -66,21 +74,27 @@ def weight_files(folder: Path) -> WeightFiles:
 
 
 def compare_with_model(folder: Path, weights: WeightFiles, shapes: Mapping[str, int]) -> None:
-    """Raise RunError when the files cannot be of the model that config.json describes.
+    """Compare the files with the model that config.json describes.
 
-    shapes: how many numbers each of its parameters has; tied ones once.
+    Args:
+        folder: The model folder, for messages.
+        weights: Its weight files.
+        shapes: Parameter name -> number of elements; tied parameters once.
+
+    Raises:
+        RunError: The files cannot be of this model.
     """
     if not weights.sizes:
         return
     for name, count in shapes.items():
-        # Loaders know older names; the same name must be the same thing.
+        # Loaders also accept older names; the same name must be the same parameter.
         if weights.sizes.get(name, count) != count:
             raise RunError(
                 f"model.path={folder}: {name} has {weights.sizes[name]:,} numbers in its file, and "
                 f"{count:,} by config.json: they do not belong together"
             )
     parameters = sum(shapes.values())
-    # Tied matrices are often stored twice, and never count twice.
+    # Tied parameters may be stored twice; they are counted once.
     if weights.stored < parameters:
         raise RunError(
             f"model.path={folder}: the files hold {weights.stored:,} numbers, config.json "
@@ -89,7 +103,7 @@ def compare_with_model(folder: Path, weights: WeightFiles, shapes: Mapping[str, 
 
 
 def _index(file: Path) -> dict[str, str]:
-    """Tensor name -> file name. Raises RunError."""
+    """Tensor name -> file name."""
     named = read_object(file).get("weight_map")
     if not isinstance(named, dict) or not named:
         raise RunError(f"model.path: {file} has no weight_map")
@@ -97,7 +111,7 @@ def _index(file: Path) -> dict[str, str]:
 
 
 def _tensors(file: Path) -> Iterator[tuple[str, int]]:
-    """Name and number of numbers of every tensor, from the header. Raises RunError."""
+    """Name and number of elements of every tensor, from the header."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -112,14 +126,14 @@ def _tensors(file: Path) -> Iterator[tuple[str, int]]:
                     )
                 yield name, math.prod(part.get_shape())
     except SafetensorError as error:
-        # Cut short, or a pointer of Git LFS in its place.
+        # Truncated, or a pointer of Git LFS.
         raise RunError(f"model.path: {file} is not a whole safetensors file: {error}") from error
     except OSError as error:
         raise RunError(f"model.path: {file} cannot be read: {error}") from error
 
 
 def _torch_files(folder: Path) -> WeightFiles:
-    """pytorch_model*.bin, for folders without safetensors. Raises RunError."""
+    """pytorch_model*.bin, for folders without safetensors."""
     files = tuple(sorted(folder.glob(BIN)))
     if not files:
         raise RunError(f"model.path={folder}: there is no {SINGLE}{_instead(folder)}")
@@ -129,17 +143,17 @@ def _torch_files(folder: Path) -> WeightFiles:
                 start = opened.read(2)
         except OSError as error:
             raise RunError(f"model.path: {file} cannot be read: {error}") from error
-        # Files of torch before 1.6 are pickles, which say nothing of their length.
+        # Files of torch before 1.6 are pickles, which do not hold their length.
         if not zipfile.is_zipfile(file) and not start.startswith(b"\x80"):
             raise RunError(
-                f"model.path: {file} is not a whole file of torch: it was cut short, or is a "
-                "pointer of Git LFS"
+                f"model.path: {file} is not a whole file of torch: it is truncated, or "
+                "a pointer of Git LFS"
             )
     return WeightFiles(files, sum(file.stat().st_size for file in files), {})
 
 
 def _instead(folder: Path) -> str:
-    """What else the folder holds, and what to do with it."""
+    """What the folder holds instead, and what to do with it; begins with a comma."""
     if gguf := sorted(file.name for file in folder.glob("*.gguf")):
         return (
             f", only {gguf[0]}, whose weights are quantized or packed: train from the model's "
@@ -157,7 +171,7 @@ def _instead(folder: Path) -> str:
 
 
 def adapter(folder: Path) -> str:
-    """Why a folder with an adapter alone is no model, and what to do; after a comma."""
+    """Why a folder with only an adapter is not a model, and what to do; begins with a comma."""
     base = read_object(folder / "adapter_config.json").get("base_model_name_or_path")
     return (
         f", only an adapter (adapter_config.json) for {base or 'another model'}: merge it into that"
@@ -165,8 +179,12 @@ def adapter(folder: Path) -> str:
     )
 
 
-def read_object(file: Path) -> dict[str, Any]:
-    """The object in a JSON file of a model folder. Raises RunError that names the file."""
+def read_object(file: Path) -> dict[str, JsonValue]:
+    """The object in a JSON file of a model folder.
+
+    Raises:
+        RunError: The file cannot be read or holds no JSON object; the message names it.
+    """
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Nothing that a run recorded is deleted: what is in the way of its continuation is moved aside."""
+"""Files that are in the way when a run continues are moved aside, never deleted."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from pathlib import Path
 class Aside:
     """Moves files of a run into a folder `replaced-NNN` beside them, made when first needed.
 
-    folder: that folder; None while nothing was moved. moved: what was, by its name in the run.
+    Attributes:
+        folder: That folder; None while nothing was moved.
+        moved: What was moved, by its name in the run directory.
     """
 
     def __init__(self, run_dir: str | Path) -> None:
@@ -24,7 +26,7 @@ class Aside:
         return target
 
     def write(self, name: str, text: str) -> Path:
-        """Keep a text that is about to be taken out of a file of the run."""
+        """Keep a text that is about to be removed from a file of the run."""
         target = self._free(Path(name))
         with target.open("w", encoding="utf-8") as file:
             file.write(text)

@@ -13,35 +13,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+
+from cohort.learner.shapes import RowShape
 
 TREE = "cohort_tree"
 # Queries of a plain sequence that are computed together: later ones see all keys before them, and
 # of their scores only those within the block can be hidden.
 CAUSAL_BLOCK = 512
-
-
 # Rows up to this length are computed together, padded, under a mask: their parts are too small.
 MASKED_ROW_LENGTH = 256
 
 
 @dataclass(frozen=True)
-class RowShape:
-    """Tokens of a row: of its prompt, then of each completion."""
-
-    prompt: int
-    completions: tuple[int, ...] = ()
-
-    @property
-    def length(self) -> int:
-        return self.prompt + sum(self.completions)
-
-
-@dataclass(frozen=True)
 class Tree:
-    """Who attends to whom among the N tokens of a micro-batch, whose rows lie one after another."""
+    """Which of the N tokens of a micro-batch attend to which; rows lie one after another."""
 
     rows: tuple[RowShape, ...]
 
@@ -59,11 +46,11 @@ class Tree:
         )
 
     def mask(self, length: int, device: torch.device) -> torch.Tensor:
-        """[B, 1, L, L] bool, True = query attends to key, of rows padded to L = `length`.
+        """[B, 1, L, L] bool, True = query attends to key, of B rows padded to L = `length`.
 
         Padding attends to itself alone.
         """
-        # Nobody may attend to nothing: a softmax over nothing would be nan.
+        # A fully masked row would make the softmax nan: every token attends to itself.
         mask = torch.eye(length, dtype=torch.bool, device=device)
         mask_B1LL = mask.repeat(len(self.rows), 1, 1, 1)
         for b, row in enumerate(self.rows):
@@ -82,10 +69,16 @@ def _causal(n: int, device: torch.device) -> torch.Tensor:
 
 
 class TreeAttention:
-    """softmax(scale * q k^T) v over a Tree. What all layers have in common is made here, once."""
+    """softmax(scale * q k^T) v over a Tree (Vaswani et al. 2017, arXiv 1706.03762, eq. 1).
+
+    What all layers have in common is made once, when it is created.
+
+    Args:
+        tree: Which tokens attend to which.
+        like: A tensor with the device and dtype of the model's activations.
+    """
 
     def __init__(self, tree: Tree, like: torch.Tensor) -> None:
-        """like: has the device and dtype of the model's activations."""
         self._lengths = [row.length for row in tree.rows]
         self._short = [b for b, n in enumerate(self._lengths) if n <= MASKED_ROW_LENGTH]
         self._long = {b: _Row(row, like) for b, row in enumerate(tree.rows) if b not in self._short}
@@ -99,7 +92,17 @@ class TreeAttention:
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        """q [H, M, D]; k, v [K, M, D]; K divides H; M >= N. Returns [M, H, D], zeros behind N."""
+        """Attend.
+
+        Args:
+            q: [H, M, D], M >= N tokens, those behind N are padding.
+            k: [K, M, D]; K divides H.
+            v: [K, M, D].
+            scale: The factor on the scores.
+
+        Returns:
+            [M, H, D], zeros behind N.
+        """
         total = sum(self._lengths)
         heads, groups = q.shape[0], k.shape[0]
         # Query heads that share a key head are stacked: no key is ever copied.
@@ -166,7 +169,7 @@ def _grouped(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _causal_bias(queries: int, keys: int, like: torch.Tensor) -> torch.Tensor:
-    """[queries, keys], the last query at the last key: 0 where it may look, -inf where not."""
+    """[queries, keys], the last query at the last key: 0 where it attends, -inf where not."""
     hidden = torch.full((queries, keys), -math.inf, dtype=like.dtype, device=like.device)
     return hidden.triu(1 + keys - queries)
 
@@ -211,11 +214,11 @@ def tree_attention_forward(
     *,
     tree: TreeAttention,
     scaling: float | None = None,
-    **_: Any,
+    **_: object,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface, for a batch of one row that holds all others.
 
-    The caller sees to it that no window or cap applies.
+    The caller makes sure that no window or cap applies.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return tree(query[0], key[0], value[0], scale)[None], None

@@ -8,42 +8,73 @@ from dataclasses import dataclass
 import torch
 
 from cohort.actors.records import ScoredGroup
-from cohort.learner.attention import RowShape, Tree
-from cohort.learner.plan import MicroBatch
+from cohort.learner.attention import Tree
+from cohort.learner.grpo import LossInputs
+from cohort.learner.logprobs import ModelInputs
+from cohort.learner.packing import MicroBatch
+from cohort.learner.shapes import RowShape
 
 
 @dataclass(frozen=True)
-class BatchTensors:
-    """One micro-batch. N tokens in all its rows, one after another; T of them of completions.
+class BatchTensors(ModelInputs):
+    """One micro-batch: N tokens in all its rows, T of them of completions.
 
-    input_ids_N, position_ids_N: int64. tree: which tokens attend to which.
-    predict_T: which of the N tokens has the hidden state that predicts token t; target_T: token t.
-    behaviour_T, advantage_T, weight_T: float32. sequence_T: int64, which completion of the
-    micro-batch token t belongs to, in the order of rows and pieces.
+    Attributes:
+        behaviour_T: float32, the engine's log-probs.
+        advantage_T: float32, of the token's completion.
+        weight_T: float32, of the token in the loss.
+        sequence_T: int64, which completion of the micro-batch token t belongs to, in the order of
+            rows and segments.
     """
 
-    input_ids_N: torch.Tensor
-    position_ids_N: torch.Tensor
-    tree: Tree
-    predict_T: torch.Tensor
-    target_T: torch.Tensor
     behaviour_T: torch.Tensor
     advantage_T: torch.Tensor
     weight_T: torch.Tensor
     sequence_T: torch.Tensor
 
     def to(self, device: torch.device) -> BatchTensors:
-        moved = {
-            name: value.to(device) if isinstance(value, torch.Tensor) else value
-            for name, value in vars(self).items()
-        }
-        return BatchTensors(**moved)
+        """A copy on this device."""
+        return BatchTensors(
+            self.input_ids_N.to(device),
+            self.position_ids_N.to(device),
+            self.tree,
+            self.predict_T.to(device),
+            self.target_T.to(device),
+            self.behaviour_T.to(device),
+            self.advantage_T.to(device),
+            self.weight_T.to(device),
+            self.sequence_T.to(device),
+        )
+
+    def loss_inputs(
+        self,
+        logprobs_T: torch.Tensor,
+        entropy_T: torch.Tensor | None = None,
+        old_T: torch.Tensor | None = None,
+        reference_T: torch.Tensor | None = None,
+    ) -> LossInputs:
+        """What the loss is computed from, with the policy's log-probs; see `LossInputs`."""
+        return LossInputs(
+            logprobs_T,
+            self.behaviour_T,
+            self.advantage_T,
+            self.weight_T,
+            self.sequence_T,
+            entropy_T,
+            old_T,
+            reference_T,
+        )
 
 
 def build_micro_batch(batch: MicroBatch, groups: Mapping[str, ScoredGroup]) -> BatchTensors:
     """The tensors of a micro-batch; without rows, one token of weight 0 that predicts itself.
 
-    Raises ValueError when a group or completion is missing or has another length than planned.
+    Args:
+        batch: The planned rows.
+        groups: The groups of these rows, by id.
+
+    Raises:
+        ValueError: A group or completion is missing, or has another length than planned.
     """
     if not batch.rows:
         one = torch.zeros(1)
@@ -81,11 +112,13 @@ def build_micro_batch(batch: MicroBatch, groups: Mapping[str, ScoredGroup]) -> B
         position_ids.append(torch.arange(prompt))
         first = start
         start += prompt
-        for piece in row.pieces:
-            if piece.completion_id not in by_id:
-                raise ValueError(f"completion {piece.completion_id} is not in group {row.group_id}")
-            completion = by_id[piece.completion_id]
-            n = piece.tokens
+        for segment in row.segments:
+            if segment.completion_id not in by_id:
+                raise ValueError(
+                    f"completion {segment.completion_id} is not in group {row.group_id}"
+                )
+            completion = by_id[segment.completion_id]
+            n = segment.tokens
             if len(completion.token_ids) != n:
                 raise ValueError(
                     f"completion {completion.id}: {len(completion.token_ids)} tokens, "
@@ -101,24 +134,19 @@ def build_micro_batch(batch: MicroBatch, groups: Mapping[str, ScoredGroup]) -> B
             predict.append(before)
             target.append(ids)
             behaviour.append(torch.from_numpy(completion.logprobs.astype("float32")))
-            advantage.append(torch.full((n,), piece.advantage))
-            weight.append(torch.full((n,), piece.weight))
+            advantage.append(torch.full((n,), segment.advantage))
+            weight.append(torch.full((n,), segment.weight))
             start += n
     return BatchTensors(
         input_ids_N=torch.cat(input_ids),
         position_ids_N=torch.cat(position_ids),
-        tree=Tree(
-            tuple(
-                RowShape(row.prompt_tokens, tuple(piece.tokens for piece in row.pieces))
-                for row in batch.rows
-            )
-        ),
+        tree=Tree(tuple(row.shape for row in batch.rows)),
         predict_T=torch.cat(predict),
         target_T=torch.cat(target),
         behaviour_T=torch.cat(behaviour),
         advantage_T=torch.cat(advantage),
         weight_T=torch.cat(weight),
         sequence_T=torch.repeat_interleave(
-            torch.tensor([piece.tokens for row in batch.rows for piece in row.pieces])
+            torch.tensor([segment.tokens for segment in batch.segments])
         ),
     )

@@ -19,14 +19,18 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cohort.actors.errors import CohortError
 from cohort.learner.aside import Aside
 
+if TYPE_CHECKING:
+    from cohort.learner.spec import LearnerSpec
+
+LEARNER_FILE = "learner.json"
 STATE = "state.json"
 MANIFEST = "manifest.json"
 COMPLETE = "COMPLETE"
@@ -46,8 +50,12 @@ class NotFiniteError(CheckpointError):
 class Checkpoints:
     """The checkpoint folder of one run. One process, the driver, uses it at a time.
 
-    expected_bytes: size of one checkpoint, about. aside: where a half checkpoint of an earlier
-    start, and one that is in the way of another, are moved.
+    Args:
+        folder: Made if needed.
+        keep: Complete checkpoints that are kept.
+        expected_bytes: About the size of one checkpoint.
+        aside: Where incomplete checkpoints of an earlier start, and one that is in the way of
+            another, are moved.
     """
 
     def __init__(
@@ -69,7 +77,8 @@ class Checkpoints:
     def begin(self, step: int) -> Path:
         """A fresh folder for the ranks to write into; `commit` makes it a checkpoint.
 
-        Raises CheckpointError when it would not fit on the disk.
+        Raises:
+            CheckpointError: It would not fit on the disk.
         """
         self.discard(step)
         self.require_space()
@@ -78,13 +87,13 @@ class Checkpoints:
         return temporary
 
     def discard(self, step: int) -> None:
-        """Give up what was begun for a step, and the space that it takes."""
+        """Delete what was begun for a step."""
         shutil.rmtree(self._temporary(step), ignore_errors=True)
 
     def require_space(self, saves: int = 1) -> None:
-        """Raise CheckpointError unless there is room for what the next `saves` checkpoints need.
+        """Raise CheckpointError unless there is room for the next `saves` checkpoints.
 
-        An old one goes only after a new one is complete, so that there is one more than `keep`.
+        An old one is deleted only after a new one is complete: there is one more than `keep`.
         """
         there = sum(map(is_complete, _by_step(self.folder)))
         more = max(1, min(saves, self.keep + 1 - there))
@@ -103,7 +112,8 @@ class Checkpoints:
     def trial(self) -> Iterator[Path]:
         """A folder in which everything that saving does to files is tried, and then removed.
 
-        Raises CheckpointError when the folder cannot be written as a checkpoint is.
+        Raises:
+            CheckpointError: The folder cannot be written as a checkpoint is.
         """
         folder = self.folder / TRIAL
         try:
@@ -120,10 +130,15 @@ class Checkpoints:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def commit(self, step: int, state: dict[str, Any]) -> Path:
+    def commit(self, step: int, state: Mapping[str, object]) -> Path:
         """Add the driver's state, make everything durable, give it its name, drop old ones.
 
-        Raises CheckpointError when nothing was written for this step.
+        Args:
+            step: As given to `begin`.
+            state: JSON values; `load_state` returns them.
+
+        Raises:
+            CheckpointError: Nothing was written for this step.
         """
         temporary = self._temporary(step)
         if not temporary.is_dir() or not any(temporary.iterdir()):
@@ -205,10 +220,43 @@ def load_state(checkpoint: str | Path) -> dict[str, Any]:
     return json.loads((Path(checkpoint) / STATE).read_text(encoding="utf-8"))
 
 
+def must_match(spec: LearnerSpec) -> dict[str, object]:
+    """What the learner that loads a checkpoint has in common with the one that wrote it."""
+    return _shape(spec.world_size, spec.learner.zero_stage, spec.dtype)
+
+
+def _shape(workers: int, zero_stage: int, dtype: str) -> dict[str, object]:
+    return {
+        "learner.workers": workers,
+        "learner.zero_stage": zero_stage,
+        "model.dtype": dtype,
+    }
+
+
+def check_loadable(checkpoint: Path, spec: LearnerSpec) -> None:
+    """Raise CheckpointError unless a learner of this spec can load the checkpoint."""
+    check_shape(checkpoint, spec.world_size, spec.learner.zero_stage, spec.dtype)
+
+
+def check_shape(checkpoint: Path, workers: int, zero_stage: int, dtype: str) -> None:
+    """Raise CheckpointError unless a learner of this shape can load the checkpoint."""
+    file = checkpoint / LEARNER_FILE
+    if not file.is_file():
+        raise CheckpointError(f"{checkpoint} holds no learner state ({LEARNER_FILE} is missing)")
+    found = json.loads(file.read_text(encoding="utf-8"))
+    for key, wanted in _shape(workers, zero_stage, dtype).items():
+        if found[key] != wanted:
+            raise CheckpointError(
+                f"{checkpoint} was written with {key}={found[key]}, this run has {key}={wanted}: "
+                f"resume with {key}={found[key]}, or start a new run from {checkpoint / HF_FOLDER}"
+            )
+
+
 def export(run_dir: str | Path, out: str | Path) -> Path:
     """Copy the Hugging Face folder of the newest complete checkpoint of a run to `out`.
 
-    Raises CheckpointError when the run has none, or when `out` is there and not empty.
+    Raises:
+        CheckpointError: The run has none, or `out` exists and is not empty.
     """
     folder = Path(run_dir) / "checkpoints"
     checkpoint = latest(folder)
@@ -220,25 +268,26 @@ def export(run_dir: str | Path, out: str | Path) -> Path:
 
 
 def nearest_existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that is there."""
+    """The path, or the nearest folder above it that exists."""
     return next(place for place in (path, *path.parents) if place.exists())
 
 
 def require_free(out: str | Path) -> None:
-    """Raise CheckpointError unless `out` can be made: nothing is there, or an empty folder."""
+    """Raise CheckpointError unless `out` can be made: it does not exist, or is an empty folder."""
     out = Path(out).absolute()
     parent = nearest_existing(out.parent)
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise CheckpointError(f"{out} cannot be made: {parent} is no folder that can be written")
+        raise CheckpointError(f"{out} cannot be made: {parent} is not a writable directory")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} exists and is not an empty folder")
 
 
 @contextmanager
 def new_folder(out: str | Path) -> Iterator[Path]:
-    """A folder to fill that becomes `out` when the block ends, or goes when it raises.
+    """A folder to fill that becomes `out` when the block ends, or is deleted when it raises.
 
-    Raises CheckpointError as `require_free` does.
+    Raises:
+        CheckpointError: As `require_free` does.
     """
     out = Path(out).absolute()
     require_free(out)

@@ -1,4 +1,4 @@
-"""The `learner` and `algorithm` sections of the config, and the presets."""
+"""The `learner` and `algorithm` sections of the config."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from cohort.learner.presets import PRESETS, Preset
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 
@@ -30,7 +32,7 @@ class LearnerConfig(BaseModel):
         0.1,
         gt=0,
         le=1,
-        description="Share of the peak at the last update; for lr_schedule=linear and cosine.",
+        description="Fraction of the peak at the last update; for lr_schedule=linear and cosine.",
     )
     adam_betas: tuple[float, float] = Field((0.9, 0.99), description="Betas of AdamW.")
     adam_eps: float = Field(1e-8, gt=0, description="Epsilon of AdamW.")
@@ -73,7 +75,7 @@ class LearnerConfig(BaseModel):
     )
 
     def contradictions(self) -> list[str]:
-        """What cannot work together, one line each, with the keys to change."""
+        """Settings that contradict each other, one line each, with the keys to change."""
         problems = []
         if self.offload != "none" and self.zero_stage < OFFLOAD_STAGE[self.offload]:
             problems.append(
@@ -110,81 +112,10 @@ DEEPSPEED_KEYS = (
 )
 
 
-Preset = Literal[
-    "cohort", "grpo_paper", "r1", "dapo", "dr_grpo", "gspo", "cispo", "rloo", "dppo_tv"
-]
 Baseline = Literal["mean", "leave_one_out", "none"]
 Scale = Literal["group", "batch", "none"]
 Aggregation = Literal["token", "sequence", "prompt", "constant"]
 KLEstimator = Literal["k1", "k2", "k3"]
-
-# A preset only sets keys; every key given in the config wins over it. What is not named keeps the
-# default below. docs/algorithms.md works each of them out in numbers.
-PRESETS: dict[str, dict[str, Any]] = {
-    "cohort": {},
-    # DeepSeekMath (arXiv 2402.03300): mean over completions of their token means, KL 0.04 to the
-    # reference. The paper prints no clip range; 0.2 is PPO's. Nothing is filtered.
-    "grpo_paper": {
-        "aggregation": "sequence",
-        "clip_high": 0.2,
-        "dual_clip": None,
-        "kl_coef": 0.04,
-        "drop_zero_variance": False,
-    },
-    # DeepSeek-R1 (Nature s41586-025-09422-z). A clip range of 10 leaves negative advantages without
-    # any bound: dual_clip is ours. Groups of 16: see SECTION_PRESETS.
-    "r1": {
-        "aggregation": "sequence",
-        "clip_low": 10.0,
-        "clip_high": 10.0,
-        "dual_clip": 10.0,
-        "kl_coef": 0.001,
-        "reference_refresh_steps": 400,
-        "drop_zero_variance": False,
-    },
-    # DAPO (arXiv 2503.14476).
-    "dapo": {"dual_clip": None, "overlong_buffer": 0.2, "dynamic_sampling_rounds": 10},
-    # Dr. GRPO (arXiv 2503.20783): no division by std, constant length normaliser, symmetric clip.
-    "dr_grpo": {"scale": "none", "aggregation": "constant", "clip_high": 0.2, "dual_clip": None},
-    # GSPO (arXiv 2507.18071): one ratio a sequence, and a clip range a thousand times narrower. The
-    # mean is over all completions, so nothing is filtered. The paper has no weight for the engine's
-    # mismatch; one for each token would mix levels.
-    "gspo": {
-        "ratio": "sequence",
-        "aggregation": "sequence",
-        "correction": "off",
-        "clip_low": 3e-4,
-        "clip_high": 4e-4,
-        "dual_clip": None,
-        "drop_zero_variance": False,
-    },
-    # CISPO (arXiv 2506.13585) with the cap of 5 of ScaleRL (arXiv 2510.13786): clip_high = cap - 1.
-    "cispo": {"objective": "cispo", "clip_high": 4.0, "dual_clip": None},
-    # RLOO (arXiv 2402.14740): leave-one-out baseline, log-probs of whole completions. The constant
-    # max_tokens that they are divided by is ours.
-    "rloo": {
-        "baseline": "leave_one_out",
-        "scale": "none",
-        "aggregation": "constant",
-        "clip_high": 0.2,
-        "dual_clip": None,
-    },
-    # DPPO with a total-variation bound (arXiv 2602.04879) around the engine's own probabilities.
-    "dppo_tv": {
-        "objective": "dppo_tv",
-        "scale": "none",
-        "anchor": "engine",
-        "correction": "off",
-        "clip_low": 0.2,
-        "clip_high": 0.2,
-        "dual_clip": None,
-    },
-}
-
-# What a preset sets in other sections.
-SECTION_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    "r1": {"task": {"group_size": 16}, "learner": {"learning_rate": 3e-6}},
-}
 
 
 class AlgorithmConfig(BaseModel):
@@ -194,7 +125,8 @@ class AlgorithmConfig(BaseModel):
 
     preset: Preset = Field("cohort", description="A named set of the keys below.")
     baseline: Baseline = Field(
-        "mean", description="Taken off the rewards: the group's mean, that of the others, nothing."
+        "mean",
+        description="Subtracted from the rewards: the group's mean, that of the others, nothing.",
     )
     scale: Scale = Field(
         "group",
@@ -210,16 +142,16 @@ class AlgorithmConfig(BaseModel):
         0.0,
         ge=0,
         le=1,
-        description="Soft length penalty: over this last share of actors.max_tokens the reward "
+        description="Soft length penalty: over this last fraction of actors.max_tokens the reward "
         "falls by up to 1. It never makes a group worth training. 0: none.",
     )
     mask_truncated: bool = Field(
-        False, description="Do not train completions that were cut at actors.max_tokens."
+        False, description="Do not train completions that were truncated at actors.max_tokens."
     )
     dynamic_sampling_rounds: int = Field(
         0,
         ge=0,
-        description="How often a step may draw new prompts in place of groups that "
+        description="How often a step may sample new prompts in place of groups that "
         "drop_zero_variance leaves out.",
     )
     objective: Literal["clip", "cispo", "dppo_tv", "cross_entropy"] = Field(
@@ -280,8 +212,8 @@ class AlgorithmConfig(BaseModel):
     )
     kl_in: Literal["loss", "reward"] = Field(
         "loss",
-        description="loss: on every token. reward: summed over a completion and taken off its "
-        "reward, after drop_zero_variance has looked at it.",
+        description="loss: on every token. reward: summed over a completion and subtracted from "
+        "its reward, after drop_zero_variance has looked at it.",
     )
     reference_refresh_steps: int = Field(
         0,
@@ -298,16 +230,16 @@ class AlgorithmConfig(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _apply_preset(cls, given: Any) -> Any:
+    def _apply_preset(cls, given: object) -> object:
         preset = given.get("preset", "cohort") if isinstance(given, dict) else None
         # A preset of a wrong type or name is left for the field's own check to report.
-        if isinstance(preset, str) and preset in PRESETS:
-            values = {**PRESETS[preset], **given}
-            if values.get("objective", "clip") != "clip":
-                # There is none then, whatever the preset has: only who asks for one is refused.
-                values["dual_clip"] = given.get("dual_clip")
-            return values
-        return given
+        if not isinstance(given, dict) or not isinstance(preset, str) or preset not in PRESETS:
+            return given
+        values = {**PRESETS[preset], **given}
+        if values.get("objective", "clip") != "clip":
+            # Other objectives have none. The preset's is dropped; one in the config is refused.
+            values["dual_clip"] = given.get("dual_clip")
+        return values
 
     def refreshes_reference(self, steps_done: int) -> bool:
         """Whether the policy becomes the reference after this step."""
@@ -315,7 +247,7 @@ class AlgorithmConfig(BaseModel):
         return self.kl_coef > 0 and every > 0 and steps_done % every == 0
 
     def contradictions(self) -> list[str]:
-        """What cannot work together, one line each, with the keys to change."""
+        """Settings that contradict each other, one line each, with the keys to change."""
         if self.objective == "cross_entropy":
             return [
                 f"algorithm.{key}={getattr(self, key)} does not apply to "
@@ -366,7 +298,7 @@ class AlgorithmConfig(BaseModel):
         return problems
 
     def _unused(self) -> list[str]:
-        """Keys that the others leave without any effect, though they were changed.
+        """Keys that were changed although the others leave them without any effect.
 
         A key counts as changed when it has another value than its preset gives it, or than its
         default: a config that was written out in full, every key present, can be read again.
@@ -383,8 +315,8 @@ class AlgorithmConfig(BaseModel):
         ]
 
 
-# The keys that others can leave without effect: whether they are used, and why not. What is not
-# here is used by every objective but cross_entropy.
+# The keys that others can leave without effect: whether they are used, and why not. All other keys
+# are used by every objective but cross_entropy.
 USED_WHEN: dict[str, tuple[Callable[[AlgorithmConfig], bool], str]] = {
     "clip_low": (
         lambda algorithm: algorithm.objective != "cispo",
@@ -414,9 +346,9 @@ USED_WHEN: dict[str, tuple[Callable[[AlgorithmConfig], bool], str]] = {
     ),
 }
 
-# Demonstrations have no rewards, no engine that sampled them, and one update each: no other key has
-# anything to work on.
-CROSS_ENTROPY_NEEDS: dict[str, Any] = {
+# Demonstrations have no rewards, no engine that sampled them, and one update each: the other keys
+# do not apply.
+CROSS_ENTROPY_NEEDS: dict[str, object] = {
     **{
         name: field.default
         for name, field in AlgorithmConfig.model_fields.items()

@@ -9,8 +9,10 @@ from pathlib import Path
 
 
 def use_folder(device: str) -> Path:
-    """Where compiled parts are kept from now on, in this process: a folder of our own, a new one
-    for every combination of versions. Below $TORCH_EXTENSIONS_DIR when that is set."""
+    """Set, for this process, where compiled parts are kept: one folder per combination of versions.
+
+    Below $TORCH_EXTENSIONS_DIR when that is set, else below ~/.cache/cohort/extensions.
+    """
     import deepspeed
     import torch
 
@@ -26,9 +28,9 @@ def use_folder(device: str) -> Path:
 def load(device: str) -> None:
     """Load what DeepSpeed's communication needs, compiling it the first time.
 
-    torch marks a build by a file, which stays behind when its process is killed, and then every
-    later one waits for it. Here the kernel holds the lock and drops it with the process: who has
-    it knows that a file of torch's is left over.
+    torch marks a build by a lock file, which stays behind when its process is killed; every later
+    build would hang on it. Here the kernel holds the lock and drops it with the process: whoever
+    holds it knows that torch's lock file is left over, and deletes it.
     """
     from deepspeed.comm.torch import build_shm_op
 

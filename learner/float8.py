@@ -14,12 +14,15 @@ of 16, which the hardware cannot take.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
 
 from cohort.learner.logprobs import UnsupportedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Recipe = Literal["tensorwise", "rowwise"]
 ROUTERS = ("gate", "router")
@@ -28,7 +31,7 @@ SIDE_MULTIPLE = 16
 MINIMUM_CAPABILITY = (8, 9)
 
 
-def stays_high(model: Any, name: str, layer: nn.Linear) -> bool:
+def stays_high(model: PreTrainedModel, name: str, layer: nn.Linear) -> bool:
     """Whether a linear layer keeps its precision."""
     return (
         layer is model.get_output_embeddings()
@@ -38,12 +41,18 @@ def stays_high(model: Any, name: str, layer: nn.Linear) -> bool:
     )
 
 
-def convert(model: Any, recipe: Recipe, device: torch.device) -> int:
-    """Turn a model's linear layers into float8 ones, in place; how many were converted.
+def convert(model: PreTrainedModel, recipe: Recipe, device: torch.device) -> int:
+    """Turn a model's linear layers into float8 ones, in place.
 
     Parameters stay the same tensors under the same names. On CPUs the products are emulated:
-    rounded to float8, multiplied in float32. Raises UnsupportedModel: no torchao, a GPU without
-    float8, or a model none of whose layers can be converted.
+    rounded to float8, multiplied in float32.
+
+    Returns:
+        How many layers were converted.
+
+    Raises:
+        UnsupportedModel: torchao is missing, the GPU has no float8, or no layer of the model can be
+            converted.
     """
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training

@@ -1,4 +1,4 @@
-"""Log-probabilities and entropies of chosen tokens, without ever holding all logits.
+"""The policy as a scorer: log-probabilities and entropies of chosen tokens.
 
 Prompt positions never meet the output layer, and the output layer runs in parts: at any time the
 logits of one part exist, in the forward and in the backward pass.
@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from cohort.learner import norm
-from cohort.learner.attention import TREE, RowShape, Tree, TreeAttention, register
-from cohort.learner.plan import padded_length
+from cohort.learner.attention import TREE, Tree, TreeAttention, register
+from cohort.learner.output_layer import LogitScale, TokenScores
+from cohort.learner.shapes import RowShape, padded_length
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Rows up to this length: where a mask is needed on a CPU, plain matrix products beat the fused
 # kernel, whose strength is that it never writes the L x L scores.
 EAGER_ROW_LENGTH = 512
-# Tokens whose float32 logits exist at one time.
-SCORE_BLOCK = 32
 # The output layer is run on a multiple of this many tokens.
 SCORE_MULTIPLE = 64
 
@@ -32,109 +34,46 @@ class UnsupportedModel(Exception):
 
 
 @dataclass(frozen=True)
-class LogitScale:
-    """What a model makes of its last layer: x -> cap * tanh(factor * x / cap), or factor * x."""
+class ModelInputs:
+    """What a forward pass computes: N tokens of some rows, T of which are scored.
 
-    factor: float = 1.0
-    cap: float | None = None
-
-    def apply_(self, x: torch.Tensor) -> torch.Tensor:
-        """Scale in place."""
-        if self.factor != 1.0:
-            x.mul_(self.factor)
-        return x if self.cap is None else x.div_(self.cap).tanh_().mul_(self.cap)
-
-    def multiply_by_slope_(self, gradient: torch.Tensor, scaled: torch.Tensor) -> None:
-        """Turn a gradient by the scaled values into one by the unscaled, in place."""
-        if self.factor != 1.0:
-            gradient.mul_(self.factor)
-        if self.cap is not None:
-            gradient.mul_(1.0 - (scaled / self.cap) ** 2)
-
-
-class TokenScores(torch.autograd.Function):
-    """Log-probs and entropies from the output layer, a few tokens at a time.
-
-    Autograd would keep and walk several float32 copies of [N, V]. Here the model's own outputs are
-    all that is kept; what comes in between has two small buffers that are used over and over.
-    With z = scale(outputs) / temperature and p = softmax(z): d logprob / dz = onehot(target) - p,
-    d entropy / dz = -p (log p + entropy).
+    Attributes:
+        input_ids_N: int64, the tokens of all rows, one row after another.
+        position_ids_N: int64, along each completion's own sequence.
+        tree: Which tokens attend to which.
+        predict_T: int64, which of the N tokens has the hidden state that predicts token t.
+        target_T: int64, token t itself.
     """
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        outputs_PV: torch.Tensor,
-        target_N: torch.Tensor,
-        scale: LogitScale,
-        temperature: float,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns (logprobs [N] float32, entropies [N] float32). Outputs beyond N are padding."""
-        logprobs_N = torch.empty(len(target_N), device=outputs_PV.device)
-        normaliser_N, entropy_N = torch.empty_like(logprobs_N), torch.empty_like(logprobs_N)
-        buffers = [_buffer(outputs_PV), _buffer(outputs_PV)]
-        for part in _blocks(len(target_N)):
-            z, exp = (buffer[: len(target_N[part])] for buffer in buffers)
-            scale.apply_(z.copy_(outputs_PV[part])).div_(temperature)
-            peak = z.amax(-1)
-            z.sub_(peak[:, None])
-            total = torch.exp(z, out=exp).sum(-1)
-            log_total = total.log()
-            logprobs_N[part] = z.gather(1, target_N[part, None])[:, 0] - log_total
-            normaliser_N[part] = peak + log_total
-            entropy_N[part] = log_total - exp.mul_(z).sum(-1) / total
-        ctx.save_for_backward(outputs_PV, target_N, normaliser_N, entropy_N)
-        ctx.scale, ctx.temperature = scale, temperature
-        # Entropies are mostly only looked at: then their gradient is None, not zeros.
-        ctx.set_materialize_grads(False)
-        return logprobs_N, entropy_N
-
-    @staticmethod
-    def backward(
-        ctx: Any, gradient_N: torch.Tensor | None, entropy_gradient_N: torch.Tensor | None
-    ) -> tuple[torch.Tensor, None, None, None]:
-        outputs_PV, target_N, normaliser_N, entropy_N = ctx.saved_tensors
-        if gradient_N is None:
-            gradient_N = torch.zeros_like(normaliser_N)
-        result_PV = torch.empty_like(outputs_PV)
-        result_PV[len(target_N) :] = 0.0
-        buffer = _buffer(outputs_PV)
-        for part in _blocks(len(target_N)):
-            z = buffer[: len(target_N[part])]
-            ctx.scale.apply_(z.copy_(outputs_PV[part]))
-            scaled = z.clone() if ctx.scale.cap is not None else z
-            g = gradient_N[part, None]
-            z.div_(ctx.temperature).sub_(normaliser_N[part, None])
-            factor = g
-            if entropy_gradient_N is not None:
-                factor = (z + entropy_N[part, None]).mul_(entropy_gradient_N[part, None]).add_(g)
-            # From here on z holds the gradient.
-            z.exp_().mul_(factor).neg_()
-            z.scatter_add_(1, target_N[part, None], g)
-            ctx.scale.multiply_by_slope_(z, scaled)
-            result_PV[part] = z.div_(ctx.temperature)
-        return result_PV, None, None, None
-
-
-def _blocks(size: int) -> list[slice]:
-    return [slice(start, min(start + SCORE_BLOCK, size)) for start in range(0, size, SCORE_BLOCK)]
-
-
-def _buffer(outputs_PV: torch.Tensor) -> torch.Tensor:
-    rows = min(SCORE_BLOCK, len(outputs_PV))
-    return torch.empty(rows, outputs_PV.shape[1], device=outputs_PV.device)
+    input_ids_N: torch.Tensor
+    position_ids_N: torch.Tensor
+    tree: Tree
+    predict_T: torch.Tensor
+    target_T: torch.Tensor
 
 
 class PolicyModel(nn.Module):
     """A Hugging Face causal language model as a scorer of tokens.
 
-    Always in evaluation mode, with gradients: dropout would make the learner's policy another one
-    than the engine's.
+    Always in evaluation mode, with gradients: dropout would make the learner's policy differ from
+    the engine's.
+
+    Args:
+        model: The causal language model.
+        attention: `learner.attention`.
+        gradient_checkpointing: Recompute decoder layers in the backward pass.
+
+    Attributes:
+        can_tree: Whether `TreeAttention` may be used; `self_check` finds out.
+        shares_prompts: Whether several completions may follow one prompt; `self_check` finds out.
+
+    Raises:
+        UnsupportedModel: The model caps its attention scores, which this attention leaves out.
     """
 
     def __init__(
         self,
-        model: Any,
+        model: PreTrainedModel,
         attention: Literal["auto", "tree", "sdpa", "eager"] = "auto",
         gradient_checkpointing: bool = False,
     ) -> None:
@@ -156,7 +95,6 @@ class PolicyModel(nn.Module):
             cap=config.get("final_logit_softcapping"),
         )
         self.window: int | None = config.get("sliding_window")
-        # Found out by `self_check`.
         self.can_tree = self.attention in ("auto", "tree")
         self.shares_prompts = True
         register()
@@ -166,23 +104,22 @@ class PolicyModel(nn.Module):
             _enable_gradient_checkpointing(model)
 
     def forward(
-        self,
-        input_ids_N: torch.Tensor,
-        position_ids_N: torch.Tensor,
-        tree: Tree,
-        predict_T: torch.Tensor,
-        target_T: torch.Tensor,
-        temperature: float,
-        chunks: int = 1,
+        self, inputs: ModelInputs, temperature: float, chunks: int = 1
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probs of target_T, each predicted by the hidden state at predict_T, and entropies.
+        """Log-probs of the target tokens, and entropies where they were sampled.
 
-        predict_T indexes the N tokens. Returns ([T] float32, [T] float32), both with gradient, in
-        nats, of softmax(logits / temperature).
+        Args:
+            inputs: N tokens, T of which are scored.
+            temperature: Logits are divided by it.
+            chunks: In how many parts the output layer runs.
+
+        Returns:
+            ([T] float32, [T] float32), both with gradient, in nats, of
+            softmax(logits / temperature).
         """
-        hidden_TH = self._hidden(input_ids_N, position_ids_N, tree, predict_T)
+        hidden_TH = self.hidden(inputs)
         parts = list(
-            zip(hidden_TH.tensor_split(chunks), target_T.tensor_split(chunks), strict=True)
+            zip(hidden_TH.tensor_split(chunks), inputs.target_T.tensor_split(chunks), strict=True)
         )
         done = []
         for i, (hidden, target) in enumerate(parts):
@@ -198,7 +135,7 @@ class PolicyModel(nn.Module):
     def _score(
         self, hidden_NH: torch.Tensor, target_N: torch.Tensor, temperature: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        # Shapes that come back: see cohort.learner.plan.LENGTH_MULTIPLE.
+        # Shapes that come back: see cohort.learner.shapes.LENGTH_MULTIPLE.
         padding = -len(hidden_NH) % SCORE_MULTIPLE
         padded_PH = nn.functional.pad(hidden_NH, (0, 0, 0, padding))
         # Padding and all: the gradient of a slice would be a copy of all logits.
@@ -206,14 +143,10 @@ class PolicyModel(nn.Module):
         logprobs_N, entropy_N = TokenScores.apply(logits_PV, target_N, self.scale, temperature)
         return logprobs_N, entropy_N
 
-    def _hidden(
-        self,
-        input_ids_N: torch.Tensor,
-        position_ids_N: torch.Tensor,
-        tree: Tree,
-        predict_T: torch.Tensor,
-    ) -> torch.Tensor:
-        """The last hidden states of the tokens predict_T, [T, H]."""
+    def hidden(self, inputs: ModelInputs) -> torch.Tensor:
+        """The last hidden states of the tokens `inputs.predict_T`, [T, H]."""
+        input_ids_N, position_ids_N = inputs.input_ids_N, inputs.position_ids_N
+        tree, predict_T = inputs.tree, inputs.predict_T
         device = input_ids_N.device
         if self._computes_in_parts(position_ids_N):
             padding = (0, padded_length(len(input_ids_N)) - len(input_ids_N))
@@ -244,9 +177,9 @@ class PolicyModel(nn.Module):
         return hidden_BLH.flatten(0, 1).index_select(0, places_N[predict_T])
 
     def _base(
-        self, input_ids_BL: torch.Tensor, attention: str | None, **where: Any
+        self, input_ids_BL: torch.Tensor, attention: str | None, **where: object
     ) -> torch.Tensor:
-        """The model without its output layer: [B, L, H]. attention: None leaves the model's own."""
+        """The model without its output layer: [B, L, H]. attention: None keeps the model's own."""
         if attention is not None and self.model.config._attn_implementation != attention:
             self.model.set_attn_implementation(attention)
         output = self.model.base_model(input_ids=input_ids_BL, use_cache=False, **where)
@@ -298,8 +231,14 @@ class PolicyModel(nn.Module):
         """Score a shared-prompt row here and its second completion with the model's own forward.
 
         Where they differ, the architecture does not take its attention from outside (state-space
-        models): its prompts are not shared. Raises UnsupportedModel when a row of its own is
-        scored differently too: the model transforms its logits in a way this class does not know.
+        models): its prompts are not shared.
+
+        Args:
+            temperature: Of the rollouts.
+
+        Raises:
+            UnsupportedModel: A row of its own is scored differently, too: the model transforms its
+                logits in a way that this class does not know.
         """
         device = next(self.model.parameters()).device
         vocabulary = int(self.model.get_output_embeddings().weight.shape[0])
@@ -322,7 +261,8 @@ class PolicyModel(nn.Module):
             predict = torch.arange(len(row) - second - 1, len(row) - 1, device=device)
             predict[0] = prompt - 1
             try:
-                ours, _ = self(row, position, Tree((shape,)), predict, target, temperature)
+                inputs = ModelInputs(row, position, Tree((shape,)), predict, target)
+                ours, _ = self(inputs, temperature)
             except (TypeError, ValueError, RuntimeError):
                 return math.inf  # takes no positions, or no attention of ours
             return float((ours - theirs).abs().max())
@@ -351,7 +291,7 @@ class PolicyModel(nn.Module):
             )
 
 
-def _enable_gradient_checkpointing(model: Any) -> None:
+def _enable_gradient_checkpointing(model: PreTrainedModel) -> None:
     """Recompute decoder layers in the backward pass, with dropout still off.
 
     transformers checkpoints only layers in training mode; the flag is set on the layers themselves

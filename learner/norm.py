@@ -58,10 +58,13 @@ def _parts(x_NH: torch.Tensor) -> list[slice]:
 
 
 def use_blocks(model: nn.Module) -> int:
-    """Let every norm of `model` that is this one to the bit be computed so on CPUs.
+    """Replace every norm of `model` that equals this one to the bit, for its use on CPUs.
 
-    Others (Gemma's, which multiplies by 1 + w) stay as they are. Weights are whole, on any device.
-    Returns how many norms were changed.
+    Others (Gemma's, which multiplies by 1 + w) stay as they are. Weights must be whole; they may be
+    on any device.
+
+    Returns:
+        How many norms were replaced.
     """
     blocked: dict[type, type] = {}
     changed = 0
@@ -77,7 +80,7 @@ def use_blocks(model: nn.Module) -> int:
 
 
 class _Blocked(nn.Module):
-    """What a norm becomes: itself wherever there is no gain."""
+    """A replaced norm; it computes what it did before wherever the blocks gain nothing."""
 
     weight: nn.Parameter
     variance_epsilon: float
@@ -89,7 +92,7 @@ class _Blocked(nn.Module):
 
 
 def _is_this_norm(module: nn.Module) -> bool:
-    """Found out by a try: what a norm does is not in its name."""
+    """Whether a module is a norm that this file computes, found by trying it."""
     names = [name for name, _ in module.named_parameters()]
     eps = vars(module).get("variance_epsilon")
     if isinstance(module, _Blocked) or names != ["weight"] or not isinstance(eps, float):

@@ -1,10 +1,10 @@
-"""What DeepSpeed is told: its configuration, the optimizer it wraps, the learning rate."""
+"""DeepSpeed's configuration, the optimizer that it wraps, the learning rate."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, overload
 
 import torch
 
@@ -16,6 +16,11 @@ def lr_at(update: int, learner: LearnerConfig, total_updates: int) -> float:
 
     Linear warm-up: the first update is above 0, update `warmup_steps` is at the peak. From there
     constant, or along a line or half a cosine to `lr_final` of the peak at `total_updates`.
+
+    Args:
+        update: Counted from 1.
+        learner: Peak, warm-up and schedule.
+        total_updates: Of the whole run.
     """
     peak, warmup = learner.learning_rate, max(1, learner.warmup_steps)
     if update <= warmup:
@@ -76,7 +81,7 @@ def deepspeed_config(learner: LearnerConfig, dtype: Dtype) -> dict[str, Any]:
             config[key] = value
     if dtype != "float32":
         config[SHORT_NAMES[dtype]] = {"enabled": True}
-        # Sums of short gradients, over micro-batches and over ranks, lose what is small.
+        # Sums in 16 bits, over micro-batches and over ranks, would lose small gradients.
         config["communication_data_type"] = "fp32"
         if stage > 0:
             config["data_types"] = {"grad_accum_dtype": "fp32"}
@@ -110,7 +115,7 @@ def client_optimizer(
 class ClippingAdamW(torch.optim.AdamW):
     """AdamW that clips by the global norm and leaves out a step whose norm is not finite.
 
-    In float32 without ZeRO, DeepSpeed does not look at the gradients at all. All ranks hold the
+    In float32 without ZeRO, DeepSpeed does not check the gradients at all. All ranks hold the
     same, reduced gradients here, so they decide alike. DeepSpeed's engine reads `overflow` and
     `_global_grad_norm` after each step, as it does from its own optimizers.
     """
@@ -119,11 +124,16 @@ class ClippingAdamW(torch.optim.AdamW):
     overflow: bool = False
     _global_grad_norm: float = 0.0
 
+    @overload
+    def step(self, closure: None = ...) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
         parameters = [p for group in self.param_groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_norm)
         self._global_grad_norm = float(norm)
         self.overflow = not math.isfinite(self._global_grad_norm)
-        if not self.overflow:
-            super().step(closure)
+        return None if self.overflow else super().step(closure)

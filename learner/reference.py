@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
 import xxhash
 
-from cohort.learner.batch import BatchTensors
 from cohort.learner.config import Dtype
-from cohort.learner.logprobs import PolicyModel
+from cohort.learner.logprobs import ModelInputs, PolicyModel
 from cohort.learner.optimizer import SHORT_NAMES
 from cohort.learner.weights import gather_named_weights, named_tensors, shared_buckets, whole
 
@@ -23,8 +21,16 @@ class ReferencePolicy:
     """Log-probs of a policy that never trains.
 
     Every rank holds it whole, in the precision of the policy; under ZeRO-3 it is partitioned like
-    the policy itself. All ranks enter every method together. `refreshed` says whether it has ever
-    become the policy; until then it is what `fingerprint` (xxh3-128 of its tensors) names.
+    the policy itself. All ranks enter every method together.
+
+    Args:
+        policy: The original model, whole.
+        zero_stage: Of the learner.
+        dtype: Of the policy.
+
+    Attributes:
+        refreshed: Whether it has ever become the policy.
+        fingerprint: xxh3-128 over the tensors of the original model.
     """
 
     def __init__(self, policy: PolicyModel, zero_stage: int, dtype: Dtype) -> None:
@@ -34,13 +40,14 @@ class ReferencePolicy:
         digest = xxhash.xxh3_128()
         for name, tensor in named_tensors(policy.model).items():
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
         self.fingerprint = digest.hexdigest()
-        self._forward: Any = policy
+        self._forward: Callable[[ModelInputs, float, int], tuple[torch.Tensor, torch.Tensor]]
+        self._forward = policy
         if zero_stage == 3:
             import deepspeed
 
-            config: dict[str, Any] = {
+            config: dict[str, object] = {
                 "train_micro_batch_size_per_gpu": 1,
                 "steps_per_print": None,
                 "zero_optimization": {"stage": 3},
@@ -52,17 +59,9 @@ class ReferencePolicy:
             )
 
     @torch.no_grad()
-    def logprobs(self, tensors: BatchTensors, temperature: float, chunks: int) -> torch.Tensor:
-        """[T] float32, of the same tokens at the same temperature as the policy's."""
-        logprobs_T, _ = self._forward(
-            tensors.input_ids_N,
-            tensors.position_ids_N,
-            tensors.tree,
-            tensors.predict_T,
-            tensors.target_T,
-            temperature,
-            chunks,
-        )
+    def logprobs(self, inputs: ModelInputs, temperature: float, chunks: int) -> torch.Tensor:
+        """[T] float32, nats, of the same tokens at the same temperature as the policy's."""
+        logprobs_T, _ = self._forward(inputs, temperature, chunks)
         return logprobs_T
 
     def become(self, model: torch.nn.Module) -> None:

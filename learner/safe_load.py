@@ -23,7 +23,11 @@ FORCED, FORBIDDEN = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONL
 def only_data(folder: Path) -> Iterator[None]:
     """In this block, `torch.load` loads only data, whatever its caller asks for.
 
-    folder: what is loaded, for the message. Raises CheckpointError for a file that holds more.
+    Args:
+        folder: What is loaded, for the message.
+
+    Raises:
+        CheckpointError: A file holds more than data.
     """
     import torch
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler

@@ -13,11 +13,16 @@ from cohort.learner.grpo import LossStats
 class LearnerSpec:
     """Everything a rank is built from.
 
-    model_path: a Hugging Face folder, or a hub id. temperature, max_tokens: of the rollouts.
-    threads: CPU threads of the rank. shm_dir: where rank 0 publishes weights; removed when it ends.
-    log_dir: where the rank's output goes; None leaves it with Ray's. total_steps: of the whole run,
-    where the learning rate's schedule ends. trial_dir: where driver and ranks try to
-    save before anything is trained; None: nothing will be saved.
+    Attributes:
+        model_path: A Hugging Face folder, or a hub id.
+        temperature: Of the rollouts.
+        max_tokens: The longest completion of the rollouts.
+        threads: CPU threads of the rank.
+        shm_dir: Where rank 0 publishes weights; removed when it ends.
+        log_dir: Where the rank's output goes; None leaves it with Ray's.
+        total_steps: Of the whole run, where the learning rate's schedule ends.
+        trial_dir: Where driver and ranks try to save before anything is trained; None: nothing
+            will be saved.
     """
 
     model_path: str
@@ -41,10 +46,13 @@ class LearnerSpec:
 class ModelFacts:
     """What the driver needs to know of the model.
 
-    attention_work: work of one token's attention to one other token over all layers, relative to
-    one token's matrix products. masked_attention: rows are padded, and all pairs of a row computed,
-    not only those that attend to each other. shares_prompts: whether a prompt can be computed once
-    for several completions.
+    Attributes:
+        parameters: Their number.
+        attention_work: Work of one token's attention to one other token over all layers, relative
+            to one token's matrix products.
+        masked_attention: Rows are padded, and all pairs of a row computed, not only those that
+            attend to each other.
+        shares_prompts: Whether a prompt can be computed once for several completions.
     """
 
     parameters: int
@@ -57,8 +65,12 @@ class ModelFacts:
 class UpdateResult:
     """What one rank saw of one optimizer update.
 
-    grad_norm: global, before clipping. loss_scale: the factor on a float16 loss that was used
-    last, 1 in other precisions.
+    Attributes:
+        stats: Sums over this rank's tokens.
+        applied: Whether the weights have changed; the same on all ranks.
+        grad_norm: Global, before clipping.
+        learning_rate: Of this update.
+        loss_scale: The factor on a float16 loss that was used last, 1 in other precisions.
     """
 
     stats: LossStats
@@ -70,10 +82,14 @@ class UpdateResult:
 
 @dataclass(frozen=True)
 class RankResult:
-    """What one rank saw of one step. steps_done: steps with an update that was applied.
+    """What one rank saw of one step.
 
-    lost: places of groups in the call whose objects are gone. If any rank has some, none has done
-    anything.
+    Attributes:
+        updates: One for each optimizer update.
+        steps_done: Steps so far with an update that was applied.
+        seconds: That the step took on this rank.
+        lost: Indices of groups in the call whose objects are gone. If any rank has some, none has
+            done anything.
     """
 
     rank: int

@@ -11,20 +11,23 @@ import mmap
 import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import xxhash
 
 from cohort.actors.weight_file import TensorSpec, encode_header
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 # Under ZeRO-3, parameters of about this many elements are whole on every rank at one time.
 BUCKET_ELEMENTS = 64 * 1024 * 1024
 
 
-def check_names(model: Any) -> None:
+def check_names(model: PreTrainedModel) -> None:
     """Raise ValueError when the model's tensors are not those of its checkpoints.
 
     transformers fuses the experts of mixture models while loading; engines read the unfused form.
@@ -53,11 +56,9 @@ def named_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return named
 
 
-def _shape(tensor: Any, zero_stage: int) -> tuple[int, ...]:
+def _shape(tensor: torch.Tensor, zero_stage: int) -> tuple[int, ...]:
     # A parameter that ZeRO-3 has partitioned is empty; its true shape is kept aside.
-    if zero_stage == 3 and isinstance(tensor, torch.nn.Parameter):
-        return tuple(tensor.ds_shape)
-    return tuple(tensor.shape)
+    return tuple(getattr(tensor, "ds_shape", tensor.shape) if zero_stage == 3 else tensor.shape)
 
 
 def weight_specs(model: torch.nn.Module, zero_stage: int) -> list[TensorSpec]:
@@ -82,10 +83,14 @@ def gather_named_weights(
                 yield name, tensor.detach()
 
 
-def whole(tensors: Sequence[torch.Tensor], modifier_rank: int | None = None) -> Any:
+def whole(
+    tensors: Sequence[torch.Tensor], modifier_rank: int | None = None
+) -> AbstractContextManager[object]:
     """A context in which these ZeRO-3 parameters are whole on every rank.
 
-    modifier_rank: whose changes to them are kept.
+    Args:
+        tensors: Parameters, and buffers, which are always whole.
+        modifier_rank: The rank whose changes to them are kept.
     """
     import deepspeed
 
@@ -113,9 +118,8 @@ def shared_buckets(
 class WeightFiles:
     """The versions that a learner has published in a folder, one file each.
 
-    Memory of a version that nobody reads any more is written again, and stays mapped all the while:
-    having the kernel find and clear new pages, or only map old ones, takes longer than filling
-    them.
+    Memory of a version that nobody reads any more is written again, and stays mapped: having the
+    kernel find and clear new pages, or only map old ones, takes longer than filling them.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -133,13 +137,22 @@ class WeightFiles:
         specs: Sequence[TensorSpec],
         tensors: Iterable[tuple[str, torch.Tensor]],
     ) -> tuple[str, int]:
-        """Write one version through a temporary name; returns (fingerprint, bytes).
+        """Write one version through a temporary name.
 
-        keep: versions that stay as they are; all others must have no readers. specs: what will
-        come, in order; tensors: the same names in the same order, each copied straight into the
-        mapped file. Versions that are neither kept nor written are gone afterwards.
+        Versions that are neither kept nor written are gone afterwards.
 
-        Raises ValueError when a tensor is not what its spec says, or one is missing.
+        Args:
+            version: What is written.
+            keep: Versions that stay as they are; all others must have no readers.
+            specs: What `tensors` will yield, in its order.
+            tensors: Names and tensors, each copied straight into the mapped file.
+
+        Returns:
+            (fingerprint, xxh3-128 over the file; size in bytes).
+
+        Raises:
+            ValueError: A tensor is not what its spec says, or one is missing.
+            FileExistsError: The folder is not this user's own.
         """
         _own_folder(self.folder)
         header, offsets, size = encode_header(specs)
@@ -167,7 +180,7 @@ class WeightFiles:
 
 
 def _own_folder(folder: Path) -> None:
-    """Make a folder for this user alone; or find one that nobody else can put anything into.
+    """Make a folder for this user alone, or accept one that nobody else can write to.
 
     Raises FileExistsError when there is something else of that name, a link for example.
     """

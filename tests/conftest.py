@@ -11,8 +11,17 @@ import pytest
 if TYPE_CHECKING:
     from tests.harness.world import World
 
-# Nothing of theirs is in the way of tests that look for what a run has left behind.
-BESIDE = ("test_learner.py", "test_reward_actor.py", "test_served_models.py", "test_extensions.py")
+# Parts of the real stack, not whole runs: nothing of theirs is in the way of tests that look for
+# what a run has left behind.
+BESIDE = (
+    "test_engine.py",
+    "test_engine_proof.py",
+    "test_extensions.py",
+    "test_learner.py",
+    "test_pool_recovery.py",
+    "test_reward_actor.py",
+    "test_served_models.py",
+)
 
 
 @pytest.hookimpl(optionalhook=True)

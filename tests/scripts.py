@@ -1,4 +1,4 @@
-"""The scripts of deploy/, as a user runs them."""
+"""The scripts of examples/, as a user runs them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def ask_for_a_trip(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run deploy/ask_for_a_trip.py to its end; output is captured."""
+    """Run examples/travel/ask_for_a_trip.py to its end; output is captured."""
     return subprocess.run(
-        [sys.executable, "deploy/ask_for_a_trip.py", *arguments],
+        [sys.executable, "examples/travel/ask_for_a_trip.py", *arguments],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,

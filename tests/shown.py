@@ -58,7 +58,7 @@ PLACES: dict[str, Where] = {
     "cohort warmup": "stack",
     "cohort export": "stack",
     "python -m vllm.entrypoints.launchers.api_server.entry": "stack",
-    "python deploy/ask_for_a_trip.py": "stack",
+    "python examples/travel/ask_for_a_trip.py": "stack",
     "cohort submit": "cluster",
     "python examples/grpo_loop.py": "examples",
     "python examples/custom_reward.py": "examples",

@@ -4,32 +4,52 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from cohort.actors.records import Failure, Group, Prompt, SamplingSpec, ScoreMeta, derive_seed
-from cohort.actors.rollout import Request
-from cohort.cluster.commands.train import connect_aside, shut_down
+from cohort.actors.records import (
+    Failure,
+    Group,
+    GroupMeta,
+    Prompt,
+    Request,
+    SamplingSpec,
+    ScoreMeta,
+    derive_seed,
+)
 from cohort.cluster.config import Config
-from cohort.cluster.making import make_pool, make_rewards
+from cohort.cluster.errors import RunError
+from cohort.cluster.launch import launch
 from cohort.cluster.observe.console import Console
-from cohort.cluster.placement import plan
-from cohort.cluster.prepare import Prepared, RunError, passing_logs, prepare
+from cohort.cluster.prepare import Prepared, passing_logs, prepare
 from cohort.cluster.ray_start import check_start
 from cohort.cluster.signals import Signals
 from cohort.learner.checkpoint import latest
 from cohort.rewards.base import error_tail
+from cohort.rewards.pool import RewardPool
 from cohort.rewards.tasks import Measures, Row, Task, TaskError
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores on held-out prompts. pass_at: k -> unbiased estimate from `samples` each.
+    """Scores on held-out prompts.
 
-    task_greedy, task_sampled: the task's own metrics, of greedy completions and of all samples;
-    empty for a task without any.
+    Attributes:
+        model: Folder or hub id.
+        prompts: How many there were.
+        samples: Completions sampled for each prompt, besides the greedy one.
+        greedy_reward: Mean reward of greedy completions; NaN where none applies.
+        greedy_solved: Fraction of greedy completions with a reward of at least task.solved_at.
+        sampled_reward: Mean reward of sampled completions.
+        pass_at: k -> unbiased estimate of pass@k.
+        failed_scores: Scores that failed, which count as unsolved.
+        task_greedy: The task's own metrics of greedy completions; empty for a task without any.
+        task_sampled: The same of sampled completions.
     """
 
     model: str
@@ -45,9 +65,14 @@ class Evaluation:
 
 
 def pass_at_k(samples: int, solved: int, k: int) -> float:
-    """Chance that at least one of k samples is right, without bias: 1 - C(n-c, k) / C(n, k).
+    """Probability that one of k completions is solved, unbiased: 1 - C(n-c, k) / C(n, k).
 
-    n samples, c of them solved. Chen et al. 2021 (arXiv 2107.03374), equation 1.
+    Chen et al. 2021 (arXiv 2107.03374), equation 1.
+
+    Args:
+        samples: Completions of the prompt, n.
+        solved: How many of them are solved, c.
+        k: How many may be tried.
     """
     if samples - solved < k:
         return 1.0
@@ -63,27 +88,24 @@ def checkpoint_model(run_dir: Path) -> Path:
 
 
 async def evaluate(config: Config, model: Path | None, console: Console) -> Evaluation:
-    """Generate and score held-out prompts: once greedily, and group_size samples each.
+    """Generate and score held-out prompts: one greedy completion and group_size sampled ones each.
 
-    model: a Hugging Face folder to use in place of model.path.
+    Args:
+        config: Names the task, the rewards and the sampling.
+        model: A Hugging Face folder to use instead of model.path.
+        console: Shows progress.
 
-    Raises Stopped when a signal ends it.
+    Raises:
+        Stopped: A signal ended it.
+        CohortError: It cannot start, or generating or scoring failed.
     """
     with Signals() as signals:
-        working = asyncio.ensure_future(_evaluate(config, model, console, signals))
-        signals.then(working.cancel)
-        try:
-            return await working
-        except asyncio.CancelledError:
-            signals.check()
-            raise
+        return await signals.cancel(_evaluate(config, model, console, signals))
 
 
 async def _evaluate(
     config: Config, model: Path | None, console: Console, signals: Signals
 ) -> Evaluation:
-    import ray
-
     if model is not None:
         changed = config.model.model_copy(update={"path": str(model)})
         config = config.model_copy(update={"model": changed})
@@ -97,17 +119,10 @@ async def _evaluate(
     count = len(rows)
     samples = config.task.group_size
     check_start(config)
-    console.stage("starting Ray")
-    placement = plan(config, await connect_aside(config, signals), prepared.parameters)
     with passing_logs("eval") as log_dir:
-        pool = make_pool(prepared, placement, log_dir, console)
-        rewards = make_rewards(prepared, placement, console)
-        try:
-            console.stage(f"starting {config.actors.count} engine(s)")
-            await asyncio.gather(
-                pool.start(config.cluster.start_timeout_s, serve_loaded=True),
-                rewards.check(config.cluster.start_timeout_s),
-            )
+        async with launch(
+            prepared, console, log_dir, ("engines", "rewards"), signals=signals
+        ) as actors:
             console.stage(f"{count} held-out prompts, greedy and {samples} samples each")
             requests = [
                 Request(
@@ -124,11 +139,8 @@ async def _evaluate(
                 for prompt in prompts
                 for kind in ("greedy", "sampled")
             ]
-            tasks = await pool.generate(requests)
-            judged = await asyncio.gather(*(_score(rewards, task) for task in tasks))
-        finally:
-            shut_down(pool, rewards, None)
-            ray.shutdown()
+            tasks = await actors.pool.generate(requests)
+            judged = await asyncio.gather(*(_score(actors.rewards, task) for task in tasks))
     greedy, sampled = judged[0::2], judged[1::2]
     return replace(
         _report(config, [s for s, _ in greedy], [s for s, _ in sampled], samples),
@@ -140,20 +152,24 @@ async def _evaluate(
 def fitting_rows(
     prepared: Prepared, rows: Sequence[Row], console: Console
 ) -> tuple[list[Row], list[Prompt]]:
-    """The rows whose prompts leave room for a completion, with their prompts.
+    """The rows whose prompts leave room for a completion, and these prompts.
 
-    Raises TaskError when one does not and task.overlong=error, RunError when none does.
+    Raises:
+        TaskError: One does not, and task.overlong=error.
+        RunError: None does.
     """
     limit = prepared.renderer.max_prompt_tokens
     pairs = [(row, prepared.renderer.render(row, 0)) for row in rows]
     kept = [(row, p) for row, p in pairs if limit is None or len(p.token_ids) <= limit]
     if len(kept) < len(pairs):
-        told = f"{len(pairs) - len(kept)} of {len(pairs)} held-out prompts are longer than {limit}"
+        message = (
+            f"{len(pairs) - len(kept)} of {len(pairs)} held-out prompts are longer than {limit}"
+        )
         if prepared.config.task.overlong == "error":
-            raise TaskError(f"{told} tokens: raise model.max_length, or set task.overlong=drop")
+            raise TaskError(f"{message} tokens: raise model.max_length, or set task.overlong=drop")
         if not kept:
-            raise RunError(f"{told} tokens: raise model.max_length")
-        console.note(f"{told} tokens and left out")
+            raise RunError(f"{message} tokens: raise model.max_length")
+        console.note(f"{message} tokens and left out")
     return [row for row, _ in kept], [prompt for _, prompt in kept]
 
 
@@ -162,7 +178,13 @@ def task_metrics(
 ) -> dict[str, float]:
     """The task's own metrics over all completions of each row; empty when it has none.
 
-    Raises RunError with the task's traceback when it fails.
+    Args:
+        task: The task.
+        rows: One for each prompt.
+        texts: Completions of each row.
+
+    Raises:
+        RunError: The task's code failed; the message has its traceback.
     """
     if not isinstance(task, Measures):
         return {}
@@ -174,23 +196,24 @@ def task_metrics(
         raise RunError(f"{type(task).__name__}.metrics failed:\n{error_tail(error)}") from error
 
 
-async def _score(rewards: Any, generating: Any) -> tuple[ScoreMeta, list[str]]:
+async def _score(
+    rewards: RewardPool, generating: Awaitable[tuple[GroupMeta | Failure, ObjectRef[Group]]]
+) -> tuple[ScoreMeta, list[str]]:
     meta, group = await generating
     if isinstance(meta, Failure):
-        raise RunError(f"{meta.what}: {meta.message}")
+        raise RunError(str(meta))
     scores, _ = await rewards.score(group)
     if isinstance(scores, Failure):
-        raise RunError(f"{scores.what}: {scores.message}")
-    completions: Group = await group
-    return scores, [completion.text for completion in completions.completions]
+        raise RunError(str(scores))
+    return scores, [completion.text for completion in (await group).completions]
 
 
 def _report(
     config: Config, greedy: list[ScoreMeta], sampled: list[ScoreMeta], samples: int
 ) -> Evaluation:
     bar = config.task.solved_at
-    # A score that failed counts as unsolved and is reported; None that means "does not apply" is
-    # left out of the mean reward.
+    # A failed score counts as unsolved and is reported; None, "does not apply", is left out of the
+    # mean reward.
     greedy_totals = [item.totals[0] for item in greedy]
     sampled_totals = [total for item in sampled for total in item.totals]
     solved = [sum(t is not None and t >= bar for t in item.totals) for item in sampled]

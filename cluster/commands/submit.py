@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from cohort.actors.errors import CohortError
-from cohort.cluster.config import load_config
+from cohort.cluster.config_file import load_config
 
 EXCLUDES = [
     ".git",

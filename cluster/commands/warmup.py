@@ -1,7 +1,7 @@
-"""`cohort warmup`: cross-entropy on a task's demonstrations, before reinforcement.
+"""`cohort warmup`: cross-entropy on a task's demonstrations, before reinforcement learning.
 
-The same learner, packing, precision and optimizer as in `cohort train`; no engine and no rewards.
-What it writes is a Hugging Face folder, which `model.path` of a training run can name.
+Learner, packing, precision and optimizer are those of `cohort train`; there is no engine and no
+reward. It writes a Hugging Face folder, which `model.path` of a training run can name.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from cohort.actors.records import (
     GroupMeta,
     Prompt,
     ScoredGroup,
+    ScoredRef,
     ScoreMeta,
     derive_seed,
 )
-from cohort.cluster.commands.train import connect_aside
-from cohort.cluster.config import SECTIONS, Config, ConfigError, compact, parse_overrides
-from cohort.cluster.making import start_learner
+from cohort.cluster.config import SECTIONS, Config, ConfigError, compact
+from cohort.cluster.config_file import parse_overrides
+from cohort.cluster.launch import launch
 from cohort.cluster.observe.console import Console, duration
 from cohort.cluster.placement import plan, this_machine
 from cohort.cluster.prepare import Prepared, passing_logs, prepare
 from cohort.cluster.ray_start import check_start, ray_address
-from cohort.cluster.signals import Signals
+from cohort.cluster.signals import Signals, Stopped
 from cohort.learner.checkpoint import new_folder, require_free
 from cohort.learner.config import AlgorithmConfig
 from cohort.learner.learner import Learner, StepResult
-from cohort.learner.plan import ScoredRef
 from cohort.rewards.tasks import Demonstrates, Row, TaskError, sample_rows
 
-# Held-out demonstrations whose likelihood is measured before and after.
+# Held-out demonstrations whose loss is measured before and after.
 HELD_OUT = 32
-# Config keys that mean something in training, and the flag that stands for them here.
+# Config keys of training -> the flag that replaces them here.
 FLAGS = {
     "run.steps": "--steps",
     "task.prompts_per_step": "--batch-size",
@@ -52,9 +52,13 @@ FLAGS = {
 
 @dataclass(frozen=True)
 class WarmUp:
-    """steps of batch_size demonstrations each; examples: training rows to take them from, 0: all.
+    """The flags of a warm-up.
 
-    learning_rate: the peak; its schedule and the optimizer are those of the config's learner.
+    Attributes:
+        steps: Optimizer steps.
+        batch_size: Demonstrations of a step.
+        learning_rate: The peak; schedule and optimizer are those of the config's learner.
+        examples: Training rows that demonstrations are taken from; 0: all.
     """
 
     steps: int
@@ -64,7 +68,7 @@ class WarmUp:
 
 
 def check_overrides(overrides: list[str]) -> None:
-    """Raise ConfigError for a key that a flag of this command stands for."""
+    """Raise ConfigError for a key that a flag of this command replaces."""
     given = parse_overrides(overrides)
     inside = [
         f"{name}.{key}"
@@ -74,15 +78,16 @@ def check_overrides(overrides: list[str]) -> None:
     ]
     for key in [*given, *inside]:
         if key in FLAGS:
-            raise ConfigError(f"{key} is the training's: use {FLAGS[key]} for the warm-up")
+            raise ConfigError(f"{key} is for training: use {FLAGS[key]} for the warm-up")
         if key.startswith("algorithm."):
-            raise ConfigError(f"{key} is the training's: the warm-up is plain cross-entropy")
+            raise ConfigError(f"{key} is for training: the warm-up is plain cross-entropy")
 
 
 def warmup_config(config: Config, given: WarmUp) -> Config:
-    """The config of the learner: cross-entropy at temperature 1 with the warm-up's own numbers.
+    """The config of the learner: cross-entropy at temperature 1, with the warm-up's flags.
 
-    Raises ConfigError for a learning rate that is none.
+    Raises:
+        ConfigError: The learning rate is invalid.
     """
     if not 0 < given.learning_rate < math.inf:
         raise ConfigError(f"--learning-rate must be above 0, got {given.learning_rate:g}")
@@ -98,12 +103,13 @@ def warmup_config(config: Config, given: WarmUp) -> Config:
 
 
 def demonstrations(prepared: Prepared, examples: int) -> Iterator[ScoredRef]:
-    """Endless demonstrations on training rows, each a group of one: the same for the same seed.
+    """Endless demonstrations of training rows, each a group of one; the seed decides the order.
 
-    Every epoch holds each of the rows once, in an order of its own. Rows without a demonstration
-    are passed over, and so are those too long for the run where task.overlong is drop.
+    Every epoch holds each row once, in its own order. Rows without a demonstration are left out,
+    and so are those too long for the run if task.overlong=drop.
 
-    Raises TaskError: a task without demonstrations, one that is too long.
+    Raises:
+        TaskError: The task has no demonstrations, or one is too long and task.overlong=error.
     """
     task, seed = prepared.task, prepared.config.run.seed
     size = task.train_size()
@@ -125,8 +131,8 @@ def demonstrations(prepared: Prepared, examples: int) -> Iterator[ScoredRef]:
 def demonstration(prepared: Prepared, row: Row, epoch: int) -> ScoredRef | None:
     """The row's prompt with its demonstration as the only completion; None where there is none.
 
-    The completion is what the model would generate: the text's own tokens and the end-of-sequence
-    token. It has no behaviour log-probs: NaN, so that nothing could use them unseen.
+    The completion is what the model would generate: the text's tokens and the end-of-sequence
+    token. Its behaviour log-probs are NaN, so that any use of them shows.
     """
     config = prepared.config
     if not isinstance(prepared.task, Demonstrates):
@@ -173,7 +179,7 @@ def _as_group(prompt: Prompt, token_ids: tuple[int, ...], text: str) -> ScoredRe
         actor="demonstration",
         seconds=0.0,
     )
-    # The reward's value plays no part; that there is one says that the completion is trained.
+    # Cross-entropy does not use the reward's value; completions without a reward are not trained.
     group = ScoredGroup(Group(prompt.id, prompt, (completion,)), {}, totals=(1.0,))
     return ScoredRef(meta, ScoreMeta(prompt.id, group.totals, {}, (), 0.0), group)
 
@@ -206,17 +212,13 @@ async def run_warmup(config: Config, given: WarmUp, out: Path) -> int:
         Console(given.steps, "plain") as console,
     ):
         console.header(f"cohort warmup: {out}\n{compact(config)}")
-        working = asyncio.ensure_future(
-            _warm_up(prepared, given, first, batches, out, log_dir, console, signals)
-        )
-        signals.then(working.cancel)
         try:
-            return await working
-        except asyncio.CancelledError:
-            if signals.caught is None:
-                raise
-            console.note(f"{signals.name()}: stopped before training; nothing was written")
-            return 128 + signals.caught
+            return await signals.cancel(
+                _warm_up(prepared, given, first, batches, out, log_dir, console, signals)
+            )
+        except Stopped as stopped:
+            console.note(f"{stopped}: stopped before training; nothing was written")
+            return stopped.exit_code
 
 
 async def _warm_up(
@@ -229,16 +231,8 @@ async def _warm_up(
     console: Console,
     signals: Signals,
 ) -> int:
-    import ray
-
-    config = prepared.config
-    console.stage("starting Ray")
-    placement = plan(config, await connect_aside(config, signals), prepared.parameters)
-    learner: Learner | None = None
-    try:
-        console.stage(f"starting {config.learner.workers} learner rank(s)")
-        cores = int(this_machine().cpus)
-        learner = await start_learner(prepared, placement, log_dir, cores)
+    async with launch(prepared, console, log_dir, ("learner",), signals=signals) as actors:
+        learner = actors.learner
         stop = asyncio.Event()
 
         def leave() -> None:
@@ -271,10 +265,6 @@ async def _warm_up(
         console.note(f"peak memory: learner {peak / 2**30:.1f} GiB")
         console.note(f"model written to {out}; train from it with model.path={out}")
         return 0
-    finally:
-        if learner is not None:
-            learner.kill()
-        ray.shutdown()
 
 
 def step_line(step: int, steps: int, result: StepResult, seconds: float, eta_s: float) -> str:
@@ -298,6 +288,7 @@ async def held_out_loss(learner: Learner, shown: Sequence[ScoredRef]) -> float:
     """Mean negative log-likelihood of demonstrations in nats a token; NaN without any."""
     total, tokens = 0.0, 0
     for item in shown:
+        assert isinstance(item.ref, ScoredGroup), "demonstrations stay in the driver"
         group = item.ref.group
         ids = group.completions[0].token_ids.tolist()
         logprobs = await learner.logprobs([*group.prompt.token_ids, *ids])

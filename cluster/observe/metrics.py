@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from cohort.cluster.stream import Batch
+from cohort.learner.credit import zero_variance
 from cohort.learner.learner import StepResult
-from cohort.learner.plan import zero_variance
 
 
 @dataclass
@@ -89,7 +89,7 @@ def reward_errors(batch: Batch) -> tuple[float, str]:
         failed += min(size, len({error.completion_id for error in group.scores.errors}))
         reasons += [f"{e.function} {e.cause}: {e.message}" for e in group.scores.errors[:1]]
     lost = len(batch.failures) * (max(sizes) if sizes else 1)
-    reasons += [f"{failure.what}: {failure.message}" for failure in batch.failures[:1]]
+    reasons += [str(failure) for failure in batch.failures[:1]]
     share = (failed + lost) / (admitted + lost) if admitted + lost else 0.0
     return share, reasons[0] if reasons else ""
 

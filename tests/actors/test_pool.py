@@ -11,8 +11,8 @@ from ray.exceptions import ActorDiedError
 
 from cohort.actors.config import ActorsConfig
 from cohort.actors.pool import MAX_RESTARTS, Probe, RolloutError, RolloutPool, probe_gap
-from cohort.actors.records import Failure, GroupMeta, Prompt, SamplingSpec, WeightsInfo
-from cohort.actors.rollout import Place, Request, RolloutActor, split_cores
+from cohort.actors.records import Failure, GroupMeta, Prompt, Request, SamplingSpec, WeightsInfo
+from cohort.actors.rollout import Place, RolloutActor, split_cores
 from tests.harness import clock
 
 LEARNER = [-1.0, -2.0]

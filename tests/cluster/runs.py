@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from cohort.actors.records import Completion, Group, Prompt, RewardError, ScoredGroup
-from cohort.cluster.config import dump_config, load_config
+from cohort.cluster.config import dump_config
+from cohort.cluster.config_file import load_config
 from cohort.cluster.observe.tracking import STEP_KEYS, write_rollouts
 
 FUNCTIONS = ("accuracy", "format", "travel/cultural_richness")

@@ -10,17 +10,9 @@ from typing import Any, get_args
 import pytest
 from pydantic import BaseModel
 
-from cohort.cluster.config import (
-    Config,
-    ConfigError,
-    all_keys,
-    compact,
-    dump_config,
-    expand,
-    load_config,
-    parse_overrides,
-)
-from cohort.learner.config import PRESETS, Preset
+from cohort.cluster.config import Config, ConfigError, all_keys, compact, dump_config, expand
+from cohort.cluster.config_file import load_config, parse_overrides
+from cohort.learner.presets import PRESETS, Preset
 
 MODEL = "model.path=some/model"
 
@@ -322,7 +314,7 @@ def test_expand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_config_is_light_to_import() -> None:
     code = (
-        "import sys, cohort.cluster.config; "
+        "import sys, cohort.cluster.config_file; "
         "print([m for m in ('torch', 'vllm', 'deepspeed', 'ray', 'transformers', 'wandb') "
         "if m in sys.modules])"
     )

@@ -11,7 +11,8 @@ import pytest
 
 import cohort.cluster.lengths
 from cohort.cluster.commands.evaluate import fitting_rows
-from cohort.cluster.config import Config, load_config
+from cohort.cluster.config import Config
+from cohort.cluster.config_file import load_config
 from cohort.cluster.lengths import Rendered, check_lengths, chosen, render_rows
 from cohort.cluster.observe.console import Console
 from cohort.cluster.prepare import Prepared, RunError, first_probe, make_renderer

@@ -15,7 +15,8 @@ import ray
 import cohort.cluster.ray_start
 from cohort.cluster.commands.check.run import check
 from cohort.cluster.commands.evaluate import evaluate
-from cohort.cluster.config import Config, load_config
+from cohort.cluster.config import Config
+from cohort.cluster.config_file import load_config
 from cohort.cluster.errors import RunError
 from cohort.cluster.observe.console import Console
 from cohort.cluster.placement import GIB, Resources
@@ -88,7 +89,7 @@ def test_none_typed_as_the_default_is_shown_is_no_address() -> None:
      "::1:6379", "tcp://host:6379", "host:6379:1", "-", "host:-1"],
 )  # fmt: skip
 def test_what_is_no_address_is_refused_with_what_one_is(address: str) -> None:
-    with pytest.raises(RunError, match=r"is no address of a Ray cluster: give host:port"):
+    with pytest.raises(RunError, match=r"is not the address of a Ray cluster: give host:port"):
         check_reachable(address)
 
 
@@ -233,7 +234,7 @@ def test_check_tries_it(monkeypatch: pytest.MonkeyPatch, tiny_model: Path, tmp_p
 def test_eval_tries_it_before_it_starts_anything(tiny_model: Path) -> None:
     keys = [f"model.path={tiny_model}", "actors.max_tokens=8", "cluster.address=foo"]
     with (
-        pytest.raises(RunError, match="is no address of a Ray cluster"),
+        pytest.raises(RunError, match="is not the address of a Ray cluster"),
         Console(1, "plain") as console,
     ):
         asyncio.run(evaluate(load_config(None, keys), None, console))

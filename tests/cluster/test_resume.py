@@ -19,12 +19,14 @@ from cohort.cluster.changes import (
     split_allowed,
     table,
 )
-from cohort.cluster.config import ConfigError, all_keys, load_config
+from cohort.cluster.config import ConfigError, all_keys
+from cohort.cluster.config_file import load_config
 from cohort.cluster.continuing import Saved, compare
 from cohort.cluster.errors import RunError
 from cohort.cluster.fingerprint import (
     BLOCK_BYTES,
     WHOLE_BYTES,
+    code_digests,
     file_digest,
     fingerprint,
     row_digests,
@@ -192,7 +194,8 @@ def test_an_unchanged_run_says_nothing(
 
 
 def test_every_key_is_refused_unless_it_is_known_to_be_harmless() -> None:
-    assert set(HARMLESS) <= set(all_keys())
+    harmless = {f"{section}.{name}" for section, names in HARMLESS.items() for name in names}
+    assert harmless <= set(all_keys())
     saved = load_config(None, ["model.path=m"]).model_dump(mode="json")
     # Any other value: what is refused does not depend on it, but for the learning rate's keys.
     for key in set(all_keys()) - set(NOT_COMPARED) - set(RATE_KEYS):
@@ -200,9 +203,8 @@ def test_every_key_is_refused_unless_it_is_known_to_be_harmless() -> None:
         now = {**saved, section: {**saved[section], name: "another"}}
         known = {"rows": {"a": "b"}, "model": {}, "code": {}}
         (found,) = differences({"config": saved, **known}, {"config": now, **known}, 1)
-        harmless = key in HARMLESS or section in ("cluster", "tracking")
         # The rows are the same here.
-        assert bool(found.breaks) != (harmless or key in ("task.data", "task.eval_data")), key
+        assert bool(found.breaks) != (key in harmless | {"task.data", "task.eval_data"}), key
 
 
 # Data -------------------------------------------------------------------------------------------
@@ -339,6 +341,18 @@ def test_changed_reward_code_is_said(tmp_path: Path) -> None:
     assert [item.key for item in found] == ["rewards.functions"] and str(file) in found[0].what
     assert split_allowed(found, []) == ([], found)
     assert "mine.py" in table(found)
+
+
+def test_a_users_module_is_known_whatever_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`rewards:score` is the user's own; what is in cohort changes with the version."""
+    (tmp_path / "rewards.py").write_text(REWARD.format(name="score"))
+    monkeypatch.syspath_prepend(tmp_path)
+    paths = ["rewards:score", "cohort.rewards.answer:exact_number"]
+    config = load_config(None, ["model.path=x", f"rewards.functions={paths}"])
+    specs = reward_specs(load_task(config.task, 0), config.rewards)
+    assert list(code_digests(config, specs)) == ["rewards.functions: rewards:score"]
 
 
 def test_a_learner_of_another_shape_is_refused_before_anything_starts(

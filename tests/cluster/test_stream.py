@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from cohort.actors.records import Failure, GroupMeta, Prompt, RewardError, ScoreMeta
+from cohort.actors.records import Failure, GroupMeta, Prompt, RewardError, ScoredRef, ScoreMeta
 from cohort.cluster.config import Config
-from cohort.cluster.loop import TrainingError, check_failures
+from cohort.cluster.failures import TrainingError, check_failures
 from cohort.cluster.observe.metrics import (
     Counters,
     StepTimes,
@@ -25,7 +25,8 @@ from cohort.cluster.observe.metrics import (
 from cohort.cluster.observe.tracking import STEP_KEYS
 from cohort.cluster.stream import Batch, GroupStream
 from cohort.learner.learner import StepResult
-from cohort.learner.plan import ScoredRef, plan_step
+from cohort.learner.packing import Packer
+from cohort.learner.plan import plan_step
 from cohort.rewards.rates import PassRates, PromptOutcome, RateHistory
 from cohort.rewards.tasks import SampledPrompts
 from tests.harness import clock
@@ -243,7 +244,7 @@ def test_groups_that_only_a_length_penalty_tells_apart_are_replaced(resumed_at: 
             assert batch.refill_rounds > 0
             plan = plan_step(
                 [(group.meta, group.scores) for group in batch.groups],
-                settings.algorithm, ranks=1, micro_batch_tokens=64, max_tokens=6,
+                settings.algorithm, Packer(ranks=1, micro_batch_tokens=64), max_tokens=6,
             )  # fmt: skip
             assert plan.groups_trained == 4
             step_result = result(

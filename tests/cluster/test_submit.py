@@ -22,7 +22,8 @@ from cohort.cluster.commands.submit import (
     job_command,
     submit,
 )
-from cohort.cluster.config import ConfigError, parse_overrides
+from cohort.cluster.config import ConfigError
+from cohort.cluster.config_file import parse_overrides
 
 
 @pytest.fixture

@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 
 from cohort.actors.records import Completion, Group, Prompt, RewardError, ScoredGroup
-from cohort.cluster.config import Config, load_config
+from cohort.cluster.config import Config
+from cohort.cluster.config_file import load_config
 from cohort.cluster.observe import tracking
 from cohort.cluster.observe.tracking import (
     STEP_KEYS,

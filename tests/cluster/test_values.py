@@ -17,16 +17,8 @@ import yaml
 from typer.testing import CliRunner
 
 from cohort.cluster.cli import app
-from cohort.cluster.config import (
-    SECTIONS,
-    Config,
-    ConfigError,
-    all_keys,
-    dump_config,
-    load_config,
-    parse_config,
-    parse_overrides,
-)
+from cohort.cluster.config import SECTIONS, Config, ConfigError, all_keys, dump_config
+from cohort.cluster.config_file import load_config, parse_config, parse_overrides
 from cohort.cluster.values import ValueProblem, core, read_yaml, typed, write_yaml, written
 
 MODEL = "model.path=some/model"
@@ -400,7 +392,7 @@ def test_an_ascii_locale_changes_nothing(tmp_path: Path) -> None:
         SECTIONS["task"].model_fields
     ) + "\n"  # fmt: skip
     code = (
-        "import sys; from pathlib import Path; from cohort.cluster.config import load_config\n"
+        "import sys; from pathlib import Path; from cohort.cluster.config_file import load_config\n"
         f"print(ascii(load_config(Path({str(tmp_path)!r}) / '\\u00e9.yaml'.encode().decode("
         "'ascii', 'surrogateescape')).tracking.name))"
     )

@@ -22,7 +22,8 @@ from cohort.cluster.commands.warmup import (
     run_warmup,
     warmup_config,
 )
-from cohort.cluster.config import ConfigError, load_config
+from cohort.cluster.config import ConfigError
+from cohort.cluster.config_file import load_config
 from cohort.cluster.prepare import Prepared, RunError
 from cohort.learner.checkpoint import CheckpointError, new_folder
 from cohort.rewards.tasks import AdditionTask, Demonstrates, PromptRenderer, Row, TaskError
@@ -189,7 +190,7 @@ def test_what_is_there_is_not_written_over(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is not an empty folder"):
         asyncio.run(run_warmup(config, GIVEN, tmp_path / "out"))
     assert (tmp_path / "out" / "mine").read_text() == "x"
-    with pytest.raises(CheckpointError, match="mine is no folder"):
+    with pytest.raises(CheckpointError, match="mine is not a writable directory"):
         asyncio.run(run_warmup(config, GIVEN, tmp_path / "out" / "mine" / "deep" / "model"))
 
 

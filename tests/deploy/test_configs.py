@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cohort.cluster.config import Config, load_config
+from cohort.cluster.config import Config
+from cohort.cluster.config_file import load_config
 from cohort.rewards.base import load_function
 from cohort.rewards.config import RewardFunctionConfig
 from cohort.rewards.tasks import load_task, sample_rows

@@ -15,7 +15,8 @@ import jsonschema
 import pytest
 import yaml
 
-from cohort.cluster.config import Config, load_config
+from cohort.cluster.config import Config
+from cohort.cluster.config_file import load_config
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEPLOY = REPOSITORY / "deploy"

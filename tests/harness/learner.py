@@ -19,11 +19,11 @@ from ray.exceptions import ObjectLostError
 
 from cohort.actors.records import ScoredGroup, WeightsInfo
 from cohort.actors.weight_file import TensorSpec
+from cohort.learner.checkpoint import LEARNER_FILE, check_loadable, must_match
 from cohort.learner.grpo import LossStats
-from cohort.learner.plan import MicroBatch
+from cohort.learner.packing import MicroBatch
 from cohort.learner.spec import LearnerSpec, ModelFacts, RankResult, UpdateResult
 from cohort.learner.weights import WeightFiles
-from cohort.learner.worker import LEARNER_FILE, _must_match, check_loadable
 from tests.harness import policy
 from tests.harness.local_ray import Ref, current_actor, current_ray
 
@@ -107,11 +107,10 @@ class LocalLearnerWorker:
             actor.name,
             number=self.steps_done,
             completions=[
-                piece.completion_id
+                segment.completion_id
                 for batches in updates
                 for batch in batches
-                for row in batch.rows
-                for piece in row.pieces
+                for segment in batch.segments
             ],
             groups=fetched,
         )
@@ -134,13 +133,13 @@ class LocalLearnerWorker:
                 prompt = group.prompt.token_ids
                 at = policy.state(self.weights, prompt)
                 ours = policy.distribution(self.weights, at, self.spec.temperature)
-                for piece in row.pieces:
-                    completion = by_name[piece.completion_id]
+                for segment in row.segments:
+                    completion = by_name[segment.completion_id]
                     ratio = ours[completion.token_ids] - completion.logprobs
-                    factor = piece.advantage * piece.weight
+                    factor = segment.advantage * segment.weight
                     stats += LossStats(
                         loss=-factor * float(np.exp(ratio).sum()),
-                        tokens=piece.tokens,
+                        tokens=segment.tokens,
                         k3=float((np.exp(ratio) - 1 - ratio).sum()),
                         engine_ratio=float(np.exp(ratio).sum()),
                         log_ratio_abs_max=float(np.abs(ratio).max()),
@@ -169,10 +168,9 @@ class LocalLearnerWorker:
         groups: Sequence[Any],  # noqa: ARG002
     ) -> dict[str, float]:
         return {
-            piece.completion_id: 0.01 * piece.tokens
+            segment.completion_id: 0.01 * segment.tokens
             for batch in batches
-            for row in batch.rows
-            for piece in row.pieces
+            for segment in batch.segments
         }
 
     def logprobs(self, token_ids: Sequence[int]) -> list[float]:
@@ -215,7 +213,7 @@ class LocalLearnerWorker:
         if self.spec.rank != 0:
             return
         await self.export(str(target / "hf"))
-        facts = {"steps_done": self.steps_done, **_must_match(self.spec)}
+        facts = {"steps_done": self.steps_done, **must_match(self.spec)}
         (target / LEARNER_FILE).write_text(json.dumps(facts))
 
     async def export(self, folder: str) -> None:

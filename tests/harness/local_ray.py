@@ -288,6 +288,7 @@ class LocalRay:
     """
 
     def __init__(self, stand_ins: dict[str, type] | None = None) -> None:
+        self._initialized = False
         self.stand_ins = stand_ins or {}
         self.actors: list[Actor] = []
         self.events: list[Event] = []
@@ -307,7 +308,7 @@ class LocalRay:
 
         for name in ("kill", "get", "put", "remote", "nodes", "init", "shutdown", "wait"):
             patch.setattr(ray, name, getattr(self, name))
-        patch.setattr(ray, "is_initialized", lambda: True)
+        patch.setattr(ray, "is_initialized", lambda: self._initialized)
         patch.setattr(ray, "get_runtime_context", lambda: _Context(_actor.get()))
         patch.setattr(ray, "ObjectRef", Ref)
         asyncio.get_running_loop().set_task_factory(_new_task)
@@ -317,7 +318,7 @@ class LocalRay:
         return _Class(self, cls[0], {}) if cls else lambda one: _Class(self, one, options)
 
     def init(self, *_: Any, **__: Any) -> None:
-        """There is nothing to start."""
+        self._initialized = True
 
     def shutdown(self) -> None:
         for actor in self.actors:

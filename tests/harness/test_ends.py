@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 
 import cohort.cluster.commands.train
+import cohort.cluster.launch
 import cohort.learner.checkpoint
 from cohort.actors.pool import RolloutPool
+from cohort.cluster.launch import Services
 from cohort.cluster.observe.rollout_writer import RolloutWriter
 from cohort.cluster.observe.tracking import Tracker
 from cohort.cluster.run_dir import RunDir
@@ -31,9 +33,9 @@ BEFORE_TRAINING = {
     "the claim of the folder": (RunDir, "claim", 1),
     "the look for a checkpoint": (cohort.cluster.commands.train, "where_to_go_on", 1),
     "the look for space": (Checkpoints, "require_space", 1),
-    "the start of Ray": (cohort.cluster.commands.train, "connect", 1),
-    "placement": (cohort.cluster.commands.train, "make_pool", 1),
-    "the start of the learner": (cohort.cluster.commands.train, "start_learner", 1),
+    "the start of Ray": (cohort.cluster.launch, "connect", 1),
+    "placement": (cohort.cluster.launch, "make_pool", 1),
+    "the start of the learner": (cohort.cluster.launch, "start_learner", 1),
     "the start of the engines": (RolloutPool, "start", 1),
     "the start of the rewards": (RewardPool, "check", 1),
     "the writing of the config": (cohort.cluster.commands.train, "write_config", 1),
@@ -54,7 +56,7 @@ DURING_TRAINING = {
     "the marker of a save": (cohort.learner.checkpoint, "_write", 4),
     "the last save": (Checkpoints, "commit", 2),
     "the goodbye": (cohort.cluster.commands.train, "say_goodbye", 1),
-    "the end of the actors": (cohort.cluster.commands.train, "shut_down", 1),
+    "the end of the actors": (Services, "kill", 1),
 }
 
 

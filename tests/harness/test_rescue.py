@@ -14,7 +14,7 @@ import pytest
 import cohort.cluster.observe.rollout_writer
 from cohort.actors.pool import RolloutError, RolloutPool
 from cohort.actors.records import Failure
-from cohort.cluster.loop import ProgramError, TrainingError, check_failures
+from cohort.cluster.failures import ProgramError, TrainingError, check_failures
 from cohort.cluster.observe.tracking import Tracker
 from cohort.cluster.stream import Batch
 from cohort.learner.checkpoint import CheckpointError, Checkpoints, NotFiniteError
@@ -259,7 +259,7 @@ def test_a_rollout_writer_that_dies_is_replaced(
     run.on("call", lambda event: run.ray.kill(event.actor), what="write", nth=2)
     assert run.train() == 0
     assert [len(run.rollouts(step)) for step in range(4)] == [16] * 4
-    assert run.run.writer.replaced == 1
+    assert run.run.recorder.writer.replaced == 1
     assert (
         "step 1: the rollout writer, which writes rollouts/, was replaced"
         in capsys.readouterr().out
@@ -272,7 +272,7 @@ def test_a_rollout_writer_that_hangs_is_replaced(world: MakeWorld) -> None:
     run.on("call", lambda event: run.ray.freeze(event.actor), what="write", nth=2)
     assert run.train() == 0
     assert [len(run.rollouts(step)) for step in range(3)] == [16] * 3
-    assert run.run.writer.replaced == 1
+    assert run.run.recorder.writer.replaced == 1
     assert run.time < 300
 
 

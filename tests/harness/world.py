@@ -45,10 +45,12 @@ from ray.exceptions import OutOfMemoryError
 
 import cohort.actors.rollout
 import cohort.cluster.commands.train
+import cohort.cluster.launch
 import cohort.cluster.making
 import cohort.cluster.prepare
 from cohort.cluster.commands.train import run_training
-from cohort.cluster.config import Config, load_config
+from cohort.cluster.config import Config
+from cohort.cluster.config_file import load_config
 from cohort.cluster.placement import GIB, Resources
 from cohort.learner.checkpoint import latest, load_state
 from tests.harness import clock, policy
@@ -135,6 +137,7 @@ class World:
             install_vllm(patch)
             patch.setenv("WANDB_MODE", "disabled")
             patch.setattr(cohort.cluster.commands.train, "this_machine", lambda: MACHINE)
+            patch.setattr(cohort.cluster.launch, "this_machine", lambda: MACHINE)
             patch.setattr(cohort.cluster.prepare, "RewardWorker", LoadedHere)
             self._shm.mkdir(parents=True, exist_ok=True)
             patch.setattr(cohort.cluster.making, "SHM", self._shm)
@@ -221,6 +224,7 @@ def in_cluster(main: Callable[[LocalRay], Coroutine[Any, Any, T]]) -> T:
 
         async def program() -> T:
             with ray.install(patch):
+                ray.init()
                 try:
                     return await main(ray)
                 finally:

@@ -29,9 +29,16 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from cohort.actors.records import Completion, Group, GroupMeta, Prompt, ScoredGroup, ScoreMeta
+from cohort.actors.records import (
+    Completion,
+    Group,
+    GroupMeta,
+    Prompt,
+    ScoredGroup,
+    ScoredRef,
+    ScoreMeta,
+)
 from cohort.learner.config import AlgorithmConfig
-from cohort.learner.plan import ScoredRef
 
 VOCABULARY = 67
 SHAPE: dict[str, Any] = dict(

@@ -12,17 +12,14 @@ import pytest
 import torch
 
 from cohort.actors.records import GroupMeta, ScoreMeta
-from cohort.learner.config import PRESETS, AlgorithmConfig, Preset
-from cohort.learner.grpo import (
-    cispo_objective,
-    clipped_objective,
-    engine_weights,
-    kl_penalty,
-    policy_loss,
-    sequence_means,
-    tv_objective,
-)
-from cohort.learner.plan import Segment, plan_step, shaped_rewards
+from cohort.learner.config import AlgorithmConfig
+from cohort.learner.corrections import engine_weights, sequence_means
+from cohort.learner.credit import shaped_rewards
+from cohort.learner.grpo import LossInputs, policy_loss
+from cohort.learner.objectives import kl_penalty, token_objective
+from cohort.learner.packing import Packer, Segment
+from cohort.learner.plan import plan_step
+from cohort.learner.presets import PRESETS, Preset
 
 PAGE = (Path(__file__).parents[2] / "docs" / "algorithms.md").read_text(encoding="utf-8")
 MAX_TOKENS = 10
@@ -82,38 +79,36 @@ def inputs() -> tuple[list[tuple[GroupMeta, ScoreMeta]], dict[str, dict[str, flo
 
 
 @cache
-def pieces(preset: Preset) -> dict[str, Segment]:
+def segments(preset: Preset) -> dict[str, Segment]:
     groups, _ = inputs()
     plan = plan_step(
         groups,
         AlgorithmConfig(preset=preset),
-        ranks=1,
-        micro_batch_tokens=8192,
+        Packer(ranks=1, micro_batch_tokens=8192),
         max_tokens=MAX_TOKENS,
     )
     [[batches]] = plan.updates
-    return {piece.completion_id: piece for b in batches for row in b.rows for piece in row.pieces}
+    return {segment.completion_id: segment for batch in batches for segment in batch.segments}
 
 
 @cache
 def computed(preset: Preset) -> tuple[dict[str, dict[str, float]], float]:
-    """What the functions of learner/grpo.py give every trained token, and the loss of all."""
+    """What the functions of the loss give every trained token, and the loss of all."""
     algorithm = AlgorithmConfig(preset=preset)
     _, logprobs = inputs()
-    trained = pieces(preset)
+    trained = segments(preset)
     names = [name for name in logprobs if name.partition(".")[0] in trained]
     of = [trained[name.partition(".")[0]] for name in names]
     now, old, engine, reference = (
         torch.tensor([logprobs[name][policy] for name in names], dtype=torch.float64)
         for policy in POLICIES
     )
-    advantages = torch.tensor([piece.advantage for piece in of], dtype=torch.float64)
-    weights = torch.tensor([piece.weight for piece in of], dtype=torch.float64).requires_grad_()
+    advantages = torch.tensor([segment.advantage for segment in of], dtype=torch.float64)
+    weights = torch.tensor([segment.weight for segment in of], dtype=torch.float64).requires_grad_()
     order = list(trained)
-    sequence = torch.tensor([order.index(piece.completion_id) for piece in of])
-    loss, _ = policy_loss(
-        now, engine, advantages, weights, sequence, algorithm, old_T=old, reference_T=reference
-    )
+    sequence = torch.tensor([order.index(segment.completion_id) for segment in of])
+    given = LossInputs(now, engine, advantages, weights, sequence, old_T=old, reference_T=reference)
+    loss, _ = policy_loss(given, algorithm)
     # The loss is a weighted sum over tokens: its slope times the weight is a token's part.
     loss.backward()
     parts = (weights.grad * weights.detach()).tolist()
@@ -122,13 +117,7 @@ def computed(preset: Preset) -> tuple[dict[str, dict[str, float]], float]:
     own_ratio = log_ratio
     if algorithm.ratio == "sequence":
         log_ratio = sequence_means(log_ratio, sequence, mask)
-    low, high = algorithm.clip_low, algorithm.clip_high
-    if algorithm.objective == "cispo":
-        objective, _ = cispo_objective(now, log_ratio, advantages, 1 + high)
-    elif algorithm.objective == "dppo_tv":
-        objective, _ = tv_objective(now, log_ratio, advantages, low, high)
-    else:
-        objective, _ = clipped_objective(log_ratio, advantages, low, high, algorithm.dual_clip)
+    objective, _ = token_objective(now, log_ratio, advantages, algorithm)
     columns = {
         "ratio": log_ratio.exp().tolist(),
         "objective": objective.tolist(),
@@ -152,7 +141,7 @@ def near(text: str) -> Any:
 @pytest.mark.parametrize("preset", get_args(Preset))
 def test_advantages_and_weights(preset: Preset) -> None:
     algorithm = AlgorithmConfig(preset=preset)
-    trained = pieces(preset)
+    trained = segments(preset)
     rows = table(sections()[preset], "completion")
     groups, _ = inputs()
     shaped = {

@@ -12,23 +12,19 @@ from cohort.actors.records import ScoredGroup
 from cohort.learner.attention import Tree
 from cohort.learner.batch import build_micro_batch
 from cohort.learner.config import AlgorithmConfig
-from cohort.learner.plan import (
-    MicroBatch,
-    RowCost,
-    Segment,
-    StepPlan,
-    informative,
-    plan_step,
-    score_batches,
-    zero_variance,
-)
+from cohort.learner.credit import informative, zero_variance
+from cohort.learner.packing import MicroBatch, Packer, RowCost, Segment
+from cohort.learner.plan import StepPlan, plan_step, score_batches
+from cohort.learner.shapes import RowShape
 from tests.learner.helpers import metas, scored_group
 
 
 def plan(groups: list[ScoredGroup], **options: object) -> StepPlan:
-    arguments: dict = dict(ranks=1, micro_batch_tokens=64, max_tokens=32)
-    algorithm = options.pop("algorithm", AlgorithmConfig())
-    return plan_step([metas(g) for g in groups], algorithm, **{**arguments, **options})
+    arguments: dict = dict(ranks=1, micro_batch_tokens=64) | options
+    algorithm = arguments.pop("algorithm", AlgorithmConfig())
+    kl = arguments.pop("kl", None)
+    pairs = [metas(g) for g in groups]
+    return plan_step(pairs, algorithm, Packer(**arguments), max_tokens=32, kl=kl)
 
 
 def random_groups(seed: int, count: int = 7) -> list[ScoredGroup]:
@@ -54,7 +50,7 @@ def test_plan_invariants(seed: int, ranks: int) -> None:
     budget = [16, 64, 200, 5000][seed % 4]
     found = plan(groups, ranks=ranks, micro_batch_tokens=budget, logit_chunk_tokens=8)
     rows = [row for shard in found.updates[0] for batch in shard for row in batch.rows]
-    ids = [piece.completion_id for row in rows for piece in row.pieces]
+    ids = [segment.completion_id for row in rows for segment in row.segments]
     assert len(ids) == len(set(ids)) == found.trained
     samples = sum(len(g.totals) for g in groups)
     assert found.trained + found.filtered + found.failed == samples
@@ -63,11 +59,11 @@ def test_plan_invariants(seed: int, ranks: int) -> None:
     sizes = {c.id: len(c.token_ids) for g in groups for c in g.group.completions}
     owner = {c.id: g for g in groups for c in g.group.completions}
     for row in rows:
-        for piece in row.pieces:
-            assert piece.tokens == sizes[piece.completion_id] > 0
-            assert owner[piece.completion_id].group.id == row.group_id
-        assert row.length <= budget or len(row.pieces) == 1
-    weight = sum(p.weight * p.tokens for row in rows for p in row.pieces)
+        for segment in row.segments:
+            assert segment.tokens == sizes[segment.completion_id] > 0
+            assert owner[segment.completion_id].group.id == row.group_id
+        assert row.length <= budget or len(row.segments) == 1
+    weight = sum(p.weight * p.tokens for row in rows for p in row.segments)
     assert weight == pytest.approx(1.0 if rows else 0.0)
 
     assert len({len(shard) for shard in found.updates[0]}) == 1
@@ -97,7 +93,7 @@ def test_without_a_mask_long_rows_are_no_more_work() -> None:
     assert alone.row_tokens == 4 * 42
     cost = RowCost(quadratic=0.5, masked=False)
     # 3 * 3 / 2 pairs within the prompt, 3 * 6 to it, (2 * 2 + 4 * 4) / 2 within completions.
-    assert cost(3, [2, 4]) == 9 + 0.5 * (4.5 + 18 + 10)
+    assert cost(RowShape(3, (2, 4))) == 9 + 0.5 * (4.5 + 18 + 10)
 
 
 def test_advantages_belong_to_their_completions() -> None:
@@ -109,12 +105,12 @@ def test_advantages_belong_to_their_completions() -> None:
         group = scored_group("g", [rewards[i] for i in order], [lengths[i] for i in order])
         found = plan([other, group], ranks=2)
         return {
-            piece.tokens: piece.advantage
+            segment.tokens: segment.advantage
             for shard in found.updates[0]
             for batch in shard
             for row in batch.rows
             if row.group_id == "g"
-            for piece in row.pieces
+            for segment in row.segments
         }
 
     base = by_length([0, 1, 2, 3, 4])
@@ -142,7 +138,7 @@ def test_scores_of_another_group_are_refused() -> None:
     meta, _ = metas(scored_group("a", [0.0, 1.0], [3, 3]))
     _, scores = metas(scored_group("b", [0.0, 1.0], [3, 3]))
     with pytest.raises(ValueError, match="scores of b"):
-        plan_step([(meta, scores)], AlgorithmConfig(), ranks=1, micro_batch_tokens=64, max_tokens=8)
+        plan_step([(meta, scores)], AlgorithmConfig(), Packer(1, 64), max_tokens=8)
 
 
 def test_rank_without_rows_gets_empty_micro_batches() -> None:
@@ -170,11 +166,11 @@ def test_tensors_against_brute_force() -> None:
         tokens = list(group.prompt.token_ids)
         positions = list(range(row.prompt_tokens))
         completions = {c.id: c for c in group.completions}
-        for piece in row.pieces:
-            ids = completions[piece.completion_id].token_ids
-            owners += [piece.completion_id] * piece.tokens
+        for segment in row.segments:
+            ids = completions[segment.completion_id].token_ids
+            owners += [segment.completion_id] * segment.tokens
             tokens += ids.tolist()
-            positions += range(row.prompt_tokens, row.prompt_tokens + piece.tokens)
+            positions += range(row.prompt_tokens, row.prompt_tokens + segment.tokens)
         assert tensors.input_ids_N[start : start + row.length].tolist() == tokens
         assert tensors.position_ids_N[start : start + row.length].tolist() == positions
         assert shape.length == row.length
@@ -186,16 +182,16 @@ def test_tensors_against_brute_force() -> None:
                 sees = k <= q and owners[k] in ("prompt", owners[q])
                 sees = sees if not str(owners[q]).startswith("padding") else k == q
                 assert bool(mask[0, 0, q, k]) == sees, (row, q, k)
-        for piece in row.pieces:
-            completion = completions[piece.completion_id]
-            for t in range(piece.tokens):
-                at = owners.index(piece.completion_id) + t
+        for segment in row.segments:
+            completion = completions[segment.completion_id]
+            for t in range(segment.tokens):
+                at = owners.index(segment.completion_id) + t
                 before = at - 1 if t else row.prompt_tokens - 1
                 assert int(tensors.predict_T[seen]) == start + before
                 assert int(tensors.target_T[seen]) == completion.token_ids[t]
                 assert tensors.behaviour_T[seen] == completion.logprobs[t]
-                assert tensors.advantage_T[seen] == pytest.approx(piece.advantage)
-                assert tensors.weight_T[seen] == pytest.approx(piece.weight)
+                assert tensors.advantage_T[seen] == pytest.approx(segment.advantage)
+                assert tensors.weight_T[seen] == pytest.approx(segment.weight)
                 seen += 1
         start += row.length
     assert start == len(tensors.input_ids_N)
@@ -234,8 +230,7 @@ def test_work_is_level_over_ranks() -> None:
     found = plan(groups, ranks=2, micro_batch_tokens=256)
     cost = RowCost()
     work = [
-        sum(cost(r.prompt_tokens, [p.tokens for p in r.pieces]) for b in shard for r in b.rows)
-        for shard in found.updates[0]
+        sum(cost(row.shape) for batch in shard for row in batch.rows) for shard in found.updates[0]
     ]
     assert max(work) / min(work) < 1.1
 
@@ -258,24 +253,23 @@ def test_shapes_come_back(masked: bool) -> None:
     assert sizes == ({64, 128, 192, 256} if masked else {32, 64, 96, 128})
 
 
-def pieces_of(found: StepPlan, update: int = 0) -> dict[str, Segment]:
+def segments_of(found: StepPlan, update: int = 0) -> dict[str, Segment]:
     return {
-        piece.completion_id: piece
+        segment.completion_id: segment
         for shard in found.updates[update]
         for batch in shard
-        for row in batch.rows
-        for piece in row.pieces
+        for segment in batch.segments
     }
 
 
 def test_cut_completions_are_judged_but_not_trained() -> None:
     group = scored_group("a", [0.0, 1.0, 1.0], [8, 3, 2], truncated=(0,))
     found = plan([group], algorithm=AlgorithmConfig(mask_truncated=True))
-    pieces = pieces_of(found)
-    assert set(pieces) == {"a/1", "a/2"}
+    segments = segments_of(found)
+    assert set(segments) == {"a/1", "a/2"}
     # The zero of the cut one is in the group's mean; its tokens are in no denominator.
-    assert pieces["a/1"].advantage == pytest.approx(0.5**0.5)
-    assert pieces["a/1"].weight == pytest.approx(1 / 5)
+    assert segments["a/1"].advantage == pytest.approx(0.5**0.5)
+    assert segments["a/1"].weight == pytest.approx(1 / 5)
     assert (found.trained, found.filtered, found.failed) == (2, 1, 0)
     everything = scored_group("b", [0.0, 1.0], [8, 8], truncated=(0, 1))
     for drop in (True, False):
@@ -290,12 +284,12 @@ def test_a_length_penalty_is_no_signal() -> None:
     dapo = AlgorithmConfig(preset="dapo")
     found = plan([group], algorithm=dapo)
     assert (found.trained, found.filtered, found.groups_filtered) == (0, 8, 1)
-    assert not informative(*metas(group), dapo, 32)
+    assert not informative(*metas(group), dapo)
     # The formula, where such groups are trained all the same.
     kept = dapo.model_copy(update={"drop_zero_variance": False})
-    pieces = pieces_of(plan([group], algorithm=kept))
-    assert pieces["a/0"].advantage == pytest.approx(-(7**0.5))
-    assert pieces["a/1"].advantage == pytest.approx(1 / 7**0.5)
+    segments = segments_of(plan([group], algorithm=kept))
+    assert segments["a/0"].advantage == pytest.approx(-(7**0.5))
+    assert segments["a/1"].advantage == pytest.approx(1 / 7**0.5)
 
 
 def test_a_length_penalty_shapes_groups_that_have_a_signal() -> None:
@@ -304,10 +298,10 @@ def test_a_length_penalty_shapes_groups_that_have_a_signal() -> None:
     # 1 - 1, 0, 0: the task tells them apart, so they are trained, on what is left of it.
     found = plan([group], algorithm=dapo)
     assert (found.trained, found.filtered) == (3, 0)
-    assert {piece.advantage for piece in pieces_of(found).values()} == {0.0}
+    assert {segment.advantage for segment in segments_of(found).values()} == {0.0}
     half = scored_group("a", [1.0, 0.0, 0.0], [29, 4, 4])
-    pieces = pieces_of(plan([half], algorithm=dapo))
-    assert pieces["a/0"].advantage == pytest.approx(2**0.5)
+    segments = segments_of(plan([half], algorithm=dapo))
+    assert segments["a/0"].advantage == pytest.approx(2**0.5)
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
@@ -326,13 +320,13 @@ def test_kl_in_the_reward_is_no_signal(scale: Any, baseline: Any) -> None:
     # It is in the rewards of the groups that are trained: -0.005 and 1.005.
     raw = {"mean": 0.505, "leave_one_out": 1.01}[baseline]
     expected = raw / (1 if scale == "none" else 0.505)
-    assert pieces_of(found)["b/1"].advantage == pytest.approx(expected)
+    assert segments_of(found)["b/1"].advantage == pytest.approx(expected)
     # Groups without a difference in the task, kept: the KL's own size, never -1 and +1.
     kept = algorithm.model_copy(update={"drop_zero_variance": False})
-    pieces = pieces_of(plan(groups, algorithm=kept, kl=kl))
-    assert set(pieces) == {"a/0", "a/1", "b/0", "b/1"}
-    assert 0 < pieces["a/0"].advantage < 1e-3
-    assert pieces["a/1"].advantage == pytest.approx(-pieces["a/0"].advantage)
+    segments = segments_of(plan(groups, algorithm=kept, kl=kl))
+    assert set(segments) == {"a/0", "a/1", "b/0", "b/1"}
+    assert 0 < segments["a/0"].advantage < 1e-3
+    assert segments["a/1"].advantage == pytest.approx(-segments["a/0"].advantage)
 
 
 def test_a_completion_whose_kl_is_not_a_number_is_left_out() -> None:
@@ -341,7 +335,7 @@ def test_a_completion_whose_kl_is_not_a_number_is_left_out() -> None:
     kl = {"a/0": 0.0, "a/1": 0.0, "a/2": float("nan")}
     found = plan([group], algorithm=algorithm, kl=kl)
     assert (found.trained, found.filtered, found.failed) == (2, 0, 1)
-    assert pieces_of(found)["a/1"].advantage == 1
+    assert segments_of(found)["a/1"].advantage == 1
 
 
 @pytest.mark.parametrize("noise", [1e-9, 1e-7, 0.1 + 0.2 - 0.3])
@@ -350,7 +344,7 @@ def test_rewards_that_differ_by_rounding_are_equal(noise: float) -> None:
     assert plan([flat]).groups_filtered == 1
     assert zero_variance(*metas(flat))
     kept = plan([flat], algorithm=AlgorithmConfig(drop_zero_variance=False))
-    assert {piece.advantage for piece in pieces_of(kept).values()} == {0.0}
+    assert {segment.advantage for segment in segments_of(kept).values()} == {0.0}
     small = scored_group("a", [0.3, 0.3 + 1e-4, 0.3], [3, 3, 3])
     assert plan([small]).groups_trained == 1
     assert not zero_variance(*metas(small))
@@ -363,7 +357,7 @@ def test_filter_plan_and_metric_agree(seed: int, overlong: float) -> None:
     groups = random_groups(seed, count=12)
     algorithm = AlgorithmConfig(overlong_buffer=overlong)
     found = plan(groups, algorithm=algorithm)
-    assert found.groups_trained == sum(informative(*metas(g), algorithm, 32) for g in groups)
+    assert found.groups_trained == sum(informative(*metas(g), algorithm) for g in groups)
     assert found.groups_filtered == sum(zero_variance(*metas(g)) for g in groups)
 
 
@@ -375,14 +369,14 @@ def test_a_constant_is_over_all_completions(preset: Any) -> None:
     one = [eight[0], *(scored_group(str(i), [1.0] * 3, [3, 4, 5]) for i in range(1, 8))]
     for groups in (eight, one):
         found = plan(groups, algorithm=algorithm)
-        for piece in pieces_of(found).values():
-            assert piece.weight == pytest.approx(1 / (8 * 3 * 32))
+        for segment in segments_of(found).values():
+            assert segment.weight == pytest.approx(1 / (8 * 3 * 32))
     assert found.groups_trained == 1
     # The same gradient as with nothing left out.
     everything = plan(one, algorithm=algorithm.model_copy(update={"drop_zero_variance": False}))
     assert found.groups_trained < everything.groups_trained
-    for name, piece in pieces_of(everything).items():
-        assert piece.advantage == 0 or piece == pieces_of(found)[name]
+    for name, segment in segments_of(everything).items():
+        assert segment.advantage == 0 or segment == segments_of(found)[name]
 
 
 def test_a_constant_counts_cut_completions_and_not_those_without_a_reward() -> None:
@@ -394,7 +388,7 @@ def test_a_constant_counts_cut_completions_and_not_those_without_a_reward() -> N
     algorithm = AlgorithmConfig(preset="dr_grpo", mask_truncated=True)
     found = plan(groups, algorithm=algorithm)
     assert (found.trained, found.filtered, found.failed) == (2, 3, 3)
-    assert {piece.weight for piece in pieces_of(found).values()} == {1 / (5 * 32)}
+    assert {segment.weight for segment in segments_of(found).values()} == {1 / (5 * 32)}
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
@@ -407,12 +401,12 @@ def test_a_constant_over_shares_ranks_and_rows(ranks: int, signal: Any) -> None:
     found = plan(groups, algorithm=share, **options)
     assert len(found.updates) == min(2, len(signal))
     for update in range(len(found.updates)):
-        weights = {piece.weight for piece in pieces_of(found, update).values()}
+        weights = {segment.weight for segment in segments_of(found, update).values()}
         assert weights == {1 / (4 * 2 * 32)}
     everything = AlgorithmConfig(preset="dr_grpo", updates_per_step=3)
     found = plan(groups, algorithm=everything, **options)
     for update in range(len(found.updates)):
-        weights = {piece.weight for piece in pieces_of(found, update).values()}
+        weights = {segment.weight for segment in segments_of(found, update).values()}
         assert weights <= {1 / (8 * 2 * 32)}
 
 
@@ -422,10 +416,10 @@ def test_batch_scale_is_of_the_groups_that_are_kept() -> None:
         scored_group("b", [0.0, 3.0, None], [3, 3, 3]),
         scored_group("c", [9.0, 9.0], [3, 3]),
     ]
-    pieces = pieces_of(plan(groups, algorithm=AlgorithmConfig(scale="batch")))
+    segments = segments_of(plan(groups, algorithm=AlgorithmConfig(scale="batch")))
     std = 1.5**0.5  # of 0, 1, 0, 3
-    assert pieces["a/1"].advantage == pytest.approx(0.5 / std)
-    assert pieces["b/1"].advantage == pytest.approx(1.5 / std)
+    assert segments["a/1"].advantage == pytest.approx(0.5 / std)
+    assert segments["b/1"].advantage == pytest.approx(1.5 / std)
 
 
 def test_updates_see_all_groups_or_their_share() -> None:
@@ -435,10 +429,10 @@ def test_updates_see_all_groups_or_their_share() -> None:
     assert (whole.trained, whole.trained_tokens) == (6, 42)
     assert whole.micro_batches == 2 * len(whole.updates[0][0])
     shared = plan(groups, algorithm=AlgorithmConfig(updates_per_step=2, update_on="share"))
-    assert set(pieces_of(shared, 0)) == {"a/0", "a/1", "c/0", "c/1"}
-    assert set(pieces_of(shared, 1)) == {"b/0", "b/1"}
+    assert set(segments_of(shared, 0)) == {"a/0", "a/1", "c/0", "c/1"}
+    assert set(segments_of(shared, 1)) == {"b/0", "b/1"}
     # Every update's loss has its own denominator.
-    assert pieces_of(shared, 1)["b/0"].weight == pytest.approx(1 / 7)
+    assert segments_of(shared, 1)["b/0"].weight == pytest.approx(1 / 7)
     assert (shared.trained, shared.trained_tokens) == (6, 21)
     few = plan(groups, algorithm=AlgorithmConfig(updates_per_step=9, update_on="share"))
     assert len(few.updates) == 3
@@ -450,12 +444,12 @@ def test_updates_see_all_groups_or_their_share() -> None:
 )
 def test_informative_groups(rewards: list[float | None], expected: bool) -> None:
     meta, scores = metas(scored_group("a", rewards, [3] * len(rewards)))
-    assert informative(meta, scores, AlgorithmConfig(), 32) == expected
+    assert informative(meta, scores, AlgorithmConfig()) == expected
 
 
 def test_scoring_covers_every_completion_once() -> None:
     groups = random_groups(3)
-    shards = score_batches([metas(g)[0] for g in groups], ranks=2, micro_batch_tokens=200)
-    ids = [p.completion_id for s in shards for b in s for row in b.rows for p in row.pieces]
+    shards = score_batches([metas(g)[0] for g in groups], Packer(ranks=2, micro_batch_tokens=200))
+    ids = [p.completion_id for s in shards for b in s for row in b.rows for p in row.segments]
     sized = [c.id for g in groups for c in g.group.completions if len(c.token_ids)]
     assert sorted(ids) == sorted(sized)

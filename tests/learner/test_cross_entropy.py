@@ -14,8 +14,10 @@ from torch.nn import functional
 from cohort.actors.records import ScoredGroup
 from cohort.learner.batch import build_micro_batch
 from cohort.learner.config import CROSS_ENTROPY_NEEDS, AlgorithmConfig
-from cohort.learner.grpo import LossStats, group_advantages, policy_loss
+from cohort.learner.credit import group_advantages
+from cohort.learner.grpo import LossInputs, LossStats, policy_loss
 from cohort.learner.logprobs import PolicyModel
+from cohort.learner.packing import Packer
 from cohort.learner.plan import StepPlan, plan_step
 from tests.learner.helpers import metas, scored_group, tiny_model
 
@@ -34,10 +36,8 @@ def planned(groups: list[ScoredGroup], budget: int = 8192, ranks: int = 1) -> St
     return plan_step(
         [metas(group) for group in groups],
         ALGORITHM,
-        ranks=ranks,
-        micro_batch_tokens=budget,
+        Packer(ranks, budget, logit_chunk_tokens=5),
         max_tokens=32,
-        logit_chunk_tokens=5,
     )
 
 
@@ -74,14 +74,9 @@ def test_loss_and_gradients_are_those_of_torch(kind: str, budget: int, ranks: in
     by_id = {scored.group.id: scored for scored in groups}
     for batch in (batch for shard in plan.updates[0] for batch in shard if batch.rows):
         tensors = build_micro_batch(batch, by_id)
-        logprobs_T, entropy_T = policy(
-            tensors.input_ids_N, tensors.position_ids_N, tensors.tree, tensors.predict_T,
-            tensors.target_T, 1.0, batch.chunks,
-        )  # fmt: skip
         loss, found = policy_loss(
-            logprobs_T, tensors.behaviour_T, tensors.advantage_T, tensors.weight_T,
-            tensors.sequence_T, ALGORITHM, entropy_T=entropy_T,
-        )  # fmt: skip
+            tensors.loss_inputs(*policy(tensors, 1.0, batch.chunks)), ALGORITHM
+        )
         loss.backward()
         stats += found
     assert stats.loss == pytest.approx(expected.item(), rel=1e-5)
@@ -98,16 +93,16 @@ def test_a_demonstration_counts_one_and_may_be_alone() -> None:
     assert group_advantages([5.0], ALGORITHM) == [1.0]
     assert group_advantages([5.0], AlgorithmConfig()) == [None]
     [[[batch]]] = planned([shown("a", 3, 4), shown("b", 9, 4)]).updates
-    pieces = [piece for row in batch.rows for piece in row.pieces]
-    assert sorted(piece.tokens for piece in pieces) == [3, 9]
-    assert all(piece.weight == pytest.approx(1 / 12) for piece in pieces)
+    assert sorted(segment.tokens for segment in batch.segments) == [3, 9]
+    assert all(segment.weight == pytest.approx(1 / 12) for segment in batch.segments)
 
 
 def test_a_padding_token_gives_nothing() -> None:
     """A rank without rows takes part with a token of weight 0, whatever its log-prob."""
     logprobs = torch.tensor([-0.5, -math.inf], requires_grad=True)
     weights, nothing = torch.tensor([1.0, 0.0]), torch.zeros(2)
-    loss, stats = policy_loss(logprobs, nothing, nothing, weights, torch.zeros(2).long(), ALGORITHM)
+    inputs = LossInputs(logprobs, nothing, nothing, weights, torch.zeros(2).long())
+    loss, stats = policy_loss(inputs, ALGORITHM)
     loss.backward()
     assert (stats.loss, stats.tokens) == (0.5, 1)
     assert logprobs.grad is not None

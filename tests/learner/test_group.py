@@ -15,9 +15,12 @@ import torch
 
 from cohort.learner.config import AlgorithmConfig, LearnerConfig
 from cohort.learner.grpo import LossStats
-from cohort.learner.learner import Learner, LearnerError, _all, pool
+from cohort.learner.learner import Learner, LearnerError
 from cohort.learner.optimizer import client_optimizer, deepspeed_config, lr_at
-from cohort.learner.plan import Segment, plan_step
+from cohort.learner.packing import Packer, Segment
+from cohort.learner.plan import plan_step
+from cohort.learner.ranks import Ranks, results_of
+from cohort.learner.results import pool
 from cohort.learner.spec import LearnerSpec, ModelFacts, RankResult, UpdateResult
 from tests.learner.helpers import metas, scored_group, scored_ref
 
@@ -46,8 +49,7 @@ def test_metrics_pool_over_unequal_ranks() -> None:
     plan = plan_step(
         [metas(scored_group("a", [0.0, 1.0], [2, 3]))],
         AlgorithmConfig(),
-        ranks=2,
-        micro_batch_tokens=64,
+        Packer(ranks=2, micro_batch_tokens=64),
         max_tokens=8,
     )
     first = LossStats(10, 0.25, 1.0, 20.0, 0.5, 0.1)
@@ -65,8 +67,8 @@ def test_metrics_pool_over_unequal_ranks() -> None:
     assert (found.grad_norm, found.version, found.applied) == (3.0, 5, True)
 
 
-class Ranks:
-    """The learner's ranks: each call answers like a rank, and is written down."""
+class Rank:
+    """The learner's only rank: each call answers like a rank, and is written down."""
 
     def __init__(self, kl: dict[str, float] | None = None) -> None:
         self.kl = kl or {}
@@ -83,11 +85,11 @@ class Ranks:
     async def _answer(self, name: str, *given: Any) -> Any:
         self.calls.append(name)
         if name == "reference_kl":
-            ids = [p.completion_id for b in given[0] for row in b.rows for p in row.pieces]
+            ids = [segment.completion_id for batch in given[0] for segment in batch.segments]
             return {i: self.kl[i] for i in ids}
         if name == "step":
-            pieces = [p for u in given[0] for b in u for row in b.rows for p in row.pieces]
-            self.planned = {piece.completion_id: piece for piece in pieces}
+            segments = [s for update in given[0] for batch in update for s in batch.segments]
+            self.planned = {segment.completion_id: segment for segment in segments}
             self.done += self.finite
             norm = 1.0 if self.finite else math.nan
             update = UpdateResult(LossStats(tokens=9, loss=norm), self.finite, norm, 1e-6)
@@ -95,21 +97,21 @@ class Ranks:
         return None
 
 
-def group_of(ranks: Ranks, **algorithm: Any) -> Learner:
+def group_of(rank: Rank, **algorithm: Any) -> Learner:
     spec = LearnerSpec(
         model_path="none", dtype="float32", learner=LearnerConfig(),
         algorithm=AlgorithmConfig(**algorithm), temperature=1.0, max_tokens=32, rank=0,
         world_size=1, device="cpu", threads=1, seed=0, shm_dir="none",
     )  # fmt: skip
-    return Learner(spec, [ranks], ModelFacts(1, 1e-3, True, True))
+    return Learner(spec, Ranks([rank], 60.0), ModelFacts(1, 1e-3, True, True))
 
 
 def test_a_kl_in_the_reward_comes_off_after_the_filter() -> None:
     """Its noise makes no equal rewards differ, and it is reported."""
     kl = {"a/0": 0.02, "a/1": 0.03, "b/0": 0.5, "b/1": -0.5, "b/2": 0.0}
-    ranks = Ranks(kl)
+    rank = Rank(kl)
     keys: dict[str, Any] = dict(kl_coef=0.2, kl_in="reward", kl_estimator="k1", scale="none")
-    group = group_of(ranks, **keys)
+    group = group_of(rank, **keys)
     refs = [
         scored_ref(scored_group("a", [1.0, 1.0], [3, 4])),
         scored_ref(scored_group("b", [0.0, 1.0, None, None], [3, 4, 2, 0])),
@@ -117,7 +119,7 @@ def test_a_kl_in_the_reward_comes_off_after_the_filter() -> None:
     result = asyncio.run(group.step(refs))
     assert (result.trained, result.filtered, result.failed) == (2, 2, 2)
     # Rewards of -0.1 and 1.1.
-    found = {name: piece.advantage for name, piece in ranks.planned.items()}
+    found = {name: segment.advantage for name, segment in rank.planned.items()}
     assert found == pytest.approx({"b/0": -0.6, "b/1": 0.6})
     assert result.reference_kl == pytest.approx(0.05 / 16)
     assert refs[1].scores.totals == (0.0, 1.0, None, None)
@@ -126,21 +128,21 @@ def test_a_kl_in_the_reward_comes_off_after_the_filter() -> None:
 
 
 def test_after_a_step_that_was_not_finite_nothing_is_saved(tmp_path: Path) -> None:
-    ranks = Ranks()
-    group = group_of(ranks)
+    rank = Rank()
+    group = group_of(rank)
     refs = [scored_ref(scored_group("a", [0.0, 1.0], [3, 4]))]
-    ranks.finite = False
+    rank.finite = False
     result = asyncio.run(group.step(refs))
     assert (result.applied, result.version, group.nonfinite_in_a_row) == (False, 0, 1)
     for write in (group.save, group.export):
         with pytest.raises(LearnerError, match="not finite"):
             asyncio.run(write(tmp_path))
-    assert ranks.calls == ["step"]
-    ranks.finite = True
+    assert rank.calls == ["step"]
+    rank.finite = True
     assert asyncio.run(group.step(refs)).version == 1
     asyncio.run(group.save(tmp_path))
-    assert ranks.calls[-1] == "save"
-    ranks.finite = False
+    assert rank.calls[-1] == "save"
+    rank.finite = False
     asyncio.run(group.step(refs))
     asyncio.run(group.step(refs))
     with pytest.raises(LearnerError, match="3 optimizer updates in a row"):
@@ -159,7 +161,7 @@ async def return_after(seconds: float, value: Any) -> Any:
 
 def test_results_come_in_the_order_of_ranks() -> None:
     calls = [return_after(0.02, "a"), return_after(0.0, "b")]
-    assert asyncio.run(_all("a step", calls, 5)) == ["a", "b"]
+    assert asyncio.run(results_of("a step", calls, 5)) == ["a", "b"]
 
 
 def test_the_cause_is_told_from_its_consequences() -> None:
@@ -169,13 +171,13 @@ def test_the_cause_is_told_from_its_consequences() -> None:
         fail_after(0.05, ValueError("bad completion")),
     ]
     with pytest.raises(LearnerError, match=r"rank 1 failed a step: ValueError: bad completion"):
-        asyncio.run(_all("a step", calls, 5))
+        asyncio.run(results_of("a step", calls, 5))
 
 
 def test_a_wait_ends_and_says_for_whom() -> None:
     calls = [return_after(0.0, 1), return_after(30, 2)]
     with pytest.raises(LearnerError, match=r"rank\(s\) \[1\] did not finish a step within 0.05 s"):
-        asyncio.run(_all("a step", calls, 0.05))
+        asyncio.run(results_of("a step", calls, 0.05))
 
 
 def test_float32_optimizer_clips_and_leaves_out_what_is_not_finite() -> None:
@@ -237,16 +239,18 @@ LATE = """
 import time
 from cohort.learner.config import AlgorithmConfig, LearnerConfig
 from cohort.learner.spec import LearnerSpec
+from cohort.learner import saving, setup
 from cohort.learner.worker import LearnerWorker
 
-class Hanging(LearnerWorker):
-    def _set_up(self, address, port):
-        time.sleep(0.6)
+def late_set_up(*_):
+    time.sleep(0.6)
+    return None, None
 
-    def _export(self, target):
-        time.sleep(0.6)
+def late_export(*_):
+    time.sleep(0.6)
 
-worker = Hanging(LearnerSpec(
+setup.set_up, saving.export = late_set_up, late_export
+worker = LearnerWorker(LearnerSpec(
     model_path="none", dtype="float32", learner=LearnerConfig(step_timeout_s=0.3),
     algorithm=AlgorithmConfig(), temperature=1.0, max_tokens=1, rank=0, world_size=1, device="cpu",
     threads=1, seed=0, shm_dir={shm!r}, log_dir={logs!r},
@@ -261,4 +265,4 @@ def test_a_late_rank_says_where_it_is(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
     log = (tmp_path / "learner-0.log").read_text()
     assert log.count("most recent call first") == 2
-    assert log.index("in _set_up") < log.index("in _export")
+    assert log.index("in late_set_up") < log.index("in late_export")

@@ -10,20 +10,20 @@ import pytest
 import torch
 
 from cohort.learner.config import AlgorithmConfig
-from cohort.learner.grpo import (
-    LossStats,
+from cohort.learner.corrections import engine_weights, negative_mask, sequence_means
+from cohort.learner.credit import (
     advantages,
     all_equal,
-    cispo_objective,
-    clipped_objective,
-    correction_weights,
     group_advantages,
-    kl_penalty,
     overlong_penalty,
-    policy_loss,
-    sequence_means,
     standard_deviation,
     token_weights,
+)
+from cohort.learner.grpo import LossInputs, LossStats, policy_loss
+from cohort.learner.objectives import (
+    cispo_objective,
+    clipped_objective,
+    kl_penalty,
     tv_objective,
 )
 
@@ -332,17 +332,8 @@ def test_kl_in_the_reward_has_the_gradient_of_whole_sequences() -> None:
 
 def corrected(log_w: list[float], sequence: list[int], **keys: Any) -> list[float]:
     algorithm = AlgorithmConfig(**keys)
-    log_w_T = torch.tensor(log_w)
-    advantages_T = torch.tensor(keys.get("advantages", [1.0] * len(log_w)))
-    found = correction_weights(
-        log_w_T,
-        log_w_T,
-        advantages_T,
-        torch.tensor(sequence),
-        torch.ones(len(log_w), dtype=torch.bool),
-        algorithm,
-    )
-    return found.tolist()
+    mask = torch.ones(len(log_w), dtype=torch.bool)
+    return engine_weights(torch.tensor(log_w), torch.tensor(sequence), mask, algorithm).tolist()
 
 
 def test_token_corrections() -> None:
@@ -365,8 +356,7 @@ def test_masks_of_whole_completions() -> None:
     ("advantage", "drift", "kept"), [(-1, -0.6, 0), (-1, -0.4, 1), (1, -0.6, 1), (-1, 0.6, 1)]
 )
 def test_negative_mask(advantage: float, drift: float, kept: float) -> None:
-    found = correction_weights(
-        torch.zeros(2),
+    found = negative_mask(
         torch.tensor([drift - 0.1, drift + 0.1]),
         torch.full((2,), float(advantage)),
         torch.zeros(2, dtype=torch.long),
@@ -381,13 +371,13 @@ def test_the_negative_mask_is_not_on_the_kl() -> None:
     now = torch.tensor([-3.0, -3.0], requires_grad=True)
     inputs: dict[str, Any] = dict(
         behaviour_T=torch.tensor([-1.0, -1.0]),
-        advantages_T=torch.tensor([-1.0, -1.0]),
-        weights_T=torch.tensor([0.5, 0.5]),
+        advantage_T=torch.tensor([-1.0, -1.0]),
+        weight_T=torch.tensor([0.5, 0.5]),
         sequence_T=torch.zeros(2, dtype=torch.long),
         reference_T=torch.tensor([-2.0, -2.5]),
     )
     keys: dict[str, Any] = dict(correction="off", negative_mask=0.5, kl_coef=0.1)
-    loss, stats = policy_loss(now, algorithm=AlgorithmConfig(**keys), **inputs)
+    loss, stats = policy_loss(LossInputs(now, **inputs), AlgorithmConfig(**keys))
     loss.backward()
     # The gradient of the KL is d = log pi - log ref.
     assert now.grad.tolist() == pytest.approx([0.05 * -1.0, 0.05 * -0.5])
@@ -411,7 +401,9 @@ def test_the_mismatch_is_never_corrected_twice() -> None:
         "ratio": {"anchor": "engine", "correction": "off", "clip_low": 0.9, "clip_high": 9.0},
     }.items():
         now.grad = None
-        loss, _ = policy_loss(now, behaviour, one, one / 2, sequence, AlgorithmConfig(**keys))
+        loss, _ = policy_loss(
+            LossInputs(now, behaviour, one, one / 2, sequence), AlgorithmConfig(**keys)
+        )
         loss.backward()
         slopes[name] = now.grad.clone()
     w = (now.detach() - behaviour).exp()
@@ -431,8 +423,8 @@ def loss_inputs(n: int = 6) -> dict[str, torch.Tensor]:
     return {
         "logprobs_T": now.clone().requires_grad_(),
         "behaviour_T": now + torch.randn(n, generator=generator) * 0.1,
-        "advantages_T": torch.randn(n, generator=generator),
-        "weights_T": torch.full((n,), 1 / n),
+        "advantage_T": torch.randn(n, generator=generator),
+        "weight_T": torch.full((n,), 1 / n),
         "sequence_T": torch.tensor([0, 1, 1, 1, 1, 2][:n]),
         "old_T": now + torch.randn(n, generator=generator) * 0.3,
         "reference_T": now + torch.randn(n, generator=generator) * 0.3,
@@ -441,7 +433,7 @@ def loss_inputs(n: int = 6) -> dict[str, torch.Tensor]:
 
 
 def loss_of(inputs: dict[str, torch.Tensor], algorithm: AlgorithmConfig) -> Any:
-    return policy_loss(**inputs, algorithm=algorithm)
+    return policy_loss(LossInputs(**inputs), algorithm)
 
 
 PRESETS = ["cohort", "grpo_paper", "r1", "dapo", "dr_grpo", "gspo", "cispo", "rloo", "dppo_tv"]
@@ -454,10 +446,10 @@ def test_on_policy_every_preset_is_reinforce_with_baseline(preset: Any) -> None:
     inputs.pop("old_T")
     inputs["behaviour_T"] = inputs["logprobs_T"].detach()
     if preset == "gspo":  # equal weights and advantages within a completion
-        inputs["advantages_T"] = inputs["advantages_T"][[0, 1, 1, 1, 1, 5]]
+        inputs["advantage_T"] = inputs["advantage_T"][[0, 1, 1, 1, 1, 5]]
     loss, stats = loss_of(inputs, AlgorithmConfig(preset=preset))
     loss.backward()
-    expected = -inputs["advantages_T"] * inputs["weights_T"]
+    expected = -inputs["advantage_T"] * inputs["weight_T"]
     torch.testing.assert_close(inputs["logprobs_T"].grad, expected)
     assert (stats.clipped, stats.k3, stats.log_ratio_abs_max) == (0, 0, 0)
     assert (stats.corrected, stats.engine_ratio) == (0, 6)
@@ -497,17 +489,17 @@ def test_gspo_gradient_by_autograd_of_its_definition() -> None:
     """min(s A, clip(s) A), s = (prod pi / pi_old)^(1/T), mean over completions."""
     inputs = loss_inputs()
     inputs["behaviour_T"] = inputs["old_T"]
-    inputs["advantages_T"] = torch.tensor([1.0, -0.5, -0.5, -0.5, -0.5, 2.0])
+    inputs["advantage_T"] = torch.tensor([1.0, -0.5, -0.5, -0.5, -0.5, 2.0])
     lengths = [1, 4, 1]
-    inputs["weights_T"] = torch.tensor([1 / (3 * n) for n in lengths for _ in range(n)])
+    inputs["weight_T"] = torch.tensor([1 / (3 * n) for n in lengths for _ in range(n)])
     algorithm = AlgorithmConfig(preset="gspo", clip_low=0.2, clip_high=0.3)
     loss, _ = loss_of(inputs, algorithm)
     (found,) = torch.autograd.grad(loss, inputs["logprobs_T"])
     now = inputs["logprobs_T"]
     pieces = zip(now.split(lengths), inputs["old_T"].split(lengths), (1.0, -0.5, 2.0), strict=True)
     expected = torch.zeros(())
-    for piece, old, advantage in pieces:
-        s = (piece.sum() - old.sum()).div(len(piece)).exp()
+    for segment, old, advantage in pieces:
+        s = (segment.sum() - old.sum()).div(len(segment)).exp()
         expected = expected - torch.minimum(s * advantage, s.clamp(0.8, 1.3) * advantage) / 3
     (gradient,) = torch.autograd.grad(expected, now)
     assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
@@ -548,9 +540,8 @@ def test_truncated_weights_reduce_the_bias_of_another_engine() -> None:
     def gradient(**keys: Any) -> torch.Tensor:
         now = logits.log_softmax(-1)
         # Every token once, weighted by how often the engine samples it.
-        loss, _ = policy_loss(
-            now, engine, values, engine.exp(), torch.arange(3), AlgorithmConfig(**keys)
-        )
+        inputs = LossInputs(now, engine, values, engine.exp(), torch.arange(3))
+        loss, _ = policy_loss(inputs, AlgorithmConfig(**keys))
         return torch.autograd.grad(loss, logits)[0]
 
     now = logits.log_softmax(-1)
@@ -563,16 +554,16 @@ def test_masked_tokens_give_nothing_and_no_nan() -> None:
     for preset in PRESETS:
         now = torch.tensor([-1.0, -1.0, -1.0], requires_grad=True)
         bad = torch.tensor([-1.0, -1e4, math.nan])
-        loss, stats = policy_loss(
+        inputs = LossInputs(
             now,
             bad,
             torch.tensor([1.0, 1.0, math.nan]),
             torch.tensor([1.0, 0, 0]),
             torch.tensor([0, 1, 2]),
-            AlgorithmConfig(preset=preset),
             reference_T=bad,
             entropy_T=torch.tensor([1.0, math.nan, 1.0]),
         )
+        loss, stats = policy_loss(inputs, AlgorithmConfig(preset=preset))
         loss.backward()
         # CISPO's value is A log pi; the others' is A, and no KL where nothing differs.
         assert loss.item() == pytest.approx(1.0 if preset == "cispo" else -1.0)
@@ -585,22 +576,14 @@ def test_extreme_ratio_stays_finite(preset: Any) -> None:
     now = torch.tensor([-1.0], requires_grad=True)
     far = torch.tensor([-900.0])
     algorithm = AlgorithmConfig(preset=preset)
-    sequence = torch.zeros(1, dtype=torch.long)
-    loss, stats = policy_loss(
-        now,
-        far,
-        torch.tensor([-1.0]),
-        torch.ones(1),
-        sequence,
-        algorithm,
-        old_T=far,
-        reference_T=far,
-    )
+    one, sequence = torch.ones(1), torch.zeros(1, dtype=torch.long)
+    inputs = LossInputs(now, far, -one, one, sequence, old_T=far, reference_T=far)
+    loss, stats = policy_loss(inputs, algorithm)
     loss.backward()
     assert math.isfinite(loss.item())
     assert math.isfinite(now.grad.item())
-    loss, stats = policy_loss(now, far, torch.ones(1), torch.ones(1), sequence, algorithm,
-                              reference_T=far)  # fmt: skip
+    inputs = LossInputs(now, far, one, one, sequence, reference_T=far)
+    loss, stats = policy_loss(inputs, algorithm)
     assert stats.log_ratio_abs_max == 899
 
 
@@ -609,7 +592,7 @@ def test_entropy_bonus_and_missing_inputs() -> None:
     inputs["entropy_T"].requires_grad_()
     loss, _ = loss_of(inputs, AlgorithmConfig(entropy_coef=0.5))
     (slope,) = torch.autograd.grad(loss, inputs["entropy_T"])
-    torch.testing.assert_close(slope, -0.5 * inputs["weights_T"])
+    torch.testing.assert_close(slope, -0.5 * inputs["weight_T"])
     for key, name in (("entropy_coef", "entropy_T"), ("kl_coef", "reference_T")):
         with pytest.raises(ValueError, match=key):
             loss_of({n: v for n, v in inputs.items() if n != name}, AlgorithmConfig(**{key: 0.1}))
@@ -623,14 +606,14 @@ def test_k3_is_the_divergence_on_average() -> None:
     found = 0.0
     for token in range(3):
         one = torch.ones(1)
-        _, stats = policy_loss(
+        inputs = LossInputs(
             learner[token : token + 1],
             engine[token : token + 1],
             one,
             one,
             torch.zeros(1, dtype=torch.long),
-            AlgorithmConfig(),
         )
+        _, stats = policy_loss(inputs, AlgorithmConfig())
         assert stats.k3 >= 0
         found += float(engine[token].exp()) * stats.k3
     assert found == pytest.approx(expected, abs=1e-6)

@@ -9,17 +9,19 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from cohort.cluster.config import ConfigError, dump_config, load_config
+from cohort.cluster.config import ConfigError, dump_config
+from cohort.cluster.config_file import load_config
 from cohort.learner.config import (
     CROSS_ENTROPY_NEEDS,
-    PRESETS,
     USED_WHEN,
     AlgorithmConfig,
     LearnerConfig,
 )
-from cohort.learner.grpo import policy_loss
+from cohort.learner.grpo import LossInputs, policy_loss
 from cohort.learner.optimizer import lr_at
+from cohort.learner.packing import Packer
 from cohort.learner.plan import plan_step
+from cohort.learner.presets import PRESETS
 from tests.learner.helpers import metas, scored_group
 
 # For every key, values other than any preset's.
@@ -79,8 +81,7 @@ def what_it_computes(algorithm: AlgorithmConfig) -> list[Any]:
     plan = plan_step(
         [metas(group) for group in groups],
         algorithm,
-        ranks=1,
-        micro_batch_tokens=8192,
+        Packer(ranks=1, micro_batch_tokens=8192),
         max_tokens=32,
         kl=kl if on and algorithm.kl_in == "reward" else None,
     )
@@ -103,17 +104,17 @@ def what_it_computes(algorithm: AlgorithmConfig) -> list[Any]:
     advantages = each(torch.tensor([0.7, -1.1, 0.4, -0.9, 1.3, -0.6, 0.8, -0.2]))
     far = each(torch.tensor([-3.0, -3.0, 2.0, 2.0, 0.0, 0.5, 0.0, 0.3]))
     entropy = torch.rand(n, generator=generator).requires_grad_()
-    loss, _ = policy_loss(
+    inputs = LossInputs(
         logprobs,
         now + far + level + draw(n, 0.5),
         advantages,
         torch.full((n,), 1 / n),
         torch.repeat_interleave(torch.tensor(lengths)),
-        algorithm,
         entropy_T=entropy,
         old_T=now + far + 0.3 * level + draw(n, 0.4),
         reference_T=now + draw(n, 0.3) if on and algorithm.kl_in == "loss" else None,
     )
+    loss, _ = policy_loss(inputs, algorithm)
     loss.backward()
     slope = torch.zeros(n) if entropy.grad is None else entropy.grad
     found += [loss.item(), logprobs.grad.tolist(), slope.tolist()]

@@ -11,8 +11,10 @@ from cohort.actors.records import ScoredGroup
 from cohort.learner.batch import BatchTensors, build_micro_batch
 from cohort.learner.config import AlgorithmConfig
 from cohort.learner.grpo import policy_loss
-from cohort.learner.logprobs import LogitScale, PolicyModel, UnsupportedModel
-from cohort.learner.plan import MicroBatch, RowCost, plan_step
+from cohort.learner.logprobs import PolicyModel, UnsupportedModel
+from cohort.learner.output_layer import LogitScale
+from cohort.learner.packing import MicroBatch, Packer, RowCost
+from cohort.learner.plan import plan_step
 from tests.learner.helpers import (
     metas,
     reference_logprobs,
@@ -40,27 +42,17 @@ def one_batch(scored: list[ScoredGroup]) -> tuple[list[str], BatchTensors]:
     plan = plan_step(
         [metas(g) for g in scored],
         AlgorithmConfig(),
-        ranks=1,
-        micro_batch_tokens=10_000,
+        Packer(ranks=1, micro_batch_tokens=10_000, cost=RowCost(quadratic=0.0)),
         max_tokens=32,
-        cost=RowCost(quadratic=0.0),
     )
     ((batch,),) = plan.updates[0]
     assert len(batch.rows) == len(scored)
-    ids = [piece.completion_id for row in batch.rows for piece in row.pieces]
+    ids = [segment.completion_id for row in batch.rows for segment in row.segments]
     return ids, build_micro_batch(batch, {g.group.id: g for g in scored})
 
 
 def score(policy: PolicyModel, tensors: BatchTensors, chunks: int) -> Any:
-    return policy(
-        tensors.input_ids_N,
-        tensors.position_ids_N,
-        tensors.tree,
-        tensors.predict_T,
-        tensors.target_T,
-        TEMPERATURE,
-        chunks,
-    )
+    return policy(tensors, TEMPERATURE, chunks)
 
 
 LENGTH = 32
@@ -135,15 +127,7 @@ def test_gradients_equal_the_reference(
     attention: Any = "eager" if chunks == 4 or kind == "gemma2" else "tree"
     policy = PolicyModel(model, attention, gradient_checkpointing)
     logprobs, entropy = score(policy, tensors, chunks)
-    loss, _ = policy_loss(
-        logprobs,
-        tensors.behaviour_T,
-        tensors.advantage_T,
-        tensors.weight_T,
-        tensors.sequence_T,
-        AlgorithmConfig(),
-        entropy_T=entropy,
-    )
+    loss, _ = policy_loss(tensors.loss_inputs(logprobs, entropy), AlgorithmConfig())
     loss.backward()
     assert float(loss.detach()) == pytest.approx(expected_loss.item(), abs=1e-6)
     for name, gradient in gradients(model).items():
@@ -202,21 +186,19 @@ def test_a_model_that_masks_by_itself_gets_a_row_for_each_completion() -> None:
     plan = plan_step(
         [metas(g) for g in scored],
         AlgorithmConfig(),
-        ranks=1,
-        micro_batch_tokens=10_000,
+        Packer(ranks=1, micro_batch_tokens=10_000, share_prompts=policy.shares_prompts),
         max_tokens=32,
-        share_prompts=policy.shares_prompts,
     )
     ((batch,),) = plan.updates[0]
-    assert [len(row.pieces) for row in batch.rows] == [1] * 5
+    assert [len(row.segments) for row in batch.rows] == [1] * 5
     tensors = build_micro_batch(batch, {g.group.id: g for g in scored})
     logprobs, _ = score(policy, tensors, 2)
     completions = {c.id: (g, c) for g in scored for c in g.group.completions}
     expected = [
         reference_logprobs(
             model,
-            completions[row.pieces[0].completion_id][0].group.prompt.token_ids,
-            completions[row.pieces[0].completion_id][1].token_ids,
+            completions[row.segments[0].completion_id][0].group.prompt.token_ids,
+            completions[row.segments[0].completion_id][1].token_ids,
             TEMPERATURE,
         )
         for row in batch.rows
@@ -237,14 +219,7 @@ def test_empty_micro_batch_has_zero_gradient_everywhere() -> None:
     model = tiny_model("llama-tied")
     tensors = build_micro_batch(MicroBatch((), 1), {})
     logprobs, _ = score(PolicyModel(model), tensors, 3)
-    loss, stats = policy_loss(
-        logprobs,
-        tensors.behaviour_T,
-        tensors.advantage_T,
-        tensors.weight_T,
-        tensors.sequence_T,
-        AlgorithmConfig(),
-    )
+    loss, stats = policy_loss(tensors.loss_inputs(logprobs), AlgorithmConfig())
     loss.backward()
     assert stats.tokens == 0
     # Present, because ZeRO waits for the gradient of every parameter, and zero.

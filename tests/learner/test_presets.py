@@ -9,10 +9,12 @@ import torch
 
 from cohort.actors.records import ScoredGroup
 from cohort.learner.batch import BatchTensors, build_micro_batch
-from cohort.learner.config import AlgorithmConfig, Preset
+from cohort.learner.config import AlgorithmConfig
 from cohort.learner.grpo import policy_loss
 from cohort.learner.logprobs import PolicyModel
+from cohort.learner.packing import Packer
 from cohort.learner.plan import plan_step
+from cohort.learner.presets import Preset
 from tests.learner.helpers import metas, reference_loss, scored_group, tiny_model
 
 TEMPERATURE = 0.8
@@ -38,10 +40,7 @@ def moved(seed: int, by: float) -> Any:
 
 
 def score(policy: PolicyModel, tensors: BatchTensors) -> torch.Tensor:
-    logprobs_T, _ = policy(
-        tensors.input_ids_N, tensors.position_ids_N, tensors.tree, tensors.predict_T,
-        tensors.target_T, TEMPERATURE,
-    )  # fmt: skip
+    logprobs_T, _ = policy(tensors, TEMPERATURE)
     return logprobs_T
 
 
@@ -63,19 +62,19 @@ def test_a_later_update_of_every_preset(preset: Preset) -> None:
     for budget in (16, 8192):
         policy.zero_grad()
         plan = plan_step(
-            [metas(group) for group in by_id.values()], algorithm, ranks=2,
-            micro_batch_tokens=budget, max_tokens=32,
-        )  # fmt: skip
+            [metas(group) for group in by_id.values()], algorithm, Packer(2, budget), max_tokens=32
+        )
         total = clipped = 0.0
         for batch in (batch for shard in plan.updates[0] for batch in shard):
             tensors = build_micro_batch(batch, by_id)
             with torch.no_grad():
                 before, base = score(models["old"], tensors), score(models["ref"], tensors)
-            loss, stats = policy_loss(
-                score(models["now"], tensors), tensors.behaviour_T, tensors.advantage_T,
-                tensors.weight_T, tensors.sequence_T, algorithm, old_T=before,
+            inputs = tensors.loss_inputs(
+                score(models["now"], tensors),
+                old_T=before,
                 reference_T=base if algorithm.kl_coef else None,
-            )  # fmt: skip
+            )
+            loss, stats = policy_loss(inputs, algorithm)
             loss.backward()
             total += loss.item()
             clipped += stats.clipped

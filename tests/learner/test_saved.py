@@ -13,7 +13,7 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from cohort.learner.checkpoint import CheckpointError, Checkpoints, NotFiniteError
-from cohort.learner.saved import PatientEngine, Writing, require_finite, try_to_write, write_model
+from cohort.learner.saving import PatientEngine, Writing, require_finite, try_to_write, write_model
 
 CONTRADICTORY = {"do_sample": False, "temperature": 0.6, "eos_token_id": 2}
 

@@ -173,7 +173,7 @@ def close_everything(completions: list[str]) -> list[float]:
 def forge_reply(completions: list[str]) -> list[float]:
     """Writes to the actor's socket itself."""
     if completions[0] == "die":
-        for descriptor in range(3, 64):
+        for descriptor in map(int, os.listdir("/proc/self/fd")):
             try:
                 forged = socket.socket(fileno=descriptor)
             except OSError:

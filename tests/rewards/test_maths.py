@@ -140,7 +140,7 @@ def test_a_whole_group_of_endless_answers_takes_seconds() -> None:
     texts = ["\\boxed{100000000!}"] * 4 + [r"\boxed{\frac{24}{2}}"]
     started = time.perf_counter()
     assert judge([QUESTION] * 5, texts, ["12"] * 5) == [0.0] * 4 + [1.0]
-    assert time.perf_counter() - started < 15
+    assert time.perf_counter() - started < 40
 
 
 @pytest.mark.parametrize("options", [{"answer_in": "text"}, {"timeout_s": 0}, {"timeout_s": 0.5}])

@@ -24,6 +24,9 @@ CONFIG = str(Path(__file__).resolve().parents[2] / "deploy" / "configs" / "addit
 # Rewards that a random model can earn: how many of its tokens are digits.
 REWARDS = '''
 import os, time
+import rewards  # the user's own
+
+assert rewards.THEIRS
 
 def digits(prompts, completions, completion_ids, answer, **columns):
     """Share of digits among the characters of each completion."""
@@ -50,6 +53,11 @@ class Cohort:
         self.mark = uuid.uuid4().hex
         self.started: list[subprocess.Popen[str]] = []
         (folder / "judge.py").write_text(REWARDS)
+        # A user's own modules, with the names of our folders: nothing of ours may import them.
+        (folder / "rewards.py").write_text("THEIRS = True\n")
+        (folder / "cluster").mkdir()
+        for name in ("actors.py", "learner.py", "cluster/__init__.py"):
+            (folder / name).write_text("raise RuntimeError('imported in place of ours')\n")
 
     def arguments(self, command: str, **overrides: object) -> list[str]:
         """The quickstart's config made small; keyword a__b is config key a.b."""
@@ -131,21 +139,23 @@ def ours(mark: str) -> list[tuple[psutil.Process, str]]:
     return found
 
 
+OWNED = re.compile(r"__KMP_REGISTERED_LIB_(\d+)_|cohort-rollout-\d+-(\d+)-")
+
+
 def shared_files() -> set[str]:
-    """Shared memory of runs, but not what a living process uses that is none of theirs."""
-    names = set(os.listdir("/dev/shm"))
+    """Shared memory of runs, but not what a living process uses or has under its number."""
     used = set()
     for pid in psutil.pids():
         with contextlib.suppress(PermissionError):
             used |= {path.name for path in mapped_shared_memory([pid])}
-    used |= {
-        name
-        for name in names
-        if (of := re.match(r"__KMP_REGISTERED_LIB_(\d+)", name)) and psutil.pid_exists(int(of[1]))
-    }
-    return {
-        name for name in names - used if name.startswith(("cohort-", "psm_", "sem.mp-", "__KMP_"))
-    }
+    found = set()
+    for name in set(os.listdir("/dev/shm")) - used:
+        owner = OWNED.match(name)
+        if owner and psutil.pid_exists(int(owner[1] or owner[2])):
+            continue
+        if name.startswith(("cohort-", "psm_", "sem.mp-", "__KMP_")):
+            found.add(name)
+    return found
 
 
 @pytest.fixture

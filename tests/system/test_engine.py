@@ -23,8 +23,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from cohort.actors.engine import EngineSpec
-from cohort.actors.records import Failure, Group, GroupMeta, Prompt, SamplingSpec, WeightsInfo
-from cohort.actors.rollout import Request, RolloutActor
+from cohort.actors.records import (
+    Failure,
+    Group,
+    GroupMeta,
+    Prompt,
+    Request,
+    SamplingSpec,
+    WeightsInfo,
+)
+from cohort.actors.rollout import RolloutActor
 from cohort.actors.sampling import tokens_at, uniforms
 from tests.models import tiny_gpt2, tiny_llama, tiny_qwen2
 
@@ -37,7 +45,7 @@ TIMEOUT = 120
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 

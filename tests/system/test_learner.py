@@ -20,16 +20,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from cohort.actors.process import last_lines
-from cohort.actors.records import ScoredGroup
+from cohort.actors.records import ScoredGroup, ScoredRef
 from cohort.learner import attention
 from cohort.learner.batch import build_micro_batch
 from cohort.learner.checkpoint import Checkpoints, load_state
-from cohort.learner.config import AlgorithmConfig, LearnerConfig, Preset
+from cohort.learner.config import AlgorithmConfig, LearnerConfig
 from cohort.learner.float8 import convert
 from cohort.learner.grpo import policy_loss
 from cohort.learner.learner import Learner, LearnerError
 from cohort.learner.logprobs import PolicyModel
-from cohort.learner.plan import ScoredRef
+from cohort.learner.presets import Preset
 from cohort.learner.spec import LearnerSpec, ModelFacts
 from cohort.learner.worker import LearnerWorker
 from tests.learner.helpers import (
@@ -52,7 +52,7 @@ def cluster() -> Iterator[None]:
     # For the reference's tiny tensors; more threads only wait for each other.
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
     torch.set_num_threads(before)
@@ -157,11 +157,11 @@ class Changeable(LearnerWorker):
         super().__init__(spec)
 
     def use(self, algorithm: AlgorithmConfig) -> None:
-        self.spec = replace(self.spec, algorithm=algorithm)
+        self.state.spec = replace(self.state.spec, algorithm=algorithm)
 
 
 async def use(group: Learner, algorithm: AlgorithmConfig, **learner: Any) -> None:
-    await asyncio.gather(*(worker.use.remote(algorithm) for worker in group._workers))
+    await asyncio.gather(*(worker.use.remote(algorithm) for worker in group._ranks.handles))
     options = group.spec.learner.model_copy(update=learner)
     group.spec = replace(group.spec, algorithm=algorithm, learner=options)
 
@@ -447,11 +447,11 @@ def learner(
 class Float16Anywhere(Changeable):
     """A rank that trains in float16 on CPUs without float16 instructions too: right, but slow."""
 
-    def _set_up(self, address: str, port: int) -> ModelFacts:
+    def setup(self, address: str, port: int, timeout_s: float) -> ModelFacts:
         from deepspeed.accelerator import get_accelerator
 
         get_accelerator().is_fp16_supported = lambda: True
-        return super()._set_up(address, port)
+        return super().setup(address, port, timeout_s)
 
 
 SMALL = dict(learning_rate=3e-5, warmup_steps=4, gradient_clip=0.5, micro_batch_tokens=64)
@@ -707,14 +707,8 @@ def test_float8_gradients_equal_those_of_one_process(
         # Scales are those of a micro-batch, so these are the ranks' own.
         for micro_batch in (micro_batch for shard in shards for micro_batch in shard):
             tensors = build_micro_batch(micro_batch, {g.group.id: g for g in groups})
-            now, _ = policy(
-                tensors.input_ids_N, tensors.position_ids_N, tensors.tree, tensors.predict_T,
-                tensors.target_T, TEMPERATURE,
-            )  # fmt: skip
-            loss, _ = policy_loss(
-                now, tensors.behaviour_T, tensors.advantage_T, tensors.weight_T,
-                tensors.sequence_T, AlgorithmConfig(),
-            )  # fmt: skip
+            now, _ = policy(tensors, TEMPERATURE)
+            loss, _ = policy_loss(tensors.loss_inputs(now), AlgorithmConfig())
             loss.backward()
         _, plain, norm = gradients(models["llama-tied"], groups, AlgorithmConfig())
         assert result.applied

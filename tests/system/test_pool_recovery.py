@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -18,10 +17,11 @@ from transformers import AutoModelForCausalLM
 from cohort.actors.config import ActorsConfig
 from cohort.actors.engine import EngineSpec
 from cohort.actors.pool import Probe, RolloutPool
-from cohort.actors.records import GroupMeta, Prompt, SamplingSpec
-from cohort.actors.rollout import Request, RolloutActor
+from cohort.actors.records import GroupMeta, Prompt, Request, SamplingSpec
+from cohort.actors.rollout import RolloutActor
 from cohort.learner.weights import WeightFiles, gather_named_weights, weight_specs
 from tests.models import tiny_llama
+from tests.system.conftest import shared_files
 
 pytestmark = pytest.mark.system
 
@@ -30,7 +30,7 @@ PROBE = list(range(20, 40))
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
@@ -123,7 +123,7 @@ def run(folder: Path, main: Callable[[Run], Awaitable[None]], **options: Any) ->
 
 
 def test_two_actors_outlive_each_other(tmp_path: Path) -> None:
-    semaphores = {name for name in os.listdir("/dev/shm") if name.startswith("sem.mp-")}
+    files = shared_files()
 
     async def main(made: Run) -> None:
         pool = made.pool
@@ -158,7 +158,7 @@ def test_two_actors_outlive_each_other(tmp_path: Path) -> None:
 
     run(tmp_path, main, count=2, group_timeout_s=6, sync_timeout_s=6)
     deadline = time.monotonic() + 20
-    while left := {n for n in os.listdir("/dev/shm") if n.startswith("sem.mp-")} - semaphores:
+    while left := shared_files() - files:
         assert time.monotonic() < deadline, left
         time.sleep(0.2)
 

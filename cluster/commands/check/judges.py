@@ -75,7 +75,7 @@ class Judges:
         for name, actor in self._actors.items():
             meta, _ = actor.score(group)
             if isinstance(meta, Failure):
-                raise RunError(f"{meta.what}: {meta.message}")
+                raise RunError(str(meta))
             metas[name] = meta
         by_function = {name: meta.by_function[name] for name, meta in metas.items()}
         errors = tuple(error for meta in metas.values() for error in meta.errors)

@@ -16,7 +16,7 @@ from cohort.cluster.errors import RunError
 from cohort.cluster.model_folder import inspect_model, load_tokenizer
 from cohort.cluster.run_dir import find_run_dir
 from cohort.cluster.weight_files import weight_files
-from cohort.learner.checkpoint import HF_FOLDER, latest, load_state, nearest_existing
+from cohort.learner.checkpoint import HF_FOLDER, latest, nearest_existing
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ def check_run_dir(config: Config, stage: Stage) -> Resumed | None:
         new = "has no complete checkpoint: starts at step 0" if config.run.resume else "can be used"
         stage.say(f"{folder} {new}")
         return None
-    state = load_state(checkpoint)
-    resumed = Resumed(Saved(checkpoint, state), state["step"], state["cursor"])
+    saved = Saved.load(checkpoint)
+    resumed = Resumed(saved, saved.step, saved.state["cursor"])
     stage.say(f"{folder} goes on after step {resumed.step} of {config.run.steps}")
     if resumed.step >= config.run.steps:
         stage.warn(f"nothing is left to do: raise run.steps above {resumed.step}")

@@ -20,13 +20,12 @@ from cohort.cluster.commands.check.judges import CheckedGroup, Judges, mean, rep
 from cohort.cluster.commands.check.prompts import bounded
 from cohort.cluster.commands.check.sheet import Stage
 from cohort.cluster.config import Config
-from cohort.cluster.making import make_pool
+from cohort.cluster.launch import launch
 from cohort.cluster.observe.console import Console
 from cohort.cluster.observe.metrics import quantile
-from cohort.cluster.placement import Placement
 from cohort.cluster.prepare import Prepared, RunError, passing_logs
 from cohort.cluster.stream import group_request
-from cohort.learner.plan import informative
+from cohort.learner.credit import informative
 
 SHOWN_GROUPS = 2
 SHOWN_COMPLETIONS = 4
@@ -47,31 +46,25 @@ class Generated:
         return [tokens for meta in self.metas for tokens in meta.completion_tokens]
 
 
-async def generate(
-    prepared: Prepared, placement: Placement, prompts: Sequence[Prompt], step: int
-) -> Generated:
+async def generate(prepared: Prepared, prompts: Sequence[Prompt], step: int) -> Generated:
     """Start the engines, generate a group for each prompt as step `step` would, end the engines.
 
-    Ray must be connected. Raises RolloutError or RunError.
+    Raises RolloutError or RunError.
     """
     config = prepared.config
     with passing_logs("check") as log_dir, Console(1, "plain") as console:
-        pool = make_pool(prepared, placement, log_dir, console)
-        try:
-            starts = await pool.start(config.cluster.start_timeout_s, serve_loaded=True)
+        async with launch(prepared, console, log_dir, ("engines",)) as actors:
             began = time.monotonic()
             requests = [group_request(config, step, prompt) for prompt in prompts]
-            made = await asyncio.gather(*await pool.generate(requests))
+            made = await asyncio.gather(*await actors.pool.generate(requests))
             seconds = time.monotonic() - began
             metas, groups = [], []
             for meta, reference in made:
                 if isinstance(meta, Failure):
-                    raise RunError(f"{meta.what}: {meta.message}")
+                    raise RunError(str(meta))
                 metas.append(meta)
                 groups.append(await reference)
-        finally:
-            pool.kill()
-    return Generated(metas, groups, seconds, max(starts))
+    return Generated(metas, groups, seconds, actors.engine_start_s)
 
 
 def check_completions(config: Config, generated: Generated, judges: Judges, stage: Stage) -> None:
@@ -208,7 +201,7 @@ def _check_signal(
 ) -> None:
     """The share of groups whose rewards are all equal: they teach nothing."""
     flat = sum(
-        not informative(meta, score, config.algorithm, config.actors.max_tokens)
+        not informative(meta, score, config.algorithm)
         for meta, score in zip(metas, scores, strict=True)
     )
     low, high = wilson(flat, len(metas))

@@ -117,10 +117,7 @@ def _completions(config: Config, found: Found, judges: Judges, count: int, stage
     step, cursor = (found.resumed.step, found.resumed.cursor) if found.resumed else (0, 0)
     taken = sample_prompts(found.task, found.renderer, config.run.seed, cursor, count)
     stage.say(f"starting {config.actors.count} engine(s)")
-    if not found.connected:
-        connect(config)
-        found.connected = True
-    made = asyncio.run(generate(_prepared(config, found), found.placement, taken.prompts, step))
+    made = asyncio.run(generate(_prepared(config, found), taken.prompts, step))
     check_completions(config, made, judges, stage)
 
 

@@ -16,7 +16,8 @@ from pydantic import BaseModel, ValidationError
 
 from cohort.actors.config import ActorsConfig
 from cohort.actors.errors import CohortError
-from cohort.cluster.config import ConfigError, ModelConfig, RunConfig, read_tree
+from cohort.cluster.config import ConfigError, ModelConfig, RunConfig
+from cohort.cluster.config_file import read_tree
 from cohort.cluster.observe.report.completions import (
     Advantages,
     Completions,

@@ -12,7 +12,7 @@ from typing import Any
 
 from cohort.actors.records import GroupMeta, ScoreMeta
 from cohort.learner.config import AlgorithmConfig
-from cohort.learner.plan import plan_step
+from cohort.learner.credit import assign_credit
 
 # Longer texts lose their middle when they are read; the page may shorten them further.
 LONGEST_TEXT = 100_000
@@ -155,7 +155,7 @@ def with_advantages(
 ) -> list[RawGroup]:
     """All groups of one step with the advantages that the learner gives their completions.
 
-    The learner's own plan of a step decides. What it does not hold is a KL in the reward, which the
+    The learner's own functions decide. What they do not know here is a KL in the reward, which the
     learner takes off the reward of each completion: that needs the reference model.
     """
     pairs = []
@@ -172,17 +172,7 @@ def with_advantages(
         )
         totals = tuple(sample.reward for sample in group.samples)
         pairs.append((meta, ScoreMeta(str(place), totals, {}, (), 0.0)))
-    # How completions are laid out for the passes does not matter here: one a row is the quickest.
-    plan = plan_step(
-        pairs, algorithm, ranks=1, micro_batch_tokens=1, max_tokens=max_tokens, share_prompts=False
-    )
-    trained = {
-        piece.completion_id: piece.advantage
-        for shards in plan.updates
-        for batch in shards[0]
-        for row in batch.rows
-        for piece in row.pieces
-    }
+    trained = assign_credit(pairs, algorithm, max_tokens).advantages
     return [
         replace(
             group,

@@ -2,8 +2,8 @@
 
 Serve an exported model first (`vllm serve runs/travel-export`, see deploy/README.md), then:
 
-    python deploy/ask_for_a_trip.py
-    python deploy/ask_for_a_trip.py --days 3 --budget 900 --cities Osaka --samples 16
+    python examples/travel/ask_for_a_trip.py
+    python examples/travel/ask_for_a_trip.py --days 3 --budget 900 --cities Osaka --samples 16
 
 Exit code: 0 when there is an itinerary to show, 1 when no answer holds one, 2 when there is no
 answer: a trip that cannot be asked for, no server, a request that it refuses.

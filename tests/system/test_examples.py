@@ -1,0 +1,54 @@
+"""The scripts of examples/, as they stand, on the real stack."""
+
+from __future__ import annotations
+
+import os
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.system.conftest import Cohort
+
+pytestmark = pytest.mark.system
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(script: str, *arguments: object, mark: str) -> str:
+    """What the script prints, run from the repository's root."""
+    done = subprocess.run(
+        [sys.executable, f"examples/{script}", *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COHORT_TEST": mark},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_loop_learns_addition(cohort: Cohort, nothing_left: Callable[[], None]) -> None:
+    printed = run("grpo_loop.py", "run.steps=16", "learner.learning_rate=2e-5", mark=cohort.mark)
+    rewards = [float(found) for found in re.findall(r"^step \d+  reward ([\d.]+)", printed, re.M)]
+    assert len(rewards) == 16
+    assert statistics.mean(rewards[-5:]) > statistics.mean(rewards[:5]) + 0.1, rewards
+    nothing_left()
+
+
+@pytest.mark.parametrize("script", ["custom_reward.py", "custom_task.py"])
+def test_a_run_with_something_of_ones_own(
+    script: str, cohort: Cohort, tiny_model: Path, nothing_left: Callable[[], None]
+) -> None:
+    folder = cohort.folder / script
+    keys = (f"run.dir={folder}", "run.steps=2", f"model.path={tiny_model}", "model.dtype=float32")
+    printed = run(script, *keys, "actors.kv_cache_gib=0.25", mark=cohort.mark)
+    assert "done: 2 steps" in printed
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
+    nothing_left()

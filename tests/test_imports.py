@@ -1,0 +1,150 @@
+"""The order of the packages, from the imports themselves: they only point down, in no circles."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# What each package may import of the others, which is also what it may know of.
+BELOW = {
+    "actors": set(),
+    "rewards": {"actors"},
+    "learner": {"actors"},
+    "cluster": {"actors", "rewards", "learner"},
+}
+LONGEST = 400
+# Files that are being split; nothing may be added.
+SPLITTING = {
+    "actors/pool.py",
+    "actors/rollout.py",
+    "cluster/observe/tracking.py",
+    "learner/config.py",
+    "learner/grpo.py",
+    "learner/learner.py",
+    "learner/plan.py",
+    "learner/worker.py",
+    "rewards/pool.py",
+    "rewards/readers.py",
+    "rewards/tasks.py",
+    "rewards/worker.py",
+}
+# What no command waits for before it has read its config.
+HEAVY = {"deepspeed", "ray", "torch", "transformers", "vllm", "wandb"}
+
+
+def name_of(file: Path) -> str:
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(("cohort", *(part for part in parts if part not in ("cohort", "__init__"))))
+
+
+# Every module of the product by its name, with its syntax tree.
+MODULES = {
+    name_of(file): ast.parse(file.read_text(encoding="utf-8"))
+    for folder in (*BELOW, "cohort")
+    for file in sorted((ROOT / folder).rglob("*.py"))
+}
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """Every name that is imported anywhere, in functions and for type checkers too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield str(node.module)
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def package(module: str) -> str:
+    """`actors` of `cohort.actors.pool`; empty for `cohort` itself."""
+    return module.partition(".")[2].partition(".")[0]
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+GRAPH = {
+    name: {found for found in imported(tree) if found in MODULES and found != name}
+    for name, tree in MODULES.items()
+}
+
+
+def test_every_module_is_looked_at() -> None:
+    assert {package(name) for name in MODULES} == {"", *BELOW}
+    assert len(MODULES) > 100
+    assert "cohort.rewards.base" in GRAPH["cohort.rewards.worker"]
+    # One below TYPE_CHECKING, one in a function, and the circle of the two.
+    text = "if TYPE_CHECKING:\n    import a.b\ndef f():\n    from c import d\n"
+    assert list(imported(ast.parse(text))) == ["a.b", "c", "c.d"]
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"a"}})
+    assert not circle({"a": {"b", "c"}, "b": {"c"}})
+
+
+@pytest.mark.parametrize("folder", BELOW)
+def test_imports_point_down(folder: str) -> None:
+    """Nothing below cluster knows cluster; learner and rewards do not know each other."""
+    wrong = [
+        f"{name} imports {found}"
+        for name, others in GRAPH.items()
+        for found in others
+        if package(name) == folder and package(found) not in {folder, *BELOW[folder]}
+    ]
+    assert wrong == []
+
+
+def test_no_circles() -> None:
+    assert circle(GRAPH) == []
+
+
+def test_the_packages_are_imported_below_cohort() -> None:
+    """A user's own `rewards` or `cluster` is never taken for ours."""
+    wrong = [
+        f"{name} imports {found}"
+        for name, tree in MODULES.items()
+        for found in imported(tree)
+        if found.partition(".")[0] in BELOW
+    ]
+    assert wrong == []
+
+
+def at_import(body: list[ast.stmt]) -> Iterator[str]:
+    """The names whose import is part of a module's own import."""
+    for node in body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield from imported(node)
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" not in ast.unparse(node.test):
+            yield from at_import([*node.body, *node.orelse])
+        elif isinstance(node, ast.Try | ast.With | ast.ClassDef):
+            yield from at_import(node.body)
+
+
+def test_the_command_line_starts_without_heavy_libraries() -> None:
+    seen, todo = set(), {"cohort.cluster.cli"}
+    while todo:
+        name = todo.pop()
+        seen.add(name)
+        todo |= (set(at_import(MODULES[name].body)) & set(MODULES)) - seen
+    assert "cohort.learner.config" in seen
+    found = {other for name in seen for other in at_import(MODULES[name].body)}
+    assert not HEAVY & {other.partition(".")[0] for other in found}
+
+
+def test_no_file_is_too_long() -> None:
+    too_long = {
+        file.relative_to(ROOT).as_posix()
+        for folder in BELOW
+        for file in (ROOT / folder).rglob("*.py")
+        if len(file.read_text(encoding="utf-8").splitlines()) > LONGEST
+    }
+    assert too_long <= SPLITTING

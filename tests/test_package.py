@@ -1,0 +1,182 @@
+"""Cohort as it is installed: the wheel's contents, its types, and its name beside a user's own."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("actors", "cluster", "learner", "rewards")
+# What a user writes with each public name, after its import: every line that mypy must speak of
+# ends with what it says.
+PUBLIC = {
+    "load_config": (
+        "cohort.cluster.config_file",
+        """
+config = load_config("run.yaml", ["run.steps=10"])
+reveal_type(config.run.steps)  #: Revealed type is "int"
+reveal_type(config.actors.temperature)  #: Revealed type is "float"
+config.run.stepz  #: "RunConfig" has no attribute "stepz"
+load_config(3)  #: Argument 1 to "load_config" has incompatible type "int"
+""",
+    ),
+    "CohortError": (
+        "cohort.actors.errors",
+        """
+try:
+    pass
+except CohortError as error:
+    reveal_type(error.exit_code)  #: Revealed type is "int"
+    error.code  #: "CohortError" has no attribute "code"
+""",
+    ),
+    "Task": (
+        "cohort.rewards.tasks",
+        """
+class Sums:
+    def train_size(self) -> int:
+        return 100
+
+def rows(task: Task) -> None:
+    reveal_type(task.train_size())  #: Revealed type is "int"
+    task.train_row("first")  #: Argument 1 to "train_row" of "Task" has incompatible type "str"
+
+rows(Sums())  #: Argument 1 to "rows" has incompatible type "Sums"; expected "Task"
+""",
+    ),
+}
+
+
+def run(*command: object, **options: object) -> subprocess.CompletedProcess[str]:
+    given = [str(part) for part in command]
+    return subprocess.run(given, capture_output=True, text=True, timeout=300, **options)
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built in a copy without network; the links in cohort/ are followed."""
+    copy = tmp_path_factory.mktemp("wheel")
+    skip = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "cohort", copy / "cohort", ignore=skip)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    offline = ("--no-index", "--no-deps", "--no-build-isolation", "--disable-pip-version-check")
+    done = run(sys.executable, "-m", "pip", "wheel", *offline, "-w", copy / "out", copy)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [built] = (copy / "out").iterdir()
+    return built
+
+
+@pytest.fixture(scope="session")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bin/ of an environment with the wheel installed; the other packages are this one's."""
+    folder = tmp_path_factory.mktemp("environment")
+    run(sys.executable, "-m", "venv", "--without-pip", folder, check=True)
+    python = folder / "bin" / "python"
+    offline = ("--no-index", "--no-deps", "--disable-pip-version-check")
+    done = run(sys.executable, "-m", "pip", "--python", python, "install", *offline, wheel)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [packages] = folder.glob("lib/python*/site-packages")
+    (packages / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return folder / "bin"
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """A user's folder with modules that have the names of our packages."""
+    for name in PACKAGES:
+        place = tmp_path / name / "__init__.py" if name == "cluster" else tmp_path / f"{name}.py"
+        place.parent.mkdir(exist_ok=True)
+        place.write_text(f"OWN = {name!r}\n")
+    score = "def score(completions, **_):\n    return [1.0 for _ in completions]\n"
+    (tmp_path / "rewards.py").write_text(f"OWN = 'rewards'\n\n\n{score}")
+    return tmp_path
+
+
+def environment() -> dict[str, str]:
+    """Of a shell that knows nothing of this checkout."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+
+def test_the_wheel_holds_cohort_and_nothing_else(wheel: Path) -> None:
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if not name.endswith("/")}
+    assert {name.split("/")[0] for name in names} == {
+        "cohort",
+        next(name.split("/")[0] for name in names if "dist-info" in name),
+    }
+    ours = {
+        f"cohort/{file.relative_to(ROOT).as_posix()}"
+        for package in PACKAGES
+        for file in (ROOT / package).rglob("*")
+        if file.is_file() and "__pycache__" not in file.parts
+    }
+    assert ours >= {f"cohort/cluster/observe/report/page.{kind}" for kind in ("html", "css", "js")}
+    assert len(ours) > 100
+    found = {name for name in names if name.startswith("cohort/")}
+    assert found == ours | {"cohort/__init__.py", "cohort/py.typed"}
+
+
+@pytest.fixture(scope="session")
+def told(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[int, str]]:
+    """What mypy says of a user's scripts: script -> line -> messages."""
+    folder = tmp_path_factory.mktemp("scripts")
+    for name, (module, body) in PUBLIC.items():
+        (folder / f"{name}.py").write_text(f"from {module} import {name}\n{body}")
+    done = run(
+        sys.executable, "-m", "mypy", "--python-executable", installed / "python",
+        *(f"{name}.py" for name in PUBLIC), cwd=folder, env=environment(),
+    )  # fmt: skip
+    found: dict[str, dict[int, str]] = {name: {} for name in PUBLIC}
+    for line in done.stdout.splitlines()[:-1]:
+        match = re.fullmatch(r"(\w+)\.py:(\d+): \w+: (.*)", line)
+        assert match, done.stdout
+        lines = found[match[1]]
+        lines[int(match[2])] = lines.get(int(match[2]), "") + match[3]
+    return found
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_type_checkers_see_the_public_names(told: dict[str, dict[int, str]], name: str) -> None:
+    module, body = PUBLIC[name]
+    lines = f"from {module} import {name}\n{body}".splitlines()
+    expected = {
+        number: line.split("#: ")[1] for number, line in enumerate(lines, 1) if "#: " in line
+    }
+    assert set(told[name]) == set(expected), told[name]
+    for number, words in expected.items():
+        assert told[name][number].startswith(words)
+
+
+def test_a_script_uses_cohort_beside_its_own_modules(installed: Path, own: Path) -> None:
+    (own / "script.py").write_text(
+        "import actors, cluster, learner, rewards\n"
+        "import cohort.rewards.base\n"
+        "from cohort.cluster.config_file import load_config\n"
+        "print(actors.OWN, cluster.OWN, learner.OWN, rewards.OWN)\n"
+        "print(cohort.rewards.base.__name__, load_config(None, ['model.path=x']).model.path)\n"
+    )
+    done = run(installed / "python", "script.py", cwd=own, env=environment())
+    assert done.stdout.split() == [*PACKAGES, "cohort.rewards.base", "x"], done.stderr
+
+
+def test_the_command_runs_in_a_folder_with_such_modules(
+    installed: Path, own: Path, tiny_model: Path
+) -> None:
+    for name in ("actors", "learner", "cluster/__init__"):
+        (own / f"{name}.py").write_text("raise RuntimeError('a module of the user')\n")
+    done = run(installed / "cohort", "keys", cwd=own, env=environment())
+    assert done.stdout.startswith("run.dir=runs/default"), done.stderr
+    (own / "run.yaml").write_text(f"model: {{path: {tiny_model}}}\nactors: {{max_tokens: 16}}\n")
+    for function in ("rewards.py:score", "rewards:score"):
+        given = ("run.yaml", "--no-generate", f"rewards.functions=[{function}]")
+        done = run(installed / "cohort", "check", *given, cwd=own, env=environment())
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "This run can start" in done.stdout
