@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from tests.harness.world import World
 
 PACKAGES = ("actors", "learner", "rewards", "cluster")
+FOLDERS = (*PACKAGES, "deploy", "docs", "examples", "benchmarks", "tests")
 EXAMPLES = ROOT / "tests" / "system" / "test_examples.py"
 # What the snippets name and a reader has: a reward in verl's form.
 VERL = (
@@ -128,6 +129,14 @@ def test_files_that_the_documents_link_to_exist() -> None:
             assert not anchor or anchor[1:] in anchors(target), (
                 f"{document} links to {link}{anchor}"
             )
+
+
+def test_files_that_the_documents_name_exist() -> None:
+    made = {"tests/exhaustive.passed"}  # by `make exhaustive`
+    for document in DOCUMENTS:
+        text = (ROOT / document).read_text()
+        named = set(re.findall(rf"`((?:{'|'.join(FOLDERS)})/[\w./-]+)`", text)) - made
+        assert not [path for path in named if not (ROOT / path).exists()], document
 
 
 def anchors(document: Path) -> set[str]:
