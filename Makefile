@@ -1,8 +1,9 @@
-# make setup | train | test | exhaustive | mutants | lint | lock. Each may be run again at any time; nothing is done twice.
+# make setup | train | test | exhaustive | mutants | lint | lock. All can be run again at any time; nothing is done twice.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 CONFIG ?= deploy/configs/addition.yaml
 ARGS ?=
 # Newest output is flushed line by line, also when it goes into a file.
@@ -25,16 +26,19 @@ setup: $(STAMP) model
 $(STAMP): requirements/cpu.lock pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; set PYTHON=... to a Python 3.11" >&2; exit 1; }
 	@command -v g++ >/dev/null || { echo "error: g++ not found; DeepSpeed and vLLM compile small pieces with it" >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements/cpu.lock
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@echo "making the virtual environment $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@echo "installing the packages of requirements/cpu.lock (two to five minutes, once)"
+	@$(PIP) --no-deps -r requirements/cpu.lock
+	@echo "installing cohort"
+	@$(PIP) --no-deps --no-build-isolation -e .
 	@touch $(STAMP)
 
 model: $(STAMP)
 	@$(BIN)/python deploy/models/smollm2.py
 
 train: setup
-	$(BIN)/cohort train $(CONFIG) $(ARGS)
+	@$(BIN)/cohort train $(CONFIG) $(ARGS)
 
 # Two tests at a time: starting the real stack is mostly imports, which use one core.
 test: setup

@@ -17,11 +17,29 @@ from pathlib import Path
 from typing import Literal
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "deploy/README.md", "CONTRIBUTING.md")
-Where = Literal["fast", "stack", "cluster", "elsewhere"]
+# In the order in which a reader meets them: a command finds what those before it have made.
+DOCUMENTS = (
+    "README.md",
+    "docs/configuration.md",
+    "docs/rewards-and-data.md",
+    "docs/algorithms.md",
+    "docs/warm-up.md",
+    "docs/run-directory.md",
+    "docs/clusters.md",
+    "docs/python-api.md",
+    "docs/troubleshooting.md",
+    "docs/faq.md",
+    "docs/guarantees.md",
+    "deploy/README.md",
+    "examples/README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+)
+Where = Literal["fast", "stack", "cluster", "examples", "elsewhere"]
 
 # fast: tests/test_readme.py, in seconds. stack: tests/system/test_readme.py, one after another in
-# one scratch copy. cluster: tests/system/test_submit.py, which has a Ray cluster.
+# one scratch copy. cluster: tests/system/test_submit.py, which has a Ray cluster. examples:
+# tests/system/test_examples.py.
 PLACES: dict[str, Where] = {
     "cohort keys": "fast",
     "cohort report": "fast",
@@ -39,11 +57,12 @@ PLACES: dict[str, Where] = {
     "cohort eval": "stack",
     "cohort warmup": "stack",
     "cohort export": "stack",
-    ".venv/bin/python -m vllm.entrypoints.launchers.api_server.entry": "stack",
-    ".venv/bin/python examples/travel/ask_for_a_trip.py": "stack",
     "python -m vllm.entrypoints.launchers.api_server.entry": "stack",
     "python examples/travel/ask_for_a_trip.py": "stack",
     "cohort submit": "cluster",
+    "python examples/grpo_loop.py": "examples",
+    "python examples/custom_reward.py": "examples",
+    "python examples/custom_task.py": "examples",
     # What is left needs machines, or would reach beyond the tests: `ray start` and `ray stop` act
     # on every cluster of the machine. tests/deploy checks the files that these name.
     "ray start": "elsewhere",

