@@ -13,7 +13,7 @@ from cohort.cluster.changes import accepted, differences, refusal, split_allowed
 from cohort.cluster.config import Config
 from cohort.cluster.errors import RunError
 from cohort.cluster.files import write_atomically
-from cohort.cluster.observe.tracking import read_metrics
+from cohort.cluster.observe.metrics_file import read_metrics
 from cohort.learner.aside import Aside
 from cohort.learner.checkpoint import latest, load_state
 from cohort.learner.worker import check_shape

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from cohort.actors.config import ActorsConfig
 from cohort.actors.errors import CohortError
 from cohort.cluster.config import ConfigError, ModelConfig, RunConfig, read_tree
+from cohort.cluster.observe.metrics_file import MetricRow, read_metrics, step_of
 from cohort.cluster.observe.report.completions import (
     Advantages,
     Completions,
@@ -32,7 +33,6 @@ from cohort.cluster.observe.report.curves import (
     numeric,
     tiles,
 )
-from cohort.cluster.observe.tracking import read_metrics
 from cohort.learner.config import AlgorithmConfig
 from cohort.rewards.config import TaskConfig
 
@@ -106,7 +106,7 @@ def build(run_dir: Path, limits: ReportLimits, now: datetime) -> Report:
             model=model.path if model else None,
             task=task.name if task else None,
             preset=algorithm.preset if algorithm else None,
-            steps_done=rows[-1]["step"] + 1 if rows else 0,
+            steps_done=step_of(rows[-1]) + 1 if rows else 0,
             steps_total=run.steps if run else None,
             checkpoint=_checkpoint(run_dir / "checkpoints"),
             seconds=sum(numeric(row, "time/step") or 0.0 for row in rows),
@@ -125,20 +125,14 @@ def build(run_dir: Path, limits: ReportLimits, now: datetime) -> Report:
     )
 
 
-def _metrics(file: Path) -> list[dict[str, Any]]:
+def _metrics(file: Path) -> list[MetricRow]:
     """The rows in order of steps; of a step that was written twice the later one."""
     try:
-        rows = read_metrics(file)
+        by_step = {step_of(row): row for row in read_metrics(file)}
     except ValueError as error:
-        raise ReportError(f"{file} is damaged: {error}") from error
+        raise ReportError(f"the metrics are damaged: {error}") from error
     except OSError as error:
         raise ReportError(f"cannot read {file}: {error.strerror}") from error
-    by_step = {}
-    for number, row in enumerate(rows, start=1):
-        step = row.get("step") if isinstance(row, dict) else None
-        if not isinstance(step, int) or step < 0:
-            raise ReportError(f"{file} is damaged: line {number} has no step")
-        by_step[step] = row
     return [by_step[step] for step in sorted(by_step)]
 
 
