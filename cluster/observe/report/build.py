@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -81,7 +81,8 @@ class Report:
 def build(run_dir: Path, limits: ReportLimits, now: datetime) -> Report:
     """Read a run directory, finished or still growing.
 
-    Raises ReportError for a folder that is no run directory, and for damaged metrics.
+    Raises:
+        ReportError: The folder is not a run directory, or its metrics are damaged.
     """
     metrics = run_dir / "metrics.jsonl"
     if not metrics.is_file():
@@ -136,7 +137,7 @@ def _metrics(file: Path) -> list[MetricRow]:
     return [by_step[step] for step in sorted(by_step)]
 
 
-def _config(file: Path) -> tuple[Mapping[str, Any], list[str]]:
+def _config(file: Path) -> tuple[Mapping[str, object], list[str]]:
     """The config's sections, unchecked, and what is wrong with the file."""
     if not file.is_file():
         return {}, ["There is no config.yaml: the run's length and advantages are not known."]
@@ -147,9 +148,9 @@ def _config(file: Path) -> tuple[Mapping[str, Any], list[str]]:
 
 
 def _section(
-    tree: Mapping[str, Any], name: str, kind: type[Section], problems: list[str]
+    tree: Mapping[str, object], name: str, kind: type[Section], problems: list[str]
 ) -> Section | None:
-    """One section by itself: a run of another version may differ in a section that no one needs."""
+    """One section by itself: a run of another version may differ in one that is not needed."""
     if name not in tree:
         return None
     try:
