@@ -36,7 +36,7 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
-def number(value: float | None, pattern: str) -> str:
+def number(value: float | None, pattern: str = ".2f") -> str:
     """A number in this format; `-` for one that is missing."""
     return "-" if value is None or value != value else format(value, pattern)
 
@@ -59,8 +59,7 @@ def time_split(metrics: Metrics) -> str:
 
 def rewards(metrics: Metrics, average: float | None) -> str:
     """`reward 0.42 (avg10 0.31)`."""
-    mean = number(metrics["reward/mean"], ".2f")
-    return f"reward {mean} (avg{AVERAGED_STEPS} {number(average, '.2f')})"
+    return f"reward {number(metrics['reward/mean'])} (avg{AVERAGED_STEPS} {number(average)})"
 
 
 def speed(metrics: Metrics) -> str:
