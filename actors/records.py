@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -146,6 +146,10 @@ class ScoreMeta:
     sample_s: tuple[float, ...] = ()
 
 
+# A scored group in Ray's object store, or the group itself.
+GroupRef: TypeAlias = "ObjectRef[ScoredGroup] | ScoredGroup"
+
+
 @dataclass(frozen=True)
 class ScoredRef:
     """A scored group as the driver holds it: sizes, rewards, and where the tokens are.
@@ -155,7 +159,7 @@ class ScoredRef:
 
     meta: GroupMeta
     scores: ScoreMeta
-    ref: ObjectRef[ScoredGroup] | ScoredGroup
+    ref: GroupRef
 
 
 @dataclass(frozen=True)

@@ -151,11 +151,17 @@ def dump_config(config: Config) -> str:
 
 
 def compact(config: Config) -> str:
-    """The resolved config, one line a section, for the terminal."""
+    """The keys that differ from their defaults, one line a section, for the terminal."""
     lines = []
-    for section, values in config.model_dump(mode="json").items():
-        body = " ".join(f"{key}={value}" for key, value in values.items() if value is not None)
-        lines.append(f"{section:>10}  {body}")
+    for section, values in config.model_dump().items():
+        fields = SECTIONS[section].model_fields
+        body = " ".join(
+            f"{key}={value}"
+            for key, value in values.items()
+            if value != fields[key].get_default(call_default_factory=True)
+        )
+        if body:
+            lines.append(f"{section:<9}  {body}")
     return "\n".join(lines)
 
 

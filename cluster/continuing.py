@@ -13,7 +13,8 @@ from cohort.cluster.config import Config
 from cohort.cluster.errors import RunError
 from cohort.cluster.files import write_atomically
 from cohort.cluster.fingerprint import Fingerprint
-from cohort.cluster.observe.tracking import read_metrics
+from cohort.cluster.observe.metrics_file import read_metrics
+from cohort.cluster.observe.tracking import TrackerState
 from cohort.learner.aside import Aside
 from cohort.learner.checkpoint import check_shape, latest, load_state
 
@@ -33,7 +34,7 @@ class SavedState(TypedDict):
     step: int
     cursor: int
     counters: dict[str, int]
-    tracking: dict[str, str | None]
+    tracking: TrackerState
     pass_rates: dict[str, JsonValue] | None
     fingerprint: NotRequired[Fingerprint]
 

@@ -9,18 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
 
-from cohort.actors.records import GroupMeta, ScoredGroup, ScoreMeta
+from cohort.actors.records import GroupMeta, ScoreMeta
 from cohort.learner.config import AlgorithmConfig
 from cohort.learner.credit import TrainedGroup, assign_credit, token_weights
 from cohort.learner.packing import PackedRow, Packer, Segment, Shards
-
-if TYPE_CHECKING:
-    from ray import ObjectRef
-
-# A group in Ray's object store, or the group itself.
-GroupRef: TypeAlias = "ObjectRef[ScoredGroup] | ScoredGroup"
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from cohort.actors.records import ScoredGroup
+from cohort.actors.records import GroupRef, ScoredGroup
 from cohort.learner.batch import build_micro_batch
 from cohort.learner.grpo import LossStats, policy_loss
 from cohort.learner.objectives import kl_in_reward
 from cohort.learner.optimizer import lr_at
 from cohort.learner.packing import MicroBatch
-from cohort.learner.plan import GroupRef
 from cohort.learner.spec import UpdateResult
 from cohort.learner.state import RankState, everywhere
 

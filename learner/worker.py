@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 from cohort.actors.process import redirect_output, stacks_if_late, start_reaper
-from cohort.actors.records import WeightsInfo
+from cohort.actors.records import GroupRef, WeightsInfo
 from cohort.learner import publishing, saving, setup, step
 from cohort.learner.attention import Tree
 from cohort.learner.logprobs import ModelInputs
 from cohort.learner.packing import MicroBatch
-from cohort.learner.plan import GroupRef
 from cohort.learner.shapes import RowShape
 from cohort.learner.spec import LearnerSpec, ModelFacts, RankResult
 from cohort.learner.state import RankState, everywhere

@@ -57,7 +57,10 @@ async def run_training(config: Config) -> int:
                 claim_run_dir(config) as run_dir,
                 Console(config.run.steps, config.tracking.console) as console,
             ):
-                console.header(f"cohort: {run_dir.path}\n{compact(config)}")
+                console.header(
+                    f"cohort: {run_dir.path}\n{compact(config)}\n"
+                    f"all other keys have their defaults; {run_dir.path}/config.yaml has every key"
+                )
                 if prepared.overlong:
                     console.note(f"{prepared.overlong} prompts are too long and left out")
                 signals.check()

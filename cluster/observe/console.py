@@ -6,9 +6,10 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Sequence
+from statistics import fmean
 from types import TracebackType
-from typing import IO, Any, Literal, TextIO
+from typing import IO, Literal, TextIO
 
 from rich.console import Console as RichConsole
 from rich.console import Group, RenderableType
@@ -18,7 +19,8 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-PHASES = ("generate", "reward", "train", "sync", "wait")
+from cohort.cluster.observe.metrics_file import PHASES, Metrics, step_of
+
 AVERAGED_STEPS = 10
 SPARKLINE_STEPS = 40
 BARS = "▁▂▃▄▅▆▇█"
@@ -34,12 +36,12 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
-def number(value: float | None, pattern: str) -> str:
+def number(value: float | None, pattern: str = ".2f") -> str:
     """A number in this format; `-` for one that is missing."""
     return "-" if value is None or value != value else format(value, pattern)
 
 
-def sparkline(values: list[float]) -> str:
+def sparkline(values: Sequence[float]) -> str:
     """One block character a value, from the lowest (▁) to the highest (█)."""
     if not values:
         return ""
@@ -49,54 +51,74 @@ def sparkline(values: list[float]) -> str:
     return "".join(BARS[int((v - low) / (high - low) * (len(BARS) - 1))] for v in values)
 
 
-def time_split(metrics: Mapping[str, Any]) -> str:
+def time_split(metrics: Metrics) -> str:
     """`4.9 s = generate 1.9 + reward 0.1 + train 2.2 + sync 0.5 + wait 0.2`."""
     parts = " + ".join(f"{name} {number(metrics[f'time/{name}'], '.1f')}" for name in PHASES)
     return f"{number(metrics['time/step'], '.1f')} s = {parts}"
 
 
-def mean(values: deque[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+def rewards(metrics: Metrics, average: float | None) -> str:
+    """`reward 0.42 (avg10 0.31)`."""
+    return f"reward {number(metrics['reward/mean'])} (avg{AVERAGED_STEPS} {number(average)})"
 
 
-def step_line(
-    metrics: Mapping[str, Any], total: int, average: float | None, eta_s: float | None
-) -> str:
-    """One step on one line. `metrics["step"]` counts from 0, the line from 1."""
-    width = len(str(total))
+def speed(metrics: Metrics) -> str:
+    """`tokens/s 210  kl 0.0020`."""
+    return (
+        f"tokens/s {number(metrics['rollout/tokens_per_s'], '.0f')}"
+        f"  kl {number(metrics['mismatch/k3_kl'], '.4f')}"
+    )
+
+
+def step_line(metrics: Metrics, total: int, average: float | None, eta_s: float | None) -> str:
+    """One step on one line.
+
+    Args:
+        metrics: Its metrics, see STEP_KEYS.
+        total: Steps of the whole run.
+        average: Mean reward of the last steps.
+        eta_s: Seconds to the end of the run.
+    """
     eta = "-" if eta_s is None else duration(eta_s)
     return (
-        f"step {metrics['step'] + 1:>{width}}/{total}"
-        f"  reward {number(metrics['reward/mean'], '.2f')}"
-        f" (avg{AVERAGED_STEPS} {number(average, '.2f')})"
-        f"  {time_split(metrics)}"
-        f"  tokens/s {number(metrics['rollout/tokens_per_s'], '.0f')}"
-        f"  kl {number(metrics['mismatch/k3_kl'], '.4f')}"
-        f"  eta {eta}"
+        f"step {step_of(metrics) + 1:>{len(str(total))}}/{total}  {rewards(metrics, average)}"
+        f"  {time_split(metrics)}  {speed(metrics)}  eta {eta}"
     )
 
 
 class _Terminal(RichConsole):
     def on_broken_pipe(self) -> None:
         # rich would raise SystemExit here.
-        point_at_nothing(self.file)
+        discard_output(self.file)
 
 
-def point_at_nothing(stream: IO[str]) -> None:
-    """Nobody reads a stream any more (`| head`, a terminal that is gone): what is written goes
-    nowhere, also by others and by the interpreter's own flush at the end."""
-    nothing = os.open(os.devnull, os.O_WRONLY)
+def discard_output(stream: IO[str]) -> None:
+    """Redirect a stream that nobody reads any more (`| head`, a closed terminal) to /dev/null.
+
+    This holds for everyone who writes to it, the interpreter's own flush at the end included.
+    """
+    null = os.open(os.devnull, os.O_WRONLY)
     try:
-        os.dup2(nothing, stream.fileno())
+        os.dup2(null, stream.fileno())
     finally:
-        os.close(nothing)
+        os.close(null)
 
 
 class Console:
-    """Progress of a run of `total` steps. Use it as a context manager.
+    """Progress of a run, for people. Use it as a context manager.
 
-    mode "auto" is rich on a terminal and plain otherwise (a pipe, a file, the log of a Ray job).
     Plain output is flushed line by line, so that a log can be followed.
+
+    Args:
+        total: Steps of the whole run.
+        mode: `auto` is rich on a terminal and plain otherwise (a pipe, a file, a Ray job's log).
+        stream: Where to print; standard output by default.
+
+    Example:
+        with Console(100) as console:
+            console.header("cohort: runs/addition")
+            console.stage("starting 1 engine(s)")
+            console.step(metrics)
     """
 
     def __init__(
@@ -111,7 +133,7 @@ class Console:
         self._rewards: deque[float] = deque(maxlen=AVERAGED_STEPS)
         self._seconds: deque[float] = deque(maxlen=AVERAGED_STEPS)
         self._history: deque[float] = deque(maxlen=SPARKLINE_STEPS)
-        self._last: Mapping[str, Any] | None = None
+        self._last: Metrics | None = None
         self._stage: tuple[str, float] | None = None
         self._live: Live | None = None
         if mode == "rich" or (mode == "auto" and self._stream.isatty()):
@@ -135,11 +157,11 @@ class Console:
         self.close()
 
     def header(self, text: str) -> None:
-        """What is about to run; may have several lines."""
+        """Print what is about to run; may have several lines."""
         self._print(text)
 
     def stage(self, text: str) -> None:
-        """What start-up (or the end) is busy with; shown with the seconds it has taken so far."""
+        """Show what start-up (or the end) is busy with, and the seconds it has taken so far."""
         now = time.monotonic()
         if self._live is None:
             self._print(f"[{now - self._started:6.1f} s] {text}")
@@ -147,11 +169,11 @@ class Console:
         self._end_stage()
         self._stage = (text, now)
 
-    def step(self, metrics: Mapping[str, Any]) -> None:
-        """One finished step; `metrics` has the keys of tracking.STEP_KEYS."""
+    def step(self, metrics: Metrics) -> None:
+        """Show a finished step; `metrics` has STEP_KEYS."""
         self._end_stage()
         reward, seconds = metrics["reward/mean"], metrics["time/step"]
-        # A step whose every group was left out has no reward; NaN is not equal to itself.
+        # A step without a scored group has no reward; NaN is not equal to itself.
         if reward is not None and reward == reward:
             self._rewards.append(reward)
             self._history.append(reward)
@@ -159,16 +181,15 @@ class Console:
             self._seconds.append(seconds)
         self._last = metrics
         if self._live is None:
-            average = mean(self._rewards)
-            self._print(step_line(metrics, self._total, average, self._eta_s()))
+            self._print(step_line(metrics, self._total, self._average(), self._eta_s()))
             return
         try:
             self._live.refresh()
         except OSError:
-            point_at_nothing(self._stream)
+            discard_output(self._stream)
 
     def note(self, text: str) -> None:
-        """Something worth a line of its own: a warning, a restart, a checkpoint."""
+        """Print something worth a line of its own: a warning, a restart, a checkpoint."""
         self._print(text)
 
     def close(self) -> None:
@@ -178,7 +199,7 @@ class Console:
             try:
                 self._live.stop()
             except OSError:
-                point_at_nothing(self._stream)
+                discard_output(self._stream)
 
     def _end_stage(self) -> None:
         if self._stage is not None:
@@ -193,18 +214,20 @@ class Console:
             else:
                 self._live.console.print(Text(text), soft_wrap=True)
         except OSError:
-            point_at_nothing(self._stream)
+            discard_output(self._stream)
+
+    def _average(self) -> float | None:
+        return fmean(self._rewards) if self._rewards else None
 
     def _eta_s(self) -> float | None:
-        pace = mean(self._seconds)
-        if pace is None or self._last is None:
+        if self._last is None or not self._seconds:
             return None
-        return pace * (self._total - self._last["step"] - 1)
+        return fmean(self._seconds) * (self._total - step_of(self._last) - 1)
 
     def _view(self) -> RenderableType:
         lines: list[RenderableType] = []
         if self._last is not None:
-            done, eta = self._last["step"] + 1, self._eta_s()
+            done, eta = step_of(self._last) + 1, self._eta_s()
             row = Table.grid(padding=(0, 2))
             row.add_row(
                 f"step {done}/{self._total}",
@@ -213,15 +236,10 @@ class Console:
             )
             lines = [
                 row,
-                Text(
-                    f"reward {number(self._last['reward/mean'], '.2f')}"
-                    f" (avg{AVERAGED_STEPS} {number(mean(self._rewards), '.2f')})"
-                    f"  {sparkline(list(self._history))}"
-                ),
+                Text(f"{rewards(self._last, self._average())}  {sparkline(self._history)}"),
                 Text(time_split(self._last)),
                 Text(
-                    f"tokens/s {number(self._last['rollout/tokens_per_s'], '.0f')}"
-                    f"  kl {number(self._last['mismatch/k3_kl'], '.4f')}"
+                    f"{speed(self._last)}"
                     f"  truncated {number(self._last['rollout/truncated_fraction'], '.0%')}"
                     f"  staleness {number(self._last['async/staleness_mean'], '.1f')}"
                 ),

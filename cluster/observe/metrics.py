@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from statistics import pstdev
 
+from cohort.cluster.observe.metrics_file import MetricRow
+from cohort.cluster.observe.stats import mean, quantile
 from cohort.cluster.stream import Batch
 from cohort.learner.credit import zero_variance
 from cohort.learner.learner import StepResult
@@ -15,7 +16,12 @@ from cohort.learner.learner import StepResult
 
 @dataclass
 class Counters:
-    """Samples (completions) over the whole run; nothing may get lost between them."""
+    """Completions over the whole run: each that was admitted is trained, filtered or failed.
+
+    Attributes:
+        group_size: Completions of a group, for groups that were lost as a whole.
+        before: Completions that the runs accounted for which this one continues.
+    """
 
     admitted: int = 0
     trained: int = 0
@@ -23,11 +29,10 @@ class Counters:
     failed: int = 0
     skipped_steps: int = 0
     group_size: int = 0
-    # Accounted for by the runs that this one continues.
     before: int = 0
 
     def add(self, batch: Batch, result: StepResult) -> None:
-        """Account for every sample of a step."""
+        """Account for every completion of a step."""
         self.trained += result.trained
         self.filtered += result.filtered
         lost = len(batch.failures) * self.group_size
@@ -36,9 +41,14 @@ class Counters:
         self.skipped_steps += not result.applied and result.trained > 0
 
     def check(self, admitted_now: int, in_flight: int) -> None:
-        """Raise AssertionError when samples were lost: admitted = accounted for + in flight.
+        """Check that nothing was lost: admitted = accounted for + in flight.
 
-        admitted_now: samples admitted since this process started.
+        Args:
+            admitted_now: Completions admitted since this process started.
+            in_flight: Those of them that are still being generated or scored.
+
+        Raises:
+            AssertionError: They do not add up.
         """
         accounted = self.trained + self.filtered + self.failed - self.before
         if admitted_now != accounted + in_flight:
@@ -52,7 +62,7 @@ class Counters:
 
     @classmethod
     def resumed(cls, saved: dict[str, int], group_size: int | None = None) -> Counters:
-        """Counters that go on from a checkpoint's. group_size: of the groups from now on."""
+        """Counters that continue a checkpoint's, with this group size from now on."""
         counters = cls(**saved)
         if group_size is not None:
             counters.group_size = group_size
@@ -62,7 +72,7 @@ class Counters:
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Seconds of one step; what is none of the named parts is waiting and bookkeeping."""
+    """Seconds of one step; time outside the named phases is waiting and bookkeeping."""
 
     step: float
     generate: float
@@ -76,11 +86,10 @@ class StepTimes:
 
 
 def reward_errors(batch: Batch) -> tuple[float, str]:
-    """The failed share of a step, and the first failure in words.
+    """The failed fraction of a step, which `rewards.max_error_rate` bounds, and the first failure.
 
-    It is that of completions which were lost (not generated), or could not be scored, among those
-    that were admitted for the step. A group that failed as a whole counts with all its completions.
-    This is what `rewards.max_error_rate` bounds.
+    Failed are completions that were lost (not generated) or could not be scored, among those that
+    were admitted for the step. A group that failed as a whole counts with all its completions.
     """
     sizes = [len(group.scores.totals) for group in batch.groups]
     failed, admitted, reasons = 0, sum(sizes), []
@@ -90,8 +99,8 @@ def reward_errors(batch: Batch) -> tuple[float, str]:
         reasons += [f"{e.function} {e.cause}: {e.message}" for e in group.scores.errors[:1]]
     lost = len(batch.failures) * (max(sizes) if sizes else 1)
     reasons += [str(failure) for failure in batch.failures[:1]]
-    share = (failed + lost) / (admitted + lost) if admitted + lost else 0.0
-    return share, reasons[0] if reasons else ""
+    fraction = (failed + lost) / (admitted + lost) if admitted + lost else 0.0
+    return fraction, reasons[0] if reasons else ""
 
 
 def step_metrics(
@@ -102,10 +111,17 @@ def step_metrics(
     version: int,
     probe_gap: float,
     restarts: int,
-) -> dict[str, Any]:
+) -> MetricRow:
     """One row of metrics.jsonl. Means are over completions of the whole step, never of means.
 
-    restarts: rollout actors replaced since the run was started or resumed.
+    Args:
+        batch: The groups of the step.
+        result: What the learner made of them.
+        times: Where the time of the step went.
+        counters: Those of the run, this step included.
+        version: The newest version of the weights.
+        probe_gap: How far engine and learner are apart on the probe sequence, nats per token.
+        restarts: Rollout actors replaced since the run was started or resumed.
     """
     rewards = [r for group in batch.groups for r in group.scores.totals if r is not None]
     tokens = sum(sum(group.meta.completion_tokens) for group in batch.groups)
@@ -114,19 +130,19 @@ def step_metrics(
     # The step trains version `trained_version`; every optimizer step makes a new one.
     trained_version = version - result.applied
     staleness = [trained_version - group.meta.weight_versions[0] for group in batch.groups]
-    metrics: dict[str, Any] = {
+    metrics: MetricRow = {
         "step": batch.step,
-        "reward/mean": _mean(rewards),
-        "reward/std": _std(rewards),
-        "reward/zero_variance_fraction": _mean(
-            [zero_variance(group.meta, group.scores) for group in batch.groups]
+        "reward/mean": mean(rewards),
+        "reward/std": pstdev(rewards) if rewards else math.nan,
+        "reward/zero_variance_fraction": mean(
+            zero_variance(group.meta, group.scores) for group in batch.groups
         ),
         "reward/error_rate": reward_errors(batch)[0],
-        "rollout/completion_tokens": _mean(
-            [count for group in batch.groups for count in group.meta.completion_tokens]
+        "rollout/completion_tokens": mean(
+            count for group in batch.groups for count in group.meta.completion_tokens
         ),
         "rollout/tokens_per_s": tokens / batch.generation_wall_s,
-        "rollout/truncated_fraction": _mean(truncated),
+        "rollout/truncated_fraction": mean(truncated),
         "rollout/refill_rounds": batch.refill_rounds,
         "rollout/groups_lost": len(batch.failures),
         "rollout/overlong_prompts": batch.overlong,
@@ -145,7 +161,7 @@ def step_metrics(
         "mismatch/logprob_abs_max": result.logprob_abs_max,
         "mismatch/corrected_fraction": result.corrected_fraction,
         "mismatch/probe_gap": probe_gap,
-        "async/staleness_mean": _mean(staleness),
+        "async/staleness_mean": mean(staleness),
         "async/staleness_max": max(staleness, default=math.nan),
         "weights/version": version,
         "time/step": times.step,
@@ -165,20 +181,16 @@ def step_metrics(
     }
     metrics |= source_metrics(batch)
     for name in dict.fromkeys(name for g in batch.groups for name in g.scores.by_function):
-        values = [
-            value
-            for group in batch.groups
-            for value in group.scores.by_function.get(name, ())
-            if value is not None
-        ]
-        metrics[f"reward/{name}"] = _mean(values)
+        metrics[f"reward/{name}"] = mean(
+            value for group in batch.groups for value in group.scores.by_function.get(name, ())
+        )
     return metrics | logged_metrics(batch)
 
 
 def source_metrics(batch: Batch) -> dict[str, float]:
-    """For each source of rows (part of a mixture): groups, mean reward, share of solved tries.
+    """For each source of rows (part of a mixture): groups, mean reward, fraction solved.
 
-    A step may have no row of a source: these are not in every row.
+    A step may have no prompt of a source: these keys are not in every row.
     """
     metrics: dict[str, float] = {}
     for source in sorted({item.source for item in batch.outcomes if item.source is not None}):
@@ -195,30 +207,14 @@ def source_metrics(batch: Batch) -> dict[str, float]:
 def logged_metrics(batch: Batch) -> dict[str, float]:
     """What reward functions logged themselves, and how often each failed, by cause.
 
-    A function may log other names in another step: these are not in every row.
+    A function may log other names in another step: these keys are not in every row.
     """
-    parts: dict[str, list[float]] = {}
+    parts: dict[str, list[float | None]] = {}
     errors: Counter[str] = Counter()
     for group in batch.groups:
         for name, row in group.scores.parts.items():
-            parts.setdefault(f"reward_part/{name}", []).extend(v for v in row if v is not None)
+            parts.setdefault(f"reward_part/{name}", []).extend(row)
         for name, values in group.scores.metrics.items():
             parts.setdefault(f"reward_metric/{name}", []).extend(values)
         errors.update(f"reward_errors/{e.function}/{e.cause}" for e in group.scores.errors)
-    return {name: _mean(values) for name, values in parts.items()} | dict(errors)
-
-
-def quantile(values: Sequence[float], share: float) -> float:
-    """The smallest value that is not below `share` of the values; NaN without any."""
-    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)] if values else math.nan
-
-
-def _mean(values: list[Any]) -> float:
-    return sum(values) / len(values) if values else math.nan
-
-
-def _std(values: list[float]) -> float:
-    if not values:
-        return math.nan
-    mean = _mean(values)
-    return math.sqrt(_mean([(value - mean) ** 2 for value in values]))
+    return {name: mean(values) for name, values in parts.items()} | dict(errors)

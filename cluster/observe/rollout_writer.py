@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Awaitable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cohort.actors.errors import failure_of
-from cohort.cluster.observe.tracking import Tracker, rollout_writer, table_rows
+from cohort.actors.records import GroupRef, ScoredGroup
+from cohort.cluster.observe.rollouts import RolloutRow, rollout_file, table_rows
+from cohort.cluster.observe.tracking import Tracker
 
-# How often a write that takes long is asked how far it is, and how long it may stand still. How
-# long it takes in all does not matter: a step may have gigabytes of completions.
+if TYPE_CHECKING:
+    pass
+
+T = TypeVar("T")
+
+# How often a slow write is asked for its progress, and how long it may make none. How long it takes
+# in all does not matter: a step may have gigabytes of completions.
 ASK_S = 5.0
 STALLED_S = 120.0
 ATTEMPTS = 2
@@ -22,9 +30,18 @@ class RolloutWriterError(Exception):
 
 
 class RolloutWriter:
-    """One small Ray actor on the driver's node; the driver gets back the few rows it shows.
+    """One small Ray actor on the driver's node; the driver gets back only the rows it shows.
 
-    One that died or stands still is replaced. replaced: how often.
+    An actor that died or makes no progress is replaced.
+
+    Args:
+        folder: rollouts/ of the run.
+        rows_shown: Completions of a step in the W&B table.
+        table_every: Steps between tables.
+        tracker: Shows them.
+
+    Attributes:
+        replaced: How often the actor was replaced.
     """
 
     def __init__(self, folder: Path, rows_shown: int, table_every: int, tracker: Tracker) -> None:
@@ -35,22 +52,23 @@ class RolloutWriter:
         self.replaced = 0
         self._actor = self._make()
 
-    def _make(self) -> Any:
+    def _make(self) -> Any:  # Ray's types know methods of an actor only as plain functions
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         return (
             ray.remote(_Writer)
-            # Two calls at a time: one writes, the other says how far it is.
+            # Two calls at a time: one writes, the other reports progress.
             .options(num_cpus=0, scheduling_strategy=here, max_concurrency=2)
             .remote(str(self._folder), self._rows_shown)
         )
 
-    async def write(self, step: int, groups: list[Any]) -> None:
-        """Write a step's groups to rollouts/step-NNNNNN.jsonl; now and then a table for W&B.
+    async def write(self, step: int, groups: Sequence[GroupRef]) -> None:
+        """Write a step's groups to rollouts/step-NNNNNN.jsonl; every few steps a W&B table, too.
 
-        Raises RolloutWriterError when they could not be written.
+        Raises:
+            RolloutWriterError: They could not be written.
         """
         from ray.exceptions import RayTaskError
 
@@ -61,7 +79,7 @@ class RolloutWriter:
             except Exception as error:  # noqa: BLE001 - sorted here
                 why = failure_of(error, "the rollout writer").message.strip().splitlines()[-1]
                 if isinstance(error, RayTaskError):
-                    break  # it lives, and would fail again
+                    break  # the actor lives, and would fail again
                 self._replace()
             else:
                 if step % self._table_every == 0:
@@ -69,7 +87,7 @@ class RolloutWriter:
                 return
         raise RolloutWriterError(f"rollouts/step-{step:06d}.jsonl was not written: {why}")
 
-    async def _patiently(self, writing: Any) -> list[dict[str, Any]]:
+    async def _patiently(self, writing: Awaitable[list[RolloutRow]]) -> list[RolloutRow]:
         """The answer to `write`, as long as there is progress; raises TimeoutError without any."""
         answer = asyncio.ensure_future(_value(writing))
         seen, still_s = -1, 0.0
@@ -94,29 +112,41 @@ class RolloutWriter:
         self._actor = self._make()
 
     def kill(self) -> None:
+        """End the actor."""
         import ray
 
         ray.kill(self._actor)
 
 
-async def _value(reference: Any) -> Any:
+async def _value(reference: Awaitable[T]) -> T:
     return await reference
 
 
 class _Writer:
+    """The actor.
+
+    Args:
+        folder: Where the files go.
+        rows_shown: At most so many rows of a step are returned.
+    """
+
     def __init__(self, folder: str, rows_shown: int) -> None:
         self._folder = Path(folder)
         self._rows_shown = rows_shown
         self._done = 0
 
-    def write(self, step: int, groups: list[Any]) -> list[dict[str, Any]]:
+    def write(self, step: int, groups: Sequence[GroupRef]) -> list[RolloutRow]:
+        """Write a step's file; returns the rows to show."""
         import ray
 
-        shown: list[dict[str, Any]] = []
-        with rollout_writer(self._folder, step) as add:
-            # One after the other: a step may be larger than what this process should hold.
+        shown: list[RolloutRow] = []
+        with rollout_file(self._folder, step) as add:
+            # One after the other: this process should not hold a whole step, which may be large.
             for group in groups:
-                shown += table_rows(add(ray.get(group)), self._rows_shown)
+                shown += table_rows(
+                    add(group if isinstance(group, ScoredGroup) else ray.get(group)),
+                    self._rows_shown,
+                )
                 self._done += 1
         return table_rows(shown, self._rows_shown)
 

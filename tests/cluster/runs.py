@@ -14,7 +14,8 @@ import numpy as np
 from cohort.actors.records import Completion, Group, Prompt, RewardError, ScoredGroup
 from cohort.cluster.config import dump_config
 from cohort.cluster.config_file import load_config
-from cohort.cluster.observe.tracking import STEP_KEYS, write_rollouts
+from cohort.cluster.observe.metrics_file import STEP_KEYS
+from cohort.cluster.observe.rollouts import RolloutRow, rollout_file
 
 FUNCTIONS = ("accuracy", "format", "travel/cultural_richness")
 
@@ -90,6 +91,12 @@ def scored_group(
     )
     values = {function: tuple(rewards) for function in functions}
     return ScoredGroup(Group(name, prompt, completions), values, tuple(rewards), errors)
+
+
+def write_rollouts(folder: Path, step: int, groups: Sequence[ScoredGroup]) -> list[RolloutRow]:
+    """Write rollouts/step-NNNNNN.jsonl; returns its rows."""
+    with rollout_file(folder, step) as add:
+        return [row for scored in groups for row in add(scored)]
 
 
 def write_run(

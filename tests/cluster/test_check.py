@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from cohort.actors.records import Completion, Group, GroupMeta, Prompt
-from cohort.cluster.commands.check.judges import Judges, made_up
+from cohort.cluster.commands.check.rewards import Scorers, made_up
 from cohort.cluster.commands.check.rollout import Generated, check_completions
 from cohort.cluster.commands.check.run import check
 from cohort.cluster.commands.check.sheet import CheckReport
@@ -311,14 +311,14 @@ def said(
             )
         )  # fmt: skip
     lines: list[str] = []
-    sheet = CheckReport(lines.append)
-    judges = Judges(config, [RewardSpec(function.rpartition(":")[2], function)])
+    report = CheckReport(lines.append)
+    scorers = Scorers(config, [RewardSpec(function.rpartition(":")[2], function)])
     try:
-        with sheet.stage("generated completions") as stage:
-            check_completions(config, Generated(metas, groups, seconds, 1.0), judges, stage)
+        with report.stage("generated completions") as stage:
+            check_completions(config, Generated(metas, groups, seconds, 1.0), scorers, stage)
     finally:
-        judges.close()
-    return sheet.conclude(), "\n".join(lines)
+        scorers.close()
+    return report.conclude(), "\n".join(lines)
 
 
 def test_completions_that_can_teach(judge: Path) -> None:
@@ -327,7 +327,7 @@ def test_completions_that_can_teach(judge: Path) -> None:
     assert "groups without signal (all rewards equal): 2 of 8" in text
     assert "total reward: mean 0.38; solved (at least task.solved_at=1): 38%" in text
     assert "right  mean 0.38, 0.00 to 1.00" in text
-    assert "0% cut" in text
+    assert "0% truncated" in text
     # The groups with the largest differences are shown, best first.
     shown = [line for line in text.splitlines() if line.strip().startswith("reward ")]
     assert [line.split()[1] for line in shown] == ["1.00", "1.00", "0.00", "0.00"] * 2
@@ -345,7 +345,7 @@ def test_rewards_of_many_values_are_counted_as_a_run_does(judge: Path) -> None:
     [
         ([["1", "2"]] * 4, "right", {}, "every completion earned 0: a run learns"),
         ([["7", "7"]] * 4, "right", {}, "there is nothing left to learn here"),
-        ([["7", "2"]] * 4, "right", {"cut": True}, "100% of the completions are cut"),
+        ([["7", "2"]] * 4, "right", {"cut": True}, "100% of the completions are truncated"),
         ([["1", "2"]] * 3 + [["7", "2"]], "right", {}, "75% of the groups carry no signal"),
         (
             [["7", "2"]] * 4,

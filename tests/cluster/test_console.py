@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from cohort.cluster.observe.console import Console, duration, number, sparkline, step_line
-from cohort.cluster.observe.tracking import STEP_KEYS
+from cohort.cluster.observe.metrics_file import STEP_KEYS
 
 
 def metrics_of(step: int, **changes: Any) -> dict[str, Any]:

@@ -14,9 +14,8 @@ import pytest
 from cohort.cluster.observe.report.completions import ReportLimits
 from cohort.cluster.observe.report.curves import MAX_POINTS
 from cohort.cluster.observe.report.page import write_report
-from cohort.cluster.observe.tracking import write_rollouts
 from tests.cluster.browser import NAMES, Browser, find_browser
-from tests.cluster.runs import lively_run, metrics_row, scored_group, write_run
+from tests.cluster.runs import lively_run, metrics_row, scored_group, write_rollouts, write_run
 
 PROGRAM = find_browser()
 pytestmark = pytest.mark.skipif(

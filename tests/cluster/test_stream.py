@@ -22,7 +22,7 @@ from cohort.cluster.observe.metrics import (
     source_metrics,
     step_metrics,
 )
-from cohort.cluster.observe.tracking import STEP_KEYS
+from cohort.cluster.observe.metrics_file import STEP_KEYS
 from cohort.cluster.stream import Batch, GroupStream
 from cohort.learner.learner import StepResult
 from cohort.learner.packing import Packer

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,12 @@ import pytest
 from cohort.actors.records import Completion, Group, Prompt, RewardError, ScoredGroup
 from cohort.cluster.config import Config
 from cohort.cluster.config_file import load_config
-from cohort.cluster.observe import tracking
-from cohort.cluster.observe.tracking import (
-    STEP_KEYS,
-    Tracker,
-    read_metrics,
-    rollout_rows,
-    table_rows,
-    wandb_mode,
-    write_rollouts,
-)
+from cohort.cluster.observe import metrics_file, wandb_run
+from cohort.cluster.observe.metrics_file import STEP_KEYS, read_metrics
+from cohort.cluster.observe.rollouts import rollout_rows, table_rows
+from cohort.cluster.observe.tracking import Tracker
+from cohort.cluster.observe.wandb_run import WandbRun
+from tests.cluster.runs import write_rollouts
 
 
 @pytest.fixture(autouse=True)
@@ -191,7 +188,7 @@ def test_rows_that_find_a_full_disk_are_written_with_the_next(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(tracking.os, "fsync", full)
+        patch.setattr(metrics_file.os, "fsync", full)
         with pytest.raises(OSError, match="No space"):
             tracker.log(metrics_of(1))
     # Not half of it, and nothing that a crash now would leave torn.
@@ -262,7 +259,7 @@ def test_text_that_has_no_utf8_is_kept(tmp_path: Path) -> None:
 
 
 def test_table_takes_from_every_group_first() -> None:
-    rows = rollout_rows(0, [scored_group(n, (1.0, 0.0, 0.0)) for n in range(3)])
+    rows = [row for n in range(3) for row in rollout_rows(0, scored_group(n, (1.0, 0.0, 0.0)))]
     ids = [row["completion_id"] for row in table_rows(rows, 4)]
     assert ids == ["g0/0", "g1/0", "g2/0", "g0/1"]
     assert len(table_rows(rows, 100)) == 9
@@ -272,37 +269,72 @@ def test_table_takes_from_every_group_first() -> None:
 # W&B
 
 
+KEY = "k" * 40
+
+
+@pytest.fixture
+def mode_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., str | None]]:
+    """(setting, environment) -> the mode that W&B is started in; None when it is not."""
+    import wandb
+    from wandb.sdk.lib.wbauth import unauthenticate_session
+
+    def mode(setting: str, environ: dict[str, str]) -> str | None:
+        seen: dict[str, Any] = {}
+
+        def init(**given: Any) -> FakeRun:
+            seen.update(given)
+            return FakeRun()
+
+        with monkeypatch.context() as patch:
+            patch.setattr(wandb, "init", init)
+            for name, value in environ.items():
+                patch.setenv(name, value)
+            Tracker(tmp_path, config_with(f"tracking.wandb={setting}"), None).close()
+            wandb.teardown()
+            unauthenticate_session(update_settings=False)
+        return seen.get("mode")
+
+    wandb.teardown()
+    yield mode
+
+
 @pytest.mark.parametrize(
     ("setting", "environ", "expected"),
     [
         ("auto", {}, "offline"),
-        ("auto", {"WANDB_API_KEY": "k"}, "online"),
+        ("auto", {"WANDB_API_KEY": KEY}, "online"),
         ("auto", {"WANDB_API_KEY": ""}, "offline"),
-        ("auto", {"WANDB_API_KEY": "k", "WANDB_MODE": "offline"}, "offline"),
-        ("auto", {"WANDB_MODE": "disabled"}, "disabled"),
-        ("online", {}, "online"),
-        ("offline", {"WANDB_API_KEY": "k"}, "offline"),
-        ("disabled", {"WANDB_API_KEY": "k"}, "disabled"),
+        ("auto", {"WANDB_API_KEY": KEY, "WANDB_MODE": "offline"}, "offline"),
+        ("auto", {"WANDB_MODE": "disabled"}, None),
+        ("online", {}, None),
+        ("online", {"WANDB_API_KEY": KEY, "WANDB_MODE": "offline"}, "online"),
+        ("offline", {"WANDB_API_KEY": KEY}, "offline"),
+        ("disabled", {"WANDB_API_KEY": KEY}, None),
     ],
 )
-def test_mode(tmp_path: Path, setting: str, environ: dict[str, str], expected: str) -> None:
-    assert wandb_mode(setting, {"HOME": str(tmp_path), **environ}) == expected
+def test_mode(
+    mode_of: Callable[..., str | None], setting: str, environ: dict[str, str], expected: str | None
+) -> None:
+    assert mode_of(setting, environ) == expected
 
 
-def test_mode_reads_netrc(tmp_path: Path) -> None:
-    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password key\n")
-    assert wandb_mode("auto", {"HOME": str(tmp_path)}) == "online"
-    elsewhere = {"HOME": str(tmp_path), "WANDB_BASE_URL": "https://wandb.example.org"}
-    assert wandb_mode("auto", elsewhere) == "offline"
+def test_mode_reads_netrc(mode_of: Callable[..., str | None], tmp_path: Path) -> None:
+    login = f"login user password {KEY}\n"
+    Path("~/.netrc").expanduser().write_text(f"machine api.wandb.ai {login}")
+    assert mode_of("auto", {}) == "online"
+    elsewhere = {"WANDB_BASE_URL": "https://wandb.example.org"}
+    assert mode_of("auto", elsewhere) == "offline"
     other = tmp_path / "other"
-    other.write_text("machine wandb.example.org login user password key\n")
-    assert wandb_mode("auto", {**elsewhere, "NETRC": str(other)}) == "online"
+    other.write_text(f"machine wandb.example.org {login}")
+    assert mode_of("auto", {**elsewhere, "NETRC": str(other)}) == "online"
 
 
-def test_broken_netrc_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / ".netrc").write_text("nonsense here\n")
-    assert wandb_mode("auto", {"HOME": str(tmp_path)}) == "offline"
-    assert "no W&B key" in caplog.text
+def test_broken_netrc_is_a_warning(
+    mode_of: Callable[..., str | None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("~/.netrc").expanduser().write_text("nonsense here\n")
+    assert mode_of("auto", {}) == "offline"
+    assert "Failed to read netrc" in capsys.readouterr().err
 
 
 def inspect_run(folder: Path) -> list[dict[str, Any]]:
@@ -321,7 +353,9 @@ def test_offline_run_holds_what_was_logged(
     assert "offline" in tracker.describe()
     for step in range(3):
         if step != 1:
-            rows = rollout_rows(step, [scored_group(n, (1.0, None)) for n in range(2)])
+            rows = [
+                row for n in range(2) for row in rollout_rows(step, scored_group(n, (1.0, None)))
+            ]
             tracker.table(step, table_rows(rows, 3))
         tracker.log(metrics_of(step, **{"learner/loss": math.nan, "reward/mean": step / 10}))
     tracker.close(7)
@@ -370,7 +404,7 @@ def test_resumed_run_keeps_its_id(tmp_path: Path) -> None:
 def test_a_crash_before_the_first_checkpoint_keeps_the_id(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking._Wandb, "_start", lambda _self, _config: None)
+    monkeypatch.setattr(WandbRun, "_start", lambda _self, _config: None)
     config = config_with("tracking.wandb=offline")
     first = Tracker(tmp_path, config, None)
     assert Tracker(tmp_path, config, None).state() == first.state()
@@ -413,7 +447,7 @@ def test_failing_start_warns_once(
 
     monkeypatch.setattr(wandb, "init", refuse)
     tracker = Tracker(tmp_path, config_with("tracking.wandb=offline"), None)
-    tracker.table(0, rollout_rows(0, [scored_group(0, (1.0, 0.0))]))
+    tracker.table(0, rollout_rows(0, scored_group(0, (1.0, 0.0))))
     tracker.log(metrics_of(0))
     tracker.close()
     assert len(warnings_of(caplog)) == 1
@@ -473,7 +507,7 @@ def test_hanging_start_is_bounded(
         return run
 
     monkeypatch.setattr(wandb, "init", slow)
-    monkeypatch.setattr(tracking, "WANDB_START_S", 0.2)
+    monkeypatch.setattr(wandb_run, "WANDB_START_S", 0.2)
     began = time.monotonic()
     tracker = Tracker(tmp_path, config_with("tracking.wandb=offline"), None)
     assert time.monotonic() - began < 5
@@ -495,7 +529,7 @@ def test_hanging_finish_is_bounded(
 
     hang = threading.Event()
     monkeypatch.setattr(wandb, "init", lambda **_: FakeRun(hang=hang))
-    monkeypatch.setattr(tracking, "WANDB_FINISH_S", -9.8)
+    monkeypatch.setattr(wandb_run, "WANDB_FINISH_S", -9.8)
     tracker = Tracker(tmp_path, config_with("tracking.wandb=offline"), None)
     began = time.monotonic()
     tracker.close(0)

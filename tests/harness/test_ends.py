@@ -17,8 +17,8 @@ import cohort.cluster.launch
 import cohort.learner.checkpoint
 from cohort.actors.pool import RolloutPool
 from cohort.cluster.launch import Services
+from cohort.cluster.observe.metrics_file import MetricsFile
 from cohort.cluster.observe.rollout_writer import RolloutWriter
-from cohort.cluster.observe.tracking import Tracker
 from cohort.cluster.run_dir import RunDir
 from cohort.learner.checkpoint import Checkpoints, is_complete
 from cohort.learner.learner import Learner
@@ -49,7 +49,7 @@ DURING_TRAINING = {
     "the weights after a step": (Learner, "publish", 3),
     "the load after a step": (RolloutPool, "sync", 3),
     "the writing of completions": (RolloutWriter, "write", 2),
-    "the writing of metrics": (Tracker, "_write", 2),
+    "the writing of metrics": (MetricsFile, "write", 2),
     "a save": (Learner, "save", 1),
     "the second save": (Checkpoints, "begin", 2),
     "the end of a save": (Checkpoints, "commit", 1),

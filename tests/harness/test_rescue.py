@@ -15,7 +15,7 @@ import cohort.cluster.observe.rollout_writer
 from cohort.actors.pool import RolloutError, RolloutPool
 from cohort.actors.records import Failure
 from cohort.cluster.failures import ProgramError, TrainingError, check_failures
-from cohort.cluster.observe.tracking import Tracker
+from cohort.cluster.observe.metrics_file import MetricsFile
 from cohort.cluster.stream import Batch
 from cohort.learner.checkpoint import CheckpointError, Checkpoints, NotFiniteError
 from cohort.learner.learner import Learner, LearnerError
@@ -283,7 +283,7 @@ def test_completions_that_cannot_be_written_end_nothing(
     fails(
         monkeypatch,
         cohort.cluster.observe.rollout_writer,
-        "rollout_writer",
+        "rollout_file",
         lambda call: call in (2, 3),
     )
     assert run.train() == 0
@@ -298,7 +298,7 @@ def test_metrics_that_cannot_be_written_are_written_later(
 ) -> None:
     run = world(run__steps=4)
 
-    fails(monkeypatch, Tracker, "_write", lambda call: call in (2, 3))
+    fails(monkeypatch, MetricsFile, "write", lambda call: call in (2, 3))
     assert run.train() == 0
     assert [row["step"] for row in run.rows()] == [0, 1, 2, 3]
     assert run.rows()[3]["report/metrics_missed"] == 2

@@ -23,7 +23,7 @@ import psutil
 import pytest
 import yaml
 
-from cohort.cluster.observe.tracking import STEP_KEYS
+from cohort.cluster.observe.metrics_file import STEP_KEYS
 from tests.models import tiny_llama
 from tests.shown import Shown, commands
 from tests.system.conftest import REWARDS, shared_files

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from cohort.actors.engine import stop_token_ids
 from cohort.cluster.commands.check.estimate import Architecture
@@ -18,10 +18,13 @@ from cohort.cluster.run_dir import find_run_dir
 from cohort.cluster.weight_files import weight_files
 from cohort.learner.checkpoint import HF_FOLDER, latest, nearest_existing
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 @dataclass(frozen=True)
 class Resumed:
-    """Where a run goes on. cursor: its place in the sequence of training prompts."""
+    """Where a run continues; `cursor` is its place in the sequence of training prompts."""
 
     saved: Saved
     step: int
@@ -34,12 +37,20 @@ class Resumed:
 
 @dataclass(frozen=True)
 class Model:
-    """path: a local folder or hub id. architecture: None where it is of a kind we do not know."""
+    """A model that could be read.
+
+    Attributes:
+        path: A local folder or a hub id.
+        context: Its longest sequence, in tokens.
+        parameters: How many numbers it has.
+        tokenizer: Its tokenizer.
+        architecture: Its sizes; None where its config lacks those that every decoder has.
+    """
 
     path: str
     context: int
     parameters: int
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     architecture: Architecture | None
 
 

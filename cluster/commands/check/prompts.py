@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from cohort.actors.records import Prompt
 from cohort.cluster.commands.check.estimate import histogram_lines
 from cohort.cluster.commands.check.model import Model
 from cohort.cluster.commands.check.sheet import Stage
 from cohort.cluster.config import Config
 from cohort.cluster.lengths import Lengths, check_lengths, render_rows
-from cohort.cluster.observe.metrics import quantile
-from cohort.cluster.prepare import longest_prompt, make_renderer
-from cohort.rewards.tasks import PromptRenderer, Task, load_task, sample_rows
+from cohort.cluster.observe.stats import quantile
+from cohort.cluster.prepare import Prepared, longest_prompt, make_renderer
+from cohort.rewards.tasks import Task, load_task, sample_rows
 from cohort.rewards.worker import RewardSpec, reward_specs
 
 SHOWN_PROMPTS = 2
@@ -33,9 +35,13 @@ def check_task(config: Config, stage: Stage) -> tuple[Task, list[RewardSpec]]:
 
 
 def check_prompts(
-    config: Config, model: Model, task: Task, specs: list[RewardSpec], stage: Stage
-) -> tuple[PromptRenderer, list[Prompt], Lengths]:
-    """Show the first two prompts of the run, and the lengths against the limits."""
+    config: Config, model: Model, task: Task, specs: Sequence[RewardSpec], stage: Stage
+) -> tuple[Prepared, list[Prompt], Lengths]:
+    """Show the first two prompts of the run, and the lengths against the limits.
+
+    Returns:
+        What training would prepare, the training prompts that were rendered, and their lengths.
+    """
     renderer = make_renderer(config, model.tokenizer, model.context)
     limit = longest_prompt(config, model.context)
     rendered = render_rows(task, renderer)
@@ -67,17 +73,27 @@ def check_prompts(
         _check_leakage(rendered.train, rendered.held_out, stage)
     else:
         stage.say(
-            f"the others are rendered when they are drawn: the run has room for "
+            f"the others are rendered when they are sampled: the run has room for "
             f"{found.longest:,} tokens"
         )
-    return renderer, rendered.train, found
+    prepared = Prepared(
+        config=config,
+        model_path=model.path,
+        parameters=model.parameters,
+        task=task,
+        rewards=list(specs),
+        renderer=renderer,
+        max_length=found.max_length,
+        overlong=found.overlong,
+    )
+    return prepared, rendered.train, found
 
 
 def _check_leakage(train: list[Prompt], held_out: list[Prompt], stage: Stage) -> None:
-    asked = {prompt.token_ids for prompt in train}
-    leaked = sum(prompt.token_ids in asked for prompt in held_out)
-    if len(asked) < len(train):
-        stage.say(f"{len(asked):,} of the {len(train):,} training prompts are different")
+    different = {prompt.token_ids for prompt in train}
+    leaked = sum(prompt.token_ids in different for prompt in held_out)
+    if len(different) < len(train):
+        stage.say(f"{len(different):,} of the {len(train):,} training prompts are different")
     if leaked:
         stage.warn(
             f"{leaked} of {len(held_out)} held-out prompts are also trained on, so `cohort eval` "

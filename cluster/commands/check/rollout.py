@@ -1,4 +1,4 @@
-"""The stage with an engine: the first prompts of the run, generated and judged for real."""
+"""The stage with an engine: completions of the run's first prompts, generated and scored."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from cohort.cluster.commands.check.estimate import (
     two_valued,
     wilson,
 )
-from cohort.cluster.commands.check.judges import CheckedGroup, Judges, mean, report_errors, shown
 from cohort.cluster.commands.check.prompts import bounded
+from cohort.cluster.commands.check.rewards import CheckedGroup, Scorers, report_errors
 from cohort.cluster.commands.check.sheet import Stage
 from cohort.cluster.config import Config
 from cohort.cluster.launch import launch
-from cohort.cluster.observe.console import Console
-from cohort.cluster.observe.metrics import quantile
+from cohort.cluster.observe.console import Console, number
+from cohort.cluster.observe.stats import mean, quantile
 from cohort.cluster.prepare import Prepared, RunError, passing_logs
 from cohort.cluster.stream import group_request
 from cohort.learner.credit import informative
@@ -34,7 +34,7 @@ LONGEST_TEXT = 300
 
 @dataclass(frozen=True)
 class Generated:
-    """What the engines made of some prompts. seconds: for all of them together."""
+    """What the engines generated: the groups, the seconds for all of them, and of the start."""
 
     metas: list[GroupMeta]
     groups: list[Group]
@@ -49,7 +49,9 @@ class Generated:
 async def generate(prepared: Prepared, prompts: Sequence[Prompt], step: int) -> Generated:
     """Start the engines, generate a group for each prompt as step `step` would, end the engines.
 
-    Raises RolloutError or RunError.
+    Raises:
+        RolloutError: An engine does not start.
+        RunError: A group could not be generated.
     """
     config = prepared.config
     with passing_logs("check") as log_dir, Console(1, "plain") as console:
@@ -67,40 +69,40 @@ async def generate(prepared: Prepared, prompts: Sequence[Prompt], step: int) -> 
     return Generated(metas, groups, seconds, actors.engine_start_s)
 
 
-def check_completions(config: Config, generated: Generated, judges: Judges, stage: Stage) -> None:
-    """Judge what was generated; show some, lengths, rewards, times, groups without signal."""
+def check_completions(config: Config, generated: Generated, scorers: Scorers, stage: Stage) -> None:
+    """Score what was generated; show some, lengths, rewards, times, groups without signal."""
     tokens = sum(generated.lengths)
     stage.say(
         f"{len(generated.groups)} prompts x {config.task.group_size} completions: {tokens:,} "
         f"tokens in {generated.seconds:.1f} s ({tokens / generated.seconds:.0f} a second); engines "
         f"started in {generated.start_s:.1f} s"
     )
-    judged = [judges.judge(group) for group in generated.groups]
+    scored = [scorers.score(group) for group in generated.groups]
     # Where rewards differ most, a person sees best what they reward.
-    pairs = sorted(zip(generated.groups, judged, strict=True), key=_different, reverse=True)
+    pairs = sorted(zip(generated.groups, scored, strict=True), key=_different, reverse=True)
     for group, item in pairs[:SHOWN_GROUPS]:
         _show(group, item, stage)
     _check_lengths(config, generated, stage)
     scores = [
         replace(item.scores, group_id=meta.group_id)
-        for item, meta in zip(judged, generated.metas, strict=True)
+        for item, meta in zip(scored, generated.metas, strict=True)
     ]
     report_errors(config, scores, stage)
-    _functions(judges, judged, stage)
+    _functions(scorers, scored, stage)
     _check_totals(config, scores, stage)
     _check_signal(config, generated.metas, scores, stage)
-    _check_times(config, generated, judged, stage)
+    _check_times(config, generated, scored, stage)
 
 
 def _different(pair: tuple[Group, CheckedGroup]) -> float:
-    """How far the rewards of a group are apart."""
+    """The standard deviation of a group's rewards."""
     known = [total for total in pair[1].scores.totals if total is not None]
     return statistics.pstdev(known) if known else 0.0
 
 
-def _show(group: Group, judged: CheckedGroup, stage: Stage) -> None:
+def _show(group: Group, scored: CheckedGroup, stage: Stage) -> None:
     """Some completions of a group, the best first and the worst last."""
-    totals = judged.scores.totals
+    totals = scored.scores.totals
 
     def rank(place: int) -> float:
         total = totals[place]
@@ -112,58 +114,60 @@ def _show(group: Group, judged: CheckedGroup, stage: Stage) -> None:
     stage.say(f"row {group.prompt.id}: {len(order)} of {len(totals)} completions")
     for place in order:
         completion = group.completions[place]
-        cut = " (cut)" if completion.finish_reason == "length" else ""
+        truncated = " (truncated)" if completion.finish_reason == "length" else ""
         text = bounded(repr(completion.text), LONGEST_TEXT)
-        by_function = judged.scores.by_function
-        parts = ", ".join(f"{name} {shown(values[place])}" for name, values in by_function.items())
+        by_function = scored.scores.by_function
+        parts = ", ".join(f"{name} {number(values[place])}" for name, values in by_function.items())
         if len(by_function) > 1:
             text = f"({parts})  {text}"
         stage.say(
-            f"  reward {shown(totals[place]):>5}  {len(completion.token_ids):>5} tokens{cut}"
+            f"  reward {number(totals[place]):>5}  {len(completion.token_ids):>5} tokens{truncated}"
             f"  {text}"
         )
 
 
 def _check_lengths(config: Config, generated: Generated, stage: Stage) -> None:
     lengths = generated.lengths
-    cut = [flag for meta in generated.metas for flag in meta.truncated]
-    share = sum(cut) / len(cut)
+    truncated = mean(flag for meta in generated.metas for flag in meta.truncated)
     stage.say(
         f"length of completions, tokens: median {quantile(lengths, 0.5)}, 95 % up to "
-        f"{quantile(lengths, 0.95)}; {share:.0%} cut at "
+        f"{quantile(lengths, 0.95)}; {truncated:.0%} truncated at "
         f"actors.max_tokens={config.actors.max_tokens}"
     )
     stage.say("\n".join(f"  {line}" for line in histogram_lines(lengths)))
-    if share > 0.5:
+    if truncated > 0.5:
         stage.warn(
-            f"{share:.0%} of the completions are cut before they end: raise actors.max_tokens, or "
-            "ask for shorter answers in the prompt"
+            f"{truncated:.0%} of the completions are truncated before they end: raise "
+            "actors.max_tokens, or ask for shorter answers in the prompt"
         )
-    elif share > 0.1:
-        stage.say(f"note: {share:.0%} cut; watch rollout/truncated_fraction, see actors.max_tokens")
+    elif truncated > 0.1:
+        stage.say(
+            f"note: {truncated:.0%} truncated; watch rollout/truncated_fraction, see "
+            "actors.max_tokens"
+        )
 
 
-def _functions(judges: Judges, judged: Sequence[CheckedGroup], stage: Stage) -> None:
+def _functions(scorers: Scorers, scored: Sequence[CheckedGroup], stage: Stage) -> None:
     """Each function by itself: what it gave, and how long it took."""
-    samples = sum(len(item.scores.totals) for item in judged)
-    width = max(len(spec.name) for spec in judges.specs)
-    stage.say(f"rewards of the {samples} completions:")
-    for spec in judges.specs:
-        values = [value for item in judged for value in item.scores.by_function[spec.name]]
+    completions = sum(len(item.scores.totals) for item in scored)
+    width = max(len(spec.name) for spec in scorers.specs)
+    stage.say(f"rewards of the {completions} completions:")
+    for spec in scorers.specs:
+        values = [value for item in scored for value in item.scores.by_function[spec.name]]
         known = [value for value in values if value is not None]
-        took = sum(item.seconds[spec.name] for item in judged)
+        took = sum(item.seconds[spec.name] for item in scored)
         span = f"{min(known):.2f} to {max(known):.2f}" if known else "no value"
         none = f", None for {len(values) - len(known)}" if len(known) < len(values) else ""
         stage.say(
-            f"  {spec.name:<{width}}  mean {shown(mean(values))}, {span}{none}; "
-            f"{1000 * took / samples:.1f} ms each"
+            f"  {spec.name:<{width}}  mean {number(mean(values))}, {span}{none}; "
+            f"{1000 * took / completions:.1f} ms each"
         )
     parts: dict[str, list[float | None]] = {}
-    for item in judged:
+    for item in scored:
         for name, row in item.scores.parts.items():
             parts.setdefault(name, []).extend(row)
     for name, numbers in parts.items():
-        stage.say(f"  part {name}: mean {shown(mean(numbers))}")
+        stage.say(f"  part {name}: mean {number(mean(numbers))}")
 
 
 def _check_totals(config: Config, scores: Sequence[ScoreMeta], stage: Stage) -> None:
@@ -178,7 +182,7 @@ def _check_totals(config: Config, scores: Sequence[ScoreMeta], stage: Stage) -> 
     bar = config.task.solved_at
     solved = sum(total >= bar for total in known) / len(known)
     stage.say(
-        f"total reward: mean {shown(mean(totals))}; solved (at least task.solved_at={bar:g}): "
+        f"total reward: mean {number(mean(totals))}; solved (at least task.solved_at={bar:g}): "
         f"{solved:.0%}"
     )
     if len(set(known)) > 1:
@@ -199,7 +203,7 @@ def _check_totals(config: Config, scores: Sequence[ScoreMeta], stage: Stage) -> 
 def _check_signal(
     config: Config, metas: Sequence[GroupMeta], scores: Sequence[ScoreMeta], stage: Stage
 ) -> None:
-    """The share of groups whose rewards are all equal: they teach nothing."""
+    """The fraction of groups whose rewards are all equal: they teach nothing."""
     flat = sum(
         not informative(meta, score, config.algorithm)
         for meta, score in zip(metas, scores, strict=True)
@@ -223,31 +227,30 @@ def _check_signal(
             wider = (
                 f", or raise task.group_size (see above), at most {config.actors.max_concurrent}"
             )
-    share = flat / len(metas)
-    if share > 0.5 and len({total for meta in scores for total in meta.totals}) > 1:
+    if flat > 0.5 * len(metas) and len({total for meta in scores for total in meta.totals}) > 1:
         stage.warn(
-            f"{share:.0%} of the groups carry no signal, and their generation is wasted: choose a "
-            f"task that is solved between 10 and 80 % of the time{wider}; "
-            "algorithm.dynamic_sampling_rounds draws new prompts in their place"
+            f"{flat / len(metas):.0%} of the groups carry no signal, and their generation is "
+            f"wasted: choose a task that is solved between 10 and 80 % of the time{wider}; "
+            "algorithm.dynamic_sampling_rounds samples new prompts in their place"
         )
 
 
 def _check_times(
-    config: Config, generated: Generated, judged: Sequence[CheckedGroup], stage: Stage
+    config: Config, generated: Generated, scored: Sequence[CheckedGroup], stage: Stage
 ) -> None:
     """Seconds of a step, where they were measured."""
     prompts, workers = config.task.prompts_per_step, config.rewards.workers
-    share = prompts / len(generated.groups)
-    generating = generated.seconds * share
-    judging = sum(item.scores.seconds for item in judged) * share / workers
-    how = "" if share == 1 else f", scaled from {len(generated.groups)} prompts"
+    scale = prompts / len(generated.groups)
+    generating = generated.seconds * scale
+    scoring = sum(item.scores.seconds for item in scored) * scale / workers
+    how = "" if scale == 1 else f", scaled from {len(generated.groups)} prompts"
     stage.say(
         f"a step of {prompts} prompts: generation about {generating:.1f} s, rewards about "
-        f"{judging:.1f} s on {workers} worker(s){how} (first calls are the slowest; the learner's "
+        f"{scoring:.1f} s on {workers} worker(s){how} (first calls are the slowest; the learner's "
         "part is not measured here)"
     )
-    if judging > generating:
-        wanted = math.ceil(judging * workers / generating)
+    if scoring > generating:
+        wanted = math.ceil(scoring * workers / generating)
         stage.warn(
             f"rewards take longer than generation: rewards.workers={wanted} would keep up, where "
             "there are cores for them"

@@ -4,149 +4,113 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import replace
 
-from cohort.actors.records import Prompt
-from cohort.cluster.commands.check.judges import Judges, check_rewards, demonstrations
 from cohort.cluster.commands.check.machine import check_machine
 from cohort.cluster.commands.check.model import Model, Resumed, check_model, check_run_dir
 from cohort.cluster.commands.check.prompts import check_prompts, check_task
+from cohort.cluster.commands.check.rewards import Scorers, check_rewards
 from cohort.cluster.commands.check.rollout import check_completions, generate
 from cohort.cluster.commands.check.sheet import CheckReport, Stage
-from cohort.cluster.config import SECTIONS, Config
+from cohort.cluster.config import Config, compact
 from cohort.cluster.continuing import compare
 from cohort.cluster.fingerprint import fingerprint
 from cohort.cluster.lengths import Lengths
-from cohort.cluster.placement import Placement, this_machine
+from cohort.cluster.placement import Placement, Resources, this_machine
 from cohort.cluster.prepare import Prepared
 from cohort.cluster.ray_start import check_start, connect, ray_address
-from cohort.rewards.tasks import PromptRenderer, Task, sample_prompts
+from cohort.rewards.tasks import Task, sample_prompts
 from cohort.rewards.worker import RewardSpec
 
 
-@dataclass
-class Found:
-    """What earlier stages found; None where one failed or was not reached."""
+def check(config: Config, print_line: Callable[[str], None], prompts: int) -> int:
+    """Try a run before it is started. Every stage is printed as it ends; what is started is ended.
 
+    Args:
+        config: The run's config.
+        print_line: Takes each line of the report.
+        prompts: How many prompts to generate completions for; 0 starts no engine.
+
+    Returns:
+        The exit code: 0, or 1 when the run could not work.
+    """
+    report = CheckReport(print_line)
     resumed: Resumed | None = None
     model: Model | None = None
     task: Task | None = None
     specs: Sequence[RewardSpec] = ()
-    renderer: PromptRenderer | None = None
-    prompts: Sequence[Prompt] = ()
-    lengths: Lengths | None = None
-    placement: Placement | None = None
-    connected: bool = False
+    with report.stage("config") as stage:
+        stage.say(compact(config))
+    with report.stage("run.dir") as stage:
+        resumed = check_run_dir(config, stage)
+    with report.stage("model") as stage:
+        model = check_model(config, stage)
+    with report.stage("task") as stage:
+        task, specs = check_task(config, stage)
+    if model is not None and task is not None:
+        with ExitStack() as started:
+            _check_with(config, model, task, specs, resumed, prompts, report, started)
+    return report.conclude()
 
 
-def check(config: Config, print_line: Callable[[str], None], prompts: int) -> int:
-    """Try a run before it is started; the exit code: 0, or 1 when it could not work.
-
-    Every stage is printed as it ends. prompts: for how many completions are generated; 0 starts no
-    engine. What is started is ended.
-    """
-    sheet, found = CheckReport(print_line), Found()
-    with sheet.stage("config") as stage:
-        stage.say(chosen(config))
-    with sheet.stage("run.dir") as stage:
-        found.resumed = check_run_dir(config, stage)
-    with sheet.stage("model") as stage:
-        found.model = check_model(config, stage)
-    with sheet.stage("task") as stage:
-        found.task, found.specs = check_task(config, stage)
-    if found.resumed and found.model and found.task:
-        with sheet.stage("resume") as stage:
-            now = fingerprint(config, found.model.path, found.task, found.specs)
-            changed = compare(config, found.resumed.saved, now)
-            stage.say(changed or "config, rows and model are those of the checkpoint")
-    if found.model and found.task:
-        with sheet.stage("prompts") as stage:
-            found.renderer, found.prompts, found.lengths = check_prompts(
-                config, found.model, found.task, found.specs, stage
-            )
-    try:
-        if found.model and found.lengths:
-            with sheet.stage("resources") as stage:
-                found.placement = _resources(config, found, stage)
-        if found.model and found.prompts:
-            _rewards_and_completions(config, sheet, found, found.model, prompts)
-    finally:
-        if found.connected:
-            import ray
-
-            ray.shutdown()
-    return sheet.conclude()
-
-
-def _resources(config: Config, found: Found, stage: Stage) -> Placement:
-    assert found.model is not None and found.lengths is not None
-    address = ray_address(config)
-    check_start(config)
-    if address:
-        have = connect(config)
-        found.connected = True
-    else:
-        have = this_machine()
-    return check_machine(config, found.model, found.lengths, have, not address, stage)
-
-
-def _rewards_and_completions(
-    config: Config, sheet: CheckReport, found: Found, model: Model, prompts: int
+def _check_with(
+    config: Config,
+    model: Model,
+    task: Task,
+    specs: Sequence[RewardSpec],
+    resumed: Resumed | None,
+    count: int,
+    report: CheckReport,
+    started: ExitStack,
 ) -> None:
-    judges: Judges | None = None
-    try:
-        with sheet.stage("rewards on made-up completions") as stage:
-            judges = Judges(config, found.specs)
-            assert found.task is not None
-            shown = demonstrations(found.task)
-            check_rewards(config, judges, found.prompts, shown, model.tokenizer, stage)
-        if prompts:
-            with sheet.stage("generated completions") as stage:
-                if judges is None or sheet.problems:
-                    stage.say("not tried, because of the problems above")
-                else:
-                    _completions(config, found, judges, prompts, stage)
-    finally:
-        if judges is not None:
-            judges.close()
+    """The stages that need a model and a task; `started` ends what they start."""
+    if resumed is not None:
+        with report.stage("resume") as stage:
+            now = fingerprint(config, model.path, task, specs)
+            changed = compare(config, resumed.saved, now)
+            stage.say(changed or "config, rows and model are those of the checkpoint")
+    prepared: Prepared | None = None
+    with report.stage("prompts") as stage:
+        prepared, prompts, lengths = check_prompts(config, model, task, specs, stage)
+    if prepared is None:
+        return
+    placement: Placement | None = None
+    with report.stage("resources") as stage:
+        placement = _check_resources(config, model, lengths, stage, started)
+    scorers: Scorers | None = None
+    with report.stage("rewards on made-up completions") as stage:
+        scorers = Scorers(config, specs)
+        started.callback(scorers.close)
+        check_rewards(config, scorers, task, prompts, model.tokenizer, stage)
+    if not count:
+        return
+    with report.stage("generated completions") as stage:
+        if report.problems or scorers is None or placement is None:
+            stage.say("not tried, because of the problems above")
+            return
+        step, cursor = 0, 0
+        if resumed is not None:
+            step, cursor = resumed.step, resumed.cursor
+            prepared = replace(prepared, model_path=resumed.model_path)
+        sampled = sample_prompts(task, prepared.renderer, config.run.seed, cursor, count)
+        stage.say(f"starting {config.actors.count} engine(s)")
+        made = asyncio.run(generate(prepared, sampled.prompts, step))
+        check_completions(config, made, scorers, stage)
 
 
-def _completions(config: Config, found: Found, judges: Judges, count: int, stage: Stage) -> None:
-    assert found.model is not None and found.task is not None
-    assert found.renderer is not None and found.placement is not None
-    step, cursor = (found.resumed.step, found.resumed.cursor) if found.resumed else (0, 0)
-    taken = sample_prompts(found.task, found.renderer, config.run.seed, cursor, count)
-    stage.say(f"starting {config.actors.count} engine(s)")
-    made = asyncio.run(generate(_prepared(config, found), taken.prompts, step))
-    check_completions(config, made, judges, stage)
+def _check_resources(
+    config: Config, model: Model, lengths: Lengths, stage: Stage, started: ExitStack
+) -> Placement:
+    check_start(config)
+    here = ray_address(config) is None
+    have = this_machine() if here else _connect(config, started)
+    return check_machine(config, model, lengths, have, here, stage)
 
 
-def _prepared(config: Config, found: Found) -> Prepared:
-    """What training would have prepared; a run that goes on has its checkpoint's weights."""
-    assert found.model is not None and found.task is not None
-    assert found.renderer is not None and found.lengths is not None
-    return Prepared(
-        config=config,
-        model_path=found.resumed.model_path if found.resumed else found.model.path,
-        parameters=found.model.parameters,
-        task=found.task,
-        rewards=list(found.specs),
-        renderer=found.renderer,
-        max_length=found.lengths.max_length,
-        overlong=found.lengths.overlong,
-    )
+def _connect(config: Config, started: ExitStack) -> Resources:
+    import ray
 
-
-def chosen(config: Config) -> str:
-    """The keys that differ from their default, one line a section."""
-    lines = []
-    for section, values in config.model_dump().items():
-        fields = SECTIONS[section].model_fields
-        body = " ".join(
-            f"{key}={value}"
-            for key, value in values.items()
-            if value != fields[key].get_default(call_default_factory=True)
-        )
-        if body:
-            lines.append(f"{section:<9}  {body}")
-    return "\n".join(lines)
+    have = connect(config)
+    started.callback(ray.shutdown)
+    return have

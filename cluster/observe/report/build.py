@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -18,6 +18,7 @@ from cohort.actors.config import ActorsConfig
 from cohort.actors.errors import CohortError
 from cohort.cluster.config import ConfigError, ModelConfig, RunConfig
 from cohort.cluster.config_file import read_tree
+from cohort.cluster.observe.metrics_file import MetricRow, read_metrics, step_of
 from cohort.cluster.observe.report.completions import (
     Advantages,
     Completions,
@@ -33,7 +34,6 @@ from cohort.cluster.observe.report.curves import (
     numeric,
     tiles,
 )
-from cohort.cluster.observe.tracking import read_metrics
 from cohort.learner.config import AlgorithmConfig
 from cohort.rewards.config import TaskConfig
 
@@ -82,7 +82,8 @@ class Report:
 def build(run_dir: Path, limits: ReportLimits, now: datetime) -> Report:
     """Read a run directory, finished or still growing.
 
-    Raises ReportError for a folder that is no run directory, and for damaged metrics.
+    Raises:
+        ReportError: The folder is not a run directory, or its metrics are damaged.
     """
     metrics = run_dir / "metrics.jsonl"
     if not metrics.is_file():
@@ -107,7 +108,7 @@ def build(run_dir: Path, limits: ReportLimits, now: datetime) -> Report:
             model=model.path if model else None,
             task=task.name if task else None,
             preset=algorithm.preset if algorithm else None,
-            steps_done=rows[-1]["step"] + 1 if rows else 0,
+            steps_done=step_of(rows[-1]) + 1 if rows else 0,
             steps_total=run.steps if run else None,
             checkpoint=_checkpoint(run_dir / "checkpoints"),
             seconds=sum(numeric(row, "time/step") or 0.0 for row in rows),
@@ -126,24 +127,18 @@ def build(run_dir: Path, limits: ReportLimits, now: datetime) -> Report:
     )
 
 
-def _metrics(file: Path) -> list[dict[str, Any]]:
+def _metrics(file: Path) -> list[MetricRow]:
     """The rows in order of steps; of a step that was written twice the later one."""
     try:
-        rows = read_metrics(file)
+        by_step = {step_of(row): row for row in read_metrics(file)}
     except ValueError as error:
-        raise ReportError(f"{file} is damaged: {error}") from error
+        raise ReportError(f"the metrics are damaged: {error}") from error
     except OSError as error:
         raise ReportError(f"cannot read {file}: {error.strerror}") from error
-    by_step = {}
-    for number, row in enumerate(rows, start=1):
-        step = row.get("step") if isinstance(row, dict) else None
-        if not isinstance(step, int) or step < 0:
-            raise ReportError(f"{file} is damaged: line {number} has no step")
-        by_step[step] = row
     return [by_step[step] for step in sorted(by_step)]
 
 
-def _config(file: Path) -> tuple[Mapping[str, Any], list[str]]:
+def _config(file: Path) -> tuple[Mapping[str, object], list[str]]:
     """The config's sections, unchecked, and what is wrong with the file."""
     if not file.is_file():
         return {}, ["There is no config.yaml: the run's length and advantages are not known."]
@@ -154,9 +149,9 @@ def _config(file: Path) -> tuple[Mapping[str, Any], list[str]]:
 
 
 def _section(
-    tree: Mapping[str, Any], name: str, kind: type[Section], problems: list[str]
+    tree: Mapping[str, object], name: str, kind: type[Section], problems: list[str]
 ) -> Section | None:
-    """One section by itself: a run of another version may differ in a section that no one needs."""
+    """One section by itself: a run of another version may differ in one that is not needed."""
     if name not in tree:
         return None
     try:

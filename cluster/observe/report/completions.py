@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from cohort.cluster.observe.report.samples import (
     LONGEST_TEXT,
@@ -180,14 +180,14 @@ def _prompts_of(file: Path) -> list[bytes]:
     keys: dict[str, bytes] = {}
     try:
         for row in read_rows(file):
-            if row is not None and "prompt" in row and str(row.get("group_id")) not in keys:
-                keys[str(row.get("group_id"))] = prompt_key(row["prompt"])
+            if row is not None and row.group_id not in keys:
+                keys[row.group_id] = prompt_key(row.prompt)
     except FileNotFoundError:
         return []
     return list(dict.fromkeys(keys.values()))
 
 
-def _messages(prompt: Any) -> tuple[Message, ...]:
+def _messages(prompt: object) -> tuple[Message, ...]:
     """A prompt for people, whatever its form."""
     if isinstance(prompt, list) and all(
         isinstance(message, dict) and isinstance(message.get("content"), str) for message in prompt

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from statistics import fmean
+from typing import Literal
+
+from cohort.cluster.observe.metrics_file import PHASES, Metrics, step_of
 
 MAX_POINTS = 500
 """A longer run is shown in parts of equally many steps, each as one point."""
 RECENT_STEPS = 10
 
-Rows = Sequence[Mapping[str, Any]]
+Rows = Sequence[Metrics]
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """Some lines over the steps, in one unit; a share is shown in percent, from 0 to 100."""
+    """Some lines over the steps, in one unit; fractions are shown in percent, from 0 to 100."""
 
     section: str
     title: str
@@ -66,8 +69,8 @@ class Tile:
     detail: str
 
 
-def numeric(row: Mapping[str, Any], key: str) -> float | None:
-    """The metric as a finite number, else None."""
+def numeric(row: Metrics, key: str) -> float | None:
+    """The metric as a finite number, else None: the file is not checked for what rows hold."""
     value = row.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
@@ -89,15 +92,14 @@ def curves(rows: Rows) -> Curves:
             series.append(
                 Series(
                     key,
-                    mean=tuple(math.fsum(p) / len(p) if p else None for p in points),
+                    mean=tuple(fmean(p) if p else None for p in points),
                     low=tuple(min(p, default=None) for p in points) if size > 1 else (),
                     high=tuple(max(p, default=None) for p in points) if size > 1 else (),
                 )
             )
-    return Curves(tuple(part[len(part) // 2]["step"] for part in parts), size, tuple(series))
+    return Curves(tuple(step_of(part[len(part) // 2]) for part in parts), size, tuple(series))
 
 
-PHASES = ("generate", "reward", "train", "sync", "wait")
 # Metrics below reward/ that are not the mean of a reward function.
 OF_ALL_REWARDS = {"reward/mean", "reward/std", "reward/zero_variance_fraction"}
 
@@ -115,7 +117,7 @@ CHARTS = (
         "Groups without signal",
         "%",
         "zero variance: equal rewards",
-        (Line("reward/zero_variance_fraction", "share of groups"),),
+        (Line("reward/zero_variance_fraction", "fraction of groups"),),
     ),
     Chart(
         "Signal and length",
@@ -135,8 +137,8 @@ CHARTS = (
         "Signal and length",
         "Truncated completions",
         "%",
-        "cut at actors.max_tokens",
-        (Line("rollout/truncated_fraction", "share"),),
+        "stopped at actors.max_tokens",
+        (Line("rollout/truncated_fraction", "fraction"),),
     ),
     Chart(
         "Time",
@@ -214,7 +216,7 @@ def choose_charts(keys: Sequence[str]) -> tuple[Chart, ...]:
 
 def _mean(rows: Rows, key: str) -> float | None:
     values = [value for row in rows if (value := numeric(row, key)) is not None]
-    return math.fsum(values) / len(values) if values else None
+    return fmean(values) if values else None
 
 
 def _shown(value: float | None, pattern: str, unit: str = "") -> str:
@@ -235,7 +237,7 @@ def tiles(rows: Rows, max_tokens: int | None) -> tuple[Tile, ...]:
         name: _shown(numeric(rows[-1], f"samples/{name}"), ",.0f")
         for name in ("trained", "filtered", "failed")
     }
-    zero, cut = "reward/zero_variance_fraction", "rollout/truncated_fraction"
+    zero, truncated = "reward/zero_variance_fraction", "rollout/truncated_fraction"
     then = f"last {len(recent)} steps; first {len(first)}: "
     return (
         Tile(
@@ -255,8 +257,8 @@ def tiles(rows: Rows, max_tokens: int | None) -> tuple[Tile, ...]:
         ),
         Tile(
             "Truncated",
-            _shown(_mean(recent, cut), ".0%"),
-            then + _shown(_mean(first, cut), ".0%"),
+            _shown(_mean(recent, truncated), ".0%"),
+            then + _shown(_mean(first, truncated), ".0%"),
         ),
         Tile("Step", _shown(_mean(recent, "time/step"), ",.1f", "s"), f"{split} s"),
         Tile(

@@ -12,11 +12,10 @@ import html
 import json
 import math
 import re
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from datetime import datetime
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 from cohort.cluster.files import write_atomically
 from cohort.cluster.observe.report.build import Report, ReportError, build
@@ -30,12 +29,21 @@ SHORTEST_TEXT = 200
 def write_report(
     run_dir: Path, out: Path | None, limits: ReportLimits, max_mb: float, now: datetime
 ) -> Path:
-    """Write the page of a run to `out`, by default report.html in the run directory.
+    """Write the page of a run.
 
-    max_mb: largest size of the page, in 1e6 bytes; long texts lose their middle to fit.
+    Args:
+        run_dir: The run directory, finished or still growing.
+        out: The file to write; report.html in the run directory by default.
+        limits: How many completions are shown.
+        max_mb: Largest size of the page, in 1e6 bytes; long texts lose their middle to fit.
+        now: What the page says of when it was made.
 
-    Raises ReportError when run_dir is no run, its metrics are damaged, the page cannot be made to
-    fit or cannot be written.
+    Returns:
+        The file that was written.
+
+    Raises:
+        ReportError: run_dir is not a run directory, its metrics are damaged, or the page cannot be
+            made to fit or cannot be written.
     """
     page = render(build(run_dir, limits, now), int(max_mb * 1e6))
     target = out if out is not None else run_dir / "report.html"
@@ -53,7 +61,8 @@ def write_report(
 def render(report: Report, max_bytes: int) -> str:
     """The page, of at most `max_bytes` in UTF-8: texts are shortened until it fits.
 
-    Raises ReportError when they would have to be shorter than SHORTEST_TEXT.
+    Raises:
+        ReportError: They would have to be shorter than SHORTEST_TEXT.
     """
     limit = LONGEST_TEXT
     while True:
@@ -63,7 +72,7 @@ def render(report: Report, max_bytes: int) -> str:
             return page
         if limit == SHORTEST_TEXT:
             raise ReportError(
-                f"the page would have {size / 1e6:.1f} MB with texts cut to {SHORTEST_TEXT} "
+                f"the page would have {size / 1e6:.1f} MB with texts shortened to {SHORTEST_TEXT} "
                 "characters: lower --steps, --groups or --prompts, or raise --max-mb "
                 f"(now {max_bytes / 1e6:g})"
             )
@@ -71,12 +80,10 @@ def render(report: Report, max_bytes: int) -> str:
 
 
 def _page(report: Report, limit: int) -> str:
-    cut = () if limit == LONGEST_TEXT else (f"Texts are cut to {limit:,} characters (--max-mb).",)
-    data = json.dumps(
-        {**_plain(report, limit), "notes": [*report.notes, *cut]},
-        allow_nan=False,
-        separators=(",", ":"),
-    )
+    if limit < LONGEST_TEXT:
+        note = f"Texts are shortened to {limit:,} characters (--max-mb)."
+        report = replace(report, notes=(*report.notes, note))
+    data = json.dumps(_plain(report, limit), allow_nan=False, separators=(",", ":"))
     script = _asset("page.js")
     parts = {
         # The name of a folder may hold what UTF-8 cannot.
@@ -95,8 +102,8 @@ def _asset(name: str) -> str:
     return (resources.files("cohort.cluster.observe.report") / name).read_text(encoding="utf-8")
 
 
-def _plain(value: Any, limit: int) -> Any:
-    """Dataclasses as JSON holds them, texts cut to `limit` characters, numbers to six digits."""
+def _plain(value: object, limit: int) -> object:
+    """Dataclasses as JSON, texts shortened to `limit` characters, numbers to six digits."""
     if isinstance(value, Text):
         text = shorten(value, limit)
         return [text.head, text.left_out, text.tail] if text.left_out else text.head

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+
+from pydantic import BaseModel, ConfigDict, NonNegativeInt
 
 from cohort.actors.records import GroupMeta, ScoreMeta
 from cohort.learner.config import AlgorithmConfig
@@ -58,56 +59,76 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class RawGroup:
+class RecordedGroup:
     """A group as its rows tell it. key: equal for equal prompts."""
 
     key: bytes
-    prompt: Any
+    prompt: object
     prompt_tokens: int
     functions: tuple[str, ...]
     samples: tuple[Sample, ...]
 
 
-def prompt_key(prompt: Any) -> bytes:
+class RecordedError(BaseModel):
+    """Why a function gave no value."""
+
+    function: str
+    cause: str
+    message: str
+
+
+class RecordedRow(BaseModel):
+    """What the report reads of a row of rollouts/, see `rollouts.RolloutRow`."""
+
+    model_config = ConfigDict(strict=True)
+
+    group_id: str
+    prompt: object
+    completion: str
+    reward: float | None
+    by_function: dict[str, float | None]
+    errors: list[RecordedError]
+    tokens: NonNegativeInt
+    prompt_tokens: NonNegativeInt
+    finish_reason: str
+    weight_versions: list[NonNegativeInt]
+
+
+def prompt_key(prompt: object) -> bytes:
     """The same for the same question; the ids of prompts differ from epoch to epoch."""
     return hashlib.blake2b(json.dumps(prompt, sort_keys=True).encode(), digest_size=8).digest()
 
 
-def read_rows(file: Path) -> Iterator[dict[str, Any] | None]:
-    """The rows of a JSON lines file, one at a time; None for a line that is none (yet)."""
+def read_rows(file: Path) -> Iterator[RecordedRow | None]:
+    """The rows of a step, one at a time; None for a line that is damaged or not whole yet."""
     # In bytes: a completion may hold any of the characters that end a line in text.
     with file.open("rb") as lines:
         for line in lines:
             try:
-                row = json.loads(line.decode("utf-8", "replace"))
+                # Not validate_json: a text may hold half a surrogate pair.
+                yield RecordedRow.model_validate(json.loads(line.decode("utf-8", "replace")))
             except (ValueError, RecursionError):
-                row = None
-            yield row if isinstance(row, dict) else None
+                yield None
 
 
-def read_groups(file: Path) -> tuple[list[RawGroup], int]:
+def read_groups(file: Path) -> tuple[list[RecordedGroup], int]:
     """The groups of one step in order, and how many lines could not be read."""
+    first_rows: dict[str, RecordedRow] = {}
     samples: dict[str, list[Sample]] = {}
-    first_rows: dict[str, dict[str, Any]] = {}
     unread = 0
     for row in read_rows(file):
-        try:
-            if row is None:
-                raise ValueError("no JSON object")
-            first = first_rows.get(row["group_id"], row)
-            sample = _sample(row, tuple(first["by_function"]))
-            _prompt_tokens(row)
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+        if row is None:
             unread += 1
             continue
-        first_rows[row["group_id"]] = first
-        samples.setdefault(row["group_id"], []).append(sample)
+        first = first_rows.setdefault(row.group_id, row)
+        # Shortened one by one: a step may have gigabytes of completions.
+        samples.setdefault(row.group_id, []).append(_sample(row, first.by_function))
     groups = [
-        RawGroup(
-            key=prompt_key(row["prompt"]),
-            prompt=row["prompt"],
-            prompt_tokens=_prompt_tokens(row),
-            functions=tuple(row["by_function"]),
+        RecordedGroup(
+            key=prompt_key(row.prompt),
+            prompt=row.prompt,
+            prompt_tokens=row.prompt_tokens,
+            functions=tuple(row.by_function),
             samples=tuple(samples[group_id]),
         )
         for group_id, row in first_rows.items()
@@ -115,44 +136,27 @@ def read_groups(file: Path) -> tuple[list[RawGroup], int]:
     return groups, unread
 
 
-def _sample(row: dict[str, Any], functions: tuple[str, ...]) -> Sample:
-    completion, values = row["completion"], row["by_function"]
-    if not isinstance(completion, str):
-        raise TypeError("the completion is no text")
+def _sample(row: RecordedRow, functions: Iterable[str]) -> Sample:
     return Sample(
-        text=shorten(Text(completion), LONGEST_TEXT),
-        reward=_reward(row["reward"]),
-        values=tuple(_reward(values.get(name)) for name in functions),
+        text=shorten(Text(row.completion), LONGEST_TEXT),
+        reward=_finite(row.reward),
+        values=tuple(_finite(row.by_function.get(name)) for name in functions),
         errors=tuple(
-            shorten(Text(f"{e['function']} {e['cause']}: {e['message']}"), LONGEST_TEXT)
-            for e in row["errors"]
+            shorten(Text(f"{e.function} {e.cause}: {e.message}"), LONGEST_TEXT) for e in row.errors
         ),
-        tokens=_count(row["tokens"]),
-        cut=row["finish_reason"] == "length",
-        versions=tuple(_count(version) for version in row["weight_versions"]),
+        tokens=row.tokens,
+        cut=row.finish_reason == "length",
+        versions=tuple(row.weight_versions),
     )
 
 
-def _prompt_tokens(row: dict[str, Any]) -> int:
-    return _count(row["prompt_tokens"])
-
-
-def _reward(value: Any) -> float | None:
-    if value is None:
-        return None
-    number = float(value)
-    return number if math.isfinite(number) else None
-
-
-def _count(value: Any) -> int:
-    if not isinstance(value, int) or value < 0:
-        raise ValueError(f"{value!r} is no count")
-    return value
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def with_advantages(
-    groups: Sequence[RawGroup], algorithm: AlgorithmConfig, max_tokens: int
-) -> list[RawGroup]:
+    groups: Sequence[RecordedGroup], algorithm: AlgorithmConfig, max_tokens: int
+) -> list[RecordedGroup]:
     """All groups of one step with the advantages that the learner gives their completions.
 
     The learner's own functions decide. What they do not know here is a KL in the reward, which the
@@ -187,7 +191,7 @@ def with_advantages(
     ]
 
 
-def _why_untrained(sample: Sample, group: RawGroup, algorithm: AlgorithmConfig) -> str:
+def _why_untrained(sample: Sample, group: RecordedGroup, algorithm: AlgorithmConfig) -> str:
     if sample.reward is None:
         return "no reward"
     if sample.tokens == 0:

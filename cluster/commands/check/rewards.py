@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,11 +14,16 @@ from cohort.actors.records import Completion, Failure, Group, Prompt, ScoreMeta
 from cohort.actors.text import completion_text
 from cohort.cluster.commands.check.sheet import Stage
 from cohort.cluster.config import Config
-from cohort.cluster.prepare import RunError
+from cohort.cluster.errors import RunError
+from cohort.cluster.observe.console import number
+from cohort.cluster.observe.stats import mean
 from cohort.rewards.base import combine
 from cohort.rewards.extract import left_open
 from cohort.rewards.tasks import Demonstrates, Task
 from cohort.rewards.worker import RewardSpec, RewardWorker
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 ROWS = 4
 # Columns that hold a reference answer by the field's conventions, and ways of giving an answer.
@@ -32,28 +38,34 @@ SHOWN, ECHO, NOTHING = "a demonstration", "the prompt again", "nothing"
 
 @dataclass(frozen=True)
 class CheckedGroup:
-    """What the functions said about one group. seconds: of each function on the whole group."""
+    """The scores of one group, and the seconds that each function took for all of it."""
 
     scores: ScoreMeta
     seconds: dict[str, float]
 
 
-class Judges:
+class Scorers:
     """Every reward function in a child process of its own, so that each is timed by itself.
 
-    To be used and closed in the thread that made it. Raises RewardLoadError for a function
-    that cannot be loaded.
+    To be used and closed in the thread that made it.
+
+    Attributes:
+        specs: The functions.
+        load_s: The seconds that loading each one took.
+
+    Raises:
+        RewardLoadError: A function cannot be loaded.
     """
 
     def __init__(self, config: Config, specs: Sequence[RewardSpec]) -> None:
         limits = config.rewards
         self.specs = tuple(specs)
         self.load_s: dict[str, float] = {}
-        self._actors: dict[str, RewardWorker] = {}
+        self._workers: dict[str, RewardWorker] = {}
         try:
             for spec in specs:
                 began = time.monotonic()
-                self._actors[spec.name] = RewardWorker(
+                self._workers[spec.name] = RewardWorker(
                     [spec],
                     limits.timeout_s,
                     memory_bytes=limits.memory_bytes,
@@ -66,14 +78,18 @@ class Judges:
 
     def close(self) -> None:
         """End the child processes."""
-        for actor in self._actors.values():
-            actor.close()
+        for worker in self._workers.values():
+            worker.close()
 
-    def judge(self, group: Group) -> CheckedGroup:
-        """Score a group; raises RunError when a child process cannot be had."""
+    def score(self, group: Group) -> CheckedGroup:
+        """Score a group.
+
+        Raises:
+            RunError: A child process cannot be started.
+        """
         metas: dict[str, ScoreMeta] = {}
-        for name, actor in self._actors.items():
-            meta, _ = actor.score(group)
+        for name, worker in self._workers.items():
+            meta, _ = worker.score(group)
             if isinstance(meta, Failure):
                 raise RunError(str(meta))
             metas[name] = meta
@@ -87,27 +103,27 @@ class Judges:
         took = sum(seconds.values())
         return CheckedGroup(ScoreMeta(group.id, totals, by_function, errors, took, parts), seconds)
 
-    def that_compare(self, group: Group, judged: CheckedGroup) -> list[str]:
-        """Functions that are called as completions come, and value them otherwise than in their
-        group."""
-        failed = {error.function for error in judged.scores.errors}
+    def comparing(self, group: Group, scored: CheckedGroup) -> list[str]:
+        """Functions that a run calls as completions come, although they score a completion alone
+        differently than in its group."""
+        failed = {error.function for error in scored.scores.errors}
         found = []
         for spec in self.specs:
-            (streams,) = self._actors[spec.name].streams
+            (streams,) = self._workers[spec.name].streams
             if not streams or spec.name in failed:
                 continue
             alone: list[float | None] = []
             for completion in group.completions:
                 part = replace(group, completions=(completion,))
-                _, said = self._actors[spec.name].judge(part)
+                _, said = self._workers[spec.name].judge(part)
                 alone.extend(said.verdicts[spec.name][0].values if said else ())
-            if tuple(alone) != judged.scores.by_function[spec.name]:
+            if tuple(alone) != scored.scores.by_function[spec.name]:
                 found.append(spec.name)
         return found
 
 
 def demonstrations(task: Task) -> list[str | None]:
-    """What the task shows for its first rows; nothing at all where it does not for each of them."""
+    """The task's demonstrations for its first rows; all None unless each of these has one."""
     first = range(min(ROWS, task.train_size()))
     if not isinstance(task, Demonstrates):
         return [None for _ in first]
@@ -117,49 +133,49 @@ def demonstrations(task: Task) -> list[str | None]:
 
 def check_rewards(
     config: Config,
-    judges: Judges,
+    scorers: Scorers,
+    task: Task,
     prompts: Sequence[Prompt],
-    demonstrated: Sequence[str | None],
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     stage: Stage,
 ) -> None:
-    """Judge made-up completions of real rows: the reference answer, a demonstration, the prompt
-    again, nothing. demonstrated: one for each of the first ROWS prompts."""
-    pairs = zip(prompts[:ROWS], demonstrated, strict=True)
+    """Score made-up completions of the first rows: the reference answer, a demonstration, the
+    prompt again, nothing."""
+    pairs = zip(prompts[:ROWS], demonstrations(task), strict=True)
     groups = [made_up(prompt, text, tokenizer) for prompt, text in pairs]
-    judged = [judges.judge(group) for group in groups]
+    scored = [scorers.score(group) for group in groups]
     kinds = [completion.id for completion in groups[0].completions]
-    names = [spec.name for spec in judges.specs]
+    names = [spec.name for spec in scorers.specs]
     width = max(len(kind) for kind in kinds)
     columns = [max(len(name), 9) for name in (*names, "total")]
     stage.say(
         f"mean over {len(groups)} rows of what completions would earn that are"
         f"\n  {'':<{width}}  {_row((*names, 'total'), columns)}"
     )
-    totals: dict[str, float | None] = {}
+    totals: dict[str, float] = {}
     for place, kind in enumerate(kinds):
-        cells = [mean([item.scores.by_function[name][place] for item in judged]) for name in names]
-        totals[kind] = mean([item.scores.totals[place] for item in judged])
-        row = [shown(value) for value in (*cells, totals[kind])]
+        cells = [mean(item.scores.by_function[name][place] for item in scored) for name in names]
+        totals[kind] = mean(item.scores.totals[place] for item in scored)
+        row = [number(value) for value in (*cells, totals[kind])]
         stage.say(f"  {kind:<{width}}  {_row(row, columns)}")
     each = len(kinds) * len(groups)
-    times = [f"{1000 * sum(item.seconds[n] for item in judged) / each:.1f} ms" for n in names]
+    times = [f"{1000 * sum(item.seconds[n] for item in scored) / each:.1f} ms" for n in names]
     stage.say(f"  {'each takes':<{width}}  {_row((*times, ''), columns)}")
-    loading = [f"{judges.load_s[name]:.1f} s" for name in names]
+    loading = [f"{scorers.load_s[name]:.1f} s" for name in names]
     stage.say(f"  {'loading takes':<{width}}  {_row((*loading, ''), columns)}")
-    report_errors(config, [item.scores for item in judged], stage, blank=NOTHING)
-    for name in judges.that_compare(groups[0], judged[0]):
+    report_errors(config, [item.scores for item in scored], stage, blank=NOTHING)
+    for name in scorers.comparing(groups[0], scored[0]):
         stage.warn(
-            f"{name} gives completions other values one by one than together, and a run judges "
+            f"{name} gives completions other values one by one than together, and a run scores "
             "them as they come: if it compares them, set whole_group: true on it in "
             "rewards.functions, or take per_completion from it"
         )
-    if not any(item.scores.errors for item in judged):
+    if not any(item.scores.errors for item in scored):
         _compare(config, totals, stage)
 
 
-def made_up(prompt: Prompt, demonstration: str | None, tokenizer: Any) -> Group:
-    """A group of completions nobody generated; their ids say what they are."""
+def made_up(prompt: Prompt, demonstration: str | None, tokenizer: PreTrainedTokenizerBase) -> Group:
+    """A group of completions that no model generated; their ids say what they are."""
     last = prompt.content if isinstance(prompt.content, str) else prompt.content[-1]["content"]
     texts: dict[str, str] = {}
     for name in REFERENCE_COLUMNS:
@@ -179,16 +195,14 @@ def made_up(prompt: Prompt, demonstration: str | None, tokenizer: Any) -> Group:
     return Group(
         prompt.id,
         prompt,
-        tuple(
-            _completion(
-                kind, prompt, tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer
-            )
-            for kind, text in texts.items()
-        ),
+        tuple(_completion(kind, prompt, text, tokenizer) for kind, text in texts.items()),
     )
 
 
-def _completion(kind: str, prompt: Prompt, token_ids: list[int], tokenizer: Any) -> Completion:
+def _completion(
+    kind: str, prompt: Prompt, text: str, tokenizer: PreTrainedTokenizerBase
+) -> Completion:
+    token_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return Completion(
         id=kind,
         prompt_id=prompt.id,
@@ -202,9 +216,9 @@ def _completion(kind: str, prompt: Prompt, token_ids: list[int], tokenizer: Any)
     )
 
 
-def _compare(config: Config, totals: dict[str, float | None], stage: Stage) -> None:
+def _compare(config: Config, totals: dict[str, float], stage: Stage) -> None:
     """Whether the totals of made-up completions make sense."""
-    known = {kind: total for kind, total in totals.items() if total is not None}
+    known = {kind: total for kind, total in totals.items() if not math.isnan(total)}
     if not known:
         stage.warn(
             "no function gave a value for any of these: see below whether they do for what the "
@@ -212,13 +226,13 @@ def _compare(config: Config, totals: dict[str, float | None], stage: Stage) -> N
         )
         return
     for kind in (ECHO, NOTHING):
-        if known.get(kind, -np.inf) >= config.task.solved_at:
+        if known.get(kind, -math.inf) >= config.task.solved_at:
             stage.warn(
                 f"a completion that is {kind} counts as solved (task.solved_at="
                 f"{config.task.solved_at:g}): the model would learn just that"
             )
     answers = {kind: total for kind, total in known.items() if kind not in (ECHO, NOTHING)}
-    cheap = max((known[kind] for kind in (ECHO, NOTHING) if kind in known), default=-np.inf)
+    cheap = max((known[kind] for kind in (ECHO, NOTHING) if kind in known), default=-math.inf)
     if answers and max(answers.values()) <= cheap:
         stage.warn(
             "the row's own answer earns no more than the prompt again or nothing, in none of the "
@@ -230,37 +244,31 @@ def _compare(config: Config, totals: dict[str, float | None], stage: Stage) -> N
 def report_errors(
     config: Config, scores: Sequence[ScoreMeta], stage: Stage, blank: str | None = None
 ) -> None:
-    """Tell of reward functions that failed: a problem where the run would stop for it.
+    """Report reward functions that failed: a problem where the run would stop for it.
 
-    blank: the completion that does not count for this, because a model seldom writes nothing.
+    Args:
+        config: The config, for rewards.max_error_rate.
+        scores: Those of all groups.
+        stage: Where to report.
+        blank: The completion that does not count, because a model seldom writes nothing.
     """
     for name in dict.fromkeys(error.function for meta in scores for error in meta.errors):
         errors = [error for meta in scores for error in meta.errors if error.function == name]
-        judged = sum(len(meta.totals) for meta in scores)
+        scored = sum(len(meta.totals) for meta in scores)
         counted = [error for error in errors if error.completion_id != blank]
-        share = len(counted) / (judged - (len(scores) if blank else 0))
+        fraction = len(counted) / (scored - (len(scores) if blank else 0))
         first = (counted or errors)[0]
         told = (
-            f"{name} failed ({first.cause}) on {len(errors)} of {judged} completions; the first, "
+            f"{name} failed ({first.cause}) on {len(errors)} of {scored} completions; the first, "
             f"{first.completion_id}:\n{first.message}"
         )
-        if share > config.rewards.max_error_rate:
+        if fraction > config.rewards.max_error_rate:
             stage.problem(
                 told + f"\nA run stops above rewards.max_error_rate="
                 f"{config.rewards.max_error_rate:g}"
             )
         else:
             stage.warn(told)
-
-
-def mean(values: Sequence[float | None]) -> float | None:
-    """Mean of the values that are there."""
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
-
-
-def shown(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
 
 
 def _row(cells: Sequence[str], widths: Sequence[int]) -> str:
