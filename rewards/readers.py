@@ -28,7 +28,7 @@ from urllib.parse import parse_qsl
 import numpy as np
 
 from cohort.rewards.progress import with_progress
-from cohort.rewards.tasks import TaskError
+from cohort.rewards.task import TaskError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 PACKED = (".gz", ".zst", ".bz2", ".xz")
