@@ -33,7 +33,7 @@ from cohort.rewards.row_reader import (
 )
 from cohort.rewards.row_store import RowStore
 from cohort.rewards.survey import Survey
-from cohort.rewards.tasks import Row, TaskError
+from cohort.rewards.task import Row, TaskError
 
 logger = logging.getLogger(__name__)
 

@@ -6,51 +6,33 @@ Rows are read one after the other, and none is kept here: data may be larger tha
 from __future__ import annotations
 
 import bz2
-import csv
-import datetime
-import decimal
 import glob
 import gzip
 import io
-import json
 import lzma
-import math
 import os
 import re
 import tempfile
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import parse_qsl
 
-import numpy as np
-
+from cohort.rewards.arrow import BATCH_ROWS, arrow_rows, parquet_rows
 from cohort.rewards.progress import with_progress
-from cohort.rewards.tasks import TaskError
+from cohort.rewards.task import TaskError
+from cohort.rewards.text_files import Rows, as_utf8, csv_rows, json_lines, json_rows
+
+if TYPE_CHECKING:
+    import datasets
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 PACKED = (".gz", ".zst", ".bz2", ".xz")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
 DATASET_OPTIONS = ("config", "split", "revision")
-BATCH_ROWS = 2000
-UTF8_MARK = b"\xef\xbb\xbf"
-# The longer mark first: it begins with the shorter one.
-OTHER_MARKS = {
-    b"\xff\xfe\x00\x00": "utf-32",
-    b"\x00\x00\xfe\xff": "utf-32",
-    b"\xff\xfe": "utf-16",
-    b"\xfe\xff": "utf-16",
-}
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-NUMBERS = {"NaN": None, "Infinity": math.inf, "-Infinity": -math.inf}
-# A field of a CSV file may be a whole document.
-csv.field_size_limit(1 << 30)
-_decoder = json.JSONDecoder(parse_constant=NUMBERS.__getitem__)
-BLANK = re.compile(r"[ \t\n\r]*")
-# A list is read in pieces of so many characters.
-JSON_CHARACTERS = 1 << 20
 
 
 class Record(NamedTuple):
@@ -59,7 +41,7 @@ class Record(NamedTuple):
     file: str
     place: str
     id: str
-    values: dict[str, Any]
+    values: dict[str, object]
 
     @property
     def where(self) -> str:
@@ -72,13 +54,17 @@ def read_records(
 ) -> Iterator[Record]:
     """The rows of a file, of the files that a glob names, of a folder, or of a dataset by its id.
 
-    location: for a folder or an id, `?config=...&split=...&revision=...` may follow. key: the
-    config key that gave it, named in errors. split: the split without `?split=`. without: columns
-    that nobody will read, so their values may be anything. A line on stderr tells how far it is
-    where that takes more than a few seconds.
+    Reading that takes more than a few seconds prints its progress to stderr.
 
-    Raises TaskError: nothing there, a kind of file that is not known, a damaged file or row, no
-    rows, a library that is missing.
+    Args:
+        location: After a folder or an id, `?config=...&split=...&revision=...` may follow.
+        key: The config key that has the location, named in errors.
+        split: The split to read where the location has no `?split=`.
+        without: Columns that are left out later, so their values may have any type.
+
+    Raises:
+        TaskError: Nothing is there, the kind of file is unknown, a file or row is damaged, there
+            are no rows, or a library is missing.
     """
     path = Path(os.path.expandvars(location)).expanduser()
     if path.is_file():
@@ -94,8 +80,6 @@ def read_records(
 
 
 # Files --------------------------------------------------------------------------------------------
-
-Rows = Iterator[tuple[str, Any]]
 
 
 def _read_files(files: list[Path], key: str, without: Collection[str]) -> Iterator[Record]:
@@ -116,26 +100,26 @@ def _read_files(files: list[Path], key: str, without: Collection[str]) -> Iterat
 
 def _read_file(file: Path, key: str, without: Collection[str]) -> Rows:
     """(line or row number, the row) of every row of a file."""
-    suffixes = [suffix.lower() for suffix in file.suffixes]
-    packed = suffixes[-1] if suffixes and suffixes[-1] in PACKED else ""
-    kind = (suffixes[-2:-1] if packed else suffixes[-1:]) or [""]
-    if kind[0] not in SUFFIXES or (packed and kind[0] == ".parquet"):
+    name = file.name.lower()
+    packed = next((ending for ending in PACKED if name.endswith(ending)), "")
+    kind = Path(name.removesuffix(packed)).suffix
+    if kind not in SUFFIXES or (packed and kind == ".parquet"):
         raise TaskError(
             f"{key}: {file} is of no known kind ({', '.join(SUFFIXES)}; "
             f"{', '.join(PACKED)} after all but parquet)"
         )
     _refuse_pointer(file, key)
-    if kind[0] == ".parquet":
-        yield from _parquet(file, without)
+    if kind == ".parquet":
+        yield from parquet_rows(file, without)
         return
     reader: Callable[[io.BufferedReader, Path], Rows] = {
-        ".jsonl": _json_lines,
-        ".json": _json,
-        ".csv": _csv,
-    }[kind[0]]
+        ".jsonl": json_lines,
+        ".json": json_rows,
+        ".csv": csv_rows,
+    }[kind]
     try:
         with _opened(file, packed) as stream:
-            yield from reader(_as_utf8(stream), file)
+            yield from reader(as_utf8(stream), file)
     except (OSError, EOFError, UnicodeError, zlib.error, lzma.LZMAError) as error:
         raise TaskError(f"{key}: {file} cannot be read: {error}") from error
 
@@ -155,171 +139,18 @@ def _refuse_pointer(file: Path, key: str) -> None:
 
 
 def _opened(file: Path, packed: str) -> io.BufferedReader:
-    if packed == ".zst":
-        import pyarrow
+    match packed:
+        case ".zst":
+            import pyarrow
 
-        return io.BufferedReader(pyarrow.input_stream(str(file), compression="zstd"))
-    openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-    opener = openers.get(packed, open)
-    return opener(file, "rb")
-
-
-def _as_utf8(stream: io.BufferedReader) -> io.BufferedReader:
-    """The same, where a mark at the start says that the text is in UTF-16 or UTF-32."""
-    start = stream.peek(4)[:4]
-    for mark, encoding in OTHER_MARKS.items():
-        if start.startswith(mark):
-            text = stream.read().decode(encoding)
-            return io.BufferedReader(io.BytesIO(text.encode()))
-    return stream
-
-
-def _json_lines(stream: io.BufferedReader, file: Path) -> Rows:
-    for number, line in enumerate(stream, start=1):
-        if line.startswith(UTF8_MARK):
-            line = line[len(UTF8_MARK) :]
-        if not line.isspace():
-            try:
-                yield f"line{number}", _decoder.decode(line.decode())
-            except UnicodeDecodeError as error:
-                raise TaskError(
-                    f"{file}:{number}: not a line of JSON: {_not_utf8(error)}"
-                ) from error
-            except (ValueError, RecursionError) as error:
-                raise TaskError(f"{file}:{number}: not a line of JSON: {error}") from error
-
-
-def _not_utf8(error: UnicodeDecodeError) -> str:
-    byte = error.object[error.start]
-    return f"byte 0x{byte:02x} is not UTF-8; save the file as UTF-8 ({error})"
-
-
-def _json(stream: io.BufferedReader, file: Path) -> Rows:
-    """A list of objects; or JSON lines, which many files of this name hold."""
-    start = stream.peek(1000).removeprefix(UTF8_MARK).lstrip()
-    if not start.startswith(b"["):
-        yield from _json_lines(stream, file)
-        return
-    number = 0
-    try:
-        with io.TextIOWrapper(stream, encoding="utf-8-sig") as text:
-            for number, row in enumerate(_items(text), start=1):
-                yield f"row{number}", row
-    except UnicodeDecodeError as error:
-        raise TaskError(f"{file}: not a list in JSON: {_not_utf8(error)}") from error
-    except json.JSONDecodeError as error:
-        raise TaskError(f"{file}: not a list in JSON: {error.msg} (in row {number + 1})") from error
-    except RecursionError as error:
-        raise TaskError(f"{file}: not a list in JSON: row {number + 1}: {error}") from error
-
-
-def _items(stream: io.TextIOWrapper) -> Iterator[Any]:
-    """The items of a JSON list, one after the other: the whole may be larger than the memory."""
-    text = stream.read(JSON_CHARACTERS)
-    at, whole = text.index("[") + 1, False
-    first = True
-    while True:
-        # A number goes on where the text is cut; so an item counts once something follows it.
-        try:
-            at = _skip(text, at)
-            if text[at : at + 1] == "]":
-                break
-            if not first:
-                if text[at : at + 1] != ",":
-                    raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
-                after = _skip(text, at + 1)
-            else:
-                after = at
-            item, end = _decoder.raw_decode(text, after)
-            if end == len(text):
-                raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
-        except json.JSONDecodeError:
-            if whole:
-                raise
-            more = stream.read(max(JSON_CHARACTERS, len(text) - at))
-            text, at, whole = text[at:] + more, 0, not more
-            continue
-        yield item
-        at, first = end, False
-    rest = text[at + 1 :] + stream.read(1000)
-    if rest.strip():
-        raise json.JSONDecodeError("Extra data", rest, 0)
-
-
-def _skip(text: str, at: int) -> int:
-    """Where the next character is that is no whitespace."""
-    match = BLANK.match(text, at)
-    assert match is not None  # it matches nothing, too
-    return match.end()
-
-
-def _csv(stream: io.BufferedReader, file: Path) -> Rows:
-    """Rows with the names of the first line; every value is a text."""
-    with io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
-        reader = csv.reader(text, strict=True)
-        try:
-            names = next(reader, [])
-            if len(set(names)) < len(names) or "" in names:
-                raise TaskError(f"{file}:1: every column needs a name of its own: {names}")
-            for values in reader:
-                if not values:
-                    continue
-                if len(values) != len(names):
-                    raise TaskError(
-                        f"{file}:{reader.line_num}: {len(values)} fields, and {len(names)} columns"
-                    )
-                yield f"line{reader.line_num}", dict(zip(names, values, strict=True))
-        except UnicodeDecodeError as error:
-            raise TaskError(f"{file}:{reader.line_num + 1}: not CSV: {_not_utf8(error)}") from error
-        except csv.Error as error:
-            raise TaskError(f"{file}:{reader.line_num}: not CSV: {error}") from error
-
-
-def _parquet(file: Path, without: Collection[str]) -> Rows:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise TaskError(f"{file}: reading parquet needs pyarrow: pip install pyarrow") from error
-    try:
-        with pyarrow.parquet.ParquetFile(file) as table:
-            batches = table.iter_batches(batch_size=BATCH_ROWS)
-            yield from _arrow_rows(batches, str(file), without)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise TaskError(f"{file}: cannot be read as parquet: {error}") from error
-
-
-def _arrow_rows(batches: Iterable[Any], source: str, without: Collection[str]) -> Rows:
-    """The rows of Arrow's batches; values that JSON has no form for become plain, or an error."""
-    number = 0
-    for batch in batches:
-        special = [
-            field.name
-            for field in batch.schema
-            if field.name not in without and not _is_plain(field.type)
-        ]
-        for row in batch.to_pylist():
-            number += 1
-            for name in special:
-                row[name] = _plain_column(row[name], name, f"{source}:{number}")
-            yield f"row{number}", row
-
-
-def _is_plain(kind: Any) -> bool:
-    """Whether every value of this Arrow type is one of JSON's as it is (not NaN, for example)."""
-    from pyarrow import types
-
-    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
-        return _is_plain(kind.value_type)
-    if types.is_struct(kind):
-        return all(_is_plain(kind.field(place).type) for place in range(kind.num_fields))
-    return bool(
-        types.is_string(kind)
-        or types.is_large_string(kind)
-        or types.is_integer(kind)
-        or types.is_boolean(kind)
-        or types.is_null(kind)
-    )
+            return io.BufferedReader(pyarrow.input_stream(str(file), compression="zstd"))
+        case ".gz":
+            return io.BufferedReader(gzip.GzipFile(file))
+        case ".bz2":
+            return io.BufferedReader(bz2.BZ2File(file))
+        case ".xz":
+            return io.BufferedReader(lzma.LZMAFile(file))
+    return file.open("rb")
 
 
 # Hugging Face datasets ----------------------------------------------------------------------------
@@ -366,15 +197,14 @@ def _read_dataset(
                 f"{key}={location}: {what} cannot be loaded: {type(error).__name__}: "
                 f"{str(error)[:500]}{hint}"
             ) from error
-        place = None
+        if not len(table):
+            raise TaskError(f"{key}: {location} has no rows in its split {wanted}")
         batches = table.with_format("arrow").iter(batch_size=BATCH_ROWS)
-        for place, values in _arrow_rows(batches, f"{source} ({wanted})", without):
+        for place, values in arrow_rows(batches, f"{source} ({wanted})", without):
             yield Record(f"{source} ({wanted})", place, place, values)
-    if place is None:
-        raise TaskError(f"{key}: {location} has no rows in its split {wanted}")
 
 
-def _load(source: str, split: str, options: dict[str, str], stack: ExitStack) -> Any:
+def _load(source: str, split: str, options: dict[str, str], stack: ExitStack) -> datasets.Dataset:
     folder = Path(source)
     home = stack.enter_context(_writable_home())
     import datasets
@@ -407,38 +237,3 @@ def _writable_home() -> Iterator[str | None]:
             yield passing
         return
     yield None
-
-
-# Values -------------------------------------------------------------------------------------------
-
-
-def _plain_column(value: Any, name: str, where: str) -> Any:
-    try:
-        return plain(value)
-    except TypeError as error:
-        raise TaskError(
-            f"{where}: the column '{name}' holds {error}; to leave it out: "
-            f"task.options.columns: {{{name}: null}}"
-        ) from error
-
-
-def plain(value: Any) -> Any:
-    """The value as JSON holds it: arrays are lists, dates ISO texts, a missing number (NaN) None.
-
-    Raises TypeError that names a type without such a form, like images.
-    """
-    if isinstance(value, (np.generic, np.ndarray)):
-        value = value.tolist()
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, float):
-        return None if math.isnan(value) else value
-    if isinstance(value, dict):
-        return {str(name): plain(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if isinstance(value, (datetime.datetime, datetime.date, datetime.time)):
-        return value.isoformat()
-    if isinstance(value, decimal.Decimal):
-        return str(value)
-    raise TypeError(f"a {type(value).__name__}")

@@ -20,7 +20,7 @@ from cohort.rewards.base import per_completion
 from cohort.rewards.bounded import Bounded, TooMuch
 from cohort.rewards.config import RewardFunctionConfig
 from cohort.rewards.extract import final_parts, last_boxed, tagged
-from cohort.rewards.tasks import Row, TaskError
+from cohort.rewards.task import Row, TaskError
 
 # One question in so many is for evaluation, whatever the seeds.
 HOLD_OUT_EVERY = 5

@@ -5,9 +5,13 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from cohort.actors.records import Messages
+from cohort.actors.records import Messages, Prompt
+from cohort.rewards.task import Row, TaskError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Stands for the assistant's words while a template is asked where they go. Letters only: templates
 # cut, strip and split what they print.
@@ -25,7 +29,7 @@ OURS = frozenset(
 )  # fmt: skip
 
 
-class RenderError(ValueError):
+class RenderError(TaskError):
     """The tokenizer cannot render a prompt; the message says why."""
 
 
@@ -36,7 +40,11 @@ class TokenizerRenderer:
     Raises RenderError for an argument that the template does not read.
     """
 
-    def __init__(self, tokenizer: Any, template_arguments: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template_arguments: Mapping[str, object] | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
         self._arguments = dict(template_arguments or {})
         template = _template_of(tokenizer, self._arguments)
@@ -149,13 +157,16 @@ def names_read(template: str) -> set[str]:
     import jinja2.ext
     import jinja2.meta
     import jinja2.nodes
+    import jinja2.parser
 
     class Generation(jinja2.ext.Extension):
         """transformers' own block around the assistant's words; here only its body matters."""
 
         tags = {"generation"}
 
-        def parse(self, parser: Any) -> Any:
+        def parse(
+            self, parser: jinja2.parser.Parser
+        ) -> jinja2.nodes.Node | list[jinja2.nodes.Node]:
             next(parser.stream)
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
@@ -167,7 +178,7 @@ def names_read(template: str) -> set[str]:
     return set(jinja2.meta.find_undeclared_variables(tree)) - set(environment.globals)
 
 
-def _template_of(tokenizer: Any, arguments: Mapping[str, Any]) -> str | None:
+def _template_of(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, object]) -> str | None:
     template = tokenizer.chat_template
     if isinstance(template, dict):  # several, by name
         return str(tokenizer.get_chat_template(tools=arguments.get("tools")))
@@ -175,7 +186,10 @@ def _template_of(tokenizer: Any, arguments: Mapping[str, Any]) -> str | None:
 
 
 def _check_arguments(
-    arguments: Mapping[str, Any], template: str | None, reads: set[str], tokenizer: Any
+    arguments: Mapping[str, object],
+    template: str | None,
+    reads: set[str],
+    tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     if not arguments:
         return
@@ -196,3 +210,72 @@ def _check_arguments(
                 f"model.template_arguments.{name}: the model's chat template does not read it; "
                 f"{hint}"
             )
+
+
+class PromptRenderer:
+    """Turns rows into prompts: the chat template is rendered here, once, to token ids.
+
+    A last message of the assistant is the beginning of the answer: the model goes on from there.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        max_prompt_tokens: The longest prompt that leaves room for a completion; None: no bound.
+        template_arguments: Given to the chat template.
+        on_overlong: What happens to a training prompt that is longer.
+
+    Raises:
+        TaskError: The chat template does not read one of the arguments.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_prompt_tokens: int | None = None,
+        template_arguments: Mapping[str, object] | None = None,
+        on_overlong: Literal["error", "drop"] = "drop",
+    ) -> None:
+        self._tokenizer = tokenizer
+        self.max_prompt_tokens = max_prompt_tokens
+        self.on_overlong = on_overlong
+        self._tokens = TokenizerRenderer(tokenizer, template_arguments)
+
+    def render(self, row: Row, epoch: int, cursor: int = 0) -> Prompt:
+        """The prompt of a row; its id is the same after a resume. Never truncated.
+
+        Args:
+            row: What to render.
+            epoch: Becomes a part of the prompt's id.
+            cursor: The row's position, named in errors.
+
+        Raises:
+            TaskError: Messages without a chat template, a template that refuses them, a text that
+                the tokenizer refuses, no tokens at all.
+        """
+        where = f"row {row.id} (epoch {epoch}, position {cursor})"
+        try:
+            if isinstance(row.content, str):
+                token_ids = tuple(self._tokens.plain(row.content))
+            else:
+                token_ids = tuple(self._tokens.chat(row.content))
+        except RenderError as error:
+            raise TaskError(f"{where}: {error}") from error
+        if not token_ids:
+            raise TaskError(f"{where}: the prompt has no tokens")
+        text = self._tokenizer.decode(
+            token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        prompt_id = f"{epoch}-{row.id}"
+        return Prompt(prompt_id, token_ids, row.content, dict(row.columns), epoch, text, row.source)
+
+    def continuation(self, text: str) -> tuple[int, ...]:
+        """The tokens with which the model would write `text` after a prompt, and stop.
+
+        Raises:
+            TaskError: The tokenizer has no end-of-sequence token.
+        """
+        # By itself: the template ends before the answer, and so does the last token of the prompt.
+        token_ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        end = self._tokenizer.eos_token_id
+        if end is None:
+            raise TaskError("the model's tokenizer has no end-of-sequence token to stop at")
+        return (*token_ids, end)

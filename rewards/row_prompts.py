@@ -12,7 +12,7 @@ from json.encoder import encode_basestring_ascii
 from typing import Any
 
 from cohort.actors.records import Messages
-from cohort.rewards.tasks import TaskError
+from cohort.rewards.task import TaskError
 
 # Columns that files without nested values (CSV) hold as text, by the field's conventions.
 STRUCTURED = ("reward_model", "reward_spec", "extra_info")

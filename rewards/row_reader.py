@@ -11,7 +11,7 @@ from cohort.actors.records import Messages
 from cohort.rewards.base import RESERVED_COLUMNS
 from cohort.rewards.readers import Record
 from cohort.rewards.row_prompts import content_of, content_problem, filled, read_texts
-from cohort.rewards.tasks import TaskError
+from cohort.rewards.task import TaskError
 
 logger = logging.getLogger(__name__)
 

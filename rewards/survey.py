@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from cohort.rewards.tasks import Task
+from cohort.rewards.task import Task
 
 UNKNOWN = -1
 

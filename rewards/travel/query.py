@@ -8,10 +8,11 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from cohort.rewards.travel.places import CULTURE
-from cohort.rewards.travel.world import ROOM_SLEEPS, City, Country, Hotel, Leg, Restaurant, Sight
+from cohort.rewards.travel.world import ROOM_SLEEPS, Country, Sight
 
 
 class QueryError(ValueError):
@@ -29,6 +30,8 @@ class Query:
     cuisines: each to be eaten at least once. avoid: a mode of transport.
     first_weekday: of day 1, 0 is Monday. wording: which paraphrase is used; it changes no rule.
     """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     country: Country
     days: int
@@ -72,39 +75,19 @@ def matches(sight: Sight, interest: str) -> bool:
     return interest in sight.tags
 
 
-def to_columns(query: Query) -> dict[str, Any]:
+def to_columns(query: Query) -> dict[str, object]:
     """The query as plain JSON values, for a dataset column."""
     # Through JSON: tuples become lists, as they will be after a file was written and read.
-    columns: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(query)))
+    columns: dict[str, object] = json.loads(json.dumps(dataclasses.asdict(query)))
     return columns
 
 
-def from_columns(columns: dict[str, Any]) -> Query:
+def from_columns(columns: object) -> Query:
     """The query of a dataset column. Raises QueryError when it is not one."""
     try:
-        values = dict(columns)
-        country = values.pop("country")
-        return Query(country=_country(country), **{k: _frozen(v) for k, v in values.items()})
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise QueryError(f"the column 'query' does not hold a travel query: {error!r}") from error
+        return _ADAPTER.validate_python(columns)
+    except ValidationError as error:
+        raise QueryError(f"the column 'query' does not hold a travel query: {error}") from error
 
 
-def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _record(cls: type, values: dict[str, Any]) -> Any:
-    return cls(**{name: _frozen(value) for name, value in values.items()})
-
-
-def _country(values: dict[str, Any]) -> Country:
-    cities = tuple(
-        City(
-            city["name"],
-            tuple(_record(Hotel, item) for item in city["hotels"]),
-            tuple(_record(Restaurant, item) for item in city["restaurants"]),
-            tuple(_record(Sight, item) for item in city["sights"]),
-        )
-        for city in values["cities"]
-    )
-    return Country(values["name"], cities, tuple(_record(Leg, leg) for leg in values["legs"]))
+_ADAPTER = TypeAdapter(Query)

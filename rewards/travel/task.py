@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from cohort.actors.records import derive_seed
 from cohort.rewards.config import RewardFunctionConfig
-from cohort.rewards.tasks import Row, TaskError
+from cohort.rewards.task import Row, TaskError
 from cohort.rewards.travel.demonstrations import varied_plan
 from cohort.rewards.travel.generate import LEVELS, Split, make_query
 from cohort.rewards.travel.plan import to_json

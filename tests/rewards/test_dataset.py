@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cohort.rewards.arrow import plain
 from cohort.rewards.config import TaskConfig
-from cohort.rewards.readers import plain, read_records
+from cohort.rewards.readers import read_records
 from cohort.rewards.tasks import Demonstrates, Row, Task, TaskError, load_task
 
 
@@ -62,7 +63,7 @@ def test_a_list_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for indent in (None, 3):
         (tmp_path / "a.json").write_text(json.dumps(rows, indent=indent))
         for size in (1, 2, 7, 64, 10_000):
-            monkeypatch.setattr("cohort.rewards.readers.JSON_CHARACTERS", size)
+            monkeypatch.setattr("cohort.rewards.text_files.JSON_CHARACTERS", size)
             read = list(read_records(str(tmp_path / "a.json"), "task.data", "train"))
             assert [record.values for record in read] == rows
             assert [record.place for record in read] == [f"row{n}" for n in range(1, 41)]
