@@ -22,7 +22,7 @@ class AdditionTask:
         min_operand: The smallest number, from 0 on.
     """
 
-    rewards = (RewardFunctionConfig(path="cohort.rewards.answer:exact_number", weight=1.0),)
+    rewards = (RewardFunctionConfig(path="exact_number", weight=1.0),)
     HOLD_OUT_EVERY = 5
 
     def __init__(self, seed: int, max_operand: int = 9, min_operand: int = 1) -> None:

@@ -45,6 +45,7 @@ from cohort.rewards.loading import (
     load_attribute,
     load_function,
     resolve_path,
+    reward_path,
 )
 from cohort.rewards.results import MAX_SCORE, Log, RewardResult, error_tail, failed, read_result
 
@@ -60,6 +61,7 @@ __all__ = [
     "load_function",
     "per_completion",
     "resolve_path",
+    "reward_path",
 ]
 
 Declared = TypeVar("Declared")

@@ -46,7 +46,10 @@ class RewardFunctionConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    path: str = Field(description="module:function or path.py:function; a class is constructed.")
+    path: str = Field(
+        description="A built-in reward (maths), module:function or path.py:function; a class is "
+        "constructed."
+    )
     weight: float = Field(
         1.0, allow_inf_nan=False, description="Factor of this function in the total reward."
     )
@@ -83,7 +86,8 @@ class RewardsConfig(BaseModel):
 
     workers: int = Field(1, ge=1, description="Reward actors; each judges in a child process.")
     functions: list[RewardFunctionConfig | str] | None = Field(
-        None, description="Reward functions by dotted path. Empty: the task's own."
+        None,
+        description="Reward functions: built-in ones by name, others by path. Empty: the task's.",
     )
     timeout_s: float = Field(
         30,

@@ -59,6 +59,44 @@ class RewardLoadError(CohortError, ValueError):
     """A path cannot be loaded; the message names the path and what is missing."""
 
 
+# The short names of built-in rewards, as `rewards.functions` takes them.
+BUILT_IN = {
+    "boxed_answer": "cohort.rewards.answer:boxed_answer",
+    "code": "cohort.rewards.code:CodeTests",
+    "exact_number": "cohort.rewards.answer:exact_number",
+    "format": "cohort.rewards.format:tagged_think_answer",
+    "itinerary": "cohort.rewards.travel.reward:itinerary",
+    "judge": "cohort.rewards.judge:LLMJudge",
+    "language": "cohort.rewards.language:language_consistency",
+    "maths": "cohort.rewards.maths:MathAnswer",
+    "number_only": "cohort.rewards.format:number_only",
+    "reasoning_gym": "cohort.rewards.reasoning_gym:score",
+    "repetition": "cohort.rewards.length:repetition",
+    "reward_model": "cohort.rewards.reward_model:RewardModel",
+    "soft_overlong": "cohort.rewards.length:soft_overlong",
+    "tagged_answer": "cohort.rewards.answer:tagged_answer",
+}
+
+
+def reward_path(name: str) -> str:
+    """The path of a built-in reward by its short name; a path is returned as it is.
+
+    Raises RewardLoadError for a word that is neither.
+
+    Example:
+        >>> reward_path("maths")
+        'cohort.rewards.maths:MathAnswer'
+    """
+    if name in BUILT_IN or not name.isidentifier():
+        return BUILT_IN.get(name, name)
+    near = difflib.get_close_matches(name, BUILT_IN, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(BUILT_IN)}"
+    raise RewardLoadError(
+        f"'{name}' is no built-in reward, {hint} One of your own is module:name or "
+        "path/to/file.py:name"
+    )
+
+
 def resolve_path(path: str, base: Path) -> str:
     """Make the file of `path.py:name` absolute, from `base`; leave `module:name` as it is."""
     location, colon, name = path.rpartition(":")
@@ -108,7 +146,7 @@ def _attribute(path: str, location: str, owner: Any, name: str) -> Any:
 def load_function(
     path: str, options: Mapping[str, Any] | None = None, stubs: Path | None = None
 ) -> RewardFunction:
-    """The reward function that `module:function` or `path/to/file.py:function` names.
+    """The reward function that a short name, `module:function` or `path/to/file.py:function` names.
 
     options: keyword arguments that it gets at every call, or its class's constructor once. A
     function that takes nothing of a group and returns a function makes reward functions: it is
@@ -117,7 +155,7 @@ def load_function(
     Raises RewardLoadError as `load_attribute` does, for something that is not a function, for an
     option that it does not have, and for a class that cannot be constructed.
     """
-    found = load_attribute(path, stubs)
+    found = load_attribute(reward_path(path), stubs)
     given = dict(options or {})
     is_class = inspect.isclass(found)
     if not callable(found) or (is_class and not any("__call__" in vars(c) for c in found.__mro__)):
@@ -193,12 +231,18 @@ def _imported(path: str, location: str, name: str) -> ModuleType:
         if is_it and name == location:
             raise RewardLoadError(
                 f"'{path}': no module named '{error.name}' for {sys.executable} "
-                "(for a file, write path/to/file.py:name)"
+                f"({_built_in_at(path) or 'for a file, write path/to/file.py:name'})"
             ) from error
         raise RewardLoadError(_import_failed(path, location, error)) from error
     # A boundary to code of others.
     except Exception as error:
         raise RewardLoadError(_import_failed(path, location, error)) from error
+
+
+def _built_in_at(path: str) -> str:
+    """Which built-in reward a path below `rewards` means that lacks our package's name."""
+    known = {full.removeprefix("cohort."): short for short, full in BUILT_IN.items()}
+    return f"did you mean {known[path]}, or cohort.{path}?" if path in known else ""
 
 
 def _load_file(path: str, location: str, stubs: Path | None) -> ModuleType:

@@ -109,9 +109,7 @@ class ReasoningGymTask:
         }
         self._system = _system_prompt(system)
         self.rewards = (
-            RewardFunctionConfig(
-                path="cohort.rewards.reasoning_gym:score", options={"answer_in": answer_in}
-            ),
+            RewardFunctionConfig(path="reasoning_gym", options={"answer_in": answer_in}),
         )
 
     def train_size(self) -> int:

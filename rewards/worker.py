@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from cohort.actors.process import MARKER, start_watcher
 from cohort.actors.records import Failure, Group, ScoredGroup, ScoreMeta
-from cohort.rewards.base import RewardLoadError, combine, out_of_range, resolve_path
+from cohort.rewards.base import RewardLoadError, combine, out_of_range, resolve_path, reward_path
 from cohort.rewards.config import RewardFunctionConfig, RewardsConfig
 from cohort.rewards.environment import hide_environment, scrubbed_environment
 from cohort.rewards.process import KILL_TIMEOUT_S, Child
@@ -75,12 +75,12 @@ def reward_specs(task: Task, config: RewardsConfig, base: Path | None = None) ->
     specs: list[RewardSpec] = []
     for item in chosen:
         entry = RewardFunctionConfig(path=item, weight=1.0) if isinstance(item, str) else item
-        stem = name = entry.path.rpartition(":")[2]
+        path = resolve_path(reward_path(entry.path), base or Path.cwd())
+        stem = name = path.rpartition(":")[2]
         number = 1
         while name in TOTAL_METRICS | {spec.name for spec in specs}:
             number += 1
             name = f"{stem}_{number}"
-        path = resolve_path(entry.path, base or Path.cwd())
         try:
             json.dumps(entry.options)
         except TypeError as error:

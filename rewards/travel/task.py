@@ -23,7 +23,7 @@ class TravelTask:
     column is `query`. No query is in both splits, whatever the seeds.
     """
 
-    rewards = (RewardFunctionConfig(path="cohort.rewards.travel.reward:itinerary"),)
+    rewards = (RewardFunctionConfig(path="itinerary"),)
 
     def __init__(
         self, seed: int, level: int = 1, train_size: int = 2000, eval_size: int = 200

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,8 +14,13 @@ import numpy as np
 import pytest
 
 from cohort.actors.records import Completion, Group, Prompt, RewardError
+from cohort.rewards.addition import AdditionTask
 from cohort.rewards.base import RewardLoadError, combine, judge, load_function, resolve_path
+from cohort.rewards.config import RewardsConfig
+from cohort.rewards.loading import BUILT_IN, load_attribute
 from cohort.rewards.results import from_json, to_json
+from cohort.rewards.worker import reward_specs
+from tests.shown import ROOT
 
 
 def make_group(content: Any = "Q", n: int = 3, **columns: Any) -> Group:
@@ -367,6 +375,47 @@ def test_load_from_module_and_from_file(tmp_path: Path) -> None:
     assert load_function(path)(["a", "b"]) == [3.0, 3.0]
 
 
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_every_built_in_reward_loads_by_its_short_name(name: str) -> None:
+    module, _, attribute = BUILT_IN[name].partition(":")
+    found = load_attribute(f"{module}:{attribute}")
+    assert callable(found)
+    [spec] = reward_specs(AdditionTask(0), RewardsConfig(functions=[name]))
+    # What the metrics are called, as with the path.
+    assert (spec.name, spec.path) == (attribute, BUILT_IN[name])
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({}, "did you mean maths, or cohort.rewards.maths:MathAnswer?"),
+        ({"rewards.py": ""}, "did you mean maths"),
+        ({"rewards/__init__.py": "", "rewards/maths.py": "MathAnswer = len"}, "theirs"),
+    ],
+)
+def test_paths_below_rewards_are_the_users(
+    tmp_path: Path, files: dict[str, str], words: str
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    code = (
+        "import sys; from cohort.rewards.loading import load_function\n"
+        f"sys.path[:] = [p for p in sys.path if p != {str(ROOT)!r}]; sys.path.insert(0, '')\n"
+        "try:\n    print('theirs', load_function('rewards.maths:MathAnswer'))\n"
+        "except Exception as error:\n    print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert words in done.stdout
+
+
 def test_resolve_path_leaves_modules_and_absolute_files(tmp_path: Path) -> None:
     assert resolve_path("a.b:c", tmp_path) == "a.b:c"
     assert resolve_path("/x/y.py:c", tmp_path) == "/x/y.py:c"
@@ -380,7 +429,8 @@ def test_resolve_path_leaves_modules_and_absolute_files(tmp_path: Path) -> None:
         ("cohort.rewards.answer.exact_number", "did you mean cohort.rewards.answer:exact_number?"),
         (":f", "must be module:name"),
         ("no_such_module_anywhere:f", "no module named 'no_such_module_anywhere'"),
-        ("rewards.no_such_part:f", "no module named 'rewards.no_such_part'"),
+        ("mathss", "did you mean maths?"),
+        ("nothing_like_it", "there are boxed_answer, code, exact_number"),
         ("cohort.rewards.answer:exact_numbr", "did you mean exact_number?"),
         ("cohort.rewards.answer:zzz", "it has"),
         ("cohort.rewards.answer:MAX_CHARACTERS", "of type int, not a function"),
