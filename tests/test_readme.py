@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
 import re
 import subprocess
@@ -137,6 +138,21 @@ def test_files_that_the_documents_name_exist() -> None:
         text = (ROOT / document).read_text()
         named = set(re.findall(rf"`((?:{'|'.join(FOLDERS)})/[\w./-]+)`", text)) - made
         assert not [path for path in named if not (ROOT / path).exists()], document
+
+
+def test_the_terminals_picture_can_be_made_from_a_run(world: Callable[..., World]) -> None:
+    run = world()
+    run.train()
+    path = ROOT / "docs" / "images" / "make.py"
+    spec = importlib.util.spec_from_file_location("make_images", path)
+    assert spec is not None
+    assert spec.loader is not None
+    make = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make)
+    svg = make.terminal(run.folder, "[   0.0 s] starting Ray\n[   4.9 s] starting engines\n")
+    assert "starting&#160;Ray&#160;5s" in svg
+    assert re.search(r"reward&#160;-?[\d.]+&#160;\(avg10", svg)
+    assert "@font-face" not in svg  # nothing is fetched
 
 
 def anchors(document: Path) -> set[str]:

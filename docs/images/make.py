@@ -24,9 +24,9 @@ from rich.console import Console as Recorder
 from rich.text import Text
 
 from cohort.cluster.observe.console import Console, duration
+from cohort.cluster.observe.metrics_file import read_metrics
 from cohort.cluster.observe.report.completions import ReportLimits
 from cohort.cluster.observe.report.page import write_report
-from cohort.cluster.observe.tracking import read_metrics
 
 HERE = Path(__file__).parent
 COLUMNS = 100
