@@ -1,6 +1,6 @@
 """The page of a run: `cohort report`.
 
-- `samples`: completions as rollouts/ keeps them, with their advantages
+- `recorded`: completions as rollouts/ keeps them, with their advantages
 - `completions`: which of them are shown
 - `curves`: the charts and headline numbers of metrics.jsonl
 - `build`: a run directory as one record

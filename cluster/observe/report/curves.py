@@ -101,7 +101,12 @@ def curves(rows: Rows) -> Curves:
 
 
 # Metrics below reward/ that are not the mean of a reward function.
-OF_ALL_REWARDS = {"reward/mean", "reward/std", "reward/zero_variance_fraction"}
+OF_ALL_REWARDS = {
+    "reward/mean",
+    "reward/std",
+    "reward/zero_variance_fraction",
+    "reward/error_rate",
+}
 
 CHARTS = (
     Chart(
@@ -139,6 +144,13 @@ CHARTS = (
         "%",
         "stopped at actors.max_tokens",
         (Line("rollout/truncated_fraction", "fraction"),),
+    ),
+    Chart(
+        "Signal and length",
+        "Failed completions",
+        "%",
+        "lost or without a score",
+        (Line("reward/error_rate", "fraction"),),
     ),
     Chart(
         "Time",
