@@ -206,11 +206,11 @@ def test_long_runs_become_points_with_their_extremes() -> None:
 def test_every_metric_is_in_one_chart() -> None:
     keys = sorted({*rows_of(1)[0], "some/new_metric", "reward/plan/cost"} - {"step"})
     charts = choose_charts(keys)
-    shown = [line.key for chart in charts for line in chart.lines]
+    shown = [key for chart in charts for key in chart.keys]
     assert set(keys) <= set(shown)
     # time/reward is a part of the step, and a curve of its own.
     assert {key for key in shown if shown.count(key) > 1} == {"time/reward"}
-    by_key = {line.key: chart for chart in charts for line in chart.lines}
+    by_key = {key: chart for chart in charts for key in chart.keys}
     assert by_key["reward/plan/cost"].section == "Reward"
     assert by_key["rewards/latency_p99"].section == "Time"
     assert by_key["some/new_metric"].section == "Other metrics"

@@ -94,15 +94,15 @@ function ticks(low, high, size) {
   return found;
 }
 
-// The lines of a chart as {label, values, low, high}; those of a stack lie on top of each other.
+// The lines of a chart as {label, values, low, high}; several lie on top of each other.
 function linesOf(chart) {
-  const lines = chart.lines
-    .filter((line) => series.has(line.key))
-    .map((line) => {
-      const { mean, low, high } = series.get(line.key);
-      return { label: line.label, values: mean, low, high, top: mean, bottom: null };
+  const lines = chart.keys
+    .filter((key) => series.has(key))
+    .map((key) => {
+      const { mean, low, high } = series.get(key);
+      return { label: key.split("/").pop(), values: mean, low, high, top: mean, bottom: null };
     });
-  if (chart.kind === "stack") {
+  if (chart.keys.length > 1) {
     let below = steps.map(() => 0);
     for (const line of lines) {
       line.bottom = below;
@@ -142,7 +142,7 @@ function addChart(chart, into) {
       legend.append(h("span", {}, swatch, line.label));
     });
   }
-  const smooth = chart.kind === "line" && steps.length > 2 * SMOOTHED;
+  const smooth = chart.keys.length === 1 && steps.length > 2 * SMOOTHED;
   const hint = [chart.unit === "%" ? "" : chart.unit, chart.hint].filter(Boolean).join(" · ");
   const card = h("article", { class: chart.wide ? "chart wide" : "chart" },
     h("header", {}, h("h3", {}, ...literal(chart.title)), readout),
