@@ -121,8 +121,8 @@ class Recorder:
         text = f"{type(error).__name__}: {error}"
         self._note_once(
             f"{what} {text}",
-            f"step {step}: {what} could not be recorded ({text}); training goes on, and further "
-            f"failures of this kind are only counted (report/{what}_missed)",
+            f"step {step}: {what} could not be recorded ({text}); training goes on; further errors "
+            f"of this kind are only counted (report/{what}_missed)",
         )
 
     def _note_once(self, reason: str, text: str) -> None:

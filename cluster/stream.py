@@ -216,7 +216,8 @@ class GroupStream:
             if (error.function, error.cause) not in self._errors_shown:
                 self._errors_shown.add((error.function, error.cause))
                 logger.warning(
-                    "reward function %s (%s) on %s; its like is only counted from now on:\n%s",
+                    "reward function %s (%s) on %s; further errors of this kind are only counted:"
+                    "\n%s",
                     error.function,
                     error.cause,
                     error.completion_id,

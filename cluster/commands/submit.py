@@ -18,10 +18,13 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from cohort.actors.errors import CohortError
 from cohort.cluster.config_file import load_config
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobDetails, JobSubmissionClient
 
 EXCLUDES = [
     ".git",
@@ -55,15 +58,23 @@ def submit(
     working_dir: Path,
     follow: bool = True,
 ) -> int:
-    """Submit `cohort train CONFIG OVERRIDES` to the job server at `address`; return its exit code.
+    """Submit `cohort train CONFIG OVERRIDES` as a Ray job.
 
-    address: of the Ray dashboard, `http://HEAD:8265`.
-    working_dir: the folder to upload; the config file must be inside.
-    follow: stream the job's log to stdout until it ends; otherwise return 0 once it is submitted.
-    Ctrl-C stops the job, which saves a checkpoint first, and returns 130; a second Ctrl-C leaves.
+    Args:
+        config_path: The config file, inside `working_dir`.
+        address: Of the Ray dashboard, `http://HEAD:8265`.
+        overrides: `section.key=value` each.
+        working_dir: The folder to upload.
+        follow: Stream the job's log to stdout until it ends. Ctrl-C stops the job, which saves a
+            checkpoint first; a second Ctrl-C leaves it.
 
-    Raises ConfigError for a config that is wrong, SubmitError for everything else that can be
-    known before the job starts: paths, an unreachable cluster, a folder too large to upload.
+    Returns:
+        The job's exit code; 0 once it is submitted without `follow`, 130 after Ctrl-C.
+
+    Raises:
+        ConfigError: The config is wrong.
+        SubmitError: Anything else that can be known before the job starts: paths, an unreachable
+            cluster, a folder too large to upload.
     """
     entrypoint = job_command(config_path, overrides, working_dir)
     address = address if "://" in address else f"http://{address}"
@@ -103,8 +114,10 @@ def submit(
 def job_command(config_path: Path, overrides: list[str], working_dir: Path) -> str:
     """The job's shell command, after checking all that can be checked here.
 
-    Raises ConfigError for a wrong config; SubmitError for a working_dir that is no folder, a
-    config that would not be uploaded with it, and a run.dir that is not absolute.
+    Raises:
+        ConfigError: The config is wrong.
+        SubmitError: `working_dir` is not a folder, the config would not be uploaded with it, or
+            run.dir is not absolute.
     """
     if not working_dir.is_dir():
         raise SubmitError(f"the working directory {working_dir} is not a folder")
@@ -176,14 +189,21 @@ def _size(path: Path) -> int:
 class _Follower:
     """Streams one job's log to stdout and waits for its end, over lost connections."""
 
-    def __init__(self, client: Any, job_id: str, address: str) -> None:
+    def __init__(self, client: JobSubmissionClient, job_id: str, address: str) -> None:
         self._client = client
         self._job_id = job_id
         self._address = address
         self._printed = 0
 
     def run(self) -> int:
-        """The job's exit code. Raises SubmitError when the cluster is silent for SILENCE_S."""
+        """Follow the job to its end.
+
+        Returns:
+            Its exit code.
+
+        Raises:
+            SubmitError: There was no contact to the cluster for SILENCE_S.
+        """
         heard = time.monotonic()
         while True:
             printed = self._printed
@@ -215,7 +235,7 @@ class _Follower:
                 print(fresh, end="", flush=True)
                 self._printed = seen
 
-    def _result(self, info: Any) -> int:
+    def _result(self, info: JobDetails) -> int:
         print(f"{self._job_id}: {info.status.value}", flush=True)
         if info.status.value == "SUCCEEDED":
             return 0

@@ -59,7 +59,7 @@ async def run_training(config: Config) -> int:
             ):
                 console.header(
                     f"cohort: {run_dir.path}\n{compact(config)}\n"
-                    f"all other keys have their defaults; {run_dir.path}/config.yaml has every key"
+                    "every other key has its default; config.yaml there has them all"
                 )
                 if prepared.overlong:
                     console.note(f"{prepared.overlong} prompts are too long and left out")

@@ -107,7 +107,7 @@ def read_metrics(path: Path) -> list[MetricRow]:
     """The rows of a metrics.jsonl; a last line torn by a crash is left out.
 
     Raises:
-        ValueError: Any other line is not JSON, or has no step; the message names the line.
+        ValueError: Another line is not JSON or has no step; the message names it.
     """
     return [row for _, row in _read_lines(path) if row is not None]
 

@@ -18,7 +18,7 @@ from cohort.cluster.observe.report.build import Report, ReportError, build
 from cohort.cluster.observe.report.completions import ReportLimits, spread
 from cohort.cluster.observe.report.curves import MAX_POINTS, choose_charts, curves, tiles
 from cohort.cluster.observe.report.page import render, write_report
-from cohort.cluster.observe.report.samples import Sample, Text, read_groups, shorten
+from cohort.cluster.observe.report.recorded import ReportedCompletion, Text, read_groups, shorten
 from cohort.learner.credit import advantages
 from tests.cluster.runs import lively_run, metrics_row, scored_group, write_rollouts, write_run
 
@@ -41,8 +41,8 @@ def one_group_run(folder: Path, rewards: list[float | None], *overrides: str) ->
     return folder
 
 
-def samples(report: Report) -> list[Sample]:
-    return [sample for group in report.completions.groups for sample in group.samples]
+def completions(report: Report) -> list[ReportedCompletion]:
+    return [one for group in report.completions.groups for one in group.completions]
 
 
 class _Scripts(HTMLParser):
@@ -145,30 +145,29 @@ def test_advantages_are_the_learners(tmp_path: Path, baseline: Any, scale: Any) 
     report = build(run, ReportLimits(), NOW)
     spread_of_all = math.sqrt(sum((r - 1.25 / 3) ** 2 for r in (0.0, 1.0, 0.25)) / 3)
     expected = advantages(rewards, baseline, scale, spread_of_all)
-    found = [sample.advantage for sample in samples(report)]
+    found = [one.advantage for one in completions(report)]
     assert found == pytest.approx(expected)
-    assert [sample.untrained for sample in samples(report)] == ["", "", "no reward", ""]
+    assert [one.untrained for one in completions(report)] == ["", "", "no reward", ""]
     assert any(f"algorithm.scale={scale}" in note for note in report.notes)
 
 
 def test_what_is_not_trained_says_why(tmp_path: Path) -> None:
     equal = one_group_run(tmp_path / "equal", [1.0, 1.0, None])
-    assert [(s.advantage, s.untrained) for s in samples(build(equal, ReportLimits(), NOW))] == [
+    assert [(s.advantage, s.untrained) for s in completions(build(equal, ReportLimits(), NOW))] == [
         (None, "group without signal"),
         (None, "group without signal"),
         (None, "no reward"),
     ]
     # The third completion of these groups was cut at max_tokens.
     masked = one_group_run(tmp_path / "cut", [1.0, 0.0, 0.0], "algorithm.mask_truncated=true")
-    assert [s.untrained for s in samples(build(masked, ReportLimits(), NOW))] == [
+    assert [s.untrained for s in completions(build(masked, ReportLimits(), NOW))] == [
         "",
         "",
         "truncated",
     ]
     single = one_group_run(tmp_path / "single", [1.0, None])
-    assert (
-        samples(build(single, ReportLimits(), NOW))[0].untrained == "the only reward of its group"
-    )
+    (first, _) = completions(build(single, ReportLimits(), NOW))
+    assert first.untrained == "the only reward of its group"
 
 
 def test_advantages_need_the_algorithm(tmp_path: Path) -> None:
@@ -176,7 +175,7 @@ def test_advantages_need_the_algorithm(tmp_path: Path) -> None:
     config = run / "config.yaml"
     config.write_text(config.read_text().replace("baseline: mean", "advantage: zscore"))
     report = build(run, ReportLimits(), NOW)
-    assert [(s.advantage, s.untrained) for s in samples(report)] == [(None, ""), (None, "")]
+    assert [(s.advantage, s.untrained) for s in completions(report)] == [(None, ""), (None, "")]
     assert any("algorithm.advantage" in note for note in report.notes)
     assert (report.run.steps_total, report.run.model) == (1, "some/model")
 
@@ -207,11 +206,11 @@ def test_long_runs_become_points_with_their_extremes() -> None:
 def test_every_metric_is_in_one_chart() -> None:
     keys = sorted({*rows_of(1)[0], "some/new_metric", "reward/plan/cost"} - {"step"})
     charts = choose_charts(keys)
-    shown = [line.key for chart in charts for line in chart.lines]
+    shown = [key for chart in charts for key in chart.keys]
     assert set(keys) <= set(shown)
     # time/reward is a part of the step, and a curve of its own.
     assert {key for key in shown if shown.count(key) > 1} == {"time/reward"}
-    by_key = {line.key: chart for chart in charts for line in chart.lines}
+    by_key = {key: chart for chart in charts for key in chart.keys}
     assert by_key["reward/plan/cost"].section == "Reward"
     assert by_key["rewards/latency_p99"].section == "Time"
     assert by_key["some/new_metric"].section == "Other metrics"
@@ -265,7 +264,7 @@ def test_rows_of_another_form_are_left_out(tmp_path: Path, change: dict[str, Any
     rows[1] |= change
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (group,), unread = read_groups(file)
-    assert ([s.reward for s in group.samples], unread) == ([0.0, 0.5], 1)
+    assert ([s.reward for s in group.completions], unread) == ([0.0, 0.5], 1)
 
 
 def test_a_run_without_rollouts_steps_or_config(tmp_path: Path) -> None:
@@ -328,7 +327,7 @@ def test_the_page_loads_nothing_and_hostile_text_stays_data(tmp_path: Path) -> N
     assert found.loaded == []
     data = data_of(page)
     (shown,) = data["completions"]["groups"]
-    assert shown["samples"][0]["text"] == HOSTILE
+    assert shown["completions"][0]["text"] == HOSTILE
     assert shown["functions"] == [HOSTILE, "__proto__"]
     assert data["run"]["name"] == run.name
 
@@ -339,7 +338,7 @@ def test_broken_surrogates_reach_the_page(tmp_path: Path) -> None:
     file.write_text(file.read_text().replace("answer 0", r"\ud83d alone \udc00"))
     out = tmp_path / "page.html"
     write_report(run, out, ReportLimits(), 10, NOW)
-    shown = data_of(out.read_text(encoding="utf-8"))["completions"]["groups"][0]["samples"][0]
+    shown = data_of(out.read_text(encoding="utf-8"))["completions"]["groups"][0]["completions"][0]
     assert shown["text"] == "\ud83d alone \udc00"
 
 
@@ -353,7 +352,7 @@ def test_the_page_keeps_its_size(tmp_path: Path) -> None:
     for megabytes in (0.9, 0.3):
         page = render(report, int(megabytes * 1e6))
         assert 0.4 * megabytes * 1e6 < len(page.encode()) <= megabytes * 1e6
-        (long, kanji, short) = data_of(page)["completions"]["groups"][0]["samples"]
+        (long, kanji, short) = data_of(page)["completions"]["groups"][0]["completions"]
         head, left_out, tail = long["text"]
         assert len(head) + left_out + len(tail) == 300_000
         assert kanji["text"][1] > 0 and short["text"] == "short"

@@ -147,12 +147,12 @@ def test_a_long_run_is_drawn_in_bounded_points(page: Browser, tmp_path: Path) ->
 def test_the_slider_changes_the_completions(page: Browser, lively: Path) -> None:
     page.open(lively)
     page.run("document.getElementById('step').focus()")
-    last = texts(page, "#group .sample .text")
+    last = texts(page, "#group .completion .text")
     assert len(last) == 4 and texts(page, "#step-name")[0].startswith("step 29")
     line = "+document.querySelector('[data-chart=\"Mean reward\"] .here').getAttribute('x1')"
     there = page.run(line)
     page.press("ArrowLeft")
-    before = texts(page, "#group .sample .text")
+    before = texts(page, "#group .completion .text")
     assert before != last and texts(page, "#step-name")[0].startswith("step 26")
     # The mark in the charts goes along.
     assert page.run(line) < there
@@ -160,9 +160,9 @@ def test_the_slider_changes_the_completions(page: Browser, lively: Path) -> None
     assert texts(page, "#step-name")[0].startswith("step 0")
     assert page.run("document.getElementById('previous').disabled") is True
     page.press("End")
-    assert texts(page, "#group .sample .text") == last
+    assert texts(page, "#group .completion .text") == last
     page.run("document.getElementById('previous').click()")
-    assert texts(page, "#group .sample .text") == before
+    assert texts(page, "#group .completion .text") == before
 
 
 def test_a_click_into_a_chart_moves_the_slider(page: Browser, lively: Path) -> None:
@@ -201,7 +201,7 @@ def test_a_group_shows_rewards_functions_and_advantages(page: Browser, tmp_path:
     assert "truncated" in texts(page, "#group .facts")[2]
     page.run("""(() => { const order = document.getElementById('order');
         order.value = 'best'; order.dispatchEvent(new Event('change')); })()""")
-    assert texts(page, "#group .sample .text") == ["x", "y", "w", "z"]
+    assert texts(page, "#group .completion .text") == ["x", "y", "w", "z"]
     page.run("document.querySelectorAll('#group-tabs button')[1].click()")
     assert texts(page, "#group .prompt .text")[-1] == "second question"
     assert texts(page, "#group .scores")[0] == "reward 1not trained: group without signal"
@@ -212,7 +212,7 @@ def test_the_same_prompt_is_shown_at_several_steps(page: Browser, lively: Path) 
     headings = texts(page, "#visits h3")
     assert len(headings) == 8
     assert headings[0].startswith("step 0 ·") and headings[-1].startswith("step 29 ·")
-    assert len(texts(page, "#visits .sample")) == 8 * 4
+    assert len(texts(page, "#visits .completion")) == 8 * 4
     assert "Plan a 5-day trip to Japan" in texts(page, "#visit-prompt .text")[-1]
 
 
@@ -224,10 +224,10 @@ def test_hostile_text_is_shown_as_it_is(page: Browser, tmp_path: Path) -> None:
         group = scored_group(ATTACKS[0], ATTACKS[1], ATTACKS, rewards, functions)
         write_rollouts(run / "rollouts", step, [group])
     page.open(report_of(run))
-    assert texts(page, "#group .sample .text") == list(ATTACKS)
-    assert texts(page, "#visits .sample .text") == list(ATTACKS) * 2
+    assert texts(page, "#group .completion .text") == list(ATTACKS)
+    assert texts(page, "#visits .completion .text") == list(ATTACKS) * 2
     assert texts(page, "#group .prompt .text")[-1] == ATTACKS[1]
-    assert texts(page, "#group .sample:first-child dt") == functions
+    assert texts(page, "#group .completion:first-child dt") == functions
     assert texts(page, "h1") == [run.name]
     assert page.run("document.title") == f"{run.name} · cohort report"
     # Nothing of it became an element.
@@ -256,7 +256,7 @@ def test_invisible_characters_are_named(page: Browser, tmp_path: Path) -> None:
         file.read_text().replace("SURROGATE", r"\ud83d alone \udc00, pair \ud83d\ude42")
     )
     page.open(report_of(run))
-    assert texts(page, "#group .sample .text") == [NAMED, "U+D83D alone U+DC00, pair 🙂"]
+    assert texts(page, "#group .completion .text") == [NAMED, "U+D83D alone U+DC00, pair 🙂"]
 
 
 def test_long_texts_keep_their_ends(page: Browser, tmp_path: Path) -> None:
@@ -264,7 +264,7 @@ def test_long_texts_keep_their_ends(page: Browser, tmp_path: Path) -> None:
     text = "begin " + "x" * 1_000_000 + " end"
     write_rollouts(run / "rollouts", 0, [scored_group("g", "?", [text, ""], [0.0, 1.0])])
     page.open(report_of(run))
-    (long, empty) = texts(page, "#group .sample .text")
+    (long, empty) = texts(page, "#group .completion .text")
     assert long.startswith("begin xxx") and long.endswith("xxx end")
     assert "… 900,010 characters left out …" in long
     assert empty == "(empty)"
@@ -285,7 +285,7 @@ def test_the_page_fits_the_window(page: Browser, tmp_path: Path, width: int, dar
     assert page.run("innerWidth") == width
     assert page.run(f"{root}.scrollWidth - {root}.clientWidth") == 0
     # No card sticks out of the page, or holds more than fits its width.
-    cards = ".chart, .tile, #group .sample, .prompt, button"
+    cards = ".chart, .tile, #group .completion, .prompt, button"
     sticking_out = page.run(
         f"""[...document.querySelectorAll('{cards}')].filter(
             card => card.scrollWidth > card.clientWidth + 2

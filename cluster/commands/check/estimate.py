@@ -17,7 +17,7 @@ BINS = 8
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the memory of a decoder depends on. head: size of one attention head."""
+    """What the memory of a decoder depends on; `head` is the size of one attention head."""
 
     layers: int
     hidden: int
@@ -29,7 +29,7 @@ class Architecture:
 
 
 def kv_bytes_per_token(model: Architecture, width: int) -> int:
-    """Key-value cache of one token over all layers; width: bytes of a number."""
+    """Key-value cache of one token over all layers, in bytes; `width`: bytes of a number."""
     return 2 * model.layers * model.kv_heads * model.head * width
 
 
@@ -84,22 +84,28 @@ def histogram_lines(values: Sequence[int], bins: int = BINS) -> list[str]:
 
 
 def wilson(hits: int, trials: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's score interval of a share (95 % by default): honest for few trials."""
-    share, spread = hits / trials, z * z / trials
-    centre = (share + spread / 2) / (1 + spread)
-    half = z * math.sqrt(share * (1 - share) / trials + spread / (4 * trials)) / (1 + spread)
+    """Wilson's score interval of a fraction (95 % by default), which holds for few trials, too.
+
+    E. B. Wilson, Probable inference, the law of succession, and statistical inference (1927).
+    """
+    rate, spread = hits / trials, z * z / trials
+    centre = (rate + spread / 2) / (1 + spread)
+    half = z * math.sqrt(rate * (1 - rate) / trials + spread / (4 * trials)) / (1 + spread)
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def expected_equal(passed: Sequence[tuple[int, int]], size: int) -> float:
-    """Expected share of groups of `size` completions of which all pass, or none.
+    """Expected fraction of groups of `size` completions of which all pass, or none.
 
-    passed: (passed, samples) of each prompt, for rewards with two values. A prompt that passes with
-    probability p gives such a group with p^size + (1-p)^size. Putting p = passed/samples there is
-    biased, and without bias nothing can be said of a size above the samples. So the prompts' p are
-    taken to follow a Beta distribution; its mean and its concentration are averaged over what they
-    may be after what was seen (Jeffreys' prior on the mean; a priori each order of magnitude of the
-    concentration from 0.01 to 1000 is as likely).
+    A prompt that passes with probability p gives such a group with p^size + (1-p)^size. The plug-in
+    estimate p = passed/completions is biased, and no unbiased one exists for a size above the
+    number of completions. So p is modelled as Beta-distributed over the prompts, and the result is
+    averaged over the posterior of its mean (Jeffreys' prior) and its concentration (log-uniform
+    prior from 0.01 to 1000).
+
+    Args:
+        passed: (passed, completions) of each prompt, for rewards with two values.
+        size: Completions in a group.
     """
     seen = Counter(passed)
     steps_mean, steps_concentration = 64, 61
@@ -130,9 +136,9 @@ def _log_beta(a: float, b: float) -> float:
 
 
 def two_valued(groups: Sequence[Sequence[float | None]]) -> list[tuple[int, int]] | None:
-    """(how often the highest value, how many values) of each group.
+    """(how often the highest value, how many values) of each group; missing rewards are left out.
 
-    Missing rewards are left out. None when there are more than two values, or none at all.
+    None when there are more than two different values, or no value at all.
     """
     values = {value for group in groups for value in group if value is not None}
     if not 1 <= len(values) <= 2:

@@ -1,4 +1,4 @@
-"""What a check prints: stages that follow each other, each with its verdict."""
+"""What a check prints: stages that follow each other, each with its result."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Stage:
 
 
 class CheckReport:
-    """All stages so far. print_line: takes each line as soon as there is one."""
+    """All stages so far; `print_line` takes each line as soon as there is one."""
 
     def __init__(self, print_line: Callable[[str], None]) -> None:
         self._print = print_line
@@ -45,8 +45,7 @@ class CheckReport:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Stage]:
-        """A stage of the check. An error that is meant for people becomes its problem, and ends
-        only this stage."""
+        """A stage of the check; a CohortError becomes its problem and ends only this stage."""
         self._print(name)
         stage = Stage(self._print)
         began = time.monotonic()
@@ -54,8 +53,8 @@ class CheckReport:
             yield stage
         except CohortError as error:
             stage.problem(str(error))
-        verdict = "PROBLEM" if stage.problems else "warning" if stage.warnings else "ok"
-        stage.say(f"[{verdict}] {time.monotonic() - began:.1f} s")
+        result = "PROBLEM" if stage.problems else "warning" if stage.warnings else "ok"
+        stage.say(f"[{result}] {time.monotonic() - began:.1f} s")
         self.warnings += [f"{name}: {text}" for text in stage.warnings]
         self.problems += [f"{name}: {text}" for text in stage.problems]
 

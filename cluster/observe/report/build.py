@@ -1,6 +1,6 @@
 """A run directory, read into plain records of bounded size: everything that the page shows.
 
-Long runs are sampled, files are read line by line, and the run may still be growing.
+Of long runs a part is chosen, files are read line by line, and the run may still be growing.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class RecordedRun:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything on the page. notes: what was sampled, left out or could not be known."""
+    """Everything on the page. notes: what was chosen, left out or could not be known."""
 
     run: RecordedRun
     tiles: tuple[Tile, ...]

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from cohort.cluster.observe.report.samples import (
+from cohort.cluster.observe.report.recorded import (
     LONGEST_TEXT,
-    Sample,
+    ReportedCompletion,
     Text,
     prompt_key,
     read_groups,
@@ -30,8 +30,8 @@ T = TypeVar("T")
 class ReportLimits:
     """How much of the completions is shown.
 
-    steps: sampled steps. groups: of each. prompts: that came at several steps (0 looks for none,
-    and reads no file but those of the sampled steps), each at no more than `visits` steps.
+    steps: how many. groups: of each step. prompts: that came at several steps (0 looks for none,
+    and reads no file but those of the steps shown), each at no more than `visits` steps.
     """
 
     steps: int = 40
@@ -56,12 +56,12 @@ class ReportedGroup:
     prompt: int
     prompt_tokens: int
     functions: tuple[str, ...]
-    samples: tuple[Sample, ...]
+    completions: tuple[ReportedCompletion, ...]
 
 
 @dataclass(frozen=True)
 class StepView:
-    """A sampled step. groups: places in `Completions.groups`; of: how many groups the step has."""
+    """A step that is shown. groups: places in `Completions.groups`; of: how many groups it has."""
 
     step: int
     groups: tuple[int, ...]
@@ -107,7 +107,7 @@ def choose_completions(
     """Read rollouts/ as far as needed. advantages: None leaves them out."""
     files = _step_files(folder)
     visits = _recurring(files, limits) if limits.prompts else {}
-    sampled = spread(list(files), limits.steps)
+    chosen = spread(list(files), limits.steps)
     again: dict[int, set[bytes]] = {}
     for key, steps in visits.items():
         for step in steps:
@@ -119,7 +119,7 @@ def choose_completions(
     views: list[StepView] = []
     met: dict[bytes, list[int]] = {key: [] for key in visits}
     unread = 0
-    for step in sorted({*sampled, *again}):
+    for step in sorted({*chosen, *again}):
         try:
             raw, damaged = read_groups(files[step])
         except FileNotFoundError:
@@ -127,7 +127,7 @@ def choose_completions(
         unread += damaged
         if advantages is not None:
             raw = with_advantages(raw, advantages.algorithm, advantages.max_tokens)
-        wanted = set(spread(range(len(raw)), limits.groups)) if step in sampled else set()
+        wanted = set(spread(range(len(raw)), limits.groups)) if step in chosen else set()
         missing = set(again.get(step, ()))
         shown = []
         for place, group in enumerate(raw):
@@ -143,10 +143,10 @@ def choose_completions(
             shown.append(len(groups))
             groups.append(
                 ReportedGroup(
-                    step, places[group.key], group.prompt_tokens, group.functions, group.samples
+                    step, places[group.key], group.prompt_tokens, group.functions, group.completions
                 )
             )
-        if step in sampled:
+        if step in chosen:
             views.append(StepView(step, tuple(shown), len(raw)))
     return Completions(
         prompts=tuple(prompts.values()),

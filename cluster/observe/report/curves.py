@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Literal
 
 from cohort.cluster.observe.metrics_file import PHASES, Metrics, step_of
 
@@ -40,23 +39,17 @@ class Curves:
 
 
 @dataclass(frozen=True)
-class Line:
-    """A series in a chart, and what it is called there."""
-
-    key: str
-    label: str
-
-
-@dataclass(frozen=True)
 class Chart:
-    """Some lines over the steps, in one unit; fractions are shown in percent, from 0 to 100."""
+    """Some metrics over the steps, in one unit; several are stacked.
+
+    A unit of % is for fractions, which are shown from 0 to 100 %.
+    """
 
     section: str
     title: str
-    unit: str
-    hint: str
-    lines: tuple[Line, ...]
-    kind: Literal["line", "stack"] = "line"
+    keys: tuple[str, ...]
+    unit: str = ""
+    hint: str = ""
     wide: bool = False
 
 
@@ -100,117 +93,65 @@ def curves(rows: Rows) -> Curves:
     return Curves(tuple(step_of(part[len(part) // 2]) for part in parts), size, tuple(series))
 
 
-# Metrics below reward/ that are not the mean of a reward function.
-OF_ALL_REWARDS = {"reward/mean", "reward/std", "reward/zero_variance_fraction"}
-
+REWARD, SIGNAL, TIME, LEARNER = "Reward", "Signal and length", "Time", "Learner"
+OVERLAP = "with actors.max_staleness above 0, phases overlap and add up to more than the step"
 CHARTS = (
     Chart(
-        "Reward",
-        "Mean reward",
-        "",
-        "weighted total, mean over all completions of a step",
-        (Line("reward/mean", "mean"),),
-        wide=True,
+        REWARD, "Mean reward", ("reward/mean",),
+        hint="weighted total, mean over all completions of a step", wide=True,
     ),
     Chart(
-        "Signal and length",
-        "Groups without signal",
-        "%",
+        SIGNAL, "Groups without signal", ("reward/zero_variance_fraction",), "%",
         "zero variance: equal rewards",
-        (Line("reward/zero_variance_fraction", "fraction of groups"),),
     ),
     Chart(
-        "Signal and length",
-        "Spread of rewards",
-        "",
-        "std over all completions of a step",
-        (Line("reward/std", "std"),),
+        SIGNAL, "Spread of rewards", ("reward/std",), hint="std over all completions of a step"
     ),
+    Chart(SIGNAL, "Completion length", ("rollout/completion_tokens",), "tokens", "mean of a step"),
     Chart(
-        "Signal and length",
-        "Completion length",
-        "tokens",
-        "mean of a step",
-        (Line("rollout/completion_tokens", "mean"),),
-    ),
-    Chart(
-        "Signal and length",
-        "Truncated completions",
-        "%",
+        SIGNAL, "Truncated completions", ("rollout/truncated_fraction",), "%",
         "stopped at actors.max_tokens",
-        (Line("rollout/truncated_fraction", "fraction"),),
     ),
+    Chart(SIGNAL, "Failed completions", ("reward/error_rate",), "%", "lost or without a score"),
     Chart(
-        "Time",
-        "Where the time of a step goes",
-        "s",
-        "with actors.max_staleness above 0, phases overlap and add up to more than the step",
-        tuple(Line(f"time/{phase}", phase) for phase in PHASES),
-        kind="stack",
-        wide=True,
+        TIME, "Where the time of a step goes", tuple(f"time/{phase}" for phase in PHASES), "s",
+        OVERLAP, wide=True,
     ),
-    Chart("Time", "Step", "s", "wall clock", (Line("time/step", "step"),)),
-    Chart("Time", "Scoring", "s", "wall clock of the reward functions", (Line("time/reward", ""),)),
+    Chart(TIME, "Step", ("time/step",), "s", "wall clock"),
+    Chart(TIME, "Scoring", ("time/reward",), "s", "wall clock of the reward functions"),
     Chart(
-        "Time",
-        "Generation speed",
-        "tokens/s",
+        TIME, "Generation speed", ("rollout/tokens_per_s",), "tokens/s",
         "completion tokens, all engines",
-        (Line("rollout/tokens_per_s", "generation"),),
     ),
+    Chart(TIME, "Learner speed", ("learner/tokens_per_s",), "tokens/s", "trained tokens"),
+    Chart(LEARNER, "Loss", ("learner/loss",)),
+    Chart(LEARNER, "Gradient norm", ("learner/grad_norm",), hint="before clipping"),
+    Chart(LEARNER, "Entropy", ("learner/entropy",), "nats", "mean per token"),
     Chart(
-        "Time",
-        "Learner speed",
-        "tokens/s",
-        "trained tokens",
-        (Line("learner/tokens_per_s", "learner"),),
-    ),
-    Chart("Learner", "Loss", "", "", (Line("learner/loss", "loss"),)),
-    Chart(
-        "Learner",
-        "Gradient norm",
-        "",
-        "before clipping",
-        (Line("learner/grad_norm", "norm"),),
-    ),
-    Chart("Learner", "Entropy", "nats", "mean per token", (Line("learner/entropy", "entropy"),)),
-    Chart(
-        "Learner",
-        "Engine against learner",
-        "nats",
+        LEARNER, "Engine against learner", ("mismatch/k3_kl",), "nats",
         "k3 KL of their log-probs, per token",
-        (Line("mismatch/k3_kl", "k3"),),
     ),
-)
+)  # fmt: skip
 
 
 def choose_charts(keys: Sequence[str]) -> tuple[Chart, ...]:
     """The charts for these metrics: a fixed set, one a reward function, and one for each other."""
-    present = set(keys)
-    fixed = [
-        chart for chart in CHARTS if any(line.key in present for line in chart.lines)
-    ]  # older runs lack some
-    latencies = [key for key in keys if "latency" in key]
-    functions = [
-        key
-        for key in keys
-        if key.startswith("reward/") and key not in OF_ALL_REWARDS and key not in latencies
-    ]
-    shown = {line.key for chart in fixed for line in chart.lines} | {*latencies, *functions}
+    # Older runs lack some.
+    fixed = [chart for chart in CHARTS if set(chart.keys) & set(keys)]
+    others = [key for key in keys if not any(key in chart.keys for chart in fixed)]
+    latencies = [key for key in others if "latency" in key]
+    functions = [key for key in others if key.startswith("reward/") and key not in latencies]
+    rest = [key for key in others if key not in latencies and key not in functions]
     return (
-        *[chart for chart in fixed if chart.section == "Reward"],
+        *[chart for chart in fixed if chart.section == REWARD],
         *[
-            Chart("Reward", key.removeprefix("reward/"), "", "mean, unweighted", (Line(key, ""),))
+            Chart(REWARD, key.removeprefix("reward/"), (key,), hint="mean, unweighted")
             for key in functions
         ],
-        *[chart for chart in fixed if chart.section in ("Signal and length", "Time")],
-        *[Chart("Time", key, "s", "", (Line(key, ""),)) for key in latencies],
-        *[chart for chart in fixed if chart.section == "Learner"],
-        *[
-            Chart("Other metrics", key, "", "", (Line(key, ""),))
-            for key in keys
-            if key not in shown
-        ],
+        *[chart for chart in fixed if chart.section in (SIGNAL, TIME)],
+        *[Chart(TIME, key, (key,), "s") for key in latencies],
+        *[chart for chart in fixed if chart.section == LEARNER],
+        *[Chart("Other metrics", key, (key,)) for key in rest],
     )
 
 

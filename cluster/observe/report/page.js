@@ -94,15 +94,15 @@ function ticks(low, high, size) {
   return found;
 }
 
-// The lines of a chart as {label, values, low, high}; those of a stack lie on top of each other.
+// The lines of a chart as {label, values, low, high}; several lie on top of each other.
 function linesOf(chart) {
-  const lines = chart.lines
-    .filter((line) => series.has(line.key))
-    .map((line) => {
-      const { mean, low, high } = series.get(line.key);
-      return { label: line.label, values: mean, low, high, top: mean, bottom: null };
+  const lines = chart.keys
+    .filter((key) => series.has(key))
+    .map((key) => {
+      const { mean, low, high } = series.get(key);
+      return { label: key.split("/").pop(), values: mean, low, high, top: mean, bottom: null };
     });
-  if (chart.kind === "stack") {
+  if (chart.keys.length > 1) {
     let below = steps.map(() => 0);
     for (const line of lines) {
       line.bottom = below;
@@ -142,7 +142,7 @@ function addChart(chart, into) {
       legend.append(h("span", {}, swatch, line.label));
     });
   }
-  const smooth = chart.kind === "line" && steps.length > 2 * SMOOTHED;
+  const smooth = chart.keys.length === 1 && steps.length > 2 * SMOOTHED;
   const hint = [chart.unit === "%" ? "" : chart.unit, chart.hint].filter(Boolean).join(" · ");
   const card = h("article", { class: chart.wide ? "chart wide" : "chart" },
     h("header", {}, h("h3", {}, ...literal(chart.title)), readout),
@@ -277,42 +277,42 @@ function mark(view) {
 }
 
 const mean = (values) => (values.length ? values.reduce((a, b) => a + b, 0) / values.length : null);
-const meanReward = (group) => mean(group.samples.map((one) => one.reward).filter((v) => v !== null));
+const meanReward = (group) => mean(group.completions.map((one) => one.reward).filter((v) => v !== null));
 
-function ordered(samples) {
+function ordered(items) {
   const way = { sampled: 0, best: -1, worst: 1 }[byId("order").value];
   // No reward comes last either way.
   const rank = (one) => (one.reward === null ? Infinity : way * one.reward);
-  return way ? [...samples].sort((a, b) => (rank(a) === rank(b) ? 0 : rank(a) - rank(b))) : samples;
+  return way ? [...items].sort((a, b) => (rank(a) === rank(b) ? 0 : rank(a) - rank(b))) : items;
 }
 
-function advantageBar(sample, largest) {
+function advantageBar(completion, largest) {
   const fillBar = h("i");
-  const share = largest ? (50 * Math.abs(sample.advantage ?? 0)) / largest : 0;
+  const share = largest ? (50 * Math.abs(completion.advantage ?? 0)) / largest : 0;
   fillBar.style.width = `${share}%`;
-  fillBar.style[sample.advantage < 0 ? "right" : "left"] = "50%";
-  fillBar.style.background = `var(${sample.advantage < 0 ? "--minus" : "--plus"})`;
+  fillBar.style[completion.advantage < 0 ? "right" : "left"] = "50%";
+  fillBar.style.background = `var(${completion.advantage < 0 ? "--minus" : "--plus"})`;
   return h("div", { class: "bar", "aria-hidden": "true" }, fillBar);
 }
 
-function sampleCard(sample, group) {
-  const largest = Math.max(...group.samples.map((one) => Math.abs(one.advantage ?? 0)));
+function completionCard(completion, group) {
+  const largest = Math.max(...group.completions.map((one) => Math.abs(one.advantage ?? 0)));
   let advantage = "advantage –";
-  if (sample.advantage !== null) advantage = `advantage ${signed(sample.advantage)}`;
-  else if (sample.untrained) advantage = `not trained: ${sample.untrained}`;
+  if (completion.advantage !== null) advantage = `advantage ${signed(completion.advantage)}`;
+  else if (completion.untrained) advantage = `not trained: ${completion.untrained}`;
   const functions = h("dl", { class: "functions" });
   group.functions.forEach((name, i) => {
-    functions.append(h("dt", {}, ...literal(name)), h("dd", {}, number(sample.values[i])));
+    functions.append(h("dt", {}, ...literal(name)), h("dd", {}, number(completion.values[i])));
   });
-  const [from, to] = [sample.versions[0], sample.versions[sample.versions.length - 1]];
-  const facts = h("div", { class: "facts" }, `${sample.tokens.toLocaleString("en-US")} tokens`);
-  if (sample.cut) facts.append(" · ", h("span", { class: "cut" }, "truncated"));
+  const [from, to] = [completion.versions[0], completion.versions[completion.versions.length - 1]];
+  const facts = h("div", { class: "facts" }, `${completion.tokens.toLocaleString("en-US")} tokens`);
+  if (completion.truncated) facts.append(" · ", h("span", { class: "truncated" }, "truncated"));
   if (from !== undefined) facts.append(` · weights ${from === to ? from : `${from} to ${to}`}`);
-  return h("article", { class: sample.untrained ? "sample untrained" : "sample" },
+  return h("article", { class: completion.untrained ? "completion untrained" : "completion" },
     h("div", { class: "scores" },
-      h("span", {}, "reward ", h("b", {}, number(sample.reward))), h("span", {}, advantage)),
-    advantageBar(sample, largest), functions, textBox(sample.text),
-    ...sample.errors.map((error) => h("div", { class: "error" }, ...whole(error))), facts);
+      h("span", {}, "reward ", h("b", {}, number(completion.reward))), h("span", {}, advantage)),
+    advantageBar(completion, largest), functions, textBox(completion.text),
+    ...completion.errors.map((error) => h("div", { class: "error" }, ...whole(error))), facts);
 }
 
 function promptCard(group) {
@@ -350,7 +350,7 @@ function showStep() {
   byId("group").replaceChildren();
   if (group) {
     byId("group").append(promptCard(group),
-      h("div", { class: "samples" }, ...ordered(group.samples).map((one) => sampleCard(one, group))));
+      h("div", { class: "completions" }, ...ordered(group.completions).map((one) => completionCard(one, group))));
   }
   drawn.filter((chart) => chart.x).forEach(mark);
 }
@@ -373,7 +373,7 @@ function showVisits() {
     ...groups.map((group) =>
       h("div", { class: "visit" },
         h("h3", {}, `step ${group.step.toLocaleString("en-US")} · mean reward ${number(meanReward(group))}`),
-        ...ordered(group.samples).map((one) => sampleCard(one, group)))));
+        ...ordered(group.completions).map((one) => completionCard(one, group)))));
   byId("visit-prompt")?.remove();
   const card = promptCard(groups[0]);
   card.id = "visit-prompt";

@@ -20,7 +20,7 @@ from pathlib import Path
 from cohort.cluster.files import write_atomically
 from cohort.cluster.observe.report.build import Report, ReportError, build
 from cohort.cluster.observe.report.completions import ReportLimits
-from cohort.cluster.observe.report.samples import LONGEST_TEXT, Text, shorten
+from cohort.cluster.observe.report.recorded import LONGEST_TEXT, Text, shorten
 
 # A page that cannot keep this much of each text is not worth looking at.
 SHORTEST_TEXT = 200

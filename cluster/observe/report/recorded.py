@@ -40,7 +40,7 @@ def shorten(text: Text, limit: int) -> Text:
 
 
 @dataclass(frozen=True)
-class Sample:
+class ReportedCompletion:
     """One completion. values: one a function of its group, None where it does not apply or failed.
 
     versions: the weights of the first and of the last token. advantage: None when the completion
@@ -52,7 +52,7 @@ class Sample:
     values: tuple[float | None, ...]
     errors: tuple[Text, ...]
     tokens: int
-    cut: bool
+    truncated: bool
     versions: tuple[int, ...]
     advantage: float | None = None
     untrained: str = ""
@@ -66,7 +66,7 @@ class RecordedGroup:
     prompt: object
     prompt_tokens: int
     functions: tuple[str, ...]
-    samples: tuple[Sample, ...]
+    completions: tuple[ReportedCompletion, ...]
 
 
 class RecordedError(BaseModel):
@@ -114,7 +114,7 @@ def read_rows(file: Path) -> Iterator[RecordedRow | None]:
 def read_groups(file: Path) -> tuple[list[RecordedGroup], int]:
     """The groups of one step in order, and how many lines could not be read."""
     first_rows: dict[str, RecordedRow] = {}
-    samples: dict[str, list[Sample]] = {}
+    completions: dict[str, list[ReportedCompletion]] = {}
     unread = 0
     for row in read_rows(file):
         if row is None:
@@ -122,22 +122,22 @@ def read_groups(file: Path) -> tuple[list[RecordedGroup], int]:
             continue
         first = first_rows.setdefault(row.group_id, row)
         # Shortened one by one: a step may have gigabytes of completions.
-        samples.setdefault(row.group_id, []).append(_sample(row, first.by_function))
+        completions.setdefault(row.group_id, []).append(_completion(row, first.by_function))
     groups = [
         RecordedGroup(
             key=prompt_key(row.prompt),
             prompt=row.prompt,
             prompt_tokens=row.prompt_tokens,
             functions=tuple(row.by_function),
-            samples=tuple(samples[group_id]),
+            completions=tuple(completions[group_id]),
         )
         for group_id, row in first_rows.items()
     ]
     return groups, unread
 
 
-def _sample(row: RecordedRow, functions: Iterable[str]) -> Sample:
-    return Sample(
+def _completion(row: RecordedRow, functions: Iterable[str]) -> ReportedCompletion:
+    return ReportedCompletion(
         text=shorten(Text(row.completion), LONGEST_TEXT),
         reward=_finite(row.reward),
         values=tuple(_finite(row.by_function.get(name)) for name in functions),
@@ -145,7 +145,7 @@ def _sample(row: RecordedRow, functions: Iterable[str]) -> Sample:
             shorten(Text(f"{e.function} {e.cause}: {e.message}"), LONGEST_TEXT) for e in row.errors
         ),
         tokens=row.tokens,
-        cut=row.finish_reason == "length",
+        truncated=row.finish_reason == "length",
         versions=tuple(row.weight_versions),
     )
 
@@ -167,37 +167,39 @@ def with_advantages(
         meta = GroupMeta(
             group_id=str(place),
             prompt_tokens=max(1, group.prompt_tokens),
-            completion_ids=tuple(f"{place}/{i}" for i in range(len(group.samples))),
-            completion_tokens=tuple(sample.tokens for sample in group.samples),
-            truncated=tuple(sample.cut for sample in group.samples),
+            completion_ids=tuple(f"{place}/{i}" for i in range(len(group.completions))),
+            completion_tokens=tuple(completion.tokens for completion in group.completions),
+            truncated=tuple(completion.truncated for completion in group.completions),
             weight_versions=(0, 0),
             actor="",
             seconds=0.0,
         )
-        totals = tuple(sample.reward for sample in group.samples)
+        totals = tuple(completion.reward for completion in group.completions)
         pairs.append((meta, ScoreMeta(str(place), totals, {}, (), 0.0)))
     trained = assign_credit(pairs, algorithm, max_tokens).advantages
     return [
         replace(
             group,
-            samples=tuple(
-                replace(sample, advantage=trained[f"{place}/{i}"])
+            completions=tuple(
+                replace(completion, advantage=trained[f"{place}/{i}"])
                 if f"{place}/{i}" in trained
-                else replace(sample, untrained=_why_untrained(sample, group, algorithm))
-                for i, sample in enumerate(group.samples)
+                else replace(completion, untrained=_why_untrained(completion, group, algorithm))
+                for i, completion in enumerate(group.completions)
             ),
         )
         for place, group in enumerate(groups)
     ]
 
 
-def _why_untrained(sample: Sample, group: RecordedGroup, algorithm: AlgorithmConfig) -> str:
-    if sample.reward is None:
+def _why_untrained(
+    one: ReportedCompletion, group: RecordedGroup, algorithm: AlgorithmConfig
+) -> str:
+    if one.reward is None:
         return "no reward"
-    if sample.tokens == 0:
+    if one.tokens == 0:
         return "no tokens"
-    if sum(s.reward is not None and s.tokens > 0 for s in group.samples) < 2:
+    if sum(s.reward is not None and s.tokens > 0 for s in group.completions) < 2:
         return "the only reward of its group"
-    if algorithm.mask_truncated and sample.cut:
+    if algorithm.mask_truncated and one.truncated:
         return "truncated"
     return "group without signal"
