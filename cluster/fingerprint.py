@@ -19,8 +19,8 @@ from typing import TypedDict
 from pydantic import JsonValue
 
 from cohort.cluster.config import Config, expand
+from cohort.rewards.specs import RewardSpec
 from cohort.rewards.tasks import BUILT_IN, Fingerprinted, Row, Task
-from cohort.rewards.worker import RewardSpec
 
 VERSION = 1
 # Rows of each split that stand for all of a task that does not name its rows itself.

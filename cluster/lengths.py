@@ -16,9 +16,9 @@ import numpy as np
 from cohort.actors.records import Prompt
 from cohort.cluster.config import Config
 from cohort.rewards.progress import with_progress
+from cohort.rewards.specs import RewardSpec
 from cohort.rewards.survey import UNKNOWN, survey_of
 from cohort.rewards.tasks import PromptRenderer, Row, Task, TaskError, split_overlong
-from cohort.rewards.worker import RewardSpec
 
 # A task with at most so many rows and bytes of prompts is rendered whole.
 WHOLE_ROWS = 10_000

@@ -18,10 +18,10 @@ from cohort.cluster.placement import Placement, cpu_environment
 from cohort.cluster.prepare import Prepared
 from cohort.learner.learner import Learner
 from cohort.learner.spec import LearnerSpec
-from cohort.rewards.pool import RewardPool, watched_actor_class
+from cohort.rewards.pool import RewardPool
 from cohort.rewards.rates import PassRates, RateHistory
 from cohort.rewards.tasks import Curriculum, SampledPrompts, sample_prompts
-from cohort.rewards.worker import RewardWorker, longest_score_s
+from cohort.rewards.worker import RewardWorker, longest_score_s, watched_actor_class
 
 # Engine and learner use different kernels: the gap is about 0.1 in bfloat16, an eighth of that in
 # float16, below 1e-4 in float32.

@@ -18,8 +18,9 @@ from cohort.cluster.config import Config
 from cohort.cluster.errors import RunError
 from cohort.cluster.lengths import check_lengths, render_rows
 from cohort.cluster.model_folder import inspect_model, load_tokenizer
+from cohort.rewards.specs import RewardSpec, reward_specs
 from cohort.rewards.tasks import PromptRenderer, Task, load_task, sample_rows
-from cohort.rewards.worker import RewardSpec, RewardWorker, reward_specs
+from cohort.rewards.worker import RewardWorker
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

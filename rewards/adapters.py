@@ -65,7 +65,7 @@ def from_verl(compute_score: RewardFunction) -> RewardFunction:
     names = _verl_names(compute_score)
 
     @per_completion
-    def judged(completions: Sequence[Any], **columns: Any) -> Any:
+    def judged(completions: Sequence[object], **columns: Any) -> Any:
         texts = completion_texts(completions)
         truths = _ground_truths(columns) if "ground_truth" in names else [None] * len(texts)
         sources = columns.get("data_source", [None] * len(texts))
@@ -106,7 +106,7 @@ def _verl_names(compute_score: RewardFunction) -> dict[str, str]:
 
 
 def _from_verl_batches(compute_score: RewardFunction) -> RewardFunction:
-    def judged(completions: Sequence[Any], **columns: Any) -> Any:
+    def judged(completions: Sequence[object], **columns: Any) -> Any:
         texts = completion_texts(completions)
         return compute_score(
             data_sources=columns.get("data_source", [None] * len(texts)),
@@ -128,7 +128,7 @@ def from_openrlhf(reward_func: RewardFunction) -> RewardFunction:
 
     def judged(
         prompt_texts: Sequence[str],
-        completions: Sequence[Any],
+        completions: Sequence[object],
         log_metric: Callable[[str, Any], None],
         labels: Sequence[Any] | None = None,
         label: Sequence[Any] | None = None,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from decimal import Decimal
-from typing import Any
 
 from cohort.rewards.base import completion_texts, per_completion
 from cohort.rewards.extract import AnswerIn, answer_of, beginnings, final_parts, question_of
@@ -49,11 +48,11 @@ def parse_number(text: str) -> Decimal | None:
 
 @per_completion
 def exact_number(
-    prompts: Sequence[Any],
-    completions: Sequence[Any],
-    answer: Sequence[Any],
+    prompts: Sequence[object],
+    completions: Sequence[object],
+    answer: Sequence[object],
     prefills: Sequence[str] | None = None,
-    **_: Any,
+    **_: object,
 ) -> list[float | None]:
     """1.0 where the completion's final number (see `final_number`) equals `answer`, else 0.0.
 
@@ -83,11 +82,11 @@ def exact_number(
 
 @per_completion
 def boxed_answer(
-    completions: Sequence[Any],
-    answer: Sequence[Any],
-    prompts: Sequence[Any] | None = None,
+    completions: Sequence[object],
+    answer: Sequence[object],
+    prompts: Sequence[object] | None = None,
     prefills: Sequence[str] | None = None,
-    **_: Any,
+    **_: object,
 ) -> list[float | None]:
     r"""1.0 where the last `\boxed{...}` holds `answer` (see `same_text`), else 0.0.
 
@@ -99,11 +98,11 @@ def boxed_answer(
 
 @per_completion
 def tagged_answer(
-    completions: Sequence[Any],
-    answer: Sequence[Any],
-    prompts: Sequence[Any] | None = None,
+    completions: Sequence[object],
+    answer: Sequence[object],
+    prompts: Sequence[object] | None = None,
     prefills: Sequence[str] | None = None,
-    **_: Any,
+    **_: object,
 ) -> list[float | None]:
     """1.0 where the one `<answer>...</answer>` holds `answer` (see `same_text`), else 0.0.
 
@@ -126,7 +125,10 @@ def same_text(said: str, known: str) -> bool:
 
 
 def _compared(
-    completions: Sequence[Any], answer: Sequence[Any], answer_in: AnswerIn, begun: Sequence[str]
+    completions: Sequence[object],
+    answer: Sequence[object],
+    answer_in: AnswerIn,
+    begun: Sequence[str],
 ) -> list[float | None]:
     scores: list[float | None] = []
     for text, known, prefill in zip(completion_texts(completions), answer, begun, strict=True):

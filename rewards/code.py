@@ -79,11 +79,11 @@ class CodeTests:
 
     def __call__(
         self,
-        completions: Sequence[Any],
+        completions: Sequence[object],
         tests: Sequence[Any],
-        prompts: Sequence[Any] | None = None,
+        prompts: Sequence[object] | None = None,
         prefills: Sequence[str] | None = None,
-        **_: Any,
+        **_: object,
     ) -> list[dict[str, float] | SandboxError | None]:
         programs = [last_code(text or "") for text in final_parts(completions, prefills, prompts)]
         with ThreadPoolExecutor(self._parallel) as pool:

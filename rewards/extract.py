@@ -52,9 +52,9 @@ def left_open(prefill: str) -> str:
 
 
 def final_parts(
-    completions: Sequence[Any],
+    completions: Sequence[object],
     prefills: Sequence[str] | None = None,
-    prompts: Sequence[Any] | None = None,
+    prompts: Sequence[object] | None = None,
 ) -> list[str | None]:
     """`final_part` of each completion, given as strings or as lists of messages.
 
@@ -66,7 +66,7 @@ def final_parts(
 
 
 def beginnings(
-    count: int, prefills: Sequence[str] | None, prompts: Sequence[Any] | None
+    count: int, prefills: Sequence[str] | None, prompts: Sequence[object] | None
 ) -> Sequence[str]:
     """What each of `count` answers begins with in its prompt; "" where nothing is known."""
     if prefills is not None:

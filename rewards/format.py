@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
 from cohort.rewards.answer import MAX_CHARACTERS, NUMBER
 from cohort.rewards.base import completion_texts, per_completion
@@ -16,10 +15,10 @@ THINK_ANSWER = re.compile(r"\s*<think>(.*)</think>\s*<answer>(.*)</answer>\s*", 
 
 @per_completion
 def number_only(
-    completions: Sequence[Any],
-    prompts: Sequence[Any] | None = None,
+    completions: Sequence[object],
+    prompts: Sequence[object] | None = None,
     prefills: Sequence[str] | None = None,
-    **_: Any,
+    **_: object,
 ) -> list[float]:
     """1.0 where the completion is a number in ASCII digits and nothing else but whitespace.
 
@@ -41,10 +40,10 @@ def number_only(
 
 @per_completion
 def tagged_think_answer(
-    completions: Sequence[Any],
-    prompts: Sequence[Any] | None = None,
+    completions: Sequence[object],
+    prompts: Sequence[object] | None = None,
     prefills: Sequence[str] | None = None,
-    **_: Any,
+    **_: object,
 ) -> list[float]:
     """1.0 where the completion is `<think>...</think> <answer>...</answer>`, the format of R1.
 

@@ -87,10 +87,10 @@ class LLMJudge:
     async def __call__(
         self,
         /,
-        prompts: Sequence[Any],
-        completions: Sequence[Any],
+        prompts: Sequence[object],
+        completions: Sequence[object],
         reference: Sequence[Any] | None = None,
-        **_: Any,
+        **_: object,
     ) -> list[Grade | Exception]:
         texts = completion_texts(completions)
         wanted = reference if reference is not None else [None] * len(texts)

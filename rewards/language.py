@@ -6,7 +6,6 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
 
 from cohort.rewards.base import completion_texts, per_completion
 
@@ -31,7 +30,9 @@ WORD = re.compile(r"[^\W\d_]+")
 
 
 @per_completion
-def language_consistency(completions: Sequence[Any], language: str = "en", **_: Any) -> list[float]:
+def language_consistency(
+    completions: Sequence[object], language: str = "en", **_: object
+) -> list[float]:
     """The share of words written in the script of `language`; 0.0 without any word.
 
     After DeepSeek-R1 (arXiv:2501.12948, section 2.3.2), which counts words of the target language;

@@ -7,14 +7,13 @@ The formulas are the papers'; the functions do what TRL's `get_soft_overlong_pun
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from cohort.rewards.base import per_completion
 
 
 @per_completion
 def soft_overlong(
-    completion_ids: Sequence[Sequence[int]], max_tokens: int, soft_tokens: int, **_: Any
+    completion_ids: Sequence[Sequence[int]], max_tokens: int, soft_tokens: int, **_: object
 ) -> list[float]:
     """0 up to max_tokens - soft_tokens, then falling to -1 at max_tokens, and -1 beyond.
 
@@ -31,7 +30,7 @@ def soft_overlong(
 
 @per_completion
 def repetition(
-    completion_ids: Sequence[Sequence[int]], ngram: int = 3, max_penalty: float = -1.0, **_: Any
+    completion_ids: Sequence[Sequence[int]], ngram: int = 3, max_penalty: float = -1.0, **_: object
 ) -> list[float]:
     """max_penalty times the share of n-grams of tokens that were there before.
 

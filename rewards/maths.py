@@ -66,11 +66,11 @@ class MathAnswer:
     def __call__(
         self,
         /,
-        prompts: Sequence[Any],
-        completions: Sequence[Any],
-        answer: Sequence[Any],
+        prompts: Sequence[object],
+        completions: Sequence[object],
+        answer: Sequence[object],
         prefills: Sequence[str] | None = None,
-        **_: Any,
+        **_: object,
     ) -> list[float | Exception | None]:
         texts = completion_texts(completions)
         questions = [question_of(prompt) for prompt in prompts]

@@ -392,15 +392,3 @@ def _end(handle: Any, for_good: bool) -> None:
     import ray
 
     ray.kill(handle, no_restart=for_good)
-
-
-def watched_actor_class(actor_class: Any) -> Any:
-    """A class of reward actors for Ray that answers `ping` while it judges."""
-    import ray
-
-    @ray.method(concurrency_group="health")
-    def ping(self: Any) -> str:
-        return str(actor_class.ping(self))
-
-    watched = type(actor_class.__name__, (actor_class,), {"ping": ping})
-    return ray.remote(concurrency_groups={"health": 1})(watched)

@@ -146,13 +146,13 @@ class ReasoningGymTask:
 
 @per_completion
 def score(
-    completions: Sequence[Any],
+    completions: Sequence[object],
     entry: Sequence[Mapping[str, Any] | None],
     dataset: Sequence[Mapping[str, Any] | None],
     answer_in: str = "tags",
-    prompts: Sequence[Any] | None = None,
+    prompts: Sequence[object] | None = None,
     prefills: Sequence[str] | None = None,
-    **_: Any,
+    **_: object,
 ) -> list[dict[str, float] | Exception | None]:
     """What reasoning-gym's own scorer says, in [0, 1], partial credit included.
 

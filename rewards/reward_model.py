@@ -53,7 +53,7 @@ class RewardModel:
         self._label = label
 
     async def __call__(
-        self, /, prompts: Sequence[Any], completions: Sequence[Any], **_: Any
+        self, /, prompts: Sequence[object], completions: Sequence[object], **_: object
     ) -> list[float | Exception | None]:
         pairs = zip(prompts, completion_texts(completions), strict=True)
         return await self._endpoint.answers([_text(prompt, text) for prompt, text in pairs])

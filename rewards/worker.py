@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import platform
@@ -10,43 +9,22 @@ import tempfile
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 from cohort.actors.process import MARKER, start_watcher
 from cohort.actors.records import Failure, Group, ScoredGroup, ScoreMeta
-from cohort.rewards.base import RewardLoadError, combine, out_of_range, resolve_path, reward_path
-from cohort.rewards.config import RewardFunctionConfig, RewardsConfig
+from cohort.rewards.base import RewardLoadError, combine, out_of_range
 from cohort.rewards.environment import hide_environment, scrubbed_environment
 from cohort.rewards.process import KILL_TIMEOUT_S, Child
 from cohort.rewards.results import RewardResult, error_tail, failed, from_json, merged, reordered
-from cohort.rewards.tasks import Task, TaskError
+from cohort.rewards.specs import RewardSpec
 
 # Loading a function may import torch or read a model; it is not a hang before this.
 START_TIMEOUT_S = 120.0
 # A completion that is judged alone gets at least this (or the whole deadline, if that is less).
 ALONE_S = 1.0
-# Metrics of the totals; a function of such a name would overwrite them.
-TOTAL_METRICS = frozenset({"mean", "std", "zero_variance_fraction", "error_rate"})
-
-
-@dataclass(frozen=True)
-class RewardSpec:
-    """A reward function: a unique name for metrics, where to load it, its factor in the total.
-
-    The rest is as in RewardFunctionConfig.
-    """
-
-    name: str
-    path: str
-    weight: float = 1.0
-    kind: str = "trl"
-    options: dict[str, Any] = field(default_factory=dict)
-    columns: dict[str, str] = field(default_factory=dict)
-    secrets: tuple[str, ...] = ()
-    sources: tuple[str, ...] = ()
-    whole_group: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -55,46 +33,6 @@ class Judged:
 
     ids: tuple[str, ...]
     verdicts: dict[str, tuple[RewardResult, tuple[float, ...]]]
-
-
-def reward_specs(task: Task, config: RewardsConfig, base: Path | None = None) -> list[RewardSpec]:
-    """The functions that score this run: the config's, else the task's own.
-
-    Names are the last part of the paths, numbered where they repeat. Relative files are made
-    absolute from `base` (default: the current folder). Raises TaskError when there is no function,
-    or none that counts.
-    """
-    chosen = task.rewards if config.functions is None else config.functions
-    if not chosen:
-        raise TaskError(
-            f"no reward function: set rewards.functions ({type(task).__name__} has none of its "
-            "own, or not for all of its rows)"
-            if config.functions is None
-            else "rewards.functions is an empty list: name a function, or leave it out"
-        )
-    specs: list[RewardSpec] = []
-    for item in chosen:
-        entry = RewardFunctionConfig(path=item, weight=1.0) if isinstance(item, str) else item
-        path = resolve_path(reward_path(entry.path), base or Path.cwd())
-        stem = name = path.rpartition(":")[2]
-        number = 1
-        while name in TOTAL_METRICS | {spec.name for spec in specs}:
-            number += 1
-            name = f"{stem}_{number}"
-        try:
-            json.dumps(entry.options)
-        except TypeError as error:
-            raise TaskError(
-                f"rewards.functions: the options of {entry.path} must be plain values: {error}"
-            ) from error
-        given = entry.model_dump(exclude={"path", "weight", "secrets", "sources"})
-        secrets, sources = tuple(entry.secrets), tuple(entry.sources)
-        specs.append(
-            RewardSpec(name, path, entry.weight, secrets=secrets, sources=sources, **given)
-        )
-    if all(spec.weight == 0 for spec in specs):
-        raise TaskError("every reward function has weight 0: there is nothing to learn from")
-    return specs
 
 
 def longest_score_s(timeout_s: float, functions: int, group_size: int) -> float:
@@ -402,3 +340,16 @@ def _pickled(group: Group) -> bytes:
     # Columns may hold objects of foreign code, and anything may be nested too deep.
     except Exception as error:
         raise _NotPickled(f"cannot pickle the group: {error_tail(error, 300)}") from error
+
+
+def watched_actor_class(actor_class: type[RewardWorker]) -> Any:
+    """A class of reward workers for Ray that answers `ping` while it scores."""
+    import ray
+
+    @ray.method(concurrency_group="health")
+    def ping(self: RewardWorker) -> str:
+        return str(actor_class.ping(self))
+
+    watched = type(actor_class.__name__, (actor_class,), {"ping": ping})
+    # Ray's types do not know this option.
+    return ray.remote(concurrency_groups={"health": 1})(watched)  # type: ignore[call-overload]

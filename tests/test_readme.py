@@ -21,8 +21,8 @@ from cohort.cluster.cli import app
 from cohort.cluster.config import all_keys
 from cohort.cluster.config_file import load_config
 from cohort.rewards.adapters import load_reward
+from cohort.rewards.specs import reward_specs
 from cohort.rewards.tasks import load_task
-from cohort.rewards.worker import reward_specs
 from tests.shown import DOCUMENTS, ROOT, Shown, blocks, commands, environment, scratch_copy
 
 if TYPE_CHECKING:

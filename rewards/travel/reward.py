@@ -12,7 +12,7 @@ from cohort.rewards.travel.scores import evaluate
 
 @per_completion
 def itinerary(
-    completions: Sequence[Any], query: Sequence[dict[str, Any] | None], **_: Any
+    completions: Sequence[object], query: Sequence[dict[str, Any] | None], **_: object
 ) -> list[dict[str, float] | None]:
     """Each plan's total as `score`, in [0, 1.5]; at least 1 exactly where it breaks no rule.
 

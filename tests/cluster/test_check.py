@@ -19,8 +19,8 @@ from cohort.cluster.commands.check.sheet import CheckReport
 from cohort.cluster.config import Config
 from cohort.rewards.answer import exact_number
 from cohort.rewards.base import judge as score
+from cohort.rewards.specs import RewardSpec
 from cohort.rewards.tasks import PromptRenderer, Row
-from cohort.rewards.worker import RewardSpec
 from tests.models import tiny_llama
 from tests.templates import FAMILIES, tokenizer_of
 

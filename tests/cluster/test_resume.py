@@ -33,8 +33,8 @@ from cohort.cluster.fingerprint import (
 )
 from cohort.learner.checkpoint import CheckpointError
 from cohort.learner.optimizer import lr_at
+from cohort.rewards.specs import reward_specs
 from cohort.rewards.tasks import Row, load_task
-from cohort.rewards.worker import reward_specs
 from tests.harness.world import World
 
 MakeWorld = Callable[..., World]

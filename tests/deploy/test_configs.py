@@ -12,8 +12,8 @@ from cohort.cluster.config import Config
 from cohort.cluster.config_file import load_config
 from cohort.rewards.base import load_function
 from cohort.rewards.config import RewardFunctionConfig
+from cohort.rewards.specs import reward_specs
 from cohort.rewards.tasks import load_task, sample_rows
-from cohort.rewards.worker import reward_specs
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "deploy" / "configs").glob("*.yaml"))
 NEEDS_DATA = {"code", "gsm8k", "r1_zero"}

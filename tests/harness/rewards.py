@@ -9,7 +9,8 @@ from typing import Any
 from cohort.rewards.adapters import load_reward
 from cohort.rewards.base import is_per_completion, judge, per_completion
 from cohort.rewards.results import from_json, to_json
-from cohort.rewards.worker import RewardSpec, RewardWorker
+from cohort.rewards.specs import RewardSpec
+from cohort.rewards.worker import RewardWorker
 from tests.harness.local_ray import current_actor, current_ray
 
 JUDGE_S = 0.02

@@ -12,8 +12,9 @@ from cohort.actors.records import Completion, Group, Prompt
 from cohort.rewards.adapters import from_openrlhf, from_verl, load_reward
 from cohort.rewards.base import is_per_completion, judge
 from cohort.rewards.config import RewardFunctionConfig, RewardsConfig
+from cohort.rewards.specs import reward_specs
 from cohort.rewards.tasks import TaskError
-from cohort.rewards.worker import RewardWorker, reward_specs
+from cohort.rewards.worker import RewardWorker
 
 CHAT = [{"role": "user", "content": "2 + 2?"}]
 

@@ -13,7 +13,8 @@ import pytest
 from cohort.rewards.base import RewardLoadError
 from cohort.rewards.code import CodeTests
 from cohort.rewards.sandbox import Sandbox, SandboxError, SandboxLimits
-from cohort.rewards.worker import RewardSpec, RewardWorker
+from cohort.rewards.specs import RewardSpec
+from cohort.rewards.worker import RewardWorker
 from tests import needs
 
 SUM = [{"input": "3 4\n", "output": "7"}, {"input": "1 1\n", "output": "2\n"}]

@@ -102,7 +102,8 @@ ACTOR = """
 import os, subprocess, sys
 import numpy as np
 from cohort.actors.records import Completion, Group, Prompt
-from cohort.rewards.worker import RewardWorker, RewardSpec
+from cohort.rewards.specs import RewardSpec
+from cohort.rewards.worker import RewardWorker
 completion = Completion("c", "p", np.arange(1), np.zeros(1), "stop", 0, (0, 0), "a")
 group = Group("g", Prompt("p", (1,), "Q", {}), (completion,))
 actor = RewardWorker([RewardSpec("spy", sys.argv[1])], 20)

@@ -13,7 +13,8 @@ from model_server import Reply, Server, grade, says
 from cohort.actors.records import Completion, Group, Prompt
 from cohort.rewards.base import RewardLoadError
 from cohort.rewards.judge import LLMJudge
-from cohort.rewards.worker import RewardSpec, RewardWorker
+from cohort.rewards.specs import RewardSpec
+from cohort.rewards.worker import RewardWorker
 
 KEY = "sk-very-secret"
 

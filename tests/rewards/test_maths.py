@@ -12,7 +12,8 @@ import pytest
 
 from cohort.actors.records import Completion, Group, Prompt
 from cohort.rewards.maths import MathAnswer
-from cohort.rewards.worker import RewardSpec, RewardWorker
+from cohort.rewards.specs import RewardSpec
+from cohort.rewards.worker import RewardWorker
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("math_verify") is None, reason="math-verify is not installed"

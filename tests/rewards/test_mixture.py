@@ -14,8 +14,9 @@ from cohort.actors.records import Completion, Group, Prompt, ScoreMeta
 from cohort.rewards.config import RewardFunctionConfig, RewardsConfig, TaskConfig
 from cohort.rewards.mixture import BLOCK, MixtureTask, shares
 from cohort.rewards.rates import NO_RATES, PassRates, PromptOutcome, Rate, RateHistory, outcome
+from cohort.rewards.specs import reward_specs
 from cohort.rewards.tasks import Demonstrates, Row, TaskError, load_task, sample_rows
-from cohort.rewards.worker import RewardWorker, reward_specs
+from cohort.rewards.worker import RewardWorker
 
 SMALL = {"name": "addition", "label": "small", "options": {"max_operand": 4}, "weight": 3}
 LARGE = {"name": "addition", "label": "large", "options": {"max_operand": 9}}

@@ -19,7 +19,7 @@ from cohort.rewards.base import RewardLoadError, combine, judge, load_function, 
 from cohort.rewards.config import RewardsConfig
 from cohort.rewards.loading import BUILT_IN, load_attribute
 from cohort.rewards.results import from_json, to_json
-from cohort.rewards.worker import reward_specs
+from cohort.rewards.specs import reward_specs
 from tests.shown import ROOT
 
 

@@ -12,7 +12,8 @@ import pytest
 
 from cohort.rewards.base import RewardLoadError, judge, load_function, per_completion
 from cohort.rewards.results import RewardResult
-from cohort.rewards.worker import RewardSpec, RewardWorker
+from cohort.rewards.specs import RewardSpec
+from cohort.rewards.worker import RewardWorker
 from tests.rewards.test_reward_worker import make_group
 
 

@@ -23,7 +23,8 @@ from cohort.learner.credit import group_advantages
 from cohort.rewards.base import combine, judge, out_of_range
 from cohort.rewards.config import RewardFunctionConfig
 from cohort.rewards.results import MAX_SCORE, from_json, to_json
-from cohort.rewards.worker import RewardSpec, RewardWorker
+from cohort.rewards.specs import RewardSpec
+from cohort.rewards.worker import RewardWorker
 
 IDS = ("c0", "c1", "c2")
 # Sends its own reply to the call in progress, which it finds on the stack, then the right one.

@@ -10,7 +10,8 @@ import pytest
 from ray.exceptions import ActorDiedError, ObjectLostError, OutOfMemoryError
 
 from cohort.actors.records import Failure
-from cohort.rewards.pool import Lost, RewardPool, RewardPoolError, watched_actor_class
+from cohort.rewards.pool import Lost, RewardPool, RewardPoolError
+from cohort.rewards.worker import watched_actor_class
 from tests.harness.local_ray import LocalRay
 from tests.harness.world import in_cluster
 

@@ -18,7 +18,8 @@ import pytest
 from cohort.actors.records import Completion, Failure, Group, Prompt, ScoredGroup, ScoreMeta
 from cohort.rewards.base import RewardLoadError
 from cohort.rewards.environment import scrubbed_environment
-from cohort.rewards.worker import RewardSpec, RewardWorker, longest_score_s
+from cohort.rewards.specs import RewardSpec
+from cohort.rewards.worker import RewardWorker, longest_score_s
 
 HOSTILE = Path(__file__).parent / "hostile_rewards.py"
 MakeActor = Callable[..., RewardWorker]

@@ -12,6 +12,7 @@ import pytest
 from cohort.actors.records import Prompt
 from cohort.rewards.base import load_function
 from cohort.rewards.config import RewardFunctionConfig, RewardsConfig, TaskConfig
+from cohort.rewards.specs import reward_specs
 from cohort.rewards.tasks import (
     PromptRenderer,
     Row,
@@ -22,7 +23,6 @@ from cohort.rewards.tasks import (
     sample_rows,
     split_overlong,
 )
-from cohort.rewards.worker import reward_specs
 
 
 def make_task(name: str = "addition", seed: int = 0, **fields: Any) -> Task:

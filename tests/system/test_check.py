@@ -26,7 +26,7 @@ def test_a_check_with_an_engine(
     assert "groups without signal (all rewards equal):" in text
     assert "This run can start" in text
     # A random model seldom ends before 12 tokens.
-    assert "cut at actors.max_tokens=12" in text
+    assert "truncated at actors.max_tokens=12" in text
     assert not run.exists()
     nothing_left()
 

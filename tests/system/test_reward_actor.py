@@ -17,9 +17,10 @@ import ray
 
 from cohort.actors.records import Completion, Group, Prompt, ScoredGroup, ScoreMeta
 from cohort.rewards.config import RewardsConfig, TaskConfig
-from cohort.rewards.pool import RewardPool, watched_actor_class
+from cohort.rewards.pool import RewardPool
+from cohort.rewards.specs import RewardSpec, reward_specs
 from cohort.rewards.tasks import load_task
-from cohort.rewards.worker import RewardSpec, RewardWorker, longest_score_s, reward_specs
+from cohort.rewards.worker import RewardWorker, longest_score_s, watched_actor_class
 
 pytestmark = pytest.mark.system
 

@@ -12,8 +12,8 @@ from cohort.cluster.config import Config
 from cohort.cluster.lengths import Lengths, check_lengths, render_rows
 from cohort.cluster.observe.stats import quantile
 from cohort.cluster.prepare import Prepared, longest_prompt, make_renderer
+from cohort.rewards.specs import RewardSpec, reward_specs
 from cohort.rewards.tasks import Task, load_task, sample_rows
-from cohort.rewards.worker import RewardSpec, reward_specs
 
 SHOWN_PROMPTS = 2
 LONGEST_SHOWN = 6000

@@ -19,8 +19,9 @@ from cohort.cluster.observe.console import number
 from cohort.cluster.observe.stats import mean
 from cohort.rewards.base import combine
 from cohort.rewards.extract import left_open
+from cohort.rewards.specs import RewardSpec
 from cohort.rewards.tasks import Demonstrates, Task
-from cohort.rewards.worker import RewardSpec, RewardWorker
+from cohort.rewards.worker import RewardWorker
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -20,8 +20,8 @@ from cohort.cluster.lengths import Lengths
 from cohort.cluster.placement import Placement, Resources, this_machine
 from cohort.cluster.prepare import Prepared
 from cohort.cluster.ray_start import check_start, connect, ray_address
+from cohort.rewards.specs import RewardSpec
 from cohort.rewards.tasks import Task, sample_prompts
-from cohort.rewards.worker import RewardSpec
 
 
 def check(config: Config, print_line: Callable[[str], None], prompts: int) -> int:
