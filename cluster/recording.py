@@ -97,8 +97,8 @@ async def record(run: Run, times: StepTimes, gap: float) -> None:
     for failure in batch.failures:
         run.note_once(
             f"{failure.kind} {failure.message}",
-            f"step {batch.step}: {failure.what}: {failure.message} (further failures of this "
-            "kind are only counted: rollout/groups_lost)",
+            f"step {batch.step}: {failure.what}: {failure.message} (its like is only counted from "
+            "now on: rollout/groups_lost)",
         )
     replaced = run.writer.replaced
     try:
@@ -143,6 +143,6 @@ def _missed(run: Run, what: str, step: int, error: Exception) -> None:
     text = f"{type(error).__name__}: {error}"
     run.note_once(
         f"{what} {text}",
-        f"step {step}: {what} could not be recorded ({text}); training goes on; further errors "
-        f"of this kind are only counted (report/{what}_missed)",
+        f"step {step}: {what} could not be recorded ({text}); training goes on, and its like is "
+        f"only counted (report/{what}_missed)",
     )

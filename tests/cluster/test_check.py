@@ -268,7 +268,7 @@ def test_a_run_that_is_continued(model: Path, tmp_path: Path) -> None:
     (checkpoint / "manifest.json").write_text(json.dumps(sizes))
     (checkpoint / "COMPLETE").write_text("")
     code, text = checked(model, run, run={"dir": str(run), "resume": True})
-    assert code == 0 and "resumes after step 7 of 100" in text
+    assert code == 0 and "goes on after step 7 of 100" in text
     code, text = checked(model, run, run={"dir": str(run), "resume": True, "steps": 7})
     assert code == 0 and "nothing is left to do: raise run.steps above 7" in text
     code, text = checked(

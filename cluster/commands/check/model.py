@@ -69,7 +69,7 @@ def check_run_dir(config: Config, stage: Stage) -> Resumed | None:
         return None
     state = load_state(checkpoint)
     resumed = Resumed(Saved(checkpoint, state), state["step"], state["cursor"])
-    stage.say(f"{folder} resumes after step {resumed.step} of {config.run.steps}")
+    stage.say(f"{folder} goes on after step {resumed.step} of {config.run.steps}")
     if resumed.step >= config.run.steps:
         stage.warn(f"nothing is left to do: raise run.steps above {resumed.step}")
     return resumed
