@@ -14,7 +14,6 @@ from cohort.cluster.errors import RunError
 from cohort.cluster.files import write_atomically
 from cohort.cluster.fingerprint import Fingerprint
 from cohort.cluster.observe.metrics_file import read_metrics
-from cohort.cluster.observe.tracking import TrackerState
 from cohort.learner.aside import Aside
 from cohort.learner.checkpoint import check_shape, latest, load_state
 
@@ -34,7 +33,7 @@ class SavedState(TypedDict):
     step: int
     cursor: int
     counters: dict[str, int]
-    tracking: TrackerState
+    tracking: dict[str, str | None]
     pass_rates: dict[str, JsonValue] | None
     fingerprint: NotRequired[Fingerprint]
 

@@ -5,19 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import SupportsFloat, TypedDict
+from typing import SupportsFloat
 
 from cohort.cluster.config import Config
 from cohort.cluster.observe.metrics_file import MetricsFile, step_row
 from cohort.cluster.observe.rollouts import RolloutRow
 from cohort.cluster.observe.wandb_run import WandbRun, run_id, wandb_mode
 from cohort.learner.aside import Aside
-
-
-class TrackerState(TypedDict):
-    """What a checkpoint keeps, so that a resumed run is the same W&B run."""
-
-    wandb_id: str | None
 
 
 class Tracker:
@@ -43,7 +37,7 @@ class Tracker:
         self,
         run_dir: Path,
         config: Config,
-        resume_state: TrackerState | None = None,
+        resume_state: Mapping[str, str | None] | None = None,
         *,
         first_step: int = 0,
         aside: Aside | None = None,
@@ -66,8 +60,8 @@ class Tracker:
         """One line for people: where W&B data goes."""
         return "W&B: disabled" if self._wandb is None else self._wandb.describe()
 
-    def state(self) -> TrackerState:
-        """What to keep in a checkpoint."""
+    def state(self) -> dict[str, str | None]:
+        """What to keep in a checkpoint, so that a resumed run is the same W&B run."""
         return {"wandb_id": self._wandb_id}
 
     def log(self, metrics: Mapping[str, SupportsFloat | None]) -> None:

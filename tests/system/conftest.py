@@ -24,9 +24,6 @@ CONFIG = str(Path(__file__).resolve().parents[2] / "deploy" / "configs" / "addit
 # Rewards that a random model can earn: how many of its tokens are digits.
 REWARDS = '''
 import os, time
-import rewards  # the user's own
-
-assert rewards.THEIRS
 
 def digits(prompts, completions, completion_ids, answer, **columns):
     """Share of digits among the characters of each completion."""
@@ -54,7 +51,8 @@ class Cohort:
         self.started: list[subprocess.Popen[str]] = []
         (folder / "judge.py").write_text(REWARDS)
         # A user's own modules, with the names of our folders: nothing of ours may import them.
-        (folder / "rewards.py").write_text("THEIRS = True\n")
+        (folder / "rewards.py").write_text("from judge import digits\n")
+        (folder / "theirs.py").write_text("from rewards import digits\n")
         (folder / "cluster").mkdir()
         for name in ("actors.py", "learner.py", "cluster/__init__.py"):
             (folder / name).write_text("raise RuntimeError('imported in place of ours')\n")

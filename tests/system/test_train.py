@@ -201,7 +201,9 @@ def test_a_model_with_contradictory_generation_settings_trains_and_saves(
     settings = {"do_sample": False, "temperature": 0.6}
     (model / "generation_config.json").write_text(json.dumps(settings))
     run = cohort.folder / "contradiction"
-    result = cohort.train(run__dir=run, model__path=model, run__steps=1)
+    # With a reward that comes from the user's own module `rewards`.
+    own = "[theirs.py:digits]"
+    result = cohort.train(run__dir=run, model__path=model, run__steps=1, rewards__functions=own)
     assert result.returncode == 0, shown(result)
     checkpoint = latest(run / "checkpoints")
     assert checkpoint is not None

@@ -58,7 +58,7 @@ def check_run_dir(config: Config, stage: Stage) -> Resumed | None:
     """Whether training may use run.dir, and the checkpoint it would go on from."""
     folder = find_run_dir(config)
     try:
-        # Gone when it is closed; only its name would tell of it.
+        # Writes without leaving anything behind.
         tempfile.TemporaryFile(dir=nearest_existing(folder)).close()
     except OSError as error:
         raise RunError(f"run.dir={folder} cannot be written: {error.strerror}") from error

@@ -259,17 +259,17 @@ def report_errors(
         counted = [error for error in errors if error.completion_id != blank]
         fraction = len(counted) / (scored - (len(scores) if blank else 0))
         first = (counted or errors)[0]
-        told = (
+        message = (
             f"{name} failed ({first.cause}) on {len(errors)} of {scored} completions; the first, "
             f"{first.completion_id}:\n{first.message}"
         )
         if fraction > config.rewards.max_error_rate:
             stage.problem(
-                told + f"\nA run stops above rewards.max_error_rate="
+                message + f"\nA run stops above rewards.max_error_rate="
                 f"{config.rewards.max_error_rate:g}"
             )
         else:
-            stage.warn(told)
+            stage.warn(message)
 
 
 def _row(cells: Sequence[str], widths: Sequence[int]) -> str:

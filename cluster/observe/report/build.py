@@ -48,10 +48,13 @@ class ReportError(CohortError):
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """What is known of the run as a whole; None where its config.yaml does not tell.
+    """What is known of the run as a whole; None where its config.yaml does not say.
 
-    seconds: wall clock of all finished steps. checkpoint: steps done in the last complete one.
-    written: when metrics.jsonl last grew; made: when the run was read. Both in UTC.
+    Attributes:
+        checkpoint: Steps done in the last complete checkpoint.
+        seconds: Wall clock of all finished steps.
+        written: When metrics.jsonl last grew, in UTC.
+        made: When the run was read, in UTC.
     """
 
     name: str
@@ -69,7 +72,7 @@ class RecordedRun:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything on the page. notes: what was chosen, left out or could not be known."""
+    """Everything on the page; `notes` say what was chosen, left out or could not be known."""
 
     run: RecordedRun
     tiles: tuple[Tile, ...]

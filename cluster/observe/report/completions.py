@@ -30,8 +30,11 @@ T = TypeVar("T")
 class ReportLimits:
     """How much of the completions is shown.
 
-    steps: how many. groups: of each step. prompts: that came at several steps (0 looks for none,
-    and reads no file but those of the steps shown), each at no more than `visits` steps.
+    Attributes:
+        steps: Steps.
+        groups: Groups of each.
+        prompts: Prompts that came at several steps; 0 reads only the files of the steps shown.
+        visits: Steps of each such prompt.
     """
 
     steps: int = 40
@@ -50,7 +53,7 @@ class Message:
 
 @dataclass(frozen=True)
 class ReportedGroup:
-    """A group of one step. prompt: its place in `Completions.prompts`."""
+    """A group of one step; `prompt` is an index into `Completions.prompts`."""
 
     step: int
     prompt: int
@@ -61,7 +64,13 @@ class ReportedGroup:
 
 @dataclass(frozen=True)
 class StepView:
-    """A step that is shown. groups: places in `Completions.groups`; of: how many groups it has."""
+    """A step that is shown.
+
+    Attributes:
+        step: Counted from 0.
+        groups: Indices into `Completions.groups`.
+        of: How many groups the step has.
+    """
 
     step: int
     groups: tuple[int, ...]
@@ -72,8 +81,13 @@ class StepView:
 class Completions:
     """Each prompt and each group once.
 
-    steps: in order. recurring: for each prompt that came again its groups, in order of steps.
-    recorded: how many steps there are files of. unread: lines of the shown steps that are left out.
+    Attributes:
+        prompts: Each as its messages.
+        groups: Those of `steps` and of `recurring`.
+        steps: In order.
+        recurring: For each prompt that came again its groups, in order of steps.
+        recorded: How many steps have a file.
+        unread: Lines of the steps shown that could not be read.
     """
 
     prompts: tuple[tuple[Message, ...], ...] = ()
@@ -104,7 +118,7 @@ def spread(items: Sequence[T], count: int) -> list[T]:
 def choose_completions(
     folder: Path, limits: ReportLimits, advantages: Advantages | None
 ) -> Completions:
-    """Read rollouts/ as far as needed. advantages: None leaves them out."""
+    """Read rollouts/ as far as needed; without `advantages` these are left out."""
     files = _step_files(folder)
     visits = _recurring(files, limits) if limits.prompts else {}
     chosen = spread(list(files), limits.steps)
@@ -188,7 +202,7 @@ def _prompts_of(file: Path) -> list[bytes]:
 
 
 def _messages(prompt: object) -> tuple[Message, ...]:
-    """A prompt for people, whatever its form."""
+    """A prompt as messages, whatever its form."""
     if isinstance(prompt, list) and all(
         isinstance(message, dict) and isinstance(message.get("content"), str) for message in prompt
     ):

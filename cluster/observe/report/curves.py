@@ -20,7 +20,7 @@ Rows = Sequence[Metrics]
 class Series:
     """One metric, a value a point; None where no step has it.
 
-    low, high: extremes of the steps of a point; empty when every point is one step.
+    `low` and `high` are the extremes of the steps of a point; empty when every point is one step.
     """
 
     key: str
@@ -31,7 +31,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Curves:
-    """steps: the step of each point, the middle one of `steps_per_point`."""
+    """All metrics at the same points; `steps` has the middle one of each point's steps."""
 
     steps: tuple[int, ...]
     steps_per_point: int
@@ -55,7 +55,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Tile:
-    """A headline number with its unit, and a line that puts it in place."""
+    """A headline number with its unit, and a line that explains it."""
 
     label: str
     value: str

@@ -41,10 +41,18 @@ def shorten(text: Text, limit: int) -> Text:
 
 @dataclass(frozen=True)
 class ReportedCompletion:
-    """One completion. values: one a function of its group, None where it does not apply or failed.
+    """One completion.
 
-    versions: the weights of the first and of the last token. advantage: None when the completion
-    is not trained, for the reason in `untrained`, or when it is not known (no reason).
+    Attributes:
+        text: What the model wrote.
+        reward: The weighted total; None where a function failed.
+        values: One of each function of its group; None where it does not apply or failed.
+        errors: Of the functions that failed.
+        tokens: Its length.
+        truncated: Whether it was stopped at actors.max_tokens.
+        versions: The weights of its first and of its last token.
+        advantage: None when the completion is not trained, or when it is not known.
+        untrained: Why it is not trained; empty when it is, or when that is not known.
     """
 
     text: Text
@@ -60,7 +68,7 @@ class ReportedCompletion:
 
 @dataclass(frozen=True)
 class RecordedGroup:
-    """A group as its rows tell it. key: equal for equal prompts."""
+    """A group as its rows describe it; `key` is equal for equal prompts."""
 
     key: bytes
     prompt: object
