@@ -107,7 +107,7 @@ def arguments(
     log: Log,
     columns: Mapping[str, str] | None = None,
     max_steps: int = 0,
-) -> tuple[list[Any], dict[str, Any]]:
+) -> tuple[list[object], dict[str, object]]:
     """The positional and keyword arguments that `function` accepts, for the group's completions.
 
     columns: argument -> the dataset column that it gets, where their names differ. max_steps: of
@@ -122,7 +122,7 @@ def arguments(
         if column not in group.prompt.columns:
             raise TypeError(f"the rows have no column {column}; their columns: {shown}")
         row[argument] = group.prompt.columns[column]
-    offered: dict[str, Any] = {name: [value] * n for name, value in row.items()}
+    offered: dict[str, object] = {name: [value] * n for name, value in row.items()}
     offered["prompts"] = [content] * n
     offered["completions"] = [
         item.text if isinstance(content, str) else [{"role": "assistant", "content": item.text}]
@@ -148,7 +148,7 @@ def arguments(
         for item in parameters
         if item.default is item.empty and item.kind in BY_NAME and item.name not in accepted
     ]
-    places: list[Any] = []
+    places: list[object] = []
     for item in parameters:
         if item.kind is not item.POSITIONAL_ONLY:
             continue
@@ -176,7 +176,7 @@ def arguments(
     return places, accepted
 
 
-def _bound_names(function: Any) -> set[str]:
+def _bound_names(function: object) -> set[str]:
     """Arguments that are bound by their place already: a method's `self` for one."""
     if isinstance(function, functools.partial):
         own = [name for name, kind in _kinds(function.func) if kind in BY_NAME]
@@ -188,7 +188,7 @@ def _bound_names(function: Any) -> set[str]:
     return {name for name, kind in first if kind in BY_NAME}
 
 
-def _kinds(function: Any) -> list[tuple[str, Any]]:
+def _kinds(function: RewardFunction) -> list[tuple[str, object]]:
     return [(item.name, item.kind) for item in inspect.signature(function).parameters.values()]
 
 
@@ -212,7 +212,7 @@ def judge(
     function: RewardFunction,
     name: str,
     group: Group,
-    run: Callable[[Coroutine[Any, Any, Any]], Any] = asyncio.run,
+    run: Callable[[Coroutine[object, object, object]], object] = asyncio.run,
     columns: Mapping[str, str] | None = None,
     max_steps: int = 0,
 ) -> RewardResult:
@@ -245,7 +245,7 @@ def judge(
         return failed(name, group, "raised", error_tail(error), broke=True)
 
 
-async def _await(result: Any) -> Any:
+async def _await(result: Any) -> object:
     return await result
 
 

@@ -39,7 +39,7 @@ from typing import Any
 from cohort.actors.errors import CohortError
 from cohort.rewards.results import error_tail
 
-RewardFunction = Callable[..., Any]
+RewardFunction = Callable[..., object]
 
 # Names the signature itself uses; a dataset column may not have them.
 RESERVED_COLUMNS = (
@@ -128,7 +128,7 @@ def load_attribute(path: str, stubs: Path | None = None) -> Any:
     return found
 
 
-def _attribute(path: str, location: str, owner: Any, name: str) -> Any:
+def _attribute(path: str, location: str, owner: object, name: str) -> object:
     # Not vars(): a module may make its names when they are asked for (PEP 562).
     try:
         return getattr(owner, name)
@@ -144,7 +144,7 @@ def _attribute(path: str, location: str, owner: Any, name: str) -> Any:
 
 
 def load_function(
-    path: str, options: Mapping[str, Any] | None = None, stubs: Path | None = None
+    path: str, options: Mapping[str, object] | None = None, stubs: Path | None = None
 ) -> RewardFunction:
     """The reward function that a short name, `module:function` or `path/to/file.py:function` names.
 
@@ -174,7 +174,7 @@ def load_function(
 
 
 def _checked_parameters(
-    path: str, found: Callable[..., Any], options: Mapping[str, Any]
+    path: str, found: Callable[..., object], options: Mapping[str, object]
 ) -> list[inspect.Parameter]:
     try:
         parameters = list(inspect.signature(found).parameters.values())
@@ -197,7 +197,7 @@ def _checked_parameters(
 
 
 def _made(
-    function: RewardFunction, parameters: list[inspect.Parameter], options: Mapping[str, Any]
+    function: RewardFunction, parameters: list[inspect.Parameter], options: Mapping[str, object]
 ) -> RewardFunction:
     """What `function` makes, if it is a factory of reward functions, else `function`."""
     sees_a_group = any(

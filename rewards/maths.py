@@ -10,7 +10,6 @@ import functools
 import logging
 import threading
 from collections.abc import Sequence
-from typing import Any
 
 from cohort.rewards.answer import parse_number, same_text
 from cohort.rewards.base import completion_texts, per_completion
@@ -115,10 +114,10 @@ class MathAnswer:
         found = self._read(said, self._said)
         return bool(found) and self._equal(expected, found)
 
-    def _read_known(self, known: str) -> list[Any]:
+    def _read_known(self, known: str) -> list[object]:
         return self._read(known, self._known)
 
-    def _read(self, text: str, how: list[Any]) -> list[Any]:
+    def _read(self, text: str, how: list[object]) -> list[object]:
         try:
             return list(
                 self._parse(
@@ -134,7 +133,7 @@ class MathAnswer:
         except Exception:  # noqa: BLE001  what sympy cannot read is no answer
             return []
 
-    def _equal(self, expected: list[Any], said: list[Any]) -> bool:
+    def _equal(self, expected: list[object], said: list[object]) -> bool:
         try:
             return bool(self._verify(expected, said, timeout_seconds=None, raise_on_error=True))
         except MemoryError:

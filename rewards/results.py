@@ -20,7 +20,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from fractions import Fraction
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, get_args, runtime_checkable
 
 import numpy as np
 
@@ -45,16 +45,19 @@ MAX_SCORE = 1e30
 class SupportsToList(Protocol):
     """An array of numpy, torch, jax or pandas."""
 
-    def tolist(self) -> Any: ...
+    def tolist(self) -> object: ...
 
 
 @runtime_checkable
 class HasItem(Protocol):
     """An array or tensor of any number of dimensions."""
 
-    shape: Any
+    shape: object
 
-    def item(self) -> Any: ...
+    def item(self) -> object: ...
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class RewardResult:
     values: tuple[float | None, ...]
     errors: tuple[RewardError, ...] = ()
     parts: dict[str, tuple[float | None, ...]] = field(default_factory=dict)
-    extra: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    extra: dict[str, tuple[object, ...]] = field(default_factory=dict)
     metrics: dict[str, tuple[float, ...]] = field(default_factory=dict)
     broke: bool = False
 
@@ -84,21 +87,21 @@ class Log:
     """
 
     def __init__(self) -> None:
-        self.extra: dict[str, list[Any]] = {}
+        self.extra: dict[str, list[object]] = {}
         self.metrics: dict[str, list[float]] = {}
 
-    def log_extra(self, column: str, values: Sequence[Any]) -> None:
+    def log_extra(self, column: str, values: Sequence[object]) -> None:
         shown = [_shown_value(value) for value in values]
         self.extra.setdefault(_checked_name(column, self.extra, "log_extra"), []).extend(shown)
 
-    def log_metric(self, name: str, value: Any) -> None:
+    def log_metric(self, name: str, value: object) -> None:
         number = as_number(value)
         if number is None:
             raise ValueError(f"log_metric({name!r}) got {described(value)}, not a finite number")
         self.metrics.setdefault(_checked_name(name, self.metrics, "log_metric"), []).append(number)
 
 
-def read_result(name: str, group: Group, result: Any, log: Log) -> RewardResult:
+def read_result(name: str, group: Group, result: object, log: Log) -> RewardResult:
     """The verdict of function `name` that returned `result` for the group.
 
     A result that is not a list or a dict with a "score" ("wrong_type") and one of another length
@@ -126,7 +129,7 @@ def read_result(name: str, group: Group, result: Any, log: Log) -> RewardResult:
             return failed(name, group, "wrong_length", f"{said} for {n} completions")
     values: list[float | None] = []
     errors: list[RewardError] = []
-    parts_of: list[dict[str, Any]] = []
+    parts_of: list[dict[str, object]] = []
     for position, (item, completion) in enumerate(zip(entries, group.completions, strict=True)):
         row = {key: rows[position] for key, rows in columns.items() if rows is not None}
         if isinstance(item, dict):
@@ -163,7 +166,7 @@ def merged(verdicts: Sequence[RewardResult]) -> RewardResult:
     """One verdict out of the verdicts on each completion."""
     sizes = [len(verdict.values) for verdict in verdicts]
 
-    def joined(tables: Sequence[Mapping[str, tuple[Any, ...]]]) -> dict[str, tuple[Any, ...]]:
+    def joined(tables: Sequence[Mapping[str, tuple[T, ...]]]) -> dict[str, tuple[T | None, ...]]:
         names = dict.fromkeys(key for table in tables for key in table)
         return {
             key: tuple(
@@ -187,14 +190,14 @@ def merged(verdicts: Sequence[RewardResult]) -> RewardResult:
 def reordered(verdict: RewardResult, order: Sequence[int]) -> RewardResult:
     """The verdict on the same completions in another order: place i is what was place order[i]."""
 
-    def rows(table: Mapping[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
+    def rows(table: Mapping[str, tuple[T, ...]]) -> dict[str, tuple[T, ...]]:
         return {key: tuple(row[place] for place in order) for key, row in table.items()}
 
     values = tuple(verdict.values[place] for place in order)
     return replace(verdict, values=values, parts=rows(verdict.parts), extra=rows(verdict.extra))
 
 
-def to_json(verdict: RewardResult) -> dict[str, Any]:
+def to_json(verdict: RewardResult) -> dict[str, object]:
     """A verdict as JSON holds it."""
     return {
         "values": verdict.values,
@@ -206,7 +209,9 @@ def to_json(verdict: RewardResult) -> dict[str, Any]:
     }
 
 
-def from_json(name: str, reply: Any, n: int, ids: Collection[str] | None = None) -> RewardResult:
+def from_json(
+    name: str, reply: Mapping[str, Any], n: int, ids: Collection[str] | None = None
+) -> RewardResult:
     """The verdict on n completions that a process sent; raises ValueError when it is garbled.
 
     Everything is checked: foreign code may have forged it. ids: of the completions, which errors
@@ -251,7 +256,7 @@ def from_json(name: str, reply: Any, n: int, ids: Collection[str] | None = None)
 _MISSING = object()
 
 
-def _table(value: Any) -> dict[str, Any]:
+def _table(value: object) -> dict[str, Any]:
     if not isinstance(value, dict) or len(value) > MAX_NAMES:
         raise ValueError("not a table")
     return value
@@ -261,21 +266,21 @@ def _checked(key: str) -> str:
     return _checked_name(key, {}, "a name")
 
 
-def _numbers(row: Any) -> tuple[float | None, ...]:
+def _numbers(row: object) -> tuple[float | None, ...]:
     """JSON numbers or null, within range."""
     if not isinstance(row, (list, tuple)):
         raise TypeError("not a list")
     return tuple(None if value is None else _finite([value])[0] for value in row)
 
 
-def _finite(row: Any) -> tuple[float, ...]:
+def _finite(row: Iterable[object]) -> tuple[float, ...]:
     found = [as_number(value) for value in row]
     if not isinstance(row, (list, tuple)) or None in found:
         raise ValueError("not numbers")
     return tuple(value for value in found if value is not None)
 
 
-def _listed(value: Any) -> list[Any] | None:
+def _listed(value: object) -> list[object] | None:
     """The entries of a list, tuple, array, tensor, Series or generator; None for what is none."""
     if isinstance(value, (str, bytes, bytearray, memoryview, Mapping, Set)):
         return None
@@ -290,7 +295,7 @@ def _listed(value: Any) -> list[Any] | None:
     return None
 
 
-def _read_value(item: Any) -> tuple[float | None, Cause | None, str]:
+def _read_value(item: object) -> tuple[float | None, Cause | None, str]:
     """(value, None, "") or (None, cause of failure, message)."""
     if item is None:
         return None, None, ""
@@ -303,15 +308,15 @@ def _read_value(item: Any) -> tuple[float | None, Cause | None, str]:
 
 
 def _read_parts(
-    rows: Sequence[Mapping[str, Any]],
-) -> tuple[dict[str, tuple[float | None, ...]], dict[str, tuple[Any, ...]]]:
+    rows: Sequence[Mapping[str, object]],
+) -> tuple[dict[str, tuple[float | None, ...]], dict[str, tuple[object, ...]]]:
     """(columns of numbers, other columns); a number that is not finite is None."""
     names: dict[str, None] = {}
     for row in rows:
         for key in row:
             names[_checked_name(key, names, "a part")] = None
     parts: dict[str, tuple[float | None, ...]] = {}
-    extra: dict[str, tuple[Any, ...]] = {}
+    extra: dict[str, tuple[object, ...]] = {}
     for key in names:
         column = [row.get(key) for row in rows]
         if all(value is None or isinstance(_scalar(value), NUMBERS) for value in column):
@@ -321,7 +326,7 @@ def _read_parts(
     return parts, extra
 
 
-def _checked_name(name: Any, known: Mapping[str, Any], what: str) -> str:
+def _checked_name(name: object, known: Mapping[str, object], what: str) -> str:
     if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME:
         raise ValueError(f"{what}: the name must be a text of 1 to {MAX_NAME} characters")
     if encodable(name) != name:
@@ -331,12 +336,12 @@ def _checked_name(name: Any, known: Mapping[str, Any], what: str) -> str:
     return name
 
 
-def as_number(value: Any) -> float | None:
+def as_number(value: object) -> float | None:
     """The value as a finite float within ±MAX_SCORE, or None when it is not one."""
     return _read_number(value)[0]
 
 
-def _read_number(value: Any) -> tuple[float | None, str]:
+def _read_number(value: object) -> tuple[float | None, str]:
     """(value, "") or (None, what it is instead)."""
     plain = _scalar(value)
     wrong = f"{described(plain)}, not a finite number or None"
@@ -355,14 +360,14 @@ def _read_number(value: Any) -> tuple[float | None, str]:
     return (number, "") if abs(number) <= MAX_SCORE else (None, wrong)
 
 
-def _scalar(value: Any) -> Any:
+def _scalar(value: object) -> object:
     """What an array or tensor without dimensions holds; anything else as it is."""
     if isinstance(value, HasItem) and not isinstance(value, np.generic) and value.shape == ():
         return value.item()
     return value
 
 
-def _shown_value(value: Any) -> Any:
+def _shown_value(value: object) -> object:
     """The value as JSON holds it, texts cut to MAX_TEXT."""
     value = _scalar(value)
     if value is None or isinstance(value, bool):
@@ -379,7 +384,7 @@ def encodable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def described(value: Any) -> str:
+def described(value: object) -> str:
     """A value in an error message."""
     # Only plain values are printed: repr() of anything else is foreign code, of any length.
     if isinstance(value, (float, np.floating, str)):

@@ -9,7 +9,6 @@ import re
 import string
 from collections.abc import Collection, Mapping, Sequence
 from json.encoder import encode_basestring_ascii
-from typing import Any
 
 from cohort.actors.records import Messages
 from cohort.rewards.task import TaskError
@@ -25,7 +24,7 @@ LONGEST_LITERAL = 1_000_000
 # Text that is JSON --------------------------------------------------------------------------------
 
 
-def read_texts(values: dict[str, Any], prompt: str, names: Collection[str], where: str) -> None:
+def read_texts(values: dict[str, object], prompt: str, names: Collection[str], where: str) -> None:
     """Put lists and objects in place of columns that hold them as text, in JSON or as Python.
 
     prompt: the column with the prompt; only messages are taken out of its text. names: columns that
@@ -47,7 +46,7 @@ def read_texts(values: dict[str, Any], prompt: str, names: Collection[str], wher
         values["tests"] = _read(text, "tests", where) if strict else _or_text(text)
 
 
-def _read(text: str, name: str, where: str) -> Any:
+def _read(text: str, name: str, where: str) -> object:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -60,7 +59,7 @@ def _read(text: str, name: str, where: str) -> Any:
         ) from error
 
 
-def _or_text(text: str) -> Any:
+def _or_text(text: str) -> object:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -68,7 +67,7 @@ def _or_text(text: str) -> Any:
         return text if found is None else found
 
 
-def _literal(text: str) -> Any:
+def _literal(text: str) -> object:
     """The list or dict that a text is in Python, as `str` of pandas writes it; None for others."""
     if len(text) > LONGEST_LITERAL:
         return None
@@ -105,7 +104,9 @@ def template_fields(template: str | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys(str(name) for name, _, _ in fields))
 
 
-def filled(template: str | None, prompt: str | None, columns: Mapping[str, Any], where: str) -> str:
+def filled(
+    template: str | None, prompt: str | None, columns: Mapping[str, object], where: str
+) -> str:
     """The template with its columns; the prompt itself without one."""
     if template is None:
         return prompt or ""
@@ -121,7 +122,7 @@ def filled(template: str | None, prompt: str | None, columns: Mapping[str, Any],
 # Prompts ------------------------------------------------------------------------------------------
 
 
-def content_problem(content: Any) -> str | None:
+def content_problem(content: object) -> str | None:
     """What is wrong with a prompt; None for a text and for messages."""
     if isinstance(content, str):
         return None if content.strip() else "'prompt' is empty"
@@ -142,7 +143,7 @@ def content_problem(content: Any) -> str | None:
 
 def content_of(
     prompt: str | Messages,
-    columns: Mapping[str, Any],
+    columns: Mapping[str, object],
     template: str | None,
     chat: bool,
     system: str | None,
@@ -180,7 +181,7 @@ def content_of(
 
 def prompt_digest(prompt: str | Messages) -> bytes:
     """The same for texts that differ in whitespace only, and in how the answer is begun."""
-    messages: Sequence[Mapping[str, Any]]
+    messages: Sequence[Mapping[str, str]]
     messages = [{"content": prompt}] if isinstance(prompt, str) else prompt
     if len(messages) > 1 and messages[-1].get("role") == "assistant":
         messages = messages[:-1]
