@@ -166,7 +166,9 @@ def merged(verdicts: Sequence[RewardResult]) -> RewardResult:
     """One verdict out of the verdicts on each completion."""
     sizes = [len(verdict.values) for verdict in verdicts]
 
-    def joined(tables: Sequence[Mapping[str, tuple[T, ...]]]) -> dict[str, tuple[T | None, ...]]:
+    def joined(
+        tables: Sequence[Mapping[str, tuple[T | None, ...]]],
+    ) -> dict[str, tuple[T | None, ...]]:
         names = dict.fromkeys(key for table in tables for key in table)
         return {
             key: tuple(
