@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import cohort.cluster.commands.train
+import cohort.cluster.launch
 from cohort.cluster.changes import (
     HARMLESS,
     NOT_COMPARED,
@@ -98,9 +99,7 @@ def test_what_changes_rows_schedule_or_objective_is_refused_before_anything_star
 ) -> None:
     run = stopped(world)
     before = (run.folder / "config.yaml").read_text()
-    monkeypatch.setattr(
-        cohort.cluster.commands.train, "connect", lambda *_: pytest.fail("Ray was started")
-    )
+    monkeypatch.setattr(cohort.cluster.launch, "connect", lambda *_: pytest.fail("Ray was started"))
     with pytest.raises(RunError, match="differs from the one that was saved") as caught:
         resume(run, **change)
     text = str(caught.value)
@@ -359,9 +358,7 @@ def test_a_learner_of_another_shape_is_refused_before_anything_starts(
     world: MakeWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = stopped(world)
-    monkeypatch.setattr(
-        cohort.cluster.commands.train, "connect", lambda *_: pytest.fail("Ray was started")
-    )
+    monkeypatch.setattr(cohort.cluster.launch, "connect", lambda *_: pytest.fail("Ray was started"))
     with pytest.raises(CheckpointError, match=r"learner\.workers=1.*learner\.workers=2"):
         resume(run, learner__workers=2)
     with pytest.raises(CheckpointError, match=r"learner\.zero_stage=1.*learner\.zero_stage=2"):

@@ -14,6 +14,7 @@ from cohort.rewards.base import judge
 from cohort.rewards.code import CodeTests
 from cohort.rewards.extract import final_part
 from cohort.rewards.format import number_only, tagged_think_answer
+from cohort.rewards.loading import load_function
 from cohort.rewards.reasoning_gym import _answer
 from cohort.rewards.reward_model import _text
 from cohort.rewards.tasks import PromptRenderer, Row
@@ -96,9 +97,8 @@ def test_an_answer_inside_thinking_earns_nothing(function: Any) -> None:
 
 
 def test_maths_programs_plans_and_puzzles_inside_thinking() -> None:
-    maths = (
-        pytest.importorskip("math_verify") and __import__("cohort.rewards.maths").maths.MathAnswer()
-    )
+    pytest.importorskip("math_verify")
+    maths = load_function("maths")
     texts = [f"<think>{BOXED}</think>", f"<think>{BOXED}", f"<think>no</think>{BOXED}"]
     scores = maths([[QUESTION]] * 3, texts, [5] * 3, prefills=[""] * 3)
     assert scores == [0.0, 0.0, 1.0]
