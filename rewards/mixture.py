@@ -7,11 +7,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cohort.actors.records import derive_seed
+from cohort.rewards.base import resolve_path, reward_path
 from cohort.rewards.config import RewardFunctionConfig, TaskConfig
 from cohort.rewards.rates import PassRates
 from cohort.rewards.survey import Survey, survey_of
@@ -101,7 +103,9 @@ class MixtureTask:
         found: dict[str, RewardFunctionConfig] = {}
         for part in self._parts:
             for function in part.functions:
-                key = function.model_dump_json()
+                # A short name and its path are the same function.
+                path = resolve_path(reward_path(function.path), Path.cwd())
+                key = function.model_copy(update={"path": path}).model_dump_json()
                 found[key] = function
                 sources.setdefault(key, []).append(part.label)
         return tuple(

@@ -131,6 +131,12 @@ def test_without_functions_for_every_part_the_config_must_name_them(tmp_path: Pa
     assert reward_specs(task, RewardsConfig(functions=["cohort.rewards.answer:exact_number"]))
 
 
+def test_a_function_is_the_same_by_its_name_and_by_its_path() -> None:
+    task = mixture({**SMALL, "functions": ["cohort.rewards.answer:exact_number"]}, LARGE)
+    (spec,) = reward_specs(task, RewardsConfig())
+    assert (spec.name, spec.sources) == ("exact_number", ("small", "large"))
+
+
 @pytest.mark.parametrize(
     ("tasks", "words"),
     [
