@@ -28,11 +28,11 @@ ALONE_S = 1.0
 
 
 @dataclass(frozen=True)
-class Judged:
+class ScoredPart:
     """What functions said of some completions of a group, and the seconds each took them."""
 
     ids: tuple[str, ...]
-    verdicts: dict[str, tuple[RewardResult, tuple[float, ...]]]
+    results: dict[str, tuple[RewardResult, tuple[float, ...]]]
 
 
 def longest_score_s(timeout_s: float, functions: int, group_size: int) -> float:
@@ -106,7 +106,7 @@ class RewardWorker:
             for spec, streams in zip(self._specs, self._streams, strict=True)
         ]
 
-    def judge(self, *parts: Group) -> tuple[Failure | None, Judged | None]:
+    def judge(self, *parts: Group) -> tuple[Failure | None, ScoredPart | None]:
         """Judge completions of a group as soon as they exist; for num_returns=2.
 
         parts: groups of one. Functions that may compare completions are left to `score`. The
@@ -114,13 +114,13 @@ class RewardWorker:
         """
         part = replace(parts[0], completions=sum((p.completions for p in parts), ()))
         alone = [index for index, streams in enumerate(self._streams) if streams]
-        found = self._verdicts(part, alone)
+        found = self._results(part, alone)
         if isinstance(found, Failure):
             return found, None
-        return None, Judged(tuple(completion.id for completion in part.completions), found)
+        return None, ScoredPart(tuple(completion.id for completion in part.completions), found)
 
     def score(
-        self, group: Group, *judged: Judged
+        self, group: Group, *judged: ScoredPart
     ) -> tuple[ScoreMeta | Failure, ScoredGroup | None]:
         """Judge a group with every function; for num_returns=2.
 
@@ -133,20 +133,20 @@ class RewardWorker:
         ids = [completion.id for completion in group.completions]
         known = joined(judged, ids)
         others = [index for index, spec in enumerate(self._specs) if spec.name not in known]
-        found = self._verdicts(group, others)
+        found = self._results(group, others)
         if isinstance(found, Failure):
             return found, None
         known |= found
-        verdicts = {spec.name: known[spec.name][0] for spec in self._specs}
+        results = {spec.name: known[spec.name][0] for spec in self._specs}
         times = tuple(map(sum, zip(*(seconds for _, seconds in known.values()), strict=True)))
-        by_function = {name: verdict.values for name, verdict in verdicts.items()}
+        by_function = {name: result.values for name, result in results.items()}
         weights = {spec.name: spec.weight for spec in self._specs}
-        errors = tuple(error for verdict in verdicts.values() for error in verdict.errors)
+        errors = tuple(error for result in results.values() for error in result.errors)
         errors += tuple(out_of_range(ids, by_function, weights))
         totals = combine(ids, by_function, weights, errors)
-        parts = {f"{f}/{key}": row for f, v in verdicts.items() for key, row in v.parts.items()}
-        extra = {f"{f}/{key}": row for f, v in verdicts.items() for key, row in v.extra.items()}
-        logged = {f"{f}/{key}": row for f, v in verdicts.items() for key, row in v.metrics.items()}
+        parts = {f"{f}/{key}": row for f, v in results.items() for key, row in v.parts.items()}
+        extra = {f"{f}/{key}": row for f, v in results.items() for key, row in v.extra.items()}
+        logged = {f"{f}/{key}": row for f, v in results.items() for key, row in v.metrics.items()}
         took = time.monotonic() - started
         scored = ScoredGroup(group, by_function, totals, errors, took, parts, extra, times)
         meta = ScoreMeta(group.id, totals, by_function, errors, took, parts, logged, times)
@@ -201,7 +201,7 @@ class RewardWorker:
     def _at(self, doing: str) -> None:
         self._doing, self._since = doing, time.monotonic()
 
-    def _verdicts(
+    def _results(
         self, group: Group, indices: Sequence[int]
     ) -> dict[str, tuple[RewardResult, tuple[float, ...]]] | Failure:
         """What these functions say about a group, and the seconds each completion took them."""
@@ -214,45 +214,44 @@ class RewardWorker:
                 if spec.sources and group.prompt.source not in spec.sources:
                     found[spec.name] = RewardResult((None,) * n), (0.0,) * n
                 else:
-                    verdict, seconds = self._judge(index, group, payload)
-                    found[spec.name] = verdict, tuple(seconds)
+                    result, seconds = self._score_function(index, group, payload)
+                    found[spec.name] = result, tuple(seconds)
         except _NotPickled as error:
             return Failure("data", what, str(error))
         except (RewardLoadError, OSError) as error:
             return Failure("infra", what, f"cannot start a reward child: {error}")
         return found
 
-    def _judge(
+    def _score_function(
         self, index: int, group: Group, payload: bytes
     ) -> tuple[RewardResult, Sequence[float]]:
-        """The verdict of function `index`, and the seconds that judging each completion took."""
-        verdict, seconds = self._call(index, group, payload, self._timeout_s)
+        """The result of function `index`, and the seconds that judging each completion took."""
+        result, seconds = self._call(index, group, payload, self._timeout_s)
         n = len(group.completions)
-        if not verdict.broke or n == 1 or self._specs[index].whole_group:
-            return verdict, [seconds] * n
-        alone, times = self._judge_alone(index, group)
+        if not result.broke or n == 1 or self._specs[index].whole_group:
+            return result, [seconds] * n
+        alone, times = self._score_alone(index, group)
         well = [place for place, item in enumerate(alone) if not item.broke]
         if not self._streams[index] and len(well) > 1:
             # Alone, a function that compares has nothing to compare with.
             rest = replace(group, completions=tuple(group.completions[place] for place in well))
-            verdict, more = self._call(index, rest, _pickled(rest), self._timeout_s)
+            result, more = self._call(index, rest, _pickled(rest), self._timeout_s)
             for place in well:
                 times[place] += more
             ill = [place for place in range(n) if place not in well]
             order = [*well, *ill]
-            whole = merged([verdict, *(alone[place] for place in ill)])
-            verdict = reordered(whole, [order.index(place) for place in range(n)])
+            whole = merged([result, *(alone[place] for place in ill)])
+            result = reordered(whole, [order.index(place) for place in range(n)])
         else:
-            verdict = merged(alone)
-        return verdict, [seconds + more for more in times]
+            result = merged(alone)
+        return result, [seconds + more for more in times]
 
-    def _judge_alone(self, index: int, group: Group) -> tuple[list[RewardResult], list[float]]:
-        """As `_judge`, one completion after the other, each with its share of what time is left;
-        a verdict for each."""
+    def _score_alone(self, index: int, group: Group) -> tuple[list[RewardResult], list[float]]:
+        """A result for each completion, scored one after the other in what time is left."""
         n = len(group.completions)
         left = max(self._timeout_s, n * ALONE_S)
         give_up = time.monotonic() + 2 * left
-        verdicts: list[RewardResult] = []
+        results: list[RewardResult] = []
         times: list[float] = []
         for done, completion in enumerate(group.completions):
             alone = replace(group, completions=(completion,))
@@ -263,14 +262,14 @@ class RewardWorker:
                     f"{name}: no time was left to judge it alone "
                     f"(rewards.timeout_s={self._timeout_s:g})"
                 )
-                verdict, seconds = failed(name, alone, "timeout", message, broke=True), 0.0
+                result, seconds = failed(name, alone, "timeout", message, broke=True), 0.0
             else:
                 share = min(self._timeout_s, max(ALONE_S, left / (n - done)))
-                verdict, seconds = self._call(index, alone, _pickled(alone), share)
+                result, seconds = self._call(index, alone, _pickled(alone), share)
             left -= seconds
-            verdicts.append(verdict)
+            results.append(result)
             times.append(seconds)
-        return verdicts, times
+        return results, times
 
     def _call(
         self, index: int, group: Group, payload: bytes, timeout_s: float
@@ -318,18 +317,18 @@ class _NotPickled(Exception):
 
 
 def joined(
-    judged: Sequence[Judged], ids: Sequence[str]
+    judged: Sequence[ScoredPart], ids: Sequence[str]
 ) -> dict[str, tuple[RewardResult, tuple[float, ...]]]:
-    """One verdict a function out of what was said of single completions, in the order of `ids`;
+    """One result a function out of what was said of single completions, in the order of `ids`;
     of the functions that said something of each."""
     arrived = [name for part in judged for name in part.ids]
     if not judged or set(arrived) != set(ids):
         return {}
     order = [arrived.index(name) for name in ids]
     found = {}
-    for name in judged[0].verdicts:
-        whole = merged([part.verdicts[name][0] for part in judged])
-        seconds = [second for part in judged for second in part.verdicts[name][1]]
+    for name in judged[0].results:
+        whole = merged([part.results[name][0] for part in judged])
+        seconds = [second for part in judged for second in part.results[name][1]]
         found[name] = reordered(whole, order), tuple(seconds[place] for place in order)
     return found
 
