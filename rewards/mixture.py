@@ -7,7 +7,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -45,7 +44,7 @@ class PartConfig(BaseModel):
     label: str | None = None
     data: str | None = None
     eval_data: str | None = None
-    options: dict[str, Any] = Field(default_factory=dict)
+    options: dict[str, object] = Field(default_factory=dict)
     functions: list[RewardFunctionConfig | str] | None = Field(None, min_length=1)
     weight: float = Field(1.0, gt=0, allow_inf_nan=False)
 
@@ -72,7 +71,7 @@ class MixtureTask:
     an epoch of it may leave rows out, but has none twice.
     """
 
-    def __init__(self, seed: int, tasks: Sequence[Any], curriculum: bool = False) -> None:
+    def __init__(self, seed: int, tasks: Sequence[object], curriculum: bool = False) -> None:
         if not isinstance(tasks, Sequence) or isinstance(tasks, str) or not tasks:
             raise TaskError("task.options.tasks must be a list of at least one task")
         if not isinstance(curriculum, bool):
@@ -227,7 +226,7 @@ def block_order(counts: tuple[int, ...], seed: int) -> tuple[tuple[int, int], ..
     return tuple((number, nth) for _, number, nth in sorted(turns))
 
 
-def _load_part(entry: Any, number: int, seed: int) -> _Part:
+def _load_part(entry: object, number: int, seed: int) -> _Part:
     where = f"task.options.tasks[{number}]"
     try:
         config = PartConfig.model_validate(entry)

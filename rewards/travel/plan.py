@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from cohort.rewards.extract import final_part
 
@@ -81,7 +81,7 @@ def to_json(plan: Plan) -> str:
     """The plan in its shortest form, as demonstrations write it."""
     days = []
     for day in plan.days:
-        values: dict[str, Any] = {"city": day.city}
+        values: dict[str, object] = {"city": day.city}
         if day.travel is not None:
             values["travel"] = day.travel
         if day.hotel is not None:
@@ -90,7 +90,7 @@ def to_json(plan: Plan) -> str:
     return json.dumps({"days": days}, ensure_ascii=False, separators=(",", ":"))
 
 
-def _day(value: Any, number: int) -> Day:
+def _day(value: object, number: int) -> Day:
     where = f"day {number}"
     values = _keys(value, REQUIRED, OPTIONAL, where)
     return Day(
@@ -103,8 +103,8 @@ def _day(value: Any, number: int) -> Day:
 
 
 def _keys(
-    value: Any, required: tuple[str, ...], optional: tuple[str, ...], where: str
-) -> dict[str, Any]:
+    value: object, required: tuple[str, ...], optional: tuple[str, ...], where: str
+) -> dict[str, object]:
     if not isinstance(value, dict):
         raise PlanError(f"{where} must be an object, not a {type(value).__name__}")
     for name in required:
@@ -116,12 +116,12 @@ def _keys(
     return value
 
 
-def _optional(value: Any, where: str) -> str | None:
+def _optional(value: object, where: str) -> str | None:
     # Models fill in "" for what a day does not need.
     return None if value is None or value == "" else _name(value, where)
 
 
-def _name(value: Any, where: str) -> str:
+def _name(value: object, where: str) -> str:
     if not isinstance(value, str):
         raise PlanError(f"{where} must be a name, not a {type(value).__name__}")
     if not value.strip():
@@ -131,7 +131,7 @@ def _name(value: Any, where: str) -> str:
     return value
 
 
-def _names(value: Any, where: str) -> tuple[str, ...]:
+def _names(value: object, where: str) -> tuple[str, ...]:
     if not isinstance(value, list):
         raise PlanError(f"{where} must be a list of names, not a {type(value).__name__}")
     if len(value) > MAX_ITEMS:
@@ -139,7 +139,7 @@ def _names(value: Any, where: str) -> tuple[str, ...]:
     return tuple(_name(item, where) for item in value)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     values = dict(pairs)
     if len(values) != len(pairs):
         raise PlanError("a key is given twice in one object")

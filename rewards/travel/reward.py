@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from cohort.rewards.base import completion_texts, per_completion
 from cohort.rewards.travel.query import from_columns
@@ -12,7 +11,7 @@ from cohort.rewards.travel.scores import evaluate
 
 @per_completion
 def itinerary(
-    completions: Sequence[Any], query: Sequence[dict[str, Any] | None], **_: Any
+    completions: Sequence[object], query: Sequence[dict[str, object] | None], **_: object
 ) -> list[dict[str, float] | None]:
     """Each plan's total as `score`, in [0, 1.5]; at least 1 exactly where it breaks no rule.
 
