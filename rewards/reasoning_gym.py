@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cohort.actors.records import Messages, derive_seed
 from cohort.rewards.base import per_completion
@@ -21,6 +21,9 @@ from cohort.rewards.bounded import Bounded, TooMuch
 from cohort.rewards.config import RewardFunctionConfig
 from cohort.rewards.extract import final_parts, last_boxed, tagged
 from cohort.rewards.task import Row, TaskError
+
+if TYPE_CHECKING:
+    from reasoning_gym.dataset import ProceduralDataset
 
 # One question in so many is for evaluation, whatever the seeds.
 HOLD_OUT_EVERY = 5
@@ -81,7 +84,7 @@ class ReasoningGymTask:
         self,
         seed: int,
         name: str,
-        config: Mapping[str, Any] | None = None,
+        config: Mapping[str, object] | None = None,
         train_size: int = 2000,
         eval_size: int = 200,
         answer_in: str = "tags",
@@ -148,13 +151,13 @@ class ReasoningGymTask:
 
 @per_completion
 def score(
-    completions: Sequence[Any],
+    completions: Sequence[object],
     entry: Sequence[Mapping[str, Any] | None],
     dataset: Sequence[Mapping[str, Any] | None],
     answer_in: str = "tags",
-    prompts: Sequence[Any] | None = None,
+    prompts: Sequence[object] | None = None,
     prefills: Sequence[str] | None = None,
-    **_: Any,
+    **_: object,
 ) -> list[dict[str, float] | Exception | None]:
     """What reasoning-gym's own scorer says, in [0, 1], partial credit included.
 
@@ -223,7 +226,7 @@ def _answer(text: str, answer_in: str) -> str | None:
 
 
 @lru_cache(maxsize=64)
-def _scorer(name: str, config: str) -> Any:
+def _scorer(name: str, config: str) -> ProceduralDataset:
     import reasoning_gym
 
     return reasoning_gym.create_dataset(name, seed=0, size=1, **json.loads(config))
@@ -234,7 +237,9 @@ def _is_held_out(question: str) -> bool:
     return int.from_bytes(digest, "big") % HOLD_OUT_EVERY == 0
 
 
-def _make_dataset(name: str, config: Mapping[str, Any], size: int, seed: int, split: str) -> Any:
+def _make_dataset(
+    name: str, config: Mapping[str, object], size: int, seed: int, split: str
+) -> ProceduralDataset:
     try:
         import reasoning_gym
         from reasoning_gym.factory import DATASETS
