@@ -8,7 +8,6 @@ import math
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -16,21 +15,14 @@ from cohort.actors.records import Messages
 from cohort.rewards.config import RewardFunctionConfig
 from cohort.rewards.readers import Record, read_records
 from cohort.rewards.row_prompts import (
+    Columns,
+    RowOptions,
     byte_length,
     content_of,
-    filled,
     prompt_digest,
     template_fields,
 )
-from cohort.rewards.row_reader import (
-    FINAL_ASSISTANT,
-    LAYOUTS,
-    SHOWN,
-    Columns,
-    RowOptions,
-    RowReader,
-    asked,
-)
+from cohort.rewards.row_reader import SHOWN, RowReader
 from cohort.rewards.row_store import RowStore
 from cohort.rewards.survey import Survey
 from cohort.rewards.task import Row, TaskError
@@ -93,20 +85,8 @@ class DatasetTask:
     ) -> None:
         if not isinstance(eval_share, (int, float)) or not 0 < eval_share < 1:
             raise TaskError(f"task.options.eval_share must be between 0 and 1, got {eval_share!r}")
-        _check_columns(columns)
-        if layout != "auto" and layout not in LAYOUTS:
-            raise TaskError(
-                f"task.options.layout={layout}: must be one of auto, {', '.join(LAYOUTS)}"
-            )
-        if final_assistant not in FINAL_ASSISTANT:
-            raise TaskError(
-                f"task.options.final_assistant={final_assistant}: must be one of "
-                f"{', '.join(FINAL_ASSISTANT)}"
-            )
-        if final_assistant == "demonstration" and demonstration is None:
-            demonstration = SHOWN
-        self._how = RowOptions(
-            columns=columns or {},
+        how = RowOptions(
+            columns={} if columns is None else columns,
             layout=layout,
             answer_after=answer_after,
             chat=chat,
@@ -116,39 +96,23 @@ class DatasetTask:
             final_assistant=final_assistant,
             json_texts=json_texts,
         )
-        rows = _read(data, "task.data", "", "train", self._how)
-        if demonstration is not None and demonstration not in rows.names:
+        if final_assistant == "demonstration" and demonstration is None:
+            demonstration = SHOWN
+        self._demonstration = demonstration
+        self._rows = self._eval_rows = _read(data, "task.data", "", "train", how)
+        if demonstration is not None and demonstration not in self._rows.names:
             raise TaskError(
                 f"task.options.demonstration={demonstration}: no such column in task.data; it has "
-                f"{', '.join(rows.names) or 'none'}"
+                f"{', '.join(self._rows.names) or 'none'}"
             )
-        self._demonstration = demonstration
-        self._rows = self._eval_rows = rows
-        if eval_data is not None:
-            self._eval_rows = _read(eval_data, "task.eval_data", "eval-", "test", self._how)
-            held = set(self._eval_rows.digests())
-            kept = [index for index, digest in enumerate(rows.digests()) if digest not in held]
-            self._train = array("q", kept)
-            self._eval = array("q", range(len(self._eval_rows.store)))
-            leaked = len(rows.store) - len(kept)
-            if leaked:
-                logger.warning(
-                    "%d of %d rows of task.data have a prompt of task.eval_data: they are left out "
-                    "of training",
-                    leaked,
-                    len(rows.store),
-                )
-            if not kept:
-                raise TaskError("task.eval_data has every prompt of task.data: nothing to train on")
-            return
-        ranks, different = rows.ranks()
-        if different < 2:
-            raise TaskError(
-                f"{data} has one prompt only: nothing to hold out; add rows or set task.eval_data"
-            )
-        held_out = ranks < min(math.ceil(eval_share * different), different - 1)
-        self._train = array("q", np.flatnonzero(~held_out).tolist())
-        self._eval = array("q", np.flatnonzero(held_out).tolist())
+        if eval_data is None:
+            held_out = _held_out(self._rows, eval_share, data)
+            self._eval = np.flatnonzero(held_out)
+        else:
+            self._eval_rows = _read(eval_data, "task.eval_data", "eval-", "test", how)
+            held_out = _leaked(self._rows, self._eval_rows)
+            self._eval = np.arange(len(self._eval_rows.store))
+        self._train = np.flatnonzero(~held_out)
 
     def train_size(self) -> int:
         return len(self._train)
@@ -172,11 +136,11 @@ class DatasetTask:
     def survey(self) -> Survey:
         """See `cohort.rewards.survey.Surveys`."""
         train, held_out = (
-            np.frombuffer(rows.sizes, dtype=np.uint32)[np.frombuffer(chosen, dtype=np.int64)]
+            np.frombuffer(rows.sizes, dtype=np.uint32)[chosen].astype(np.int64)
             for rows, chosen in ((self._rows, self._train), (self._eval_rows, self._eval))
         )
         sources = frozenset(self._rows.sources | self._eval_rows.sources)
-        return Survey(train.astype(np.int64), held_out.astype(np.int64), sources)
+        return Survey(train, held_out, sources)
 
     def fingerprint(self) -> dict[str, str]:
         """Digests of all rows as they were read, in their order, under the options that say how."""
@@ -205,29 +169,37 @@ class _Table:
     def row(self, index: int) -> Row:
         """A row with every column, as in a table: None where it has none."""
         place, prompt, values, source = self.store[index]
-        how = self.how
         columns = {**dict.fromkeys(self.names), **values}
-        if prompt is None:
-            prompt, template = filled(how.template, None, columns, place), None
-        else:
-            template = how.template
-        content = content_of(prompt, columns, template, how.chat, how.system, place)
+        content = content_of(prompt, columns, self.how, place)
         return Row(self.prefix + place, content, columns, source)
 
-    def digests(self) -> list[bytes]:
-        whole = bytes(self.digest)
-        return [whole[start : start + 16] for start in range(0, len(whole), 16)]
+    def digests(self) -> np.ndarray:
+        return np.frombuffer(bytes(self.digest), dtype="S16")
 
-    def ranks(self) -> tuple[np.ndarray, int]:
-        """The place of each row's prompt among all different ones, by digest, and their number."""
-        halves = np.frombuffer(bytes(self.digest), dtype=">u8").reshape(-1, 2)
-        order = np.lexsort((halves[:, 1], halves[:, 0]))
-        ordered = halves[order]
-        new = np.ones(len(ordered), dtype=np.int64)
-        new[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
-        ranks = np.empty(len(ordered), dtype=np.int64)
-        ranks[order] = np.cumsum(new) - 1
-        return ranks, int(new.sum())
+
+def _held_out(rows: _Table, share: float, data: str) -> np.ndarray:
+    """Which rows are for evaluation: those whose prompt has one of the lowest digests."""
+    different, ranks = np.unique(rows.digests(), return_inverse=True)
+    if len(different) < 2:
+        raise TaskError(
+            f"{data} has one prompt only: nothing to hold out; add rows or set task.eval_data"
+        )
+    return ranks < min(math.ceil(share * len(different)), len(different) - 1)
+
+
+def _leaked(rows: _Table, eval_rows: _Table) -> np.ndarray:
+    """Which rows have a prompt that is held out; the number of them is logged."""
+    leaked = np.isin(rows.digests(), eval_rows.digests())
+    if leaked.any():
+        logger.warning(
+            "%d of %d rows of task.data have a prompt of task.eval_data: they are left out of "
+            "training",
+            leaked.sum(),
+            len(leaked),
+        )
+    if leaked.all():
+        raise TaskError("task.eval_data has every prompt of task.data: nothing to train on")
+    return leaked
 
 
 def _read(location: str, key: str, prefix: str, split: str, how: RowOptions) -> _Table:
@@ -242,7 +214,7 @@ def _read(location: str, key: str, prefix: str, split: str, how: RowOptions) -> 
         place = record.id
         try:
             prompt, values, source = reader.read(record)
-            content = asked(prompt, values, how, record)
+            content = content_of(prompt, values, how, record.where)
         except TaskError:
             reader.require_names(key, records)
             raise
@@ -266,14 +238,18 @@ def _read(location: str, key: str, prefix: str, split: str, how: RowOptions) -> 
     return table
 
 
-def _question(prompt: Any, values: Mapping[str, Any], how: RowOptions) -> str | Messages:
+def _question(
+    prompt: str | Messages | None, values: Mapping[str, object], how: RowOptions
+) -> str | Messages:
     """What tells one question from another, however it is asked."""
     if prompt is not None:
         return prompt
     return " ".join(f"{name}={values.get(name)}" for name in sorted(how.fields))
 
 
-def _unwritable(record: Record, prompt: Any, values: Mapping[str, Any], error: Exception) -> str:
+def _unwritable(
+    record: Record, prompt: str | Messages | None, values: Mapping[str, object], error: Exception
+) -> str:
     for name, value in {"prompt": prompt, **values}.items():
         try:
             json.dumps(value, ensure_ascii=False).encode()
@@ -291,11 +267,3 @@ def _unwritable(record: Record, prompt: Any, values: Mapping[str, Any], error: E
         except RecursionError:
             return f"{record.where}: the column '{name}' is nested too deeply"
     return f"{record.where}: {error}"
-
-
-def _check_columns(columns: Columns | None) -> None:
-    if columns is not None and not isinstance(columns, Mapping):
-        raise TaskError(f"task.options.columns must be a mapping of ours: theirs, got {columns!r}")
-    for ours, theirs in (columns or {}).items():
-        if not isinstance(ours, str) or not (theirs is None or isinstance(theirs, str)):
-            raise TaskError(f"task.options.columns: {ours!r}: {theirs!r} are not names of columns")

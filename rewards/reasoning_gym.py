@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cohort.actors.records import Messages, derive_seed
 from cohort.rewards.base import per_completion
@@ -21,6 +21,9 @@ from cohort.rewards.bounded import Bounded, TooMuch
 from cohort.rewards.config import RewardFunctionConfig
 from cohort.rewards.extract import final_parts, last_boxed, tagged
 from cohort.rewards.task import Row, TaskError
+
+if TYPE_CHECKING:
+    from reasoning_gym.dataset import ProceduralDataset
 
 # One question in so many is for evaluation, whatever the seeds.
 HOLD_OUT_EVERY = 5
@@ -81,7 +84,7 @@ class ReasoningGymTask:
         self,
         seed: int,
         name: str,
-        config: Mapping[str, Any] | None = None,
+        config: Mapping[str, object] | None = None,
         train_size: int = 2000,
         eval_size: int = 200,
         answer_in: str = "tags",
@@ -221,7 +224,7 @@ def _answer(text: str, answer_in: str) -> str | None:
 
 
 @lru_cache(maxsize=64)
-def _scorer(name: str, config: str) -> Any:
+def _scorer(name: str, config: str) -> ProceduralDataset:
     import reasoning_gym
 
     return reasoning_gym.create_dataset(name, seed=0, size=1, **json.loads(config))
@@ -232,7 +235,9 @@ def _is_held_out(question: str) -> bool:
     return int.from_bytes(digest, "big") % HOLD_OUT_EVERY == 0
 
 
-def _make_dataset(name: str, config: Mapping[str, Any], size: int, seed: int, split: str) -> Any:
+def _make_dataset(
+    name: str, config: Mapping[str, object], size: int, seed: int, split: str
+) -> ProceduralDataset:
     try:
         import reasoning_gym
         from reasoning_gym.factory import DATASETS

@@ -7,12 +7,25 @@ import hashlib
 import json
 import re
 import string
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from json.encoder import encode_basestring_ascii
+from typing import Any
 
 from cohort.actors.records import Messages
 from cohort.rewards.task import TaskError
 
+Columns = Mapping[str, str | None]
+
+# Ours: theirs. `answer` is what the built-in rewards compare with, `ground_truth` what verl's read.
+LAYOUTS: dict[str, dict[str, str | None]] = {
+    "trl": {},
+    "verl": {"answer": "reward_model.ground_truth", "ground_truth": "reward_model.ground_truth"},
+    "skyrl": {"answer": "reward_spec.ground_truth", "ground_truth": "reward_spec.ground_truth"},
+    "openrlhf": {"prompt": "input", "answer": "label", "label": "label"},
+}
+# What a last message of the assistant is.
+FINAL_ASSISTANT = ("auto", "continue", "demonstration")
 # Columns that files without nested values (CSV) hold as text, by the field's conventions.
 STRUCTURED = ("reward_model", "reward_spec", "extra_info")
 # What messages look like as a text, in JSON or as Python prints them: the beginning, two keys.
@@ -43,27 +56,21 @@ def read_texts(values: dict[str, object], prompt: str, names: Collection[str], w
     if type(text) is str and text.lstrip()[:1] in ("[", "{"):
         # A test may be code, which can begin like this too.
         strict = re.match(r"""\s*\[?\s*\{\s*["']""", text) is not None
-        values["tests"] = _read(text, "tests", where) if strict else _or_text(text)
+        values["tests"] = _read(text, "tests", where, strict)
 
 
-def _read(text: str, name: str, where: str) -> object:
+def _read(text: str, name: str, where: str, strict: bool = True) -> object:
+    """What a text in JSON or Python means; if not strict, a text that cannot be read is itself."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         found = _literal(text)
-        if found is not None:
-            return found
-        raise TaskError(
-            f"{where}: the column '{name}' is a text that begins like JSON and is none: {error}; "
-            "write it as JSON, or set task.options.json_texts=false to take it as the text it is"
-        ) from error
-
-
-def _or_text(text: str) -> object:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        found = _literal(text)
+        if found is None and strict:
+            raise TaskError(
+                f"{where}: the column '{name}' is a text that begins like JSON, but is not valid "
+                f"JSON: {error}; write it as JSON, or set task.options.json_texts=false to keep "
+                "the text"
+            ) from error
         return text if found is None else found
 
 
@@ -79,12 +86,53 @@ def _literal(text: str) -> object:
         return None
 
 
-# The template -------------------------------------------------------------------------------------
+# Options ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RowOptions:
+    """The options of the dataset task that say how a row is read; see `DatasetTask`.
+
+    fields: the columns that the template names.
+    """
+
+    columns: Columns
+    layout: str
+    answer_after: str | None
+    chat: bool
+    system: str | None
+    template: str | None
+    fields: tuple[str, ...]
+    final_assistant: str
+    json_texts: bool
+
+    def __post_init__(self) -> None:
+        """Raises TaskError for a value that an option cannot have."""
+        if not isinstance(self.columns, Mapping):
+            raise TaskError(
+                f"task.options.columns must be a mapping of ours: theirs, got {self.columns!r}"
+            )
+        for ours, theirs in self.columns.items():
+            if not isinstance(ours, str) or not (theirs is None or isinstance(theirs, str)):
+                raise TaskError(
+                    f"task.options.columns: {ours!r}: {theirs!r} are not names of columns"
+                )
+        for name, value, known in (
+            ("layout", self.layout, ("auto", *LAYOUTS)),
+            ("final_assistant", self.final_assistant, FINAL_ASSISTANT),
+        ):
+            if value not in known:
+                raise TaskError(f"task.options.{name}={value}: must be one of {', '.join(known)}")
 
 
 def template_fields(template: str | None) -> tuple[str, ...]:
-    """The columns that a template names. Only plain names in braces: a format may reach into what
-    it prints. Raises TaskError for others."""
+    """The columns that a template names.
+
+    Only plain names in braces, because a format may reach into the objects that it prints.
+
+    Raises:
+        TaskError: The template has other fields, or none.
+    """
     if template is None:
         return ()
     try:
@@ -104,26 +152,17 @@ def template_fields(template: str | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys(str(name) for name, _, _ in fields))
 
 
-def filled(
-    template: str | None, prompt: str | None, columns: Mapping[str, object], where: str
-) -> str:
-    """The template with its columns; the prompt itself without one."""
-    if template is None:
-        return prompt or ""
-    try:
-        return template.format_map({**columns, "prompt": prompt})
-    except KeyError as error:
-        raise TaskError(
-            f"{where}: task.options.template names {error}, and the columns are "
-            f"{', '.join(columns) or 'none'}"
-        ) from error
-
-
 # Prompts ------------------------------------------------------------------------------------------
 
 
-def content_problem(content: object) -> str | None:
-    """What is wrong with a prompt; None for a text and for messages."""
+def checked_prompt(content: Any, where: str) -> str | Messages:
+    """The prompt of a row, if it is a text or messages; raises TaskError that names the place."""
+    if problem := _problem(content):
+        raise TaskError(f"{where}: {problem}")
+    return content
+
+
+def _problem(content: object) -> str | None:
     if isinstance(content, str):
         return None if content.strip() else "'prompt' is empty"
     if content is None:
@@ -142,21 +181,31 @@ def content_problem(content: object) -> str | None:
 
 
 def content_of(
-    prompt: str | Messages,
-    columns: Mapping[str, object],
-    template: str | None,
-    chat: bool,
-    system: str | None,
-    where: str,
+    prompt: str | Messages | None, columns: Mapping[str, object], how: RowOptions, where: str
 ) -> str | Messages:
-    """What is asked: the prompt in its template, with the system message.
+    """What the model is asked: the prompt in its template, with the system message.
 
-    Raises TaskError where they do not go together.
+    Args:
+        prompt: The row's own; None where the template makes it of columns.
+        columns: All columns of the row that the template names.
+        how: The options of the task.
+        where: The row's place, named in errors.
+
+    Raises:
+        TaskError: The prompt, the template and the system message do not go together.
     """
-    if isinstance(prompt, str):
-        text = filled(template, prompt, columns, where)
-        if not chat:
-            if system is not None:
+
+    def filled(text: str | None) -> str:
+        if how.template is None:
+            return text or ""
+        return how.template.format_map({**columns, "prompt": text})
+
+    if prompt is None or isinstance(prompt, str):
+        text = filled(prompt)
+        if prompt is None and not text.strip():
+            raise TaskError(f"{where}: 'prompt' is empty (task.options.template)")
+        if not how.chat:
+            if how.system is not None:
                 raise TaskError(
                     f"{where}: a prompt that is a string has no system message: set "
                     "task.options.chat=true, or leave out task.options.system"
@@ -166,22 +215,20 @@ def content_of(
     else:
         messages = list(prompt)
         users = [at for at, message in enumerate(messages) if message["role"] == "user"]
-        if template is not None:
+        if how.template is not None:
             if not users:
                 raise TaskError(f"{where}: no message of a user for task.options.template")
             last = messages[users[-1]]
-            text = filled(template, last["content"], columns, where)
-            messages[users[-1]] = {**last, "content": text}
-    if system is None:
+            messages[users[-1]] = {**last, "content": filled(last["content"])}
+    if how.system is None:
         return messages
     if messages[0]["role"] == "system":
         raise TaskError(f"{where}: has a system message already: leave out task.options.system")
-    return [{"role": "system", "content": system}, *messages]
+    return [{"role": "system", "content": how.system}, *messages]
 
 
 def prompt_digest(prompt: str | Messages) -> bytes:
     """The same for texts that differ in whitespace only, and in how the answer is begun."""
-    messages: Sequence[Mapping[str, str]]
     messages = [{"content": prompt}] if isinstance(prompt, str) else prompt
     if len(messages) > 1 and messages[-1].get("role") == "assistant":
         messages = messages[:-1]

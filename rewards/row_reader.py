@@ -4,48 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
 
 from cohort.actors.records import Messages
 from cohort.rewards.base import RESERVED_COLUMNS
 from cohort.rewards.readers import Record
-from cohort.rewards.row_prompts import content_of, content_problem, filled, read_texts
+from cohort.rewards.row_prompts import LAYOUTS, Columns, RowOptions, checked_prompt, read_texts
 from cohort.rewards.task import TaskError
 
 logger = logging.getLogger(__name__)
 
-Columns = Mapping[str, str | None]
-
-# Ours: theirs. `answer` is what the built-in rewards compare with, `ground_truth` what verl's read.
-LAYOUTS: dict[str, dict[str, str | None]] = {
-    "trl": {},
-    "verl": {"answer": "reward_model.ground_truth", "ground_truth": "reward_model.ground_truth"},
-    "skyrl": {"answer": "reward_spec.ground_truth", "ground_truth": "reward_spec.ground_truth"},
-    "openrlhf": {"prompt": "input", "answer": "label", "label": "label"},
-}
 # What `layout: auto` knows a layout by; the first that fits.
 MARKS = {"verl": "reward_model", "skyrl": "reward_spec"}
 # Where verl and SkyRL say which dataset a row is of.
 SOURCE_COLUMN = "data_source"
-# What a last message of the assistant is.
-FINAL_ASSISTANT = ("auto", "continue", "demonstration")
+# The column that `final_assistant: demonstration` makes.
 SHOWN = "demonstration"
-
-
-@dataclass(frozen=True)
-class RowOptions:
-    """The options of the dataset task that say how a row is read. fields: of the template."""
-
-    columns: Columns
-    layout: str
-    answer_after: str | None
-    chat: bool
-    system: str | None
-    template: str | None
-    fields: tuple[str, ...]
-    final_assistant: str
-    json_texts: bool
 
 
 class RowReader:
@@ -65,42 +38,47 @@ class RowReader:
         self._unseen = {ours: theirs or ours for ours, theirs in named.items()}
         self._continued = 0
 
-    def read(self, record: Record) -> tuple[Any, dict[str, Any], str | None]:
+    def read(self, record: Record) -> tuple[str | Messages | None, dict[str, object], str | None]:
         """The row's prompt (None: it is made of columns), its columns under our names, its source.
 
         Raises TaskError with the row's place.
         """
-        values, how = self._read_texts(record), self._how
+        values, how, where = self._read_texts(record), self._how, record.where
         self._see(values)
         values = _mapped(values, self._mapping) if self._mapping else values
         if how.answer_after is not None:
-            values["answer"] = _answer_after(values.get("answer"), how.answer_after, record.where)
+            values["answer"] = _answer_after(values.get("answer"), how.answer_after, where)
         for name in RESERVED_COLUMNS:
             if name in values:
                 raise TaskError(
-                    f"{record.where}: rename the column '{name}': reward functions get another "
+                    f"{where}: rename the column '{name}': reward functions get another "
                     f"(task.options.columns: {{other_name: {name}}})"
                 )
         source = values.get(SOURCE_COLUMN) if self._has_sources else None
-        named = source if isinstance(source, str) else None
-        if "prompt" not in values:
-            if not how.fields or "prompt" in how.fields:
+        prompt = None
+        if "prompt" in values:
+            if how.fields and "prompt" not in how.fields:
                 raise TaskError(
-                    f"{record.where}: no 'prompt' in the row; it has "
-                    f"{', '.join(values) or 'nothing'} (name its column: task.options.columns: "
-                    "{prompt: ...}, or make it of columns: task.options.template)"
+                    f"{where}: has a prompt: task.options.template must have {{prompt}}"
                 )
-            return None, values, named
-        if how.fields and "prompt" not in how.fields:
+            prompt = checked_prompt(values.pop("prompt"), where)
+            if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
+                prompt = self._begun(prompt, values, record)
+        elif not how.fields or "prompt" in how.fields:
             raise TaskError(
-                f"{record.where}: has a prompt: task.options.template must have {{prompt}}"
+                f"{where}: no 'prompt' in the row; it has {', '.join(values) or 'nothing'} (name "
+                "its column: task.options.columns: {prompt: ...}, or make it of columns: "
+                "task.options.template)"
             )
-        prompt = values.pop("prompt")
-        if problem := content_problem(prompt):
-            raise TaskError(f"{record.where}: {problem}")
-        if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
-            prompt = self._begun(prompt, values, record)
-        return prompt, values, named
+        for name in how.fields:
+            if name != "prompt" and values.get(name) is None:
+                problem = (
+                    "is empty (null) here"
+                    if name in values
+                    else f"is not a column; the columns are {', '.join(values) or 'none'}"
+                )
+                raise TaskError(f"{where}: task.options.template names '{name}', which {problem}")
+        return prompt, values, source if isinstance(source, str) else None
 
     def require_names(self, key: str, rest: Iterator[Record]) -> None:
         """Raise TaskError for a name in columns or layout that no row has, `rest` included.
@@ -128,7 +106,7 @@ class RowReader:
                 key,
             )
 
-    def _see(self, values: Mapping[str, Any]) -> None:
+    def _see(self, values: Mapping[str, object]) -> None:
         if self._unseen:
             self._unseen = {
                 ours: theirs
@@ -136,7 +114,7 @@ class RowReader:
                 if _lookup(values, theirs) is _MISSING
             }
 
-    def _read_texts(self, record: Record) -> dict[str, Any]:
+    def _read_texts(self, record: Record) -> dict[str, object]:
         if self._how.json_texts:
             read_texts(record.values, self._prompt, self._roots, record.where)
         return record.values
@@ -151,7 +129,7 @@ class RowReader:
                 return layout
         return "trl"
 
-    def _begun(self, prompt: Messages, values: dict[str, Any], record: Record) -> Messages:
+    def _begun(self, prompt: Messages, values: dict[str, object], record: Record) -> Messages:
         """A prompt that ends in the assistant's words, by task.options.final_assistant."""
         how = self._how.final_assistant
         if how == "auto" and self._prompt.rpartition(".")[2] != "prompt":
@@ -179,36 +157,16 @@ class RowReader:
         return prompt[:-1]
 
 
-def asked(
-    prompt: Any, values: Mapping[str, Any], how: RowOptions, record: Record
-) -> str | Messages:
-    """What the row asks; raises TaskError where a template cannot be filled."""
-    for name in how.fields:
-        if name != "prompt" and values.get(name) is None:
-            raise TaskError(
-                f"{record.where}: task.options.template names '{name}', which is empty (null) here"
-                if name in values
-                else f"{record.where}: task.options.template names '{name}', and the columns are "
-                f"{', '.join(values) or 'none'}"
-            )
-    template = how.template
-    if prompt is None:
-        prompt, template = filled(template, None, values, record.where), None
-        if problem := content_problem(prompt):
-            raise TaskError(f"{record.where}: {problem} (task.options.template)")
-    return content_of(prompt, values, template, how.chat, how.system, record.where)
-
-
 # Columns ------------------------------------------------------------------------------------------
 
 _MISSING = object()
 
 
-def _lookup(values: Mapping[str, Any], name: str) -> Any:
+def _lookup(values: Mapping[str, object], name: str) -> object:
     """A column, or a value inside one by a dotted path; _MISSING where there is none."""
     if name in values:
         return values[name]
-    found: Any = values
+    found: object = values
     for part in name.split("."):
         if not isinstance(found, Mapping) or part not in found:
             return _MISSING
@@ -216,7 +174,7 @@ def _lookup(values: Mapping[str, Any], name: str) -> Any:
     return found
 
 
-def _mapped(given: Mapping[str, Any], mapping: Columns) -> dict[str, Any]:
+def _mapped(given: Mapping[str, object], mapping: Columns) -> dict[str, object]:
     """The row's columns under our names; those that are not mapped keep theirs."""
     values = dict(given)
     for ours, theirs in mapping.items():
@@ -228,7 +186,7 @@ def _mapped(given: Mapping[str, Any], mapping: Columns) -> dict[str, Any]:
     return values
 
 
-def _answer_after(answer: Any, mark: str, where: str) -> str:
+def _answer_after(answer: object, mark: str, where: str) -> str:
     if not isinstance(answer, str) or mark not in answer:
         raise TaskError(f"{where}: no {mark!r} in 'answer' (task.options.answer_after)")
     return answer.rpartition(mark)[2].strip()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import marshal
 import os
@@ -26,7 +27,7 @@ class RowStore:
     def __init__(self) -> None:
         self._ends = array("q", [0])
         self._recent = bytearray()
-        self._file: Any = None
+        self._file: io.FileIO | None = None
         self._written = 0
         self._digest = hashlib.blake2b(digest_size=16)
 
@@ -55,6 +56,7 @@ class RowStore:
         if start >= self._written:
             data = bytes(self._recent[start - self._written : end - self._written])
         else:
+            assert self._file is not None  # what was written is in it
             data = os.pread(self._file.fileno(), end - start, start)
         return marshal.loads(data)
 
