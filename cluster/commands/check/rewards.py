@@ -116,15 +116,9 @@ class Scorers:
             alone: list[float | None] = []
             for completion in group.completions:
                 part = replace(group, completions=(completion,))
-<<<<<<< HEAD:cluster/commands/check/rewards.py
                 _, said = self._workers[spec.name].judge(part)
                 alone.extend(said.results[spec.name][0].values if said else ())
             if tuple(alone) != scored.scores.by_function[spec.name]:
-=======
-                _, said = self._actors[spec.name].judge(part)
-                alone.extend(said.results[spec.name][0].values if said else ())
-            if tuple(alone) != judged.scores.by_function[spec.name]:
->>>>>>> b32698d (Speak of results, not verdicts, in the reward worker):cluster/commands/check/judges.py
                 found.append(spec.name)
         return found
 
