@@ -67,6 +67,7 @@ async def generate(
             for meta, reference in made:
                 if isinstance(meta, Failure):
                     raise RunError(str(meta))
+                assert reference is not None
                 metas.append(meta)
                 groups.append(await reference)
         finally:
