@@ -14,14 +14,21 @@ from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
 from cohort.actors.process import KEEP_HEAP
-from cohort.actors.proof import Feed, Proof, file_digests
+from cohort.actors.proof import Feed, Proof, ServedFeed, ServedLayout, file_digests
 from cohort.actors.records import FinishReason, SamplingSpec
 
+if TYPE_CHECKING:
+    from vllm import CompletionOutput, RequestOutput, SamplingParams
+    from vllm.v1.engine import EngineCoreOutputs
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.output_processor import RequestOutputCollector
+
+T = TypeVar("T")
 GIB = 1024**3
 # Shared-prefix blocks; multiples of 32 keep vLLM's fast CPU attention path. The CPU default of 128
 # would compute a short prompt once per completion instead of once per group.
@@ -80,7 +87,7 @@ def stop_token_ids(model_path: str, tokenizer_eos: int | None) -> list[int]:
 class Engine:
     """One vLLM engine. Start it with `await Engine.start(spec)`."""
 
-    def __init__(self, llm: Any, spec: EngineSpec, stop_ids: list[int]) -> None:
+    def __init__(self, llm: AsyncLLM, spec: EngineSpec, stop_ids: list[int]) -> None:
         self._llm = llm
         self._spec = spec
         self._stop_ids = stop_ids
@@ -100,7 +107,7 @@ class Engine:
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
         os.environ["VLLM_NO_USAGE_STATS"] = "1"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        options: dict[str, Any] = {}
+        options: dict[str, object] = {}
         if spec.device == "cpu" and not spec.compile:
             # vLLM compiles a small sampling function even in eager mode: seconds at the first
             # tokens of every engine, for microseconds afterwards.
@@ -163,7 +170,7 @@ class Engine:
         await llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
         return cls(llm, spec, stop_ids)
 
-    async def _answer(self, call: Awaitable[Any]) -> Any:
+    async def _answer(self, call: Awaitable[T]) -> T:
         """What vLLM answers. Its own calls to an engine that dies meanwhile wait for ever.
 
         Raises EngineError soon after the engine's process has died.
@@ -190,14 +197,14 @@ class Engine:
         core = self._llm.engine_core
         next_outputs = core.get_output_async
 
-        async def counted() -> Any:
+        async def counted() -> EngineCoreOutputs:
             outputs = await next_outputs()
             self.progress += sum(len(output.new_token_ids) for output in outputs.outputs)
             return outputs
 
         core.get_output_async = counted
 
-    def _sampling(self, spec: SamplingSpec, seed: int, greedy: bool) -> Any:
+    def _sampling(self, spec: SamplingSpec, seed: int, greedy: bool) -> SamplingParams:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -223,7 +230,7 @@ class Engine:
 
     async def add(
         self, request_id: str, token_ids: tuple[int, ...], spec: SamplingSpec, greedy: bool = False
-    ) -> list[Any]:
+    ) -> list[RequestOutputCollector]:
         """Hand one group to the scheduler; returns what `finish` waits on, one a completion.
 
         Every completion is a request of its own, with the seed spec.seed + its index: vLLM's own
@@ -234,7 +241,7 @@ class Engine:
         from vllm.exceptions import VLLMClientError
         from vllm.inputs import tokens_input
 
-        added: list[Any] = []
+        added: list[RequestOutputCollector] = []
         try:
             for index in range(spec.n):
                 queue = await self._answer(
@@ -253,9 +260,9 @@ class Engine:
             raise
         return added
 
-    async def finish(self, queue: Any, seed: int) -> RawCompletion:
+    async def finish(self, queue: RequestOutputCollector, seed: int) -> RawCompletion:
         """Wait until a completion is done."""
-        return _raw_sample((await self._answer(_finished(queue))).outputs[0], seed)
+        return _raw_completion((await self._answer(_finished(queue))).outputs[0], seed)
 
     async def abort(self, request_id: str, count: int) -> None:
         """End the first `count` completions of a group that nobody waits for any more."""
@@ -304,7 +311,7 @@ class Engine:
         published = await self._published(path)
         workers = [_numbers(one) for one in await self._call("served_weights")]
         if self._proof is None:
-            layouts = await self._call("served_layout")
+            layouts: list[ServedLayout] = await self._call("served_layout")
             if not layouts[0]["layers"]:
                 raise WeightsNotServed(f"the engine has loaded nothing of weights {version}")
             self._proof = Proof(
@@ -356,21 +363,21 @@ def _numbers(worker: dict[str, str]) -> dict[str, int | None]:
     return {layer: int(value) if value else None for layer, value in worker.items()}
 
 
-def _feeds(layers: dict[str, list[Any]]) -> dict[str, list[Feed]]:
+def _feeds(layers: dict[str, list[ServedFeed]]) -> dict[str, list[Feed]]:
     return {
-        layer: [Feed(name, turned, int(value)) for name, turned, value in fed]
+        layer: [Feed(one["name"], one["transposed"], int(one["digest"])) for one in fed]
         for layer, fed in layers.items()
     }
 
 
-async def _finished(queue: Any) -> Any:
+async def _finished(queue: RequestOutputCollector) -> RequestOutput:
     output = await queue.get()
     while not output.finished:
         output = await queue.get()
     return output
 
 
-def _raw_sample(item: Any, seed: int) -> RawCompletion:
+def _raw_completion(item: CompletionOutput, seed: int) -> RawCompletion:
     token_ids = np.asarray(item.token_ids, dtype=np.int64)
     logprobs = np.fromiter(
         (entry[token].logprob for entry, token in zip(item.logprobs, item.token_ids, strict=True)),

@@ -9,8 +9,6 @@ trying out what rounding does to training, not for speed.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
@@ -32,7 +30,8 @@ class _Float8Linear(UnquantizedLinearMethod):
     supports_pre_processed_weights = False
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        layer.weight.data.copy_(rounded(layer.weight.data, by_row=False))
+        weight = layer.get_parameter("weight").data
+        weight.copy_(rounded(weight, by_row=False))
         super().process_weights_after_loading(layer)
 
     def apply(
@@ -60,7 +59,7 @@ class EmulatedFloat8(QuantizationConfig):
         return []
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> EmulatedFloat8:
+    def from_config(cls, config: dict[str, object]) -> EmulatedFloat8:
         del config
         return cls()
 

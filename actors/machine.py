@@ -7,6 +7,7 @@ alone or side by side, and of nested groups the tightest bound counts.
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import zlib
@@ -164,3 +165,17 @@ def _text(file: Path) -> str:
 def _unescaped(word: str) -> str:
     r"""A path of mountinfo, which writes a space as \040."""
     return word.encode().decode("unicode_escape") if "\\" in word else word
+
+
+def split_cores(cores: tuple[int, ...], parts: int) -> list[tuple[int, ...]]:
+    """Disjoint, contiguous, near-equal shares of a node's cores.
+
+    With more parts than cores, neighbours share one: every part gets at least one core.
+
+    >>> split_cores((0, 1, 2, 3), 2)
+    [(0, 1), (2, 3)]
+    """
+    if parts >= len(cores):
+        return [(cores[index % len(cores)],) for index in range(parts)]
+    bounds = [len(cores) * index // parts for index in range(parts + 1)]
+    return [cores[start:end] for start, end in itertools.pairwise(bounds)]

@@ -10,18 +10,32 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import heapq
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 from cohort.actors.config import ActorsConfig
+from cohort.actors.dispatch import Arrived, Dispatcher, Job
 from cohort.actors.errors import failure_of
+from cohort.actors.handle import RolloutHandle
+from cohort.actors.machine import split_cores
 from cohort.actors.probe import Probe, limit_of, probe_gap, stale
-from cohort.actors.records import Failure, GroupMeta, Request, WeightsInfo
-from cohort.actors.rollout import NotSynced, Place, split_cores
+from cohort.actors.records import (
+    Failure,
+    Group,
+    GroupMeta,
+    NotSynced,
+    Place,
+    Request,
+    WeightsInfo,
+)
 from cohort.actors.slot import ActorLost, RolloutError, Slot
-from cohort.actors.watch import Watch
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+    from ray.actor import ActorProxy
+
+    from cohort.actors.rollout import RolloutActor
 
 __all__ = ["MAX_RESTARTS", "Probe", "RolloutError", "RolloutPool", "probe_gap"]
 
@@ -32,21 +46,24 @@ MAX_RESTARTS = 3
 REPAIR_GRACE_S = 1.0
 BEAT_S = 5.0
 
-Outcome = tuple[GroupMeta | Failure, Any]
-# (group id, attempt, reference to a group of one): a completion that is there before its group is.
-Arrived = Callable[[str, int, Any], None]
-
-
-# (step, order of arrival, completions, who waits)
-_Waiting = tuple[int, int, int, "asyncio.Future[Slot]"]
+# A group's sizes and the reference to it, or why it was not generated and None.
+Outcome: TypeAlias = "tuple[GroupMeta | Failure, ObjectRef[Group] | None]"
+# The call that hands groups to an actor. Its errors are values, because many groups wait for it.
+_Submission: TypeAlias = "asyncio.Task[Failure | ActorLost | RolloutError | None]"
 
 
 class RolloutPool:
-    """The rollout actors of a run. notify: tells the user, in a line, of an actor's end."""
+    """The rollout actors of a run.
+
+    Args:
+        make_actor: Makes the Ray actor of this name.
+        config: The `actors` section.
+        notify: Tells the user, in a line, that an actor is replaced.
+    """
 
     def __init__(
         self,
-        make_actor: Callable[[str], Any],
+        make_actor: Callable[[str], ActorProxy[RolloutActor]],
         config: ActorsConfig,
         notify: Callable[[str], None],
     ) -> None:
@@ -54,13 +71,12 @@ class RolloutPool:
         self._config = config
         self._notify = notify
         self._slots: list[Slot] = []
-        self._queue: list[_Waiting] = []
+        self._dispatcher = Dispatcher(self._slots, config.max_concurrent, config.group_timeout_s)
         self._arrivals = itertools.count()
         self._published: tuple[WeightsInfo, Probe] | None = None
         self._probe_before: Probe | None = None
         self._first_gap: float | None = None
         self._serve_loaded = False
-        self._broken: RolloutError | None = None
         self.places: list[Place] = []
         self.restarts = 0
 
@@ -72,10 +88,10 @@ class RolloutPool:
         """
         self._serve_loaded = serve_loaded
         limits = (self._config.group_timeout_s, self._config.sync_timeout_s)
-        self._slots = [
+        self._slots += [
             Slot(
                 index,
-                self._make_actor(f"rollout-{index}"),
+                RolloutHandle(self._make_actor(f"rollout-{index}")),
                 beat_s=min(BEAT_S, min(limits) / 5),
                 pause_s=self._config.sync_timeout_s,
             )
@@ -85,7 +101,7 @@ class RolloutPool:
             self.places = await asyncio.gather(
                 *(
                     slot.within(
-                        slot.handle.place.remote(),
+                        slot.handle.place(),
                         place_timeout_s,
                         f"to be placed by Ray, one of {self._config.count} actors "
                         "(cluster.start_timeout_s; actors.count may exceed the cluster)",
@@ -105,14 +121,14 @@ class RolloutPool:
 
     async def _start_engine(self, slot: Slot) -> float:
         answer = await slot.within(
-            slot.handle.start.remote(slot.cores, self._serve_loaded),
+            slot.handle.start(slot.cores, self._serve_loaded),
             self._config.start_timeout_s,
             "to start its engine (actors.start_timeout_s)",
         )
         if isinstance(answer, Failure):
             raise ActorLost(str(answer))
         slot.ready = self._serve_loaded
-        return float(answer)
+        return answer
 
     async def sync(self, info: WeightsInfo, probe: Probe) -> float:
         """Bring every actor to a published version; the largest probe gap, in nats.
@@ -131,13 +147,13 @@ class RolloutPool:
                 raise error
         if lost := [slot.repair for slot in here if slot.repair is not None]:
             await asyncio.wait(lost, timeout=REPAIR_GRACE_S)
-        while self._broken is None and not any(slot.ready for slot in self._slots):
+        while self._dispatcher.broken is None and not any(slot.ready for slot in self._slots):
             await asyncio.wait(
                 [slot.repair for slot in self._slots if slot.repair is not None],
                 return_when=asyncio.FIRST_COMPLETED,
             )
-        if self._broken is not None:
-            raise self._broken
+        if self._dispatcher.broken is not None:
+            raise self._dispatcher.broken
         return max(slot.gap for slot in self._slots if slot.ready)
 
     async def _catch_up(self, slot: Slot) -> None:
@@ -159,7 +175,7 @@ class RolloutPool:
         slot.syncing = True
         try:
             answer = await slot.moving(
-                slot.handle.sync.remote(info, probe.token_ids),
+                slot.handle.sync(info, probe.token_ids),
                 self._config.sync_timeout_s,
                 f"to load weights {info.version} (actors.sync_timeout_s)",
             )
@@ -175,7 +191,7 @@ class RolloutPool:
         if self._published is not published:
             return True
         slot.ready = True
-        self._dispatch()
+        self._dispatcher.dispatch()
         return False
 
     def _proven(self, slot: Slot, info: WeightsInfo, probe: Probe, logprobs: list[float]) -> float:
@@ -205,181 +221,119 @@ class RolloutPool:
         arrived: called with every completion as soon as it exists, and with all of them before
         the group's task ends. A group that is tried again has new ones, which count alone.
         """
+        jobs = [Job(request, next(self._arrivals), arrived) for request in requests]
+        slots = [self._dispatcher.reserve_now(job) for job in jobs]
         batches: dict[int, list[Request]] = {}
-        chosen: list[tuple[int, Slot | None]] = []
-        for request in requests:
-            order = next(self._arrivals)
-            samples = request.sampling.n
-            # Older steps go first, also those that wait because they were lost.
-            first = not self._queue or (request.step, order) < self._queue[0][:2]
-            slot = self._least_loaded(samples) if first else None
-            chosen.append((order, slot))
+        for request, slot in zip(requests, slots, strict=True):
             if slot is not None:
-                slot.load += samples
                 batches.setdefault(slot.index, []).append(request)
         # One call per actor: its engine sees the whole batch at once, in this order.
-        taken = {
-            index: asyncio.create_task(self._submit(self._slots[index], batch))
-            for index, batch in batches.items()
-        }
+        calls = {index: self._submit(self._slots[index], batch) for index, batch in batches.items()}
         return [
             asyncio.create_task(
-                self._produce(
-                    request, order, arrived, slot, None if slot is None else taken[slot.index]
-                )
+                self._produce(job, None if slot is None else (slot, calls[slot.index]))
             )
-            for request, (order, slot) in zip(requests, chosen, strict=True)
+            for job, slot in zip(jobs, slots, strict=True)
         ]
 
-    def _least_loaded(self, samples: int) -> Slot | None:
-        free = [
-            slot
-            for slot in self._slots
-            if slot.ready and slot.load + samples <= self._config.max_concurrent
-        ]
-        return min(free, key=lambda slot: (slot.load, slot.index), default=None)
-
-    async def _submit(self, slot: Slot, requests: list[Request]) -> Failure | Exception | None:
-        """None when the actor has taken them. Errors are values: many groups wait for this."""
-        try:
-            answer: Failure | None = await slot.moving(
-                slot.handle.submit.remote(requests),
-                self._config.group_timeout_s,
-                f"to take {len(requests)} groups (actors.group_timeout_s)",
-            )
-            return answer
-        except (ActorLost, RolloutError) as error:
-            return error
-
-    async def _produce(
-        self,
-        request: Request,
-        order: int,
-        arrived: Arrived | None,
-        slot: Slot | None,
-        taken: asyncio.Task[Failure | Exception | None] | None,
-    ) -> Outcome:
-        samples = request.sampling.n
-        failure = Failure("infra", f"group {request.group_id} was not generated", "no attempt")
-        attempt = 0
-        while attempt < MAX_ATTEMPTS:
-            if slot is None:
-                slot = await self._free_slot(request, order)
-            generation = slot.generation
+    def _submit(self, slot: Slot, requests: list[Request]) -> _Submission:
+        async def submit() -> Failure | ActorLost | RolloutError | None:
             try:
-                if taken is None:
-                    taken = asyncio.create_task(self._submit(slot, [request]))
-                refused = await asyncio.shield(taken)
-                if isinstance(refused, Exception):
-                    raise refused
-                if refused is None:
-                    meta, group = await self._collect(slot, request, attempt, arrived)
-                    if isinstance(meta, GroupMeta):
-                        slot.failures = 0
-                        return meta, group
-                    refused = meta
-                if isinstance(refused, NotSynced):
-                    # Nobody's loss: another takes the group, or this one when it has weights.
-                    self._lose(slot, generation, None)
-                else:
-                    failure = refused
-                    if failure.kind == "data":
-                        return failure, None
-                    if failure.kind == "bug":
-                        raise RolloutError(str(failure))
-                    attempt += 1
-                    self._lose(slot, generation, failure.message)
-            except ActorLost as lost:
-                failure = Failure("infra", f"group {request.group_id} was lost", str(lost))
-                attempt += 1
-                self._lose(slot, generation, str(lost))
-            except asyncio.CancelledError:
-                self._forget(slot, generation, request)
-                raise
-            finally:
-                slot.load -= samples
-                self._dispatch()
-            slot, taken = None, None
-        return failure, None
+                return await slot.moving(
+                    slot.handle.submit(requests),
+                    self._config.group_timeout_s,
+                    f"to take {len(requests)} groups (actors.group_timeout_s)",
+                )
+            except (ActorLost, RolloutError) as error:
+                return error
 
-    async def _collect(
-        self, slot: Slot, request: Request, attempt: int, arrived: Arrived | None
-    ) -> Outcome:
-        name = request.group_id
+        return asyncio.create_task(submit())
 
-        async def early(index: int) -> None:
-            call = slot.handle.completion.options(num_returns=2)
-            failure, group = call.remote(name, index)
-            # An actor that dies fails `collect` as well, which tells of it.
-            with contextlib.suppress(Exception):
-                if await failure is None and arrived is not None:
-                    arrived(name, attempt, group)
+    async def _produce(self, job: Job, submitted: tuple[Slot, _Submission] | None) -> Outcome:
+        """Generate a group, again where an actor loses it.
 
-        count = 0 if arrived is None else request.sampling.n
-        waiting = [asyncio.create_task(early(index)) for index in range(count)]
+        submitted: where it is already; None: it has to wait for an actor with room.
+        """
+        while True:
+            if submitted is None:
+                slot = await self._dispatcher.reserve(job)
+                submitted = slot, self._submit(slot, [job.request])
+            meta, group = await self._attempt(job, *submitted)
+            if isinstance(meta, GroupMeta):
+                return meta, group
+            if not isinstance(meta, NotSynced):
+                job.attempt += 1
+                if meta.kind == "data" or job.attempt == MAX_ATTEMPTS:
+                    return meta, None
+            submitted = None
+
+    async def _attempt(self, job: Job, slot: Slot, submission: _Submission) -> Outcome:
+        """What becomes of a group on one actor, which is replaced where the fault is its own."""
+        generation = slot.generation
         try:
-            meta_ref, group = slot.handle.collect.options(num_returns=2).remote(name)
+            refused = await asyncio.shield(submission)
+            if isinstance(refused, Exception):
+                raise refused
+            meta, group = (refused, None) if refused else await self._collect(slot, job)
+            if isinstance(meta, GroupMeta):
+                slot.failures = 0
+            elif isinstance(meta, NotSynced):
+                # Nobody's loss: another takes the group, or this one when it has weights.
+                self._lose(slot, generation, None)
+            elif meta.kind == "infra":
+                self._lose(slot, generation, meta.message)
+            elif meta.kind == "bug":
+                raise RolloutError(str(meta))
+            return meta, group
+        except ActorLost as lost:
+            self._lose(slot, generation, str(lost))
+            return Failure("infra", f"group {job.request.group_id} was lost", str(lost)), None
+        except asyncio.CancelledError:
+            self._forget(slot, generation, job.request)
+            raise
+        finally:
+            self._dispatcher.release(slot, job)
+
+    async def _collect(self, slot: Slot, job: Job) -> Outcome:
+        """Wait for a group that an actor has taken, and hand on its completions meanwhile."""
+        name, arrived = job.request.group_id, job.arrived
+        early: list[asyncio.Task[None]] = []
+        if arrived is not None:
+            early = [
+                asyncio.create_task(self._hand_on(slot, job, index, arrived))
+                for index in range(job.completions)
+            ]
+        try:
+            meta_ref, group = slot.handle.collect(name)
             meta = await slot.moving(
                 meta_ref,
                 self._config.group_timeout_s,
                 f"while it generated group {name} (actors.group_timeout_s)",
             )
-            if waiting:
-                await asyncio.wait(waiting, timeout=self._config.group_timeout_s)
+            if early:
+                await asyncio.wait(early, timeout=self._config.group_timeout_s)
             return meta, group
         finally:
-            for task in waiting:
+            for task in early:
                 task.cancel()
 
-    def _forget(self, slot: Slot, generation: int, request: Request) -> None:
+    @staticmethod
+    async def _hand_on(slot: Slot, job: Job, index: int, arrived: Arrived) -> None:
+        failure, completion = slot.handle.completion(job.request.group_id, index)
+        # An actor that dies fails `collect` as well, which tells of it.
+        with contextlib.suppress(Exception):
+            if await failure is None:
+                arrived(job.request.group_id, job.attempt, completion)
+
+    @staticmethod
+    def _forget(slot: Slot, generation: int, request: Request) -> None:
         """Nobody waits for a group any more: its actor stops generating it."""
 
         def tell() -> None:
             if slot.generation == generation and slot.repair is None:
-                slot.handle.forget.remote(request.group_id)
+                slot.handle.forget(request.group_id)
 
         asyncio.get_running_loop().call_soon(tell)
-
-    async def _free_slot(self, request: Request, order: int) -> Slot:
-        """Wait for an actor with room; the oldest step's groups are served first.
-
-        How long that takes is the engines' business, each of which is watched: only when there is
-        none left to wait for is it an error.
-        """
-        samples = request.sampling.n
-        future: asyncio.Future[Slot] = asyncio.get_running_loop().create_future()
-        heapq.heappush(self._queue, (request.step, order, samples, future))
-        self._dispatch()
-        try:
-            while not (await asyncio.wait({future}, timeout=self._config.group_timeout_s))[0]:
-                if not any(s.ready or s.syncing or s.repair for s in self._slots):
-                    raise RolloutError(
-                        f"group {request.group_id} waited {self._config.group_timeout_s:g} s and "
-                        "no rollout actor has weights to generate it with"
-                    )
-            return future.result()
-        except asyncio.CancelledError:
-            if future.done() and future.exception() is None:
-                future.result().load -= samples
-            raise
-        finally:
-            future.cancel()
-            self._dispatch()
-
-    def _dispatch(self) -> None:
-        """Give room that there is now to those who wait, the oldest step first."""
-        while self._queue:
-            _, _, samples, future = self._queue[0]
-            if not future.done():
-                if self._broken is not None:
-                    future.set_exception(self._broken)
-                    continue
-                slot = self._least_loaded(samples)
-                if slot is None:
-                    return
-                slot.load += samples
-                future.set_result(slot)
-            heapq.heappop(self._queue)
 
     def _lose(self, slot: Slot, generation: int, why: str | None) -> None:
         """Replace a slot's actor, once for all the groups that noticed its end.
@@ -393,8 +347,6 @@ class RolloutPool:
             slot.repair = asyncio.create_task(self._repair(slot, why))
 
     async def _repair(self, slot: Slot, why: str | None) -> None:
-        import ray
-
         try:
             if why is None:
                 try:
@@ -410,28 +362,26 @@ class RolloutPool:
                     )
                 self.restarts += 1
                 self._notify(f"rollout-{slot.index} is replaced: {why}")
-                ray.kill(slot.handle)
-                slot.handle = self._make_actor(f"rollout-{slot.index}")
-                slot.generation += 1
-                slot.watch = Watch()
+                slot.handle.kill()
+                slot.replace(RolloutHandle(self._make_actor(f"rollout-{slot.index}")))
                 try:
                     await self._bring_up(slot)
                     return
                 except ActorLost as lost:
                     why = str(lost)
         except RolloutError as error:
-            self._broken = self._broken or error
+            self._dispatcher.fail(error)
         except Exception as error:  # noqa: BLE001 - those who wait must hear of it
             failure = failure_of(error, f"replacing rollout-{slot.index}")
-            self._broken = self._broken or RolloutError(str(failure))
+            self._dispatcher.fail(RolloutError(str(failure)))
         finally:
             slot.repair = None
-            self._dispatch()
+            self._dispatcher.dispatch()
 
     async def _bring_up(self, slot: Slot) -> None:
         """Place and start a new actor, with the newest weights."""
         await slot.within(
-            slot.handle.place.remote(),
+            slot.handle.place(),
             self._config.start_timeout_s,
             "to be placed by Ray (actors.start_timeout_s)",
         )
@@ -441,7 +391,7 @@ class RolloutPool:
 
     async def memory(self) -> int:
         """Peak resident bytes of all actors and engines that answer within half a minute."""
-        calls = [asyncio.ensure_future(s.handle.memory.remote()) for s in self._slots]
+        calls = [asyncio.ensure_future(s.handle.memory()) for s in self._slots]
         done, late = await asyncio.wait(calls, timeout=30) if calls else (set(), set())
         for call in late:
             call.cancel()
@@ -449,10 +399,8 @@ class RolloutPool:
 
     def kill(self) -> None:
         """End every actor now; their watchers end the engines."""
-        import ray
-
         for slot in self._slots:
             for task in (slot.repair, slot.beats):
                 if task is not None:
                     task.cancel()
-            ray.kill(slot.handle)
+            slot.handle.kill()

@@ -14,7 +14,10 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import psutil
 
 MARKER = "COHORT_REAP"
 SHM = Path("/dev/shm")
@@ -30,7 +33,7 @@ RAISED = re.compile(r"\b[A-Z]\w*(Error|Exception): \S.*")
 KEEP_HEAP = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736"
 
 # Our ends of the watchers' pipes: open for as long as this process lives.
-_open_pipes: list[Any] = []
+_open_pipes: list[IO[bytes]] = []
 
 
 def redirect_output(path: Path) -> None:
@@ -172,6 +175,25 @@ def _below(pid: int) -> list[int]:
         found += below
         waiting += below
     return [entry for entry in found if entry not in ended]
+
+
+def cpu_seconds(process: psutil.Process) -> float:
+    """Seconds that a process has computed; 0 when it is gone."""
+    import psutil
+
+    try:
+        times = process.cpu_times()
+    except psutil.Error:
+        return 0.0
+    return float(times.user + times.system)
+
+
+def peak_rss(pid: int) -> int:
+    """The most memory that a process has had, resident bytes."""
+    for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
 
 
 def reap_also(files: Iterable[Path]) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ MODULUS = 1 << 64
 FACTOR = 0x5851F42D4C957F2D
 CHUNK_WORDS = 1 << 17
 WORD_BYTES = 8
-WORDS: dict[int, type[np.signedinteger[Any]]] = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
+WORDS: dict[int, type[np.signedinteger]] = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
 SHOWN = 4
 
 
@@ -42,8 +42,8 @@ def digest(tensor: torch.Tensor) -> int:
     size = WORD_BYTES if row and row % WORD_BYTES == 0 else tensor.dtype.itemsize
     data = tensor.detach().contiguous().view(-1).view(torch.uint8)
     if data.device.type != "cpu":
-        words = data.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size])
-        whole = words.to(torch.int64)
+        integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
+        whole = data.view(integers).to(torch.int64)
         return (int((whole * whole).sum()) + FACTOR * int(whole.sum())) % MODULUS
     words = data.numpy().view(WORDS[size])
     total = 0
@@ -72,6 +72,21 @@ class Feed:
     name: str
     transposed: bool
     digest: int
+
+
+class ServedFeed(TypedDict):
+    """A `Feed` as it travels from an engine's worker, whose messages hold no larger integers."""
+
+    name: str
+    transposed: bool
+    digest: str
+
+
+class ServedLayout(TypedDict):
+    """What a worker answers about its layers: see `Served.layout` and `Proof`."""
+
+    layers: dict[str, list[ServedFeed]]
+    tied: dict[str, str]
 
 
 @dataclass(frozen=True)

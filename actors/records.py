@@ -111,7 +111,7 @@ class ScoredGroup:
     errors: tuple[RewardError, ...] = ()
     latency_s: float = 0.0
     parts: dict[str, tuple[float | None, ...]] = field(default_factory=dict)
-    extra: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    extra: dict[str, tuple[object, ...]] = field(default_factory=dict)
     sample_s: tuple[float, ...] = ()
 
 
@@ -177,6 +177,27 @@ class Failure:
 
     def __str__(self) -> str:
         return f"{self.what}: {self.message}"
+
+
+@dataclass(frozen=True)
+class NotSynced(Failure):
+    """The actor has no weights to generate with now. It lives: a reason to wait, not a death."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an actor runs (its node, the cores it may use, its process), and how far it is.
+
+    progress: a number that moves with every token that its engine produces and every stage of an
+    update; while there is work, one that stands still means that it hangs. cpu_s: seconds that its
+    engine's processes have computed.
+    """
+
+    node_id: str
+    cores: tuple[int, ...]
+    pid: int
+    progress: int = 0
+    cpu_s: float = 0.0
 
 
 @dataclass(frozen=True)

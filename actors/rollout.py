@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import os
 import secrets
 import time
+from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from cohort.actors.engine import (
     Engine,
@@ -23,8 +23,10 @@ from cohort.actors.engine import (
 from cohort.actors.machine import usable_cores
 from cohort.actors.process import (
     SHM,
+    cpu_seconds,
     last_lines,
     mapped_shared_memory,
+    peak_rss,
     reap_also,
     redirect_output,
     start_reaper,
@@ -35,36 +37,21 @@ from cohort.actors.records import (
     FailureKind,
     Group,
     GroupMeta,
+    NotSynced,
+    Place,
     Request,
     SamplingSpec,
     WeightsInfo,
 )
-from cohort.actors.text import completion_text
+from cohort.actors.text import Tokenizer, completion_text
+from cohort.actors.weight_file import write_new
+
+if TYPE_CHECKING:
+    import psutil
 
 UNSYNCED = -1
 # Mistakes in a program: another actor would make them too.
 MISTAKES = (AttributeError, ImportError, NameError, NotImplementedError, WeightsNotServed)
-
-
-@dataclass(frozen=True)
-class NotSynced(Failure):
-    """The actor has no weights to generate with now. It lives: a reason to wait, not a death."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where an actor runs (its node, the cores it may use, its process), and how far it is.
-
-    progress: a number that moves with every token that its engine produces and every stage of an
-    update; while there is work, one that stands still means that it hangs. cpu_s: seconds that its
-    engine's processes have computed.
-    """
-
-    node_id: str
-    cores: tuple[int, ...]
-    pid: int
-    progress: int = 0
-    cpu_s: float = 0.0
 
 
 class EngineLike(Protocol):
@@ -77,7 +64,7 @@ class EngineLike(Protocol):
 
     async def add(
         self, request_id: str, token_ids: tuple[int, ...], spec: SamplingSpec, greedy: bool = False
-    ) -> list[Any]: ...
+    ) -> Sequence[object]: ...
 
     async def finish(self, queue: Any, seed: int) -> RawCompletion: ...
 
@@ -117,7 +104,7 @@ class RolloutActor:
         spec: EngineSpec,
         log_dir: str,
         engine: EngineLike | None = None,
-        tokenizer: Any = None,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         """engine, tokenizer: for tests, ones that exist already; `start` makes them otherwise."""
         self.name = name
@@ -138,7 +125,7 @@ class RolloutActor:
         self._gate = asyncio.Lock()
         self._stages = 0
         self._probes = 0
-        self._children: list[Any] = []
+        self._children: list[psutil.Process] = []
 
     async def place(self) -> Place:
         """Where this actor runs, and how far it is: asked again and again while it works."""
@@ -147,7 +134,7 @@ class RolloutActor:
             cores=usable_cores(),
             pid=os.getpid(),
             progress=self._stages + (0 if self._engine is None else self._engine.progress),
-            cpu_s=sum(map(_cpu_seconds, self._children)),
+            cpu_s=sum(map(cpu_seconds, self._children)),
         )
 
     async def start(self, cores: tuple[int, ...], serve_loaded: bool = False) -> float | Failure:
@@ -304,16 +291,17 @@ class RolloutActor:
         self._drop(group_id)
 
     async def _complete(self, request: Request, index: int, queue: Any, version: int) -> Completion:
-        sample = await self._running().finish(queue, request.sampling.seed + index)
+        made = await self._running().finish(queue, request.sampling.seed + index)
+        assert self._tokenizer is not None, "made together with the engine"
         return Completion(
             id=f"{request.group_id}/{index}",
             prompt_id=request.prompt.id,
-            token_ids=sample.token_ids,
-            logprobs=sample.logprobs,
-            finish_reason=sample.finish_reason,
-            seed=sample.seed,
+            token_ids=made.token_ids,
+            logprobs=made.logprobs,
+            finish_reason=made.finish_reason,
+            seed=made.seed,
             weight_versions=(version, max(self._version, version)),
-            text=completion_text(self._tokenizer, sample.token_ids, self._stops),
+            text=completion_text(self._tokenizer, made.token_ids, self._stops),
         )
 
     async def completion(self, group_id: str, index: int) -> tuple[Failure | None, Group | None]:
@@ -376,56 +364,15 @@ class RolloutActor:
 
     async def memory(self) -> int:
         """Peak resident bytes of this actor and of its engine's processes, summed."""
-        return sum(_peak_rss(process.pid) for process in self._processes())
+        return sum(peak_rss(process.pid) for process in self._processes())
 
-    def _processes(self) -> list[Any]:
+    def _processes(self) -> list[psutil.Process]:
         import psutil
 
         return [psutil.Process(), *psutil.Process().children(recursive=True)]
-
-
-def write_new(path: Path, data: memoryview) -> None:
-    """Write a file that must not exist yet, readable by this user alone.
-
-    Raises FileExistsError where there is something of that name already, a link for example.
-    """
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-    with open(os.open(path, flags, 0o600), "wb") as file:
-        file.write(data)
 
 
 def _node_id() -> str:
     import ray
 
     return ray.get_runtime_context().get_node_id() if ray.is_initialized() else "local"
-
-
-def _cpu_seconds(process: Any) -> float:
-    import psutil
-
-    try:
-        times = process.cpu_times()
-    except psutil.Error:
-        return 0.0
-    return float(times.user + times.system)
-
-
-def _peak_rss(pid: int) -> int:
-    for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return 0
-
-
-def split_cores(cores: tuple[int, ...], parts: int) -> list[tuple[int, ...]]:
-    """Disjoint, contiguous, near-equal shares of a node's cores.
-
-    With more parts than cores, neighbours share one: every part gets at least one core.
-
-    >>> split_cores((0, 1, 2, 3), 2)
-    [(0, 1), (2, 3)]
-    """
-    if parts >= len(cores):
-        return [(cores[index % len(cores)],) for index in range(parts)]
-    bounds = [len(cores) * index // parts for index in range(parts + 1)]
-    return [cores[start:end] for start, end in itertools.pairwise(bounds)]

@@ -7,9 +7,12 @@ sequence.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
 
 
 def tokens_at(probabilities_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
@@ -38,7 +41,7 @@ def use_in_vllm() -> None:
     from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler, apply_top_k_top_p
 
     def forward_cpu(
-        self: Any,
+        self: TopKTopPSampler,
         logits_BV: torch.Tensor,
         generators: dict[int, torch.Generator],
         k_B: torch.Tensor | None,

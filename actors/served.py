@@ -9,11 +9,10 @@ taken of it whenever somebody asks. What was kept from before has another.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,8 +20,9 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader.reload import layerwise
+from vllm.model_executor.model_loader.reload.types import LayerReloadingInfo
 
-from cohort.actors.proof import Feed, digest
+from cohort.actors.proof import Feed, ServedFeed, digest
 from cohort.actors.weight_file import TensorSpec
 
 # They leave the tensors that they pack as they are, which may be read meanwhile.
@@ -40,7 +40,7 @@ class _Layer:
 
     names: tuple[str, ...]
     loaded: Future[int] | int | None
-    kernel: Any
+    kernel: object
     kept: int | None = None
 
 
@@ -67,7 +67,7 @@ class Served:
         )
         original = layerwise._layerwise_process
 
-        def process(layer: torch.nn.Module, info: Any) -> None:
+        def process(layer: torch.nn.Module, info: LayerReloadingInfo) -> None:
             loaded = list(info.loaded_weights)
             if layer not in self._feeds:
                 self._feeds[layer] = [
@@ -87,7 +87,11 @@ class Served:
             self._settle(layer)
 
     def _load(
-        self, layer: torch.nn.Module, names: tuple[str, ...], executor: Executor, load: Any
+        self,
+        layer: torch.nn.Module,
+        names: tuple[str, ...],
+        executor: Executor,
+        load: Callable[[], object],
     ) -> None:
         """Have a layer loaded; its tensors are digested before anything packs or quantizes them."""
         method = vars(layer).get("quant_method")
@@ -132,10 +136,13 @@ class Served:
         if self._changed[layer]:
             state.kept = _sum(_own(layer, state.names))
 
-    def layout(self, model: torch.nn.Module) -> dict[str, list[list[Any]]]:
-        """For every layer: the tensors that it was loaded from, as [name, turned, digest]."""
+    def layout(self, model: torch.nn.Module) -> dict[str, list[ServedFeed]]:
+        """For every layer: the tensors that it was loaded from."""
         return {
-            name: [[feed.name, feed.transposed, str(feed.digest)] for feed in self._feeds[layer]]
+            name: [
+                ServedFeed(name=feed.name, transposed=feed.transposed, digest=str(feed.digest))
+                for feed in self._feeds[layer]
+            ]
             for name, layer in model.named_modules()
             if layer in self._feeds
         }
@@ -177,7 +184,7 @@ def _sum(tensors: list[torch.Tensor]) -> int:
     return sum(digest(tensor.data) for tensor in tensors) % (1 << 64)
 
 
-def _given(arguments: dict[str, Any]) -> list[torch.Tensor]:
+def _given(arguments: dict[str, object]) -> list[torch.Tensor]:
     """What a weight loader was given to load; `param` is where it goes."""
     return [
         value

@@ -17,7 +17,7 @@ from __future__ import annotations
 import mmap
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import xxhash
@@ -41,8 +41,12 @@ from vllm.model_executor.model_loader.reload.layerwise import (
 )
 
 from cohort.actors import sampling
+from cohort.actors.proof import ServedLayout
 from cohort.actors.served import Served
-from cohort.actors.weight_file import decode_header, tensors_in
+from cohort.actors.weight_file import FileBytes, decode_header, tensors_in
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 BACKEND = "shared_memory"
 
@@ -68,7 +72,7 @@ class SharedMemoryEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     init_info_cls = InitInfo
     update_info_cls = UpdateInfo
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
         self._loaded_before: dict[str, tuple[int, ...]] = {}
         self.served = Served()
@@ -79,7 +83,7 @@ class SharedMemoryEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     def start_weight_update(self) -> None:
         """Nothing is touched until the file has been checked: see receive_weights."""
 
-    def update_weights(self, update_info: dict[str, Any]) -> None:
+    def update_weights(self, update_info: dict[str, object]) -> None:
         # The base class synchronises an accelerator, which a CPU machine does not have.
         self.receive_weights(self.parse_update_info(update_info))
         if self.device.type != "cpu":
@@ -150,7 +154,7 @@ class SharedMemoryEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         """Nothing is held between updates."""
 
 
-def fingerprint(data: Any) -> str:
+def fingerprint(data: FileBytes) -> str:
     """xxh3-128 over a file's bytes, as hex."""
     return xxhash.xxh3_128(data).hexdigest()
 
@@ -196,8 +200,7 @@ def _tied_pairs(
     model: torch.nn.Module,
 ) -> list[tuple[ParallelLMHead, VocabParallelEmbedding]]:
     """Output heads whose config says that they share the input embedding."""
-    config = model.config if hasattr(model, "config") else None
-    if config is None or not config.tie_word_embeddings:
+    if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
         return []
     embeddings = [
         layer
@@ -212,9 +215,9 @@ class WorkerExtension:
     """Methods that vLLM's worker gets: `worker_extension_cls` names this class."""
 
     weight_transfer_engine: SharedMemoryEngine
-    model_runner: Any
+    model_runner: GPUModelRunner
 
-    def served_layout(self) -> dict[str, Any]:
+    def served_layout(self) -> ServedLayout:
         """See `Served.layout`; and the heads that share an embedding's tensor, with its name."""
         model = self.model_runner.get_model()
         names = {id(layer): name for name, layer in model.named_modules()}

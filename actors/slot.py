@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeVar
 
 from cohort.actors.errors import CohortError, failure_of
+from cohort.actors.handle import RolloutHandle
+from cohort.actors.records import Place
 from cohort.actors.watch import Watch
+
+T = TypeVar("T")
 
 
 class RolloutError(CohortError):
@@ -29,7 +34,7 @@ class Slot:
     """
 
     index: int
-    handle: Any
+    handle: RolloutHandle
     cores: tuple[int, ...] = ()
     load: int = 0
     ready: bool = False
@@ -44,7 +49,13 @@ class Slot:
     beat_s: float = 5.0
     pause_s: float = 0.0
 
-    async def moving(self, reference: Any, limit_s: float, what: str) -> Any:
+    def replace(self, handle: RolloutHandle) -> None:
+        """Put a new actor in the place of one that was lost."""
+        self.handle = handle
+        self.generation += 1
+        self.watch = Watch()
+
+    async def moving(self, reference: Awaitable[T], limit_s: float, what: str) -> T:
         """An actor's answer, however long it takes; ActorLost once it makes no progress."""
         generation, watch = self.generation, self.watch
         since = watch.total_s
@@ -72,7 +83,7 @@ class Slot:
 
     async def _beat(self) -> None:
         """Ask the slot's actor now and then how far it is, for as long as somebody waits for it."""
-        asking: asyncio.Future[Any] | None = None
+        asking: asyncio.Future[Place] | None = None
         watch, last = self.watch, time.monotonic()
         try:
             while True:
@@ -82,7 +93,7 @@ class Slot:
                     _drop(asking)
                     asking = None
                 if asking is None:
-                    asking = asyncio.ensure_future(self.handle.place.remote())
+                    asking = asyncio.ensure_future(self.handle.place())
                 await asyncio.sleep(self.beat_s)
                 now = time.monotonic()
                 # More than two beats: it was this process that did not run.
@@ -99,7 +110,7 @@ class Slot:
         finally:
             _drop(asking)
 
-    async def within(self, reference: Any, timeout_s: float, what: str) -> Any:
+    async def within(self, reference: Awaitable[T], timeout_s: float, what: str) -> T:
         """An actor's answer; ActorLost when it takes longer than that."""
         call = asyncio.ensure_future(reference)
         try:
@@ -109,7 +120,7 @@ class Slot:
         finally:
             call.cancel()
 
-    def _answer(self, call: asyncio.Future[Any]) -> Any:
+    def _answer(self, call: asyncio.Future[T]) -> T:
         """What an actor answered, or what is to be done about its error."""
         error = call.exception()
         if error is None:
@@ -123,7 +134,7 @@ class Slot:
         raise RolloutError(f"{failure.what} failed: {failure.message}") from error
 
 
-def _drop(asking: asyncio.Future[Any] | None) -> None:
+def _drop(asking: asyncio.Future[T] | None) -> None:
     """Cancel a call; its error, if it has one already, was seen."""
     if asking is not None and not asking.cancel() and not asking.cancelled():
         asking.exception()

@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Protocol
 
 # Thinking that a prompt has opened, and perhaps closed, for the model: the end of the prompt.
 OPENED = re.compile(r"(?:<think>\s*(?:</think>\s*)?|\[THINK\]\s*)\Z")
 
 
+class Tokenizer(Protocol):
+    """What a text needs of a tokenizer; those of transformers have it."""
+
+    eos_token_id: int | None
+    pad_token_id: int | None
+
+    def decode(
+        self,
+        token_ids: list[int],
+        *,
+        skip_special_tokens: bool,
+        clean_up_tokenization_spaces: bool,
+    ) -> str: ...
+
+
 def completion_text(
-    tokenizer: Any, token_ids: Iterable[Any], stop_ids: Collection[int] = ()
+    tokenizer: Tokenizer, token_ids: Iterable[int], stop_ids: Collection[int] = ()
 ) -> str:
     """The text of a completion, special tokens included.
 
@@ -21,11 +36,10 @@ def completion_text(
     """
     hidden = {*stop_ids, tokenizer.eos_token_id, tokenizer.pad_token_id}
     kept = [int(token) for token in token_ids if int(token) not in hidden]
-    text = tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    return str(text)
+    return tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-def prefill_of(content: Any, text: str | None = None) -> str:
+def prefill_of(content: str | Sequence[Mapping[str, str]], text: str | None = None) -> str:
     """What the answer to a prompt begins with before the model's own words; "" for most prompts.
 
     content: a prompt, as a text or messages. text: the prompt as the model reads it. A last message

@@ -6,12 +6,17 @@ Format: https://huggingface.co/docs/safetensors, "Format".
 from __future__ import annotations
 
 import json
+import mmap
+import os
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TypeAlias
 
 import torch
+
+FileBytes: TypeAlias = bytes | bytearray | memoryview | mmap.mmap
 
 ALIGNMENT = 64
 DTYPE_NAMES = {
@@ -41,7 +46,7 @@ class TensorSpec:
 
 def encode_header(specs: Sequence[TensorSpec]) -> tuple[bytes, list[int], int]:
     """The file's first bytes, where each tensor starts in the file, and the file's size."""
-    entries: dict[str, Any] = {}
+    entries: dict[str, dict[str, object]] = {}
     offset = 0
     offsets = []
     for spec in specs:
@@ -59,7 +64,7 @@ def encode_header(specs: Sequence[TensorSpec]) -> tuple[bytes, list[int], int]:
     return struct.pack("<Q", len(text)) + text, [start + o for o in offsets], start + offset
 
 
-def decode_header(data: Any) -> list[tuple[TensorSpec, int]]:
+def decode_header(data: FileBytes) -> list[tuple[TensorSpec, int]]:
     """The tensors in a file's bytes, in file order, and where each starts.
 
     Raises ValueError when the bytes are no safetensors file, or end before the tensors do.
@@ -80,7 +85,7 @@ def decode_header(data: Any) -> list[tuple[TensorSpec, int]]:
     return found
 
 
-def tensors_in(data: Any) -> Iterator[tuple[str, torch.Tensor]]:
+def tensors_in(data: FileBytes) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of a file as a view of its (writable) bytes, which live as long as a view."""
     for spec, start in decode_header(data):
         count = torch.Size(spec.shape).numel()
@@ -89,3 +94,13 @@ def tensors_in(data: Any) -> Iterator[tuple[str, torch.Tensor]]:
         else:
             flat = torch.frombuffer(data, dtype=spec.dtype, count=count, offset=start)
             yield spec.name, flat.view(spec.shape)
+
+
+def write_new(path: Path, data: memoryview) -> None:
+    """Write a file that must not exist yet, readable by this user alone.
+
+    Raises FileExistsError where there is something of that name already, a link for example.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    with open(os.open(path, flags, 0o600), "wb") as file:
+        file.write(data)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import JsonValue
 
@@ -22,6 +22,9 @@ from cohort.rewards.pool import RewardPool
 from cohort.rewards.rates import PassRates, RateHistory
 from cohort.rewards.tasks import Curriculum, SampledPrompts, sample_prompts
 from cohort.rewards.worker import RewardWorker, longest_score_s, watched_actor_class
+
+if TYPE_CHECKING:
+    from ray.actor import ActorProxy
 
 # Engine and learner use different kernels: the gap is about 0.1 in bfloat16, an eighth of that in
 # float16, below 1e-4 in float32.
@@ -73,7 +76,7 @@ def make_pool(
 
     spec = engine_spec(prepared, placement)
 
-    def make_actor(name: str) -> Any:
+    def make_actor(name: str) -> ActorProxy[RolloutActor]:
         return (
             ray.remote(RolloutActor)
             .options(max_concurrency=10_000, **placement.rollout)

@@ -14,8 +14,8 @@ import numpy as np
 from ray.exceptions import ActorDiedError
 
 from cohort.actors.engine import RawCompletion
-from cohort.actors.records import Failure, Prompt, Request, SamplingSpec, WeightsInfo
-from cohort.actors.rollout import Place, RolloutActor
+from cohort.actors.records import Failure, Place, Prompt, Request, SamplingSpec, WeightsInfo
+from cohort.actors.rollout import RolloutActor
 
 PROBE = [1, 2, 3]
 LEARNER = [-1.0, -2.0]

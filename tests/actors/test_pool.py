@@ -10,9 +10,18 @@ import ray
 from ray.exceptions import ActorDiedError
 
 from cohort.actors.config import ActorsConfig
+from cohort.actors.machine import split_cores
 from cohort.actors.pool import MAX_RESTARTS, Probe, RolloutError, RolloutPool, probe_gap
-from cohort.actors.records import Failure, GroupMeta, Prompt, Request, SamplingSpec, WeightsInfo
-from cohort.actors.rollout import Place, RolloutActor, split_cores
+from cohort.actors.records import (
+    Failure,
+    GroupMeta,
+    Place,
+    Prompt,
+    Request,
+    SamplingSpec,
+    WeightsInfo,
+)
+from cohort.actors.rollout import RolloutActor
 from tests.harness import clock
 
 LEARNER = [-1.0, -2.0]

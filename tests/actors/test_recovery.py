@@ -24,8 +24,7 @@ from ray.exceptions import (
 from cohort.actors.config import ActorsConfig
 from cohort.actors.engine import EngineError
 from cohort.actors.pool import MAX_RESTARTS, Probe, RolloutError, RolloutPool
-from cohort.actors.records import Failure, GroupMeta
-from cohort.actors.rollout import NotSynced
+from cohort.actors.records import Failure, GroupMeta, NotSynced
 from cohort.actors.watch import BUSY_FACTOR, Watch
 from tests.actors.stand_ins import LEARNER, PROBE, Handle, StandInEngine, info, request
 from tests.harness import clock
@@ -417,7 +416,7 @@ def test_cancelled_groups_leave_nothing_behind(after: float) -> None:
         assert not made.handles[0].actor._pending
         assert not made.handles[0].engine.running
         assert pool._slots[0].load == 0
-        assert not pool._queue
+        assert not pool._dispatcher.queue
         # The pool goes on as before.
         assert isinstance((await outcomes(pool, "later"))[0], GroupMeta)
 

@@ -210,7 +210,10 @@ class Vllm:
         if method == "served_weights":
             return [held]
         assert method == "served_layout"
-        return [{"layers": {n: [[n, False, value]] for n, value in held.items()}, "tied": {}}]
+        feeds = {
+            n: [{"name": n, "transposed": False, "digest": value}] for n, value in held.items()
+        }
+        return [{"layers": feeds, "tied": {}}]
 
     async def reset_prefix_cache(self, reset_running_requests: bool = False, **_: Any) -> bool:
         self._cached.clear()

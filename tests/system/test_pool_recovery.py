@@ -95,12 +95,12 @@ class Run:
 
     async def repaired(self) -> None:
         while not all(slot.ready for slot in self.pool._slots):
-            assert self.pool._broken is None, self.pool._broken
+            assert self.pool._dispatcher.broken is None, self.pool._dispatcher.broken
             await asyncio.sleep(0.2)
 
     async def process(self, index: int) -> psutil.Process:
         """The process of an actor."""
-        return psutil.Process((await self.pool._slots[index].handle.place.remote()).pid)
+        return psutil.Process((await self.pool._slots[index].handle.place()).pid)
 
     async def engine(self, index: int) -> psutil.Process:
         """vLLM's process below an actor."""

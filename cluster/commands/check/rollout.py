@@ -64,6 +64,7 @@ async def generate(prepared: Prepared, prompts: Sequence[Prompt], step: int) -> 
             for meta, reference in made:
                 if isinstance(meta, Failure):
                     raise RunError(str(meta))
+                assert reference is not None
                 metas.append(meta)
                 groups.append(await reference)
     return Generated(metas, groups, seconds, actors.engine_start_s)
