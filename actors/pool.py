@@ -20,15 +20,7 @@ from cohort.actors.errors import failure_of
 from cohort.actors.handle import RolloutHandle
 from cohort.actors.machine import split_cores
 from cohort.actors.probe import Probe, limit_of, probe_gap, stale
-from cohort.actors.records import (
-    Failure,
-    Group,
-    GroupMeta,
-    NotSynced,
-    Place,
-    Request,
-    WeightsInfo,
-)
+from cohort.actors.records import Failure, Group, GroupMeta, NotSynced, Place, Request, WeightsInfo
 from cohort.actors.slot import ActorLost, RolloutError, Slot
 
 if TYPE_CHECKING:

@@ -66,7 +66,7 @@ def final_parts(
 
 
 def beginnings(
-    count: int, prefills: Sequence[str] | None, prompts: Sequence[object] | None
+    count: int, prefills: Sequence[str] | None, prompts: Sequence[Any] | None
 ) -> Sequence[str]:
     """What each of `count` answers begins with in its prompt; "" where nothing is known."""
     if prefills is not None:

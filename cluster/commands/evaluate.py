@@ -197,10 +197,10 @@ def task_metrics(
 
 
 async def _score(
-    rewards: RewardPool, generating: Awaitable[tuple[GroupMeta | Failure, ObjectRef[Group]]]
+    rewards: RewardPool, generating: Awaitable[tuple[GroupMeta | Failure, ObjectRef[Group] | None]]
 ) -> tuple[ScoreMeta, list[str]]:
     meta, group = await generating
-    if isinstance(meta, Failure):
+    if isinstance(meta, Failure) or group is None:
         raise RunError(str(meta))
     scores, _ = await rewards.score(group)
     if isinstance(scores, Failure):
