@@ -23,7 +23,7 @@ MARKER = "COHORT_REAP"
 SHM = Path("/dev/shm")
 WATCHER_START_S = 30
 TRACKER_S = 5.0
-SWEEP_S = 60.0
+SWEEP_S = 15.0
 # How the names of files begin through which Python's and vLLM's processes talk.
 TALK = ("psm_", "sem.")
 RAISED = re.compile(r"\b[A-Z]\w*(Error|Exception): \S.*")

@@ -339,8 +339,8 @@ MUTANTS = (
     ),
     Mutant(
         "actors/text.py",
-        "text = tokenizer.decode(kept, skip_special_tokens=False,",
-        "text = tokenizer.decode(kept, skip_special_tokens=True,",
+        "return tokenizer.decode(kept, skip_special_tokens=False,",
+        "return tokenizer.decode(kept, skip_special_tokens=True,",
         "rewards see the special tokens that the model wrote",
         (f"{TEMPLATES}::test_completions_keep_every_special_token_but_the_end",),
     ),

@@ -161,7 +161,7 @@ def nothing_left(cohort: Cohort) -> Iterator[Callable[[], None]]:
     """Call it at the end: no process of the runs may live, no shared memory file be new."""
     files = shared_files()
 
-    def check(within: float = 20) -> None:
+    def check(within: float = 40) -> None:
         deadline = time.monotonic() + within
         while (alive := [name for _, name in ours(cohort.mark)]) or shared_files() - files:
             assert time.monotonic() < deadline, f"left: {alive} {shared_files() - files}"
