@@ -1,4 +1,4 @@
-"""What a process of ours owes the machine: a log of its own, and nothing left behind."""
+"""Logs of our processes, and the end of all that they started and left in shared memory."""
 
 from __future__ import annotations
 

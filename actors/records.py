@@ -1,4 +1,4 @@
-"""The records that flow through the house: prompts -> completions -> groups -> scored groups.
+"""The records that every package shares: prompts -> completions -> groups -> scored groups.
 
 A sample is a record with an id; joins are by id, never by position. Token ids are the truth;
 text exists only for rewards and for people to read.
