@@ -119,7 +119,11 @@ class Session:
         self._cursors = [0]
 
     def prompts(self, step: int) -> list[Prompt]:
-        """The `task.prompts_per_step` prompts that training would take for this step."""
+        """The `task.prompts_per_step` prompts that training would take for this step.
+
+        A curriculum chooses them without the pass rates of earlier steps, which only `cohort train`
+        keeps.
+        """
         while len(self._cursors) < step + 2:
             self._cursors.append(self._sample(self._cursors[-1]).cursor)
         return list(self._sample(self._cursors[step]).prompts)
