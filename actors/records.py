@@ -24,10 +24,21 @@ Messages = list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question. `columns` holds every other dataset column; rewards receive them by name.
+    """One question, as an engine gets it.
 
-    text: the prompt as the model reads it, chat template rendered; None when it was not kept.
-    source: the part of a mixture, the level, the dataset that it is of.
+    Attributes:
+        id: Of its row and epoch, unique in a run.
+        token_ids: What the engine continues.
+        content: The messages or the text that the tokens were made of.
+        columns: Every other column of its row; reward functions receive them by name.
+        epoch: Counted from 0.
+        text: The prompt as the model reads it, chat template rendered; None when it was not kept.
+        source: The part of a mixture, the level, the dataset that it is of.
+
+    Example:
+        >>> prompt = Prompt("0-sum", (1, 2, 3), "What is 1 + 1?", {"answer": 2})
+        >>> prompt.row_id, prompt.columns["answer"]
+        ('sum', 2)
     """
 
     id: str
@@ -77,7 +88,15 @@ class Completion:
 
 @dataclass(frozen=True)
 class Group:
-    """G completions of one prompt, from one engine."""
+    """G completions of one prompt, from one engine.
+
+    Example:
+        What a program of your own sees of a group that was scored (see `cohort.launch`):
+
+            for scored in await c.score(await c.generate(c.prompts(0))):
+                group = (await scored.ref).group
+                print(group.prompt.text, [completion.text for completion in group.completions])
+    """
 
     id: str
     prompt: Prompt
