@@ -168,8 +168,12 @@ class Session:
     async def _score(self, group: Generated) -> ScoredRef | Failure:
         if isinstance(group.meta, Failure):
             return group.meta
+        assert group.ref is not None
         scores, ref = await self._actors.rewards.score(group.ref)
-        return scores if isinstance(scores, Failure) else ScoredRef(group.meta, scores, ref)
+        if isinstance(scores, Failure):
+            return scores
+        assert ref is not None
+        return ScoredRef(group.meta, scores, ref)
 
 
 @asynccontextmanager

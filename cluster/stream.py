@@ -198,15 +198,12 @@ class GroupStream:
                 _cancel(judging)
             if not isinstance(scores, Lost) or not left:
                 break
-            logger.warning(
-                "group %s is generated again: %s",
-                request.group_id,
-                scores,
-            )
+            logger.warning("group %s is generated again: %s", request.group_id, scores)
             (generating,) = await self._pool.generate([request], self._judge)
         now = time.monotonic()
         if not isinstance(scores, ScoreMeta):
             return _Produced(scores, generated_at, now)
+        assert scored is not None
         self._show_errors(scores)
         return _Produced(ScoredRef(meta, scores, scored), generated_at, now)
 

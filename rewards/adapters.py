@@ -43,7 +43,7 @@ VERL = ("data_source", "solution_str", "ground_truth", "extra_info")
 
 
 def load_reward(
-    path: str, kind: str, options: Mapping[str, Any], stubs: Path | None = None
+    path: str, kind: str, options: Mapping[str, object], stubs: Path | None = None
 ) -> RewardFunction:
     """The function that `path` names, as one with our signature.
 
@@ -65,12 +65,12 @@ def from_verl(compute_score: RewardFunction) -> RewardFunction:
     names = _verl_names(compute_score)
 
     @per_completion
-    def judged(completions: Sequence[object], **columns: Any) -> Any:
+    def judged(completions: Sequence[object], **columns: Any) -> object:
         texts = completion_texts(completions)
         truths = _ground_truths(columns) if "ground_truth" in names else [None] * len(texts)
         sources = columns.get("data_source", [None] * len(texts))
         infos = columns.get("extra_info", [None] * len(texts))
-        results: list[Any] = []
+        results: list[object] = []
         for text, truth, source, info in zip(texts, truths, sources, infos, strict=True):
             known = {"data_source": source, "solution_str": text, "ground_truth": truth}
             try:
@@ -106,7 +106,7 @@ def _verl_names(compute_score: RewardFunction) -> dict[str, str]:
 
 
 def _from_verl_batches(compute_score: RewardFunction) -> RewardFunction:
-    def judged(completions: Sequence[object], **columns: Any) -> Any:
+    def judged(completions: Sequence[object], **columns: Any) -> object:
         texts = completion_texts(completions)
         return compute_score(
             data_sources=columns.get("data_source", [None] * len(texts)),
@@ -118,7 +118,7 @@ def _from_verl_batches(compute_score: RewardFunction) -> RewardFunction:
     return judged
 
 
-def _first(result: Any) -> Any:
+def _first(result: object) -> object:
     """verl takes the first entry of what is no number and no dict."""
     return result[0] if isinstance(result, (list, tuple)) and result else result
 
@@ -129,10 +129,10 @@ def from_openrlhf(reward_func: RewardFunction) -> RewardFunction:
     def judged(
         prompt_texts: Sequence[str],
         completions: Sequence[object],
-        log_metric: Callable[[str, Any], None],
-        labels: Sequence[Any] | None = None,
-        label: Sequence[Any] | None = None,
-    ) -> Any:
+        log_metric: Callable[[str, object], None],
+        labels: Sequence[object] | None = None,
+        label: Sequence[object] | None = None,
+    ) -> object:
         answers = labels if labels is not None else label
         result = reward_func(
             queries=[
@@ -157,7 +157,7 @@ def from_openrlhf(reward_func: RewardFunction) -> RewardFunction:
     return judged
 
 
-def _ground_truths(columns: Mapping[str, Any]) -> Sequence[Any]:
+def _ground_truths(columns: Mapping[str, Any]) -> Sequence[object]:
     if "ground_truth" in columns:
         return list(columns["ground_truth"])
     models = columns.get("reward_model")
@@ -171,12 +171,12 @@ def _ground_truths(columns: Mapping[str, Any]) -> Sequence[Any]:
     )
 
 
-def _listed(value: Any) -> Any:
+def _listed(value: object) -> object:
     """Arrays and tensors as lists or numbers (without importing torch), anything else as it is."""
     return value.tolist() if isinstance(value, SupportsToList) else value
 
 
-async def _gathered(results: Sequence[Any]) -> list[Any]:
+async def _gathered(results: Sequence[object]) -> list[object]:
     waiting = [result for result in results if inspect.isawaitable(result)]
     done = iter(await asyncio.gather(*waiting, return_exceptions=True))
     return [_first(next(done) if inspect.isawaitable(r) else r) for r in results]

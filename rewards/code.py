@@ -80,7 +80,7 @@ class CodeTests:
     def __call__(
         self,
         completions: Sequence[object],
-        tests: Sequence[Any],
+        tests: Sequence[object],
         prompts: Sequence[object] | None = None,
         prefills: Sequence[str] | None = None,
         **_: object,
@@ -89,7 +89,7 @@ class CodeTests:
         with ThreadPoolExecutor(self._parallel) as pool:
             return list(pool.map(self._score, programs, tests))
 
-    def _score(self, program: str | None, tests: Any) -> dict[str, float] | SandboxError | None:
+    def _score(self, program: str | None, tests: object) -> dict[str, float] | SandboxError | None:
         if tests is None:
             return None
         cases = _cases(tests)[: self._max_tests]
@@ -100,7 +100,7 @@ class CodeTests:
         except SandboxError as error:
             return error
 
-    def _run_cases(self, program: str, cases: list[Any]) -> dict[str, float]:
+    def _run_cases(self, program: str, cases: list[object]) -> dict[str, float]:
         passed = 0
         for case in cases:
             good = self._passes(program, case)
@@ -125,7 +125,7 @@ class CodeTests:
         return self._sandbox.run([self._python, "-I", "-B", "main.py"], files, stdin)
 
 
-def _cases(tests: Any) -> list[Any]:
+def _cases(tests: Any) -> list[object]:
     """The tests as a list; raises ValueError for anything that is not one."""
     cases = [tests] if isinstance(tests, (str, dict)) else list(tests)
     for case in cases:

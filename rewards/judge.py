@@ -10,7 +10,7 @@ from typing import Any
 from cohort.rewards.base import completion_texts, per_completion
 from cohort.rewards.endpoint import Endpoint, unicode_text
 
-Grade = dict[str, Any]
+Grade = dict[str, object]
 
 SYSTEM = """\
 You grade an answer. The criteria:
@@ -89,7 +89,7 @@ class LLMJudge:
         /,
         prompts: Sequence[object],
         completions: Sequence[object],
-        reference: Sequence[Any] | None = None,
+        reference: Sequence[object] | None = None,
         **_: object,
     ) -> list[Grade | Exception]:
         texts = completion_texts(completions)
@@ -136,7 +136,7 @@ class LLMJudge:
         share = (grade - self._low) / (self._high - self._low)
         return {"score": share, "grade": grade, "reason": unicode_text(str(reason))}
 
-    def _messages(self, question: str, text: str, reference: Any) -> list[dict[str, str]]:
+    def _messages(self, question: str, text: str, reference: object) -> list[dict[str, str]]:
         # The mark depends on the text, so that the text cannot hold it.
         mark = f"==={hashlib.sha256(text.encode(errors='replace')).hexdigest()[:16]}==="
         shown = text[: self._max_characters]

@@ -11,26 +11,36 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from cohort.actors.errors import CohortError, failure_of, kind_of, words
-from cohort.actors.records import Failure, ScoreMeta
+from cohort.actors.records import Failure, Group, ScoredGroup, ScoreMeta
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+
+    from cohort.rewards.worker import ScoredPart
 
 logger = logging.getLogger(__name__)
+# What the driver sees of a call's answer, and what stays in the object store.
+Seen = TypeVar("Seen")
+Kept = TypeVar("Kept")
+# Ray's handle of a reward worker; its types give an actor's methods no `.remote`.
+Handle: TypeAlias = Any
+Begin: TypeAlias = "Callable[[Handle], tuple[ObjectRef[Seen], ObjectRef[Kept]]]"
+Part: TypeAlias = "ObjectRef[Group]"
+Known: TypeAlias = "ObjectRef[ScoredPart] | None"
 
 # Of one group: what failed that often with actors that were well is not the actors' fault.
 MAX_ATTEMPTS = 3
-# Of one actor in a row, without a call answered between them.
-MAX_RESTARTS = 3
+MAX_RESTARTS = 3  # of one actor in a row, without a call answered between them
 # An idle actor answers a ping in milliseconds; one that needs longer is looked at by itself.
 PING_S = 2.0
 PING_EVERY_S = 5.0
-# Without any answer for so long, a process is frozen: stopped, or on a machine that is.
-FROZEN_S = 30.0
-# For a new actor: a process, and the loading of its functions.
-RESTART_S = 180.0
+FROZEN_S = 30.0  # without any answer for so long, a process (or its machine) is stopped
+RESTART_S = 180.0  # for a new actor: a process, and the loading of its functions
 RETRY_S = 0.2
 
 
@@ -48,7 +58,7 @@ class _Worker:
     """A reward actor. restarts: in a row, without an answer to a call between them."""
 
     index: int
-    handle: Any
+    handle: Handle
     restarts: int = 0
 
 
@@ -66,13 +76,13 @@ class RewardPool:
 
     def __init__(
         self,
-        actors: list[Any],
+        actors: list[Handle],
         timeout_s: float,
         *,
         timeout_key: str = "rewards.timeout_s",
         pings_while_judging: bool = False,
         streams: bool = True,
-        make_actor: Callable[[], Any] | None = None,
+        make_actor: Callable[[], Handle] | None = None,
         notify: Callable[[str], None] = logger.warning,
         frozen_s: float = FROZEN_S,
         restart_s: float = RESTART_S,
@@ -90,9 +100,9 @@ class RewardPool:
         self._changed = asyncio.Condition()
         self._idle = list(self._workers)
         self._last_words = "there was none from the start"
-        self._background: set[asyncio.Task[Any]] = set()
+        self._background: set[asyncio.Task[object]] = set()
         # Completions that wait for an idle actor, and the call they will be in.
-        self._waiting: dict[str, tuple[list[Any], asyncio.Task[Any | None]]] = {}
+        self._waiting: dict[str, tuple[list[Part], asyncio.Task[Known]]] = {}
         self.restarts = 0
 
     async def check(self, timeout_s: float) -> None:
@@ -117,26 +127,26 @@ class RewardPool:
                     f"reward actor {worker.index} could not start: {words(answer)}"
                 ) from answer
 
-    def judge(self, name: str, part: Any) -> asyncio.Task[Any | None]:
+    def judge(self, name: str, part: Part) -> asyncio.Task[Known]:
         """Have a completion judged before its group is complete.
 
         name: of the group; completions of one name that arrive while every actor is busy share a
-        call. part: a reference to a group of one. Returns the task of the call: a reference for
-        `score`, or None when it failed; `score` then judges the completion with its group.
+        call. part: a group of one. Returns the task of the call: a reference for `score`, or None
+        when it failed; `score` then judges the completion with its group.
         """
         if not self._streams:
-            return asyncio.create_task(_nothing())
+            return asyncio.create_task(asyncio.sleep(0))
         call = self._waiting.get(name)
         if call is None or call[1].done() or call[1].cancelling():
-            parts: list[Any] = []
+            parts: list[Part] = []
             call = self._waiting[name] = (parts, asyncio.create_task(self._judge(name, parts)))
             # Here, for a task that is cancelled before it begins runs nothing of its own.
             call[1].add_done_callback(lambda _: self._no_longer_waiting(name, parts))
         call[0].append(part)
         return call[1]
 
-    async def _judge(self, name: str, parts: list[Any]) -> Any | None:
-        def begin(actor: Any) -> Any:
+    async def _judge(self, name: str, parts: list[Part]) -> Known:
+        def begin(actor: Handle) -> Handle:
             # The parts are read now, when an actor is idle; what arrives later is another call.
             self._no_longer_waiting(name, parts)
             return actor.judge.options(num_returns=2).remote(*parts)
@@ -144,28 +154,30 @@ class RewardPool:
         failure, judged = await self._call("completions could not be judged", begin)
         return None if failure is not None else judged
 
-    def _no_longer_waiting(self, name: str, parts: list[Any]) -> None:
+    def _no_longer_waiting(self, name: str, parts: list[Part]) -> None:
         if name in self._waiting and self._waiting[name][0] is parts:
             del self._waiting[name]
 
     async def score(
-        self, group: Any, judged: Sequence[Any] = ()
-    ) -> tuple[ScoreMeta | Failure, Any]:
+        self, group: ObjectRef[Group], judged: Sequence[ObjectRef[ScoredPart]] = ()
+    ) -> tuple[ScoreMeta | Failure, ObjectRef[ScoredGroup] | None]:
         """Score one group, given by reference; returns what the driver may see, and a reference.
 
         judged: what `judge` said of its completions, which is not asked again. The Failure is a
         `Lost` when the group itself is gone. Raises RewardPoolError when no actor is left.
         """
-        what = "a group could not be scored"
-        outcome = await self._call(
-            what, lambda actor: actor.score.options(num_returns=2).remote(group, *judged)
+        outcome: tuple[ScoreMeta | Failure, ObjectRef[ScoredGroup] | None] = await self._call(
+            "a group could not be scored",
+            lambda actor: actor.score.options(num_returns=2).remote(group, *judged),
         )
         if isinstance(outcome[0], Lost) and judged:
             # What was said of its completions may be gone, and the group still there.
             return await self.score(group)
         return outcome
 
-    async def _call(self, what: str, begin: Callable[[Any], Any]) -> tuple[Any, Any]:
+    async def _call(
+        self, what: str, begin: Begin[Seen, Kept]
+    ) -> tuple[Seen | Failure, ObjectRef[Kept] | None]:
         """What an idle actor answers to the call that `begin` makes: a value, and a reference.
 
         Failure and None when nothing helps. A caller that is cancelled leaves its actor busy until
@@ -174,7 +186,8 @@ class RewardPool:
         failure = Failure("infra", what, "no attempt was made")
         for _ in range(MAX_ATTEMPTS):
             worker = await self._idle_worker()
-            outcome = await asyncio.shield(self._spawn(self._use(worker, what, begin)))
+            using = self._use(worker, what, begin)
+            outcome = await asyncio.shield(self._spawn(using))
             if not isinstance(outcome[0], Failure):
                 return outcome
             failure = outcome[0]
@@ -230,8 +243,8 @@ class RewardPool:
         return f"no sign of life for {self._frozen_s:g} s"
 
     async def _use(
-        self, worker: _Worker, what: str, begin: Callable[[Any], Any]
-    ) -> tuple[Any, Any]:
+        self, worker: _Worker, what: str, begin: Begin[Seen, Kept]
+    ) -> tuple[Seen | Failure, ObjectRef[Kept] | None]:
         """One call to an actor, which becomes idle again or is replaced."""
         from ray.exceptions import ObjectLostError, RayError, RayTaskError
 
@@ -264,7 +277,7 @@ class RewardPool:
         await self._take_back(worker)
         return answer, kept
 
-    async def _watched(self, worker: _Worker, seen: Any) -> Any:
+    async def _watched(self, worker: _Worker, seen: Awaitable[Seen]) -> Seen:
         """The answer to a call; raises _Silent when there is none in time, or no sign of life."""
         answer = asyncio.ensure_future(seen)
         answer.add_done_callback(_looked_at)
@@ -308,6 +321,8 @@ class RewardPool:
 
         kill: it may still run.
         """
+        import ray
+
         anew = False
         answer: str | Exception
         while worker.restarts < MAX_RESTARTS:
@@ -316,10 +331,10 @@ class RewardPool:
             self._notify(f"reward actor {worker.index} is replaced: {why}")
             try:
                 if anew and self._make_actor is not None:
-                    _end(worker.handle, for_good=True)
+                    ray.kill(worker.handle)
                     worker.handle = self._make_actor()
                 elif kill or anew:
-                    _end(worker.handle, for_good=False)
+                    ray.kill(worker.handle, no_restart=False)
                 answer = await self._answer(worker)
             # Whatever Ray says: one that cannot be had is given up, and nobody waits for it.
             except Exception as error:  # noqa: BLE001
@@ -329,7 +344,7 @@ class RewardPool:
                 return
             why, anew = _line(answer), True
         with contextlib.suppress(Exception):
-            _end(worker.handle, for_good=True)
+            ray.kill(worker.handle)
         async with self._changed:
             self._workers.remove(worker)
             self._last_words = f"reward actor {worker.index} was given up: {why}"
@@ -352,7 +367,7 @@ class RewardPool:
             # Ray is still at it.
             await asyncio.sleep(RETRY_S)
 
-    def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+    def _spawn(self, work: Coroutine[object, object, Seen]) -> asyncio.Task[Seen]:
         task = asyncio.create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
@@ -373,11 +388,7 @@ class _Silent(Exception):
     """An actor does not answer, though no error says that it died."""
 
 
-async def _nothing() -> None:
-    return None
-
-
-def _looked_at(task: asyncio.Future[Any]) -> None:
+def _looked_at(task: asyncio.Future[Seen]) -> None:
     """Whoever waits for it sees its error; when nobody does any more, nothing is printed."""
     if not task.cancelled():
         task.exception()
@@ -386,9 +397,3 @@ def _looked_at(task: asyncio.Future[Any]) -> None:
 def _line(error: BaseException) -> str:
     """An error in a line."""
     return words(error).strip().partition("\n")[0]
-
-
-def _end(handle: Any, for_good: bool) -> None:
-    import ray
-
-    ray.kill(handle, no_restart=for_good)
