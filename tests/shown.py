@@ -118,7 +118,7 @@ def blocks(document: str, language: str) -> list[str]:
 def scratch_copy(folder: Path) -> Path:
     """A copy of the tree to run commands in, on this tree's virtual environment."""
     ignore = shutil.ignore_patterns("__pycache__", "*.pyc", ".*", "runs", "wandb", "*.egg-info")
-    shutil.copytree(ROOT, folder, ignore=ignore, dirs_exist_ok=True)
+    shutil.copytree(ROOT, folder, symlinks=True, ignore=ignore, dirs_exist_ok=True)
     # ruff heeds .gitignore in a repository only, and whatever makes a folder one is enough.
     shutil.copy(ROOT / ".gitignore", folder)
     (folder / ".git").mkdir()

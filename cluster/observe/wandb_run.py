@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import netrc
+import os
 import secrets
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+from urllib.parse import urlsplit
 
 from cohort.actors.records import Messages
 from cohort.cluster.config import Config
@@ -20,21 +23,42 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Mode = Literal["auto", "online", "offline", "disabled"]
+Mode = Literal["online", "offline", "disabled"]
 
 WANDB_START_S = 60.0
 WANDB_FINISH_S = 60.0
 
 
-def wandb_mode(setting: Mode, environ: Mapping[str, str]) -> Mode:
-    """The mode of a W&B run: `tracking.wandb`, or $WANDB_MODE where that is `auto`.
+def wandb_mode(setting: str, environ: Mapping[str, str]) -> Mode:
+    """Where W&B data goes: the setting, and for `auto` what the environment allows.
 
-    What is still `auto` becomes online or offline at the start, see `WandbRun`.
+    auto: $WANDB_MODE when set, else online with credentials (environment or netrc), else offline.
     """
-    if setting != "auto":
-        return setting
-    known: dict[str, Mode] = {"online": "online", "offline": "offline", "disabled": "disabled"}
-    return known.get(environ.get("WANDB_MODE", ""), "auto")
+    if setting == "auto":
+        setting = environ.get("WANDB_MODE", "")
+    if setting == "disabled":
+        return "disabled"
+    if setting == "offline":
+        return "offline"
+    return "online" if setting == "online" or has_key(environ) else "offline"
+
+
+def has_key(environ: Mapping[str, str]) -> bool:
+    """Whether W&B would find credentials. Asking W&B itself starts a service whose end may hang."""
+    if environ.get("WANDB_API_KEY") or environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    home = Path(environ.get("HOME", "~")).expanduser()
+    host = urlsplit(environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
+    candidates = [environ["NETRC"]] if environ.get("NETRC") else [home / ".netrc", home / "_netrc"]
+    for file in candidates:
+        try:
+            if netrc.netrc(str(file)).authenticators(host):
+                return True
+        except FileNotFoundError:
+            continue
+        except (netrc.NetrcParseError, OSError) as error:
+            logger.warning("cannot read %s (%s): no W&B key taken from it", file, error)
+    return False
 
 
 def run_id(file: Path, known: str | None) -> str:
@@ -53,7 +77,7 @@ class WandbRun:
     Args:
         run_dir: Where W&B keeps its files; its name is the run's where tracking.name is empty.
         config: The whole config, which W&B shows.
-        mode: See `wandb_mode`; auto: online where W&B finds an API key, else offline.
+        mode: See `wandb_mode`.
         run_id: The same for a run and those that continue it.
     """
 
@@ -64,26 +88,22 @@ class WandbRun:
         self._run: Run | None = None
         self._lock = threading.Lock()
         self._abandoned = False
+        if mode == "online" and not has_key(os.environ):
+            # W&B would ask for the key on the terminal.
+            self._give_up(
+                "start",
+                "tracking.wandb=online, but there is no API key: set WANDB_API_KEY or run "
+                "`wandb login`",
+            )
+            return
         # In a thread: an unreachable server must not hold up the run longer than this.
         self._bounded("start", lambda: self._start(config), WANDB_START_S)
 
     def _start(self, config: Config) -> None:
         import wandb
 
-        # The login comes before `init` and its settings.
-        mode: Literal["online", "offline"] = "offline" if self._mode == "offline" else "online"
-        wandb.setup(settings=wandb.Settings(show_info=False, mode=mode))
-        # `init` would ask for a missing key on the terminal.
-        if mode == "online" and not wandb.login(prompt=False, verify=False):
-            if self._mode == "online":
-                self._give_up(
-                    "start",
-                    "tracking.wandb=online, but there is no API key: set WANDB_API_KEY or run "
-                    "`wandb login`",
-                )
-                return
-            mode = "offline"
-        self._mode = mode
+        # The login speaks before the settings of `init` count.
+        wandb.setup(settings=wandb.Settings(silent=True))
         run = wandb.init(
             project=config.tracking.project,
             name=config.tracking.name or self._dir.resolve().name,
@@ -91,7 +111,7 @@ class WandbRun:
             resume="allow",
             dir=str(self._dir),
             config=config.model_dump(mode="json"),
-            mode=mode,
+            mode=self._mode,
             settings=wandb.Settings(
                 console="off",
                 silent=True,

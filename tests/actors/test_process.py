@@ -108,8 +108,11 @@ def test_openmp_files_of_the_dead_are_swept() -> None:
     dead.touch()
     living.touch()
     try:
-        code = "from cohort.actors.process import start_sweeper; start_sweeper(); input()"
-        driver = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
+        code = "from cohort.actors.process import start_sweeper; start_sweeper(); print(); input()"
+        pipe = subprocess.PIPE
+        driver = subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe)
+        assert driver.stdout is not None
+        assert driver.stdout.readline() == b"\n"
         child.kill()
         child.wait()
         driver.kill()

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from cohort.cluster.observe import metrics_file, wandb_run
 from cohort.cluster.observe.metrics_file import STEP_KEYS, read_metrics
 from cohort.cluster.observe.rollouts import rollout_rows, table_rows
 from cohort.cluster.observe.tracking import Tracker
-from cohort.cluster.observe.wandb_run import WandbRun
+from cohort.cluster.observe.wandb_run import WandbRun, wandb_mode
 from tests.cluster.runs import write_rollouts
 
 
@@ -269,72 +268,37 @@ def test_table_takes_from_every_group_first() -> None:
 # W&B
 
 
-KEY = "k" * 40
-
-
-@pytest.fixture
-def mode_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., str | None]]:
-    """(setting, environment) -> the mode that W&B is started in; None when it is not."""
-    import wandb
-    from wandb.sdk.lib.wbauth import unauthenticate_session
-
-    def mode(setting: str, environ: dict[str, str]) -> str | None:
-        seen: dict[str, Any] = {}
-
-        def init(**given: Any) -> FakeRun:
-            seen.update(given)
-            return FakeRun()
-
-        with monkeypatch.context() as patch:
-            patch.setattr(wandb, "init", init)
-            for name, value in environ.items():
-                patch.setenv(name, value)
-            Tracker(tmp_path, config_with(f"tracking.wandb={setting}"), None).close()
-            wandb.teardown()
-            unauthenticate_session(update_settings=False)
-        return seen.get("mode")
-
-    wandb.teardown()
-    yield mode
-
-
 @pytest.mark.parametrize(
     ("setting", "environ", "expected"),
     [
         ("auto", {}, "offline"),
-        ("auto", {"WANDB_API_KEY": KEY}, "online"),
+        ("auto", {"WANDB_API_KEY": "k"}, "online"),
         ("auto", {"WANDB_API_KEY": ""}, "offline"),
-        ("auto", {"WANDB_API_KEY": KEY, "WANDB_MODE": "offline"}, "offline"),
-        ("auto", {"WANDB_MODE": "disabled"}, None),
-        ("online", {}, None),
-        ("online", {"WANDB_API_KEY": KEY, "WANDB_MODE": "offline"}, "online"),
-        ("offline", {"WANDB_API_KEY": KEY}, "offline"),
-        ("disabled", {"WANDB_API_KEY": KEY}, None),
+        ("auto", {"WANDB_API_KEY": "k", "WANDB_MODE": "offline"}, "offline"),
+        ("auto", {"WANDB_MODE": "disabled"}, "disabled"),
+        ("online", {}, "online"),
+        ("offline", {"WANDB_API_KEY": "k"}, "offline"),
+        ("disabled", {"WANDB_API_KEY": "k"}, "disabled"),
     ],
 )
-def test_mode(
-    mode_of: Callable[..., str | None], setting: str, environ: dict[str, str], expected: str | None
-) -> None:
-    assert mode_of(setting, environ) == expected
+def test_mode(tmp_path: Path, setting: str, environ: dict[str, str], expected: str) -> None:
+    assert wandb_mode(setting, {"HOME": str(tmp_path), **environ}) == expected
 
 
-def test_mode_reads_netrc(mode_of: Callable[..., str | None], tmp_path: Path) -> None:
-    login = f"login user password {KEY}\n"
-    Path("~/.netrc").expanduser().write_text(f"machine api.wandb.ai {login}")
-    assert mode_of("auto", {}) == "online"
-    elsewhere = {"WANDB_BASE_URL": "https://wandb.example.org"}
-    assert mode_of("auto", elsewhere) == "offline"
+def test_mode_reads_netrc(tmp_path: Path) -> None:
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password key\n")
+    assert wandb_mode("auto", {"HOME": str(tmp_path)}) == "online"
+    elsewhere = {"HOME": str(tmp_path), "WANDB_BASE_URL": "https://wandb.example.org"}
+    assert wandb_mode("auto", elsewhere) == "offline"
     other = tmp_path / "other"
-    other.write_text(f"machine wandb.example.org {login}")
-    assert mode_of("auto", {**elsewhere, "NETRC": str(other)}) == "online"
+    other.write_text("machine wandb.example.org login user password key\n")
+    assert wandb_mode("auto", {**elsewhere, "NETRC": str(other)}) == "online"
 
 
-def test_broken_netrc_is_a_warning(
-    mode_of: Callable[..., str | None], capsys: pytest.CaptureFixture[str]
-) -> None:
-    Path("~/.netrc").expanduser().write_text("nonsense here\n")
-    assert mode_of("auto", {}) == "offline"
-    assert "Failed to read netrc" in capsys.readouterr().err
+def test_broken_netrc_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / ".netrc").write_text("nonsense here\n")
+    assert wandb_mode("auto", {"HOME": str(tmp_path)}) == "offline"
+    assert "no W&B key" in caplog.text
 
 
 def inspect_run(folder: Path) -> list[dict[str, Any]]:
