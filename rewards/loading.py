@@ -90,10 +90,9 @@ def reward_path(name: str) -> str:
     if name in BUILT_IN or not name.isidentifier():
         return BUILT_IN.get(name, name)
     near = difflib.get_close_matches(name, BUILT_IN, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(BUILT_IN)}"
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(BUILT_IN)}."
     raise RewardLoadError(
-        f"'{name}' is no built-in reward, {hint} One of your own is module:name or "
-        "path/to/file.py:name"
+        f"'{name}' is not a built-in reward: {hint} Your own is module:name or path/to/file.py:name"
     )
 
 
