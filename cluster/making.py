@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,7 +131,7 @@ def learner_spec(
         device=placement.device,
         threads=max(1, cores // ranks),
         seed=config.run.seed,
-        shm_dir=f"{SHM}/cohort-learner-{uuid.uuid4().hex[:12]}",
+        shm_dir=f"{SHM}/cohort-learner-{os.getpid()}-{uuid.uuid4().hex[:12]}",
         log_dir=str(log_dir),
         total_steps=config.run.steps,
         trial_dir=None if trial is None else str(trial),

@@ -11,30 +11,35 @@ import pytest
 if TYPE_CHECKING:
     from tests.harness.world import World
 
-# Parts of the real stack, not whole runs: nothing of theirs is in the way of tests that look for
-# what a run has left behind.
-BESIDE = (
-    "test_engine.py",
-    "test_engine_proof.py",
-    "test_extensions.py",
-    "test_learner.py",
-    "test_pool_recovery.py",
-    "test_reward_actor.py",
-    "test_served_models.py",
+# Whole runs that are killed, or that look for what a run has left behind: one after another.
+RUNS = (
+    "test_bad_input.py",
+    "test_check.py",
+    "test_examples.py",
+    "test_submit.py",
+    "test_train.py",
+    "test_warmup.py",
 )
+# Its fixtures build and install a wheel: once.
+ONCE = "tests/test_package.py"
+# The documents' commands, in their order: one finds what those before it have made.
+COMMANDS = ("test_readme.py",)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Whole runs one after the other; beside them the rest of the real stack, then all others."""
+    """Whole runs one after the other, the documents' commands likewise; beside them the parts of
+    the real stack, then all others."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Groups(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.split("::")[0]
             if not file.startswith("tests/system/"):
-                return nodeid
-            return "beside" if file.endswith(BESIDE) else "runs"
+                return ONCE if file == ONCE else nodeid
+            if file.endswith(COMMANDS):
+                return "commands"
+            return "runs" if file.endswith(RUNS) else "parts"
 
     return Groups(config, log)
 

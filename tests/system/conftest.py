@@ -137,7 +137,8 @@ def ours(mark: str) -> list[tuple[psutil.Process, str]]:
     return found
 
 
-OWNED = re.compile(r"__KMP_REGISTERED_LIB_(\d+)_|cohort-rollout-\d+-(\d+)-")
+# The number is that of the process which made it, or of the driver for the learner's files.
+OWNED = re.compile(r"(?:__KMP_REGISTERED_LIB_|cohort-rollout-\d+-|cohort-learner-)(\d+)[_-]")
 
 
 def shared_files() -> set[str]:
@@ -149,7 +150,7 @@ def shared_files() -> set[str]:
     found = set()
     for name in set(os.listdir("/dev/shm")) - used:
         owner = OWNED.match(name)
-        if owner and psutil.pid_exists(int(owner[1] or owner[2])):
+        if owner and psutil.pid_exists(int(owner[1])):
             continue
         if name.startswith(("cohort-", "psm_", "sem.mp-", "__KMP_")):
             found.add(name)
