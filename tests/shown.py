@@ -122,6 +122,10 @@ def scratch_copy(folder: Path) -> Path:
     # ruff heeds .gitignore in a repository only, and whatever makes a folder one is enough.
     shutil.copy(ROOT / ".gitignore", folder)
     (folder / ".git").mkdir()
+    # What mypy and ruff have read before, so that `make lint` reads what differs.
+    for name in (".mypy_cache", ".ruff_cache"):
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name)
     (folder / ".venv").symlink_to(Path(sys.executable).parent.parent)
     # Older than the environment's stamp: `make setup` has nothing to install from here.
     for name in ("requirements/cpu.lock", "pyproject.toml"):

@@ -39,25 +39,39 @@ CURRICULUM: dict[str, object] = {
     "task__options": "{curriculum: true, tasks: [{name: addition, label: large}, "
     "{name: addition, label: small, options: {max_operand: 4}}]}",
     "task__solved_at": 0.2,
+    # A module of the user that has a name of ours.
+    "rewards__functions": "[theirs.py:digits]",
 }
+# Settings that transformers warns of when it loads them and refuses to save.
+CONTRADICTORY = {"do_sample": False, "temperature": 0.6}
 
 
 @pytest.fixture(scope="module")
-def straight(cohort: Cohort) -> Path:
+def keys(cohort: Cohort) -> dict[str, object]:
+    """Of the run that is compared: a curriculum, a reward of the user, a model that is hard to
+    save."""
+    model = cohort.folder / "contradictory"
+    shutil.copytree(cohort.model, model)
+    (model / "generation_config.json").write_text(json.dumps(CONTRADICTORY))
+    return CURRICULUM | {"model__path": model}
+
+
+@pytest.fixture(scope="module")
+def straight(cohort: Cohort, keys: dict[str, object]) -> Path:
     """Four steps in one go."""
     run = cohort.folder / "straight"
-    result = cohort.train(run__dir=run, run__steps=4, **CURRICULUM)
+    result = cohort.train(run__dir=run, run__steps=4, **keys)
     assert result.returncode == 0, shown(result)
     return run
 
 
 def test_a_run_whose_driver_was_killed_leaves_nothing_and_resumes_exactly(
-    cohort: Cohort, straight: Path, nothing_left: Callable[[], None]
+    cohort: Cohort, keys: dict[str, object], straight: Path, nothing_left: Callable[[], None]
 ) -> None:
     """kill -9 in a later step than its checkpoint's; it ends as the run that never stopped."""
     run = cohort.folder / "resumed"
     every = {"run__checkpoint_every": 2, "run__keep_checkpoints": 100}
-    process = cohort.start(run__dir=run, run__steps=500, **every, **CURRICULUM)
+    process = cohort.start(run__dir=run, run__steps=500, **every, **keys)
     wait_for(cohort.folder / "out.log", "step   3/500", process)
     process.kill()
     process.wait()
@@ -72,7 +86,7 @@ def test_a_run_whose_driver_was_killed_leaves_nothing_and_resumes_exactly(
     torn = checkpoints / "step-3"
     torn.mkdir()
     (torn / "state.json").write_text("{}")
-    second = cohort.train(run__dir=run, run__steps=4, run__resume="true", **CURRICULUM)
+    second = cohort.train(run__dir=run, run__steps=4, run__resume="true", **keys)
     assert second.returncode == 0, shown(second)
 
     assert [row["step"] for row in rows(run)] == [0, 1, 2, 3]
@@ -99,6 +113,9 @@ def test_export_and_eval(cohort: Cohort, straight: Path, tiny_model: Path) -> No
     model = AutoModelForCausalLM.from_pretrained(out)
     tokenizer = AutoTokenizer.from_pretrained(out)
     assert tokenizer.chat_template
+    checkpoint = latest(straight / "checkpoints")
+    assert checkpoint is not None
+    assert json.loads((checkpoint / "hf" / "generation_config.json").read_text()) == CONTRADICTORY
     trained = weights(straight)
     before = load_file(tiny_model / "model.safetensors")
     name = "model.layers.0.mlp.up_proj.weight"
@@ -174,9 +191,11 @@ def test_a_start_that_was_stopped_at_any_moment_is_started_again(
 def test_a_run_whose_rollout_writer_or_ray_dies(
     cohort: Cohort, nothing_left: Callable[[], None]
 ) -> None:
-    """The rollout writer is replaced. Without Ray nothing goes on: the run ends, and says so."""
+    """The rollout writer is replaced. Without Ray nothing goes on: the run ends, and says so. It
+    is resumed to a nearer end of its cosine, which it must be told to."""
     run = cohort.folder / "dies"
-    process = cohort.start(run__dir=run, run__steps=500, run__checkpoint_every=2)
+    cosine: dict[str, object] = {"run__dir": run, "learner__lr_schedule": "cosine"}
+    process = cohort.start(**cosine, run__steps=500, run__checkpoint_every=2)
     log = cohort.folder / "out.log"
     wait_for(log, "step   3/500", process)
     cohort.process("ray::_Writer").kill()
@@ -188,26 +207,19 @@ def test_a_run_whose_rollout_writer_or_ray_dies(
     assert "died, and every actor with it" in log.read_text()
     nothing_left()
     steps = len(rows(run)) + 2
-    resumed = cohort.train(run__dir=run, run__steps=steps, run__resume="true")
+    more: dict[str, object] = {**cosine, "run__steps": steps, "run__resume": "true"}
+    refused = cohort.train(**more)
+    assert refused.returncode == 1, shown(refused)
+    assert "Traceback" not in shown(refused) and "starting Ray" not in shown(refused)
+    assert "the learning rate would jump from" in refused.stderr
+    assert "run.allow_changed=[run.steps]" in refused.stderr
+    resumed = cohort.train(**more, run__allow_changed="[run.steps]")
     assert resumed.returncode == 0, shown(resumed)
+    assert "changed since the checkpoint" in resumed.stdout
     assert [row["step"] for row in rows(run)] == list(range(steps))
-
-
-def test_a_model_with_contradictory_generation_settings_trains_and_saves(
-    cohort: Cohort, tiny_model: Path
-) -> None:
-    model = cohort.folder / "contradictory"
-    shutil.copytree(tiny_model, model)
-    settings = {"do_sample": False, "temperature": 0.6}
-    (model / "generation_config.json").write_text(json.dumps(settings))
-    run = cohort.folder / "contradiction"
-    # With a reward that comes from the user's own module `rewards`.
-    own = "[theirs.py:digits]"
-    result = cohort.train(run__dir=run, model__path=model, run__steps=1, rewards__functions=own)
-    assert result.returncode == 0, shown(result)
-    checkpoint = latest(run / "checkpoints")
-    assert checkpoint is not None
-    assert json.loads((checkpoint / "hf" / "generation_config.json").read_text()) == settings
+    rates = [row["learner/learning_rate"] for row in rows(run)]
+    assert rates[-1] < 0.5 * rates[0], rates
+    assert list(run.glob("replaced-*/config.yaml"))
 
 
 def test_killed_engines_are_replaced_and_sigterm_saves(
@@ -261,22 +273,3 @@ def test_a_hanging_reward_stops_the_run_with_one_message(
     assert "Traceback" not in result.stderr
     assert latest(run / "checkpoints") is None
     nothing_left()
-
-
-def test_steps_of_a_cosine_change_only_when_told_to(cohort: Cohort) -> None:
-    run = cohort.folder / "cosine"
-    keys: dict[str, object] = {"run__dir": run, "learner__lr_schedule": "cosine"}
-    first = cohort.train(**keys, run__steps=2)
-    assert first.returncode == 0, shown(first)
-    refused = cohort.train(**keys, run__steps=4, run__resume="true")
-    assert refused.returncode == 1, shown(refused)
-    assert "Traceback" not in shown(refused) and "starting Ray" not in shown(refused)
-    assert "the learning rate would jump from" in refused.stderr
-    assert "run.allow_changed=[run.steps]" in refused.stderr
-    told = cohort.train(**keys, run__steps=4, run__resume="true", run__allow_changed="[run.steps]")
-    assert told.returncode == 0, shown(told)
-    assert "changed since the checkpoint" in told.stdout
-    assert [row["step"] for row in rows(run)] == [0, 1, 2, 3]
-    rates = [row["learner/learning_rate"] for row in rows(run)]
-    assert rates[2] > rates[1], rates
-    assert list(run.glob("replaced-*/config.yaml"))
