@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return "runs" if file.endswith(RUNS) else "parts"
 
     return Groups(config, log)
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is imported and collected by now out of every later garbage collection: there are
+    a million objects, which each one would visit, and copy in every forked process."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
+from typer.testing import CliRunner
 
 import cohort.cluster.ray_start
+from cohort.cluster.cli import app
 from cohort.cluster.commands.check.run import check
 from cohort.cluster.commands.evaluate import evaluate
 from cohort.cluster.config import Config
@@ -242,18 +241,14 @@ def test_eval_tries_it_before_it_starts_anything(tiny_model: Path) -> None:
 
 @pytest.mark.parametrize("variable", ["RAY_TMPDIR", "HOME"])
 def test_train_says_it_before_it_writes_anything(
-    tiny_model: Path, tmp_path: Path, variable: str
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
 ) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(f"model: {{path: {tiny_model}}}\nactors: {{max_tokens: 8}}\n")
-    done = subprocess.run(
-        [sys.executable, "-m", "cohort.cluster.cli", "train", str(file), f"run.dir={tmp_path}/run"],
-        env={**os.environ, variable: "/proc/1", "HF_HOME": str(tmp_path / "hf")},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )  # fmt: skip
-    assert done.returncode != 0
-    assert f"{variable}=/proc/1" in done.stderr + done.stdout
-    assert "Traceback" not in done.stderr + done.stdout
+    monkeypatch.setenv(variable, "/proc/1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    done = CliRunner().invoke(app, ["train", str(file), f"run.dir={tmp_path}/run"])
+    assert done.exit_code == 1
+    assert f"{variable}=/proc/1" in done.stderr
+    assert isinstance(done.exception, SystemExit)
     assert not (tmp_path / "run").exists()

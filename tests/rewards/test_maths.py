@@ -137,11 +137,11 @@ def test_a_rows_own_answer_that_takes_too_long_is_an_error(boxed: MathAnswer) ->
 
 
 def test_a_whole_group_of_endless_answers_takes_seconds() -> None:
-    judge = MathAnswer(timeout_s=4)
+    judge = MathAnswer(timeout_s=1)
     texts = ["\\boxed{100000000!}"] * 4 + [r"\boxed{\frac{24}{2}}"]
     started = time.perf_counter()
     assert judge([QUESTION] * 5, texts, ["12"] * 5) == [0.0] * 4 + [1.0]
-    assert time.perf_counter() - started < 40
+    assert time.perf_counter() - started < 20
 
 
 @pytest.mark.parametrize("options", [{"answer_in": "text"}, {"timeout_s": 0}, {"timeout_s": 0.5}])
