@@ -117,7 +117,7 @@ def main(descriptor: int, parent: int) -> None:
 
     with contextlib.suppress(EOFError), asyncio.Runner() as runner:
         hello = json.loads(receive(connection))
-        _bound_memory(hello["memory_bytes"])
+        bound_memory(hello["memory_bytes"])
         loaded = []
         try:
             for spec in hello["functions"]:
@@ -130,7 +130,7 @@ def main(descriptor: int, parent: int) -> None:
             return
         alone = [is_per_completion(function) for function, _, _ in loaded]
         _reply(connection, {"per_completion": alone})
-        _discard_output()
+        discard_output()
         while True:
             frame = memoryview(receive(connection))
             (index,) = struct.unpack(">I", frame[:4])
@@ -148,7 +148,7 @@ def main(descriptor: int, parent: int) -> None:
             _reply(connection, call | to_json(verdict))
 
 
-def _bound_memory(limit: int | None) -> None:
+def bound_memory(limit: int | None) -> None:
     """Make allocations beyond `limit` bytes fail, here and in every process started from here."""
     if limit is not None:
         # Not RLIMIT_AS: libraries reserve far more addresses than they ever use.
@@ -159,7 +159,7 @@ def _reply(connection: socket.socket, body: dict[str, Any]) -> None:
     send(connection, json.dumps(body).encode())
 
 
-def _discard_output() -> None:
+def discard_output() -> None:
     """Send what reward functions print to nowhere: it has no bound."""
     sys.stdout.flush()
     sys.stderr.flush()
