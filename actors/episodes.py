@@ -79,6 +79,11 @@ class EpisodeEnd:
         given = [reward for reward in self.rewards if reward is not None]
         return sum(given) if given else None
 
+    @property
+    def meta(self) -> EpisodeMeta:
+        """What the driver gets to know."""
+        return EpisodeMeta(self.stop_reason, len(self.rewards), self.metrics, self.failure)
+
 
 @dataclass(frozen=True)
 class EpisodeMeta:

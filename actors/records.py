@@ -17,6 +17,8 @@ from cohort.actors.text import prefill_of
 if TYPE_CHECKING:
     from ray import ObjectRef
 
+    from cohort.actors.episodes import EpisodeEnd, EpisodeHost, EpisodeMeta
+
 FinishReason = Literal["stop", "length"]
 FailureKind = Literal["infra", "data", "bug"]
 Messages = list[dict[str, str]]
@@ -119,6 +121,7 @@ class Completion:
     weight_versions: the first and the last weight version that produced a token.
     turns: of an episode, in order; the sampled tokens of the turns, one after another, are
         token_ids. Empty: one turn that continues the prompt.
+    end: how an episode ended; None where there was no environment.
     """
 
     id: str
@@ -130,6 +133,7 @@ class Completion:
     weight_versions: tuple[int, int]
     text: str
     turns: tuple[Turn, ...] = ()
+    end: EpisodeEnd | None = None
 
     def __post_init__(self) -> None:
         if len(self.token_ids) != len(self.logprobs):
@@ -196,7 +200,8 @@ class ScoredGroup:
 class GroupMeta:
     """What the driver knows of a group: sizes and versions. The tokens stay in the object store.
 
-    turns: of each completion; empty where all completions have one turn that continues the prompt.
+    turns, episodes: of each completion; empty where there is no environment, and each completion is
+        one turn that continues the prompt.
     """
 
     group_id: str
@@ -208,6 +213,7 @@ class GroupMeta:
     actor: str
     seconds: float
     turns: tuple[tuple[TurnShape, ...], ...] = ()
+    episodes: tuple[EpisodeMeta, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -298,7 +304,8 @@ class SamplingSpec:
 class Request:
     """One group to generate. greedy: for evaluation, temperature 0 and no seed.
 
-    step: that it is for; groups of older steps go first where they have to wait.
+    step: that it is for; groups of older steps go first where they have to wait. host: where the
+    environment of its episodes runs; None: there is none.
     """
 
     group_id: str
@@ -306,6 +313,7 @@ class Request:
     sampling: SamplingSpec
     greedy: bool = False
     step: int = 0
+    host: EpisodeHost | None = None
 
 
 @dataclass(frozen=True)

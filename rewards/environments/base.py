@@ -107,7 +107,7 @@ class Env:
         Returns:
             Messages that follow the row's own prompt (a text becomes one of the user), or None.
         """
-        return None
+        raise NotImplementedError
 
     async def step(self, reply: Reply) -> Step:
         """Answer a reply of the model."""

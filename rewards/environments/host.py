@@ -100,9 +100,7 @@ def as_messages(found: object, longest: int) -> tuple[list[Message], int]:
             raise TypeError("an environment cannot speak as the assistant")
         content = message.get("content")
         if not isinstance(content, str):
-            raise TypeError(
-                f"a message's content must be a text, not a {type(content).__name__}"
-            )
+            raise TypeError(f"a message's content must be a text, not a {type(content).__name__}")
         if len(content) > longest:
             left_out = len(content) - longest
             content = f"{content[:longest]}\n[{left_out} more characters were left out]"
@@ -126,7 +124,9 @@ def as_json(step: object, longest: int) -> dict[str, Any]:
     if step.failure is not None and not isinstance(step.failure, str):
         raise TypeError("Step.failure must be a text that says why")
     messages, cut = as_messages(step.messages, longest)
-    metrics = {str(name): number(value, f"metrics[{name}] is") for name, value in step.metrics.items()}
+    metrics = {
+        str(name): number(value, f"metrics[{name}] is") for name, value in step.metrics.items()
+    }
     return {
         "messages": messages,
         "cut": cut,

@@ -44,9 +44,18 @@ class HostProcess:
         retired: Whether it takes no new episodes, because something in it hangs.
     """
 
-    def __init__(self, process: subprocess.Popen[bytes], marker: str) -> None:
+    def __init__(
+        self,
+        process: subprocess.Popen[bytes],
+        marker: str,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+    ) -> None:
         self._process = process
         self._marker = marker
+        self._reader = reader
+        self._writer = writer
+        self._reading: asyncio.Task[None] | None = None
         self._numbers = count()
         self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._lost: ProcessLost | None = None
@@ -84,8 +93,8 @@ class HostProcess:
                 start_new_session=True,
             )
             theirs.close()
-            self = cls(process, environment[MARKER])
-            self._reader, self._writer = await asyncio.open_connection(sock=ours)
+            streams = await asyncio.open_connection(sock=ours)
+            self = cls(process, environment[MARKER], *streams)
             self._send(json.dumps(hello).encode())
             try:
                 async with asyncio.timeout(start_timeout_s):
@@ -113,6 +122,11 @@ class HostProcess:
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can answer calls."""
+        return self._lost is None
 
     async def call(
         self, episode: str, what: str, arguments: Mapping[str, Any], timeout_s: float
@@ -151,7 +165,11 @@ class HostProcess:
             code = self._process.wait(KILL_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             return f"did not end within {KILL_TIMEOUT_S:g} s of SIGKILL"
-        return f"exited with code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
+        return (
+            f"exited with code {code}"
+            if code >= 0
+            else f"was killed by {signal.Signals(-code).name}"
+        )
 
     def _closed(self, how: str) -> None:
         self._writer.close()
