@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from cohort.actors.records import Messages, Prompt
 from cohort.rewards.task import Row, TaskError
@@ -75,16 +75,28 @@ class TokenizerRenderer:
         ends with exactly that text. The template is not shown it, for templates trim what they
         print, and take thinking out of it.
         """
+        return self._tokens(self.chat_text(messages), special=False)
+
+    def chat_text(self, messages: Messages) -> str:
+        """The text whose tokens `chat` gives."""
         if not self._tokenizer.chat_template:
             raise RenderError(
                 "the prompt is a list of messages, but the model's tokenizer has no chat "
                 "template; use prompts that are plain strings, or a model with a chat template"
             )
         if messages and messages[-1]["role"] == "assistant":
-            return self._tokens(self._header(messages) + messages[-1]["content"], special=False)
+            return self._header(messages) + messages[-1]["content"]
         if self._opens_answers:
-            return list(self._apply(messages, add_generation_prompt=True, tokenize=True))
-        return self._tokens(self._opened(messages), special=False)
+            return self._apply(messages, add_generation_prompt=True)
+        return self._opened(messages)
+
+    def closed_text(self, messages: Messages) -> str:
+        """Messages as the template writes them, with no answer opened behind them."""
+        return self._apply(messages, add_generation_prompt=False)
+
+    def tokens_of(self, text: str) -> list[int]:
+        """The tokens of a text that a template wrote: nothing is added to it."""
+        return self._tokens(text, special=False)
 
     def _header(self, messages: Messages) -> str:
         """What stands before the words of a last message of the assistant."""
@@ -95,12 +107,12 @@ class TokenizerRenderer:
                 "the prompt ends in the assistant's words, and the chat template does not print "
                 "them as they are, so they cannot be continued: leave that message out"
             )
-        header = str(rendered.partition(MARK)[0])
+        header = rendered.partition(MARK)[0]
         # Qwen3's template shows every last answer as one without thinking. Here it has begun only.
         if before and header.rstrip().endswith("</think>"):
             start = self._apply(before, add_generation_prompt=True)
             if header.startswith(start) and EMPTY_THINKING.fullmatch(header[len(start) :]):
-                return str(start)
+                return start
         return header
 
     def _opened(self, messages: Messages) -> str:
@@ -108,7 +120,7 @@ class TokenizerRenderer:
 
         Some need none: Mistral's answers follow the question as they are.
         """
-        rendered = str(self._apply(messages, add_generation_prompt=True))
+        rendered = self._apply(messages, add_generation_prompt=True)
         try:
             header = self._header([*messages, {"role": "assistant", "content": ""}])
         except RenderError:
@@ -118,16 +130,15 @@ class TokenizerRenderer:
             return header
         return rendered
 
-    def _apply(
-        self, messages: Messages, *, add_generation_prompt: bool, tokenize: bool = False
-    ) -> Any:
+    def _apply(self, messages: Messages, *, add_generation_prompt: bool) -> str:
         try:
-            return self._tokenizer.apply_chat_template(
-                messages,
-                add_generation_prompt=add_generation_prompt,
-                tokenize=tokenize,
-                return_dict=False,
-                **self._arguments,
+            return str(
+                self._tokenizer.apply_chat_template(
+                    messages,
+                    add_generation_prompt=add_generation_prompt,
+                    tokenize=False,
+                    **self._arguments,
+                )
             )
         # Templates raise what they like: jinja errors, ValueError, TypeError.
         except Exception as error:
