@@ -122,6 +122,7 @@ class Continuation:
         self._history = history
         given = {"tools": self._tools} if self._tools and self.native_tools else {}
         self._renderer = TokenizerRenderer(tokenizer, {**(template_arguments or {}), **given})
+        self._system = self._prints_system_messages()
         closings = self._closings()
         added = tokenizer.added_tokens_decoder
         # The template writes a token of its own at the end of a turn.
@@ -217,7 +218,8 @@ class Continuation:
         if appended is not None and ours in theirs:
             messages = rendered[theirs.index(ours)][0]
             return Extension(tuple(appended), len(old), messages, None, False)
-        nearest = max(theirs, key=lambda text: _common(ours, text), default=None)
+        # Its plain text if they are equally near: a parsed one may leave out what was written.
+        nearest = max(reversed(theirs), key=lambda text: _common(ours, text), default=None)
         why = str(refusals[-1]) if nearest is None else first_difference(ours, nearest)
         if self._history == "template" and rendered:
             messages, ids = rendered[0]
@@ -268,7 +270,15 @@ class Continuation:
         """Messages as the template gets them."""
         if self.native_tools:
             return [dict(message) for message in messages]
-        return tools_as_text(messages, self._tools)
+        return tools_as_text(messages, self._tools, self._system)
+
+    def _prints_system_messages(self) -> bool:
+        """Gemma 2's template refuses them."""
+        messages = [{"role": "system", "content": MARK}, QUESTION]
+        try:
+            return MARK in self._renderer.chat_text(messages)
+        except RenderError:
+            return False
 
     def _text(self, token_ids: Sequence[int]) -> str:
         """Token ids as text, every special token included."""

@@ -99,6 +99,17 @@ def test_the_table(family: Family) -> None:
         assert line.why is None or "the template '" in line.why
 
 
+def test_a_case_that_the_template_refuses() -> None:
+    tokenizer = tokenizer_of(BY_NAME["qwen2.5"])
+    tokenizer.chat_template += (
+        "{% if messages | selectattr('role', 'equalto', 'tool') | list | length > 1 %}"
+        "{{ raise_exception('one result at a time') }}{% endif %}"
+    )
+    refused = [line for line in prove(tokenizer) if line.result != "exact"]
+    assert [(line.case, line.result) for line in refused] == [("two tool results", "refused")]
+    assert "one result at a time" in str(refused[0].why)
+
+
 def test_thinking_switched_off_is_dropped_from_earlier_turns() -> None:
     lines = prove(tokenizer_of(BY_NAME["qwen3"]), None, {"enable_thinking": False})
     assert {line.result for line in lines} == {"rewritten"}
@@ -233,6 +244,15 @@ def test_a_tokenizer_that_puts_a_space_in_front(name: str) -> None:
     assert "".join("x-"[line.why is not None] for line in lines) == PROOFS[name]
 
 
+def test_a_space_that_such_a_tokenizer_drops() -> None:
+    tokenizer = with_a_space_in_front(BY_NAME["qwen2.5"])
+    turns = Continuation(tokenizer)
+    prompt, sampled = turns.prompt_ids([QUESTION]), ids_of(tokenizer, "5")
+    assert tokenizer.decode([*prompt, *sampled]).endswith("assistant\n 5")
+    extension = turns.extend([QUESTION], prompt, sampled, [USER])
+    assert extension.exact and extension.messages[1]["content"] == " 5"
+
+
 @pytest.mark.parametrize(
     ("name", "sampled", "appended"),
     [
@@ -263,6 +283,26 @@ def test_a_turn_ends_once(name: str, sampled: str, appended: str) -> None:
     assert tokenizer.decode(extension.token_ids).startswith(appended)
     assert extension.sequence(prompt, ids)[: len(prompt) + len(ids)] == [*prompt, *ids]
     assert turns.prompt_ids(extension.messages)
+
+
+def test_the_end_is_the_template_s_where_the_tokenizer_names_another() -> None:
+    tokenizer = tokenizer_of(BY_NAME["qwen2.5"])
+    tokenizer.eos_token = "<|endoftext|>"
+    turns = Continuation(tokenizer)
+    sampled = ids_of(tokenizer, "5<|im_end|>")
+    extension = turns.extend([QUESTION], turns.prompt_ids([QUESTION]), sampled, [USER])
+    assert extension.exact and extension.messages[1]["content"] == "5"
+
+
+def test_a_space_that_the_template_writes_itself() -> None:
+    tokenizer, turns = made(BY_NAME["mistral v1"])
+    prompt = turns.prompt_ids([QUESTION])
+    for sampled, content in ((" 5</s>", "5"), ("5</s>", None)):
+        extension = turns.extend([QUESTION], prompt, ids_of(tokenizer, sampled), [USER])
+        assert extension.exact == (content is not None)
+        assert content is None or extension.messages[1]["content"] == content
+    why = prove(tokenizer)[CASES.index("a reply with thinking")].why
+    assert "the sequence has '<think>" in str(why) and "the template ' <think>" in str(why)
 
 
 def test_half_a_character_stays() -> None:
@@ -399,7 +439,7 @@ def test_a_refusal_names_the_value_that_works() -> None:
 
 def test_a_model_that_stops_at_the_next_role() -> None:
     """GLM's templates have no end of a turn: the model stops at the token of the next role."""
-    tokenizer = tokenizer_of(BY_NAME["llama3"])
+    tokenizer = merging(BY_NAME["llama3"], "h", "e")
     tokenizer.chat_template = (
         "{% for m in messages %}{{ '<|start_header_id|>' if m.role == 'user' else "
         "'<|end_header_id|>' }}{{ m.content }}{% endfor %}"
@@ -415,6 +455,13 @@ def test_a_model_that_stops_at_the_next_role() -> None:
     ):
         extension = turns.extend([QUESTION], prompt, ids_of(tokenizer, written), [USER])
         assert (tokenizer.decode(extension.token_ids), extension.exact) == (appended, exact)
+    # Not the ids of its text: the next role's token is not there twice either.
+    sampled = [*ids_of(tokenizer, "h"), *ids_of(tokenizer, "e"), next_role]
+    extension = turns.extend([QUESTION], prompt, sampled, [USER])
+    assert (tokenizer.decode(extension.token_ids), extension.exact) == (
+        "Go on.<|end_header_id|>",
+        True,
+    )
     assert turns.example([QUESTION], USER)[-1] == tokenizer.eos_token_id
 
 
@@ -434,6 +481,24 @@ def test_tools_in_words() -> None:
     assert tools_as_text([QUESTION, CALL])[1] == {"role": "assistant", "content": call}
     both = tools_as_text([{**CALL, "content": "Look:", "thinking": "So."}])[0]
     assert both == {"role": "assistant", "content": f"Look:\n{call}", "thinking": "So."}
+
+
+def test_tools_in_words_without_a_system_message() -> None:
+    """Gemma 2's template refuses one."""
+    tokenizer = tokenizer_of(BY_NAME["gemma3"])
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{%- if messages[0]['role'] == 'system' -%}",
+        "{%- if messages[0]['role'] == 'system' -%}{{ raise_exception('System role') }}",
+    )
+    turns = Continuation(tokenizer, [TOOL], stop_ids=stops_of(BY_NAME["gemma3"], tokenizer))
+    prompt = turns.prompt_ids([QUESTION])
+    text = tokenizer.decode(prompt)
+    assert text.startswith("<bos><start_of_turn>user\n# Tools\n\n")
+    assert text.endswith("\n\nWhat is 2 + 3?<end_of_turn>\n<start_of_turn>model\n")
+    sampled = ids_of(tokenizer, "5<end_of_turn>")
+    assert turns.extend([QUESTION], prompt, sampled, [USER]).exact
+    without = {"role": "assistant", "tool_calls": CALL["tool_calls"]}
+    assert tools_as_text([QUESTION, without]) == tools_as_text([QUESTION, CALL])
 
 
 def test_several_templates_by_name() -> None:
