@@ -26,7 +26,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal
 
 from cohort.actors.text import prefill_of
@@ -123,6 +122,7 @@ class Continuation:
         self._history = history
         given = {"tools": self._tools} if self._tools and self.native_tools else {}
         self._renderer = TokenizerRenderer(tokenizer, {**(template_arguments or {}), **given})
+        self._system = self._prints_system_messages()
         closings = self._closings()
         added = tokenizer.added_tokens_decoder
         # The template writes a token of its own at the end of a turn.
@@ -140,7 +140,7 @@ class Continuation:
 
         Example:
             >>> ids = Continuation(tokenizer).prompt_ids([{"role": "user", "content": "Hi"}])
-            >>> tokenizer.decode(ids)[-33:]
+            >>> tokenizer.decode(ids)[-35:]
             'Hi<|im_end|>\\n<|im_start|>assistant\\n'
         """
         return self._renderer.chat(self._shown(messages))
@@ -156,8 +156,8 @@ class Continuation:
         """What follows a reply when the environment has answered it.
 
         The sequence is compared with the template's rendering of the conversation, with the reply
-        as plain text (as it is, and without space in front) and as `reply`. If it reads the same as
-        one of them, the extension is exact.
+        as it was parsed, and as plain text (as it is, and without space in front). If it reads the
+        same as one of them, the extension is exact.
 
         Args:
             before: The conversation that the reply answers. A last message of the assistant is the
@@ -185,15 +185,19 @@ class Continuation:
             raise ValueError("no new messages: there is nothing to put behind the reply")
         old = [*prompt_ids, *sampled_ids]
         end = sampled_ids[-1] if sampled_ids and sampled_ids[-1] in self._ends else None
-        words = self._text(sampled_ids if end is None else sampled_ids[:-1])
-        begun = prefill_of(before, self._text(prompt_ids[-64:]))
+        # Behind the prompt's last tokens: some tokenizers drop a space at the beginning of a text.
+        tail = prompt_ids[-64:]
+        opened = self._text(tail)
+        words = self._text([*tail, *(sampled_ids if end is None else sampled_ids[:-1])])
+        begun, words = prefill_of(before, opened), words[len(opened) :]
         if before and before[-1]["role"] == "assistant":
             before = before[:-1]
         texts = dict.fromkeys((begun + words, (begun + words).lstrip()))
         plain: list[Message] = [{"role": "assistant", "content": text} for text in texts]
         rendered: list[tuple[tuple[Message, ...], list[int]]] = []
         refusals: list[RenderError] = []
-        for form in plain if reply is None else (*plain, reply):
+        # As it was parsed first: some templates count turns, and a call is none of Mistral's.
+        for form in plain if reply is None else [reply, *plain]:
             messages = (*before, form, *new)
             try:
                 ids = self.prompt_ids(messages)
@@ -214,11 +218,12 @@ class Continuation:
         if appended is not None and ours in theirs:
             messages = rendered[theirs.index(ours)][0]
             return Extension(tuple(appended), len(old), messages, None, False)
-        why = first_difference(ours, theirs[0]) if theirs else str(refusals[-1])
+        # Its plain text if they are equally near: a parsed one may leave out what was written.
+        nearest = max(reversed(theirs), key=lambda text: _common(ours, text), default=None)
+        why = str(refusals[-1]) if nearest is None else first_difference(ours, nearest)
         if self._history == "template" and rendered:
-            messages, ids = rendered[0 if reply is None else -1]
-            same = takewhile(lambda pair: pair[0] == pair[1], zip(old, ids, strict=False))
-            kept = sum(1 for _ in same)
+            messages, ids = rendered[0]
+            kept = _common(old, ids)
             return Extension(tuple(ids[kept:]), kept, messages, why, True)
         if self._history == "append" and appended is not None:
             messages = rendered[0][0] if rendered else (*before, reply or plain[0], *new)
@@ -247,24 +252,33 @@ class Continuation:
             closed = self._renderer.closed_text(self._shown([*before, reply]))
         except RenderError:  # Llama 3.1's allows one call in a turn; a model can write more
             closed = ""
-        if closed.startswith(opened) and thought in closed:
-            text = closed[len(opened) :]
+        text = closed.removeprefix(opened)
+        if text == closed or thought not in text:
+            text = f"<think>\n{thought}\n</think>\n\n" if thought else ""
+            text += tools_as_text([reply])[0]["content"]
+            text = text.removeprefix(prefill_of("", opened))
+        elif empty := EMPTY_THINKING.match(text):
             # Qwen3's template shows every last answer as one without thinking.
-            empty = EMPTY_THINKING.match(text)
-            ids = self._renderer.tokens_of(text[empty.end() if empty else 0 :])
-            last = max((at for at, one in enumerate(ids) if one in self._ends), default=-1)
-            if last >= 0:
-                return ids[: last + 1]
-        text = f"<think>\n{thought}\n</think>\n\n" if thought else ""
-        text += tools_as_text([reply])[0]["content"]
-        text = text.removeprefix(prefill_of("", opened))
-        return [*self._renderer.tokens_of(text), *self._end]
+            text = text[empty.end() :]
+        # Behind the prompt, for some tokenizers put a space in front of a text.
+        prompt = self._renderer.tokens_of(opened)
+        ids = self._renderer.tokens_of(opened + text)[len(prompt) :]
+        last = max((at for at, one in enumerate(ids) if one in self._ends), default=-1)
+        return ids[: last + 1] if last >= 0 else [*ids, *self._end]
 
     def _shown(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         """Messages as the template gets them."""
         if self.native_tools:
             return [dict(message) for message in messages]
-        return tools_as_text(messages, self._tools)
+        return tools_as_text(messages, self._tools, self._system)
+
+    def _prints_system_messages(self) -> bool:
+        """Gemma 2's template refuses them."""
+        messages = [{"role": "system", "content": MARK}, QUESTION]
+        try:
+            return MARK in self._renderer.chat_text(messages)
+        except RenderError:
+            return False
 
     def _text(self, token_ids: Sequence[int]) -> str:
         """Token ids as text, every special token included."""
@@ -327,7 +341,12 @@ def first_difference(ours: str, theirs: str) -> str:
         >>> first_difference("1 + 1 = 2", "1 + 1 = 3")
         "behind '1 + 1 = ' the sequence has '2', the template '3'"
     """
-    same = takewhile(lambda pair: pair[0] == pair[1], zip(ours, theirs, strict=False))
-    at = sum(1 for _ in same)
+    at = _common(ours, theirs)
     before, mine, other = ours[max(0, at - 20) : at], ours[at : at + 40], theirs[at : at + 40]
     return f"behind {before!r} the sequence has {mine!r}, the template {other!r}"
+
+
+def _common(one: Sequence[object], other: Sequence[object]) -> int:
+    """How many first items of two sequences are the same."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))

@@ -4,8 +4,9 @@ A tool's schema is given to the template, `{"type": "function", "function": {...
 `{"id", "type": "function", "function": {"name", "arguments": {...}}}` in an assistant message's
 `tool_calls`; results are messages of role `tool` with `name` and `tool_call_id` (nine letters or
 digits, which Mistral's templates demand). A template that knows no tools is given them in plain
-text: `tool_prompt` at the end of the system message, results in a user message as
-`<tool_response>`, joined with the user's own message behind them, calls as `<tool_call>`.
+text: `tool_prompt` at the end of the system message, or before the question where the template has
+no system messages; results in a user message as `<tool_response>`, joined with the user's own
+message behind them; calls as `<tool_call>`.
 """
 
 from __future__ import annotations
@@ -75,9 +76,14 @@ def tool_prompt(tools: Sequence[Mapping[str, Any]]) -> str:
 
 
 def tools_as_text(
-    messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
+    messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (), system: bool = True
 ) -> list[dict[str, Any]]:
     """Messages for a template that knows no tools, see the module.
+
+    Args:
+        messages: A conversation.
+        tools: Described in front of it.
+        system: In the system message; else in front of the first message, for templates without.
 
     Example:
         >>> tools_as_text([{"role": "tool", "content": "5"}, {"role": "user", "content": "Go on."}])
@@ -86,7 +92,7 @@ def tools_as_text(
     shown: list[dict[str, Any]] = []
     results = False
     for message in messages:
-        role, content = message["role"], str(message["content"] or "")
+        role, content = message["role"], str(message.get("content") or "")
         if role == "tool":
             content = f"<tool_response>\n{content}\n</tool_response>"
         for call in message.get("tool_calls") or ():
@@ -106,6 +112,9 @@ def tools_as_text(
     described = tool_prompt(tools)
     if shown and shown[0]["role"] == "system":
         shown[0]["content"] += f"\n\n{described}"
+        return shown
+    if shown and not system:
+        shown[0]["content"] = f"{described}\n\n{shown[0]['content']}"
         return shown
     return [{"role": "system", "content": described}, *shown]
 

@@ -18,6 +18,7 @@ RESCUE = "tests/harness/test_rescue.py"
 RUN_DIR = "tests/cluster/test_run_dir.py"
 SAVED = "tests/learner/test_saved.py"
 TEMPLATES = "tests/rewards/test_templates.py"
+CONTINUATION = "tests/rewards/test_continuation.py"
 FINAL_PART = "tests/rewards/test_final_part.py"
 LAYOUTS = "tests/rewards/test_layouts.py"
 LENGTHS = "tests/cluster/test_lengths.py"
@@ -346,10 +347,31 @@ MUTANTS = (
     ),
     Mutant(
         "rewards/rendering.py",
-        'return self._tokens(self._header(messages) + messages[-1]["content"], special=False)',
-        'return self._tokens(self._header(messages) + messages[-1]["content"].strip(), False)',
+        'return self._header(messages) + messages[-1]["content"]',
+        'return self._header(messages) + messages[-1]["content"].strip()',
         "a prompt ends with exactly the words that begin the answer",
         (f"{TEMPLATES}::test_an_answer_that_the_prompt_begins_is_continued",),
+    ),
+    Mutant(
+        "rewards/continuation.py",
+        "return Extension(tuple(appended), len(old), messages, None, False)",
+        "return Extension(tuple(rendered[0][1]), 0, messages, None, False)",
+        "sampled ids are never rendered again",
+        (f"{CONTINUATION}::test_ids_that_are_not_those_of_their_text_stay",),
+    ),
+    Mutant(
+        "rewards/continuation.py",
+        "(ids[0] == end or self._closes)",
+        "ids[0] == end",
+        "a turn ends once",
+        (f"{CONTINUATION}::test_a_turn_ends_once",),
+    ),
+    Mutant(
+        "rewards/continuation.py",
+        "if appended is not None and ours in theirs:",
+        "if appended is not None:",
+        "what a template rewrites is reported, and forks where the user wants it",
+        (f"{CONTINUATION}::test_thinking_that_the_prompt_opened_forks_or_stays",),
     ),
     Mutant(
         "rewards/extract.py",
