@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeAlias
 
 from cohort.actors.config import ActorsConfig
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from ray import ObjectRef
     from ray.actor import ActorProxy
 
+    from cohort.actors.episodes import EpisodeHost
     from cohort.actors.rollout import RolloutActor
 
 __all__ = ["MAX_RESTARTS", "Probe", "RolloutError", "RolloutPool", "probe_gap"]
@@ -51,6 +53,7 @@ class RolloutPool:
         make_actor: Makes the Ray actor of this name.
         config: The `actors` section.
         notify: Tells the user, in a line, that an actor is replaced.
+        next_host: Where the environment of the next group runs; None: there is none.
     """
 
     def __init__(
@@ -58,10 +61,12 @@ class RolloutPool:
         make_actor: Callable[[str], ActorProxy[RolloutActor]],
         config: ActorsConfig,
         notify: Callable[[str], None],
+        next_host: Callable[[], EpisodeHost] | None = None,
     ) -> None:
         self._make_actor = make_actor
         self._config = config
         self._notify = notify
+        self._next_host = next_host
         self._slots: list[Slot] = []
         self._dispatcher = Dispatcher(self._slots, config.max_concurrent, config.group_timeout_s)
         self._arrivals = itertools.count()
@@ -213,6 +218,8 @@ class RolloutPool:
         arrived: called with every completion as soon as it exists, and with all of them before
         the group's task ends. A group that is tried again has new ones, which count alone.
         """
+        if self._next_host is not None:
+            requests = [replace(request, host=self._next_host()) for request in requests]
         jobs = [Job(request, next(self._arrivals), arrived) for request in requests]
         slots = [self._dispatcher.reserve_now(job) for job in jobs]
         batches: dict[int, list[Request]] = {}

@@ -13,7 +13,7 @@ from cohort.actors.errors import CohortError
 from cohort.cluster.values import write_yaml
 from cohort.learner.config import AlgorithmConfig, Dtype, LearnerConfig
 from cohort.learner.presets import SECTION_PRESETS
-from cohort.rewards.config import RewardsConfig, TaskConfig
+from cohort.rewards.config import EnvironmentsConfig, RewardsConfig, TaskConfig
 
 
 class ConfigError(CohortError):
@@ -109,6 +109,7 @@ class Config(Section):
     task: TaskConfig = TaskConfig()
     actors: ActorsConfig = ActorsConfig()
     rewards: RewardsConfig = RewardsConfig()
+    environments: EnvironmentsConfig = EnvironmentsConfig()
     learner: LearnerConfig = LearnerConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     cluster: ClusterConfig = ClusterConfig()
@@ -161,7 +162,7 @@ def compact(config: Config) -> str:
             if value != fields[key].get_default(call_default_factory=True)
         )
         if body:
-            lines.append(f"{section:<9}  {body}")
+            lines.append(f"{section:<12}  {body}")
     return "\n".join(lines)
 
 

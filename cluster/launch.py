@@ -16,13 +16,14 @@ from typing import Literal, TypeVar
 
 from cohort.actors.pool import RolloutPool
 from cohort.cluster.config import Config
-from cohort.cluster.making import make_pool, make_rewards, start_learner
+from cohort.cluster.making import make_environments, make_pool, make_rewards, start_learner
 from cohort.cluster.observe.console import Console
 from cohort.cluster.placement import Placement, Resources, connected_cluster, plan, this_machine
 from cohort.cluster.prepare import Prepared
 from cohort.cluster.ray_start import connect
 from cohort.cluster.signals import Signals
 from cohort.learner.learner import Learner
+from cohort.rewards.environments.handle import EnvironmentPool
 from cohort.rewards.pool import RewardPool
 
 Part = Literal["engines", "rewards", "learner"]
@@ -38,6 +39,7 @@ class Services:
 
     placement: Placement
     engine_start_s: float = 0.0
+    _environments: EnvironmentPool | None = None
     _pool: RolloutPool | None = None
     _rewards: RewardPool | None = None
     _learner: Learner | None = None
@@ -59,7 +61,7 @@ class Services:
 
     def kill(self) -> None:
         """End every actor, whatever state the run is in; their watchers clean up after them."""
-        for part in (self._pool, self._rewards, self._learner):
+        for part in (self._pool, self._environments, self._rewards, self._learner):
             if part is not None:
                 part.kill()
 
@@ -144,11 +146,14 @@ async def _start(
         console.note(f"engine(s) started in {services.engine_start_s:.1f} s")
 
     if "engines" in parts:
-        services._pool = make_pool(prepared, placement, log_dir, console)
+        services._environments = make_environments(prepared, placement)
+        services._pool = make_pool(prepared, placement, log_dir, console, services._environments)
     if "rewards" in parts:
         services._rewards = make_rewards(prepared, placement, console)
     if "learner" in parts:
         starting.append(start_the_learner())
+    if services._environments is not None:
+        starting.append(services._environments.check(timeout_s))
     if services._pool is not None:
         starting.append(start_engines(services._pool))
     if services._rewards is not None:

@@ -19,6 +19,8 @@ from cohort.cluster.placement import Placement, cpu_environment
 from cohort.cluster.prepare import Prepared
 from cohort.learner.learner import Learner
 from cohort.learner.spec import LearnerSpec
+from cohort.rewards.environments.handle import EnvironmentHandle, EnvironmentPool
+from cohort.rewards.environments.worker import EnvironmentWorker
 from cohort.rewards.pool import RewardPool
 from cohort.rewards.rates import PassRates, RateHistory
 from cohort.rewards.tasks import Curriculum, SampledPrompts, sample_prompts
@@ -69,8 +71,33 @@ def probe_floor(config: Config) -> float | None:
     return PROBE_FLOOR * probe_tolerance(config)
 
 
+def make_environments(prepared: Prepared, placement: Placement) -> EnvironmentPool | None:
+    """The workers of environments; Ray starts one again when it dies. None: there is none."""
+    import ray
+
+    spec = prepared.environment
+    if spec is None:
+        return None
+    config = prepared.config.environments
+    return EnvironmentPool(
+        [
+            EnvironmentHandle(
+                ray.remote(EnvironmentWorker)
+                .options(max_concurrency=10_000, max_restarts=-1, **placement.reward)
+                .remote(spec),
+                config.step_timeout_s,
+            )
+            for _ in range(config.workers)
+        ]
+    )
+
+
 def make_pool(
-    prepared: Prepared, placement: Placement, log_dir: Path, console: Console
+    prepared: Prepared,
+    placement: Placement,
+    log_dir: Path,
+    console: Console,
+    environments: EnvironmentPool | None = None,
 ) -> RolloutPool:
     """The rollout actors, not started yet."""
     import ray
@@ -84,7 +111,8 @@ def make_pool(
             .remote(name, spec, str(log_dir))
         )
 
-    return RolloutPool(make_actor, prepared.config.actors, console.note)
+    next_host = None if environments is None else environments.next
+    return RolloutPool(make_actor, prepared.config.actors, console.note, next_host)
 
 
 def make_rewards(prepared: Prepared, placement: Placement, console: Console) -> RewardPool:

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cohort.cluster.config import Config
 from cohort.cluster.errors import RunError
 from cohort.cluster.lengths import check_lengths, render_rows
 from cohort.cluster.model_folder import inspect_model, load_tokenizer
+from cohort.rewards.continuation import Continuation
+from cohort.rewards.environments.specs import environment_spec, find_tools
+from cohort.rewards.environments.worker import EnvironmentSpec
 from cohort.rewards.specs import RewardSpec, reward_specs
 from cohort.rewards.tasks import PromptRenderer, Task, load_task, sample_rows
 from cohort.rewards.worker import RewardWorker
@@ -41,6 +44,7 @@ class Prepared:
         renderer: Renders the task's rows to prompts.
         max_length: Longest sequence, prompt and completion, in tokens.
         overlong: Prompts that are left out because they are too long, among those rendered.
+        environment: What answers the model's replies; None: nothing does.
     """
 
     config: Config
@@ -51,6 +55,7 @@ class Prepared:
     renderer: PromptRenderer
     max_length: int
     overlong: int
+    environment: EnvironmentSpec | None = None
 
 
 def prepare(config: Config) -> Prepared:
@@ -62,16 +67,27 @@ def prepare(config: Config) -> Prepared:
     path, context, parameters = inspect_model(config)
     tokenizer = load_tokenizer(path)
     task = load_task(config.task, config.run.seed)
-    specs = reward_specs(task, config.rewards)
+    specs = reward_specs(task, config.rewards, environment=config.task.environment is not None)
     # Load every function in a child process, as the reward workers will: a wrong path ends here.
     limits = config.rewards
     worker = RewardWorker(specs, limits.timeout_s, memory_bytes=limits.memory_bytes)
     specs = worker.specs
     worker.close()
-    renderer = make_renderer(config, tokenizer, context)
+    tools = None if config.task.environment is None else find_tools(config.task)
+    renderer = make_renderer(config, tokenizer, context, tools)
     lengths = check_lengths(config, render_rows(task, renderer), renderer, specs)
     sizes = lengths.max_length, lengths.overlong
-    return Prepared(config, path, parameters, task, specs, renderer, *sizes)
+    environment = None
+    if tools is not None:
+        environment = environment_spec(
+            config.task,
+            config.environments,
+            tools=tools,
+            model_path=path,
+            template_arguments=config.model.template_arguments,
+            max_length=lengths.max_length,
+        )
+    return Prepared(config, path, parameters, task, specs, renderer, *sizes, environment)
 
 
 def longest_prompt(config: Config, context: int) -> int:
@@ -98,7 +114,10 @@ def longest_prompt(config: Config, context: int) -> int:
 
 
 def make_renderer(
-    config: Config, tokenizer: PreTrainedTokenizerBase, context: int
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    context: int,
+    tools: Sequence[dict[str, Any]] | None = None,
 ) -> PromptRenderer:
     """Make the renderer of this config's prompts.
 
@@ -106,16 +125,21 @@ def make_renderer(
         config: The run's config.
         tokenizer: The model's.
         context: The model's, in tokens.
+        tools: Schemas of the environment's tools; None: there is no environment.
 
     Raises:
         RunError: The context has no room for a prompt.
         TaskError: The chat template does not read one of model.template_arguments.
     """
+    conversation = None
+    if tools is not None:
+        conversation = Continuation(tokenizer, tools, config.model.template_arguments).prompt_ids
     return PromptRenderer(
         tokenizer,
         longest_prompt(config, context),
         config.model.template_arguments,
         config.task.overlong,
+        conversation,
     )
 
 

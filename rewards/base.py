@@ -34,9 +34,10 @@ import inspect
 import math
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
-from cohort.actors.records import Group, RewardError
+from cohort.actors.records import Completion, Group, Messages, RewardError
 from cohort.rewards.loading import (
     BY_NAME,
     RESERVED_COLUMNS,
@@ -97,8 +98,14 @@ class TrainerState:
 
 
 def completion_texts(completions: Sequence[Any]) -> list[str]:
-    """The text of each completion, given as strings or as lists of messages."""
-    return [item if isinstance(item, str) else str(item[-1]["content"]) for item in completions]
+    """The text of each completion, given as strings or as lists of messages: of an episode the
+    last reply."""
+    return [
+        item
+        if isinstance(item, str)
+        else next((str(m["content"]) for m in reversed(item) if m["role"] == "assistant"), "")
+        for item in completions
+    ]
 
 
 def arguments(
@@ -124,10 +131,7 @@ def arguments(
         row[argument] = group.prompt.columns[column]
     offered: dict[str, object] = {name: [value] * n for name, value in row.items()}
     offered["prompts"] = [content] * n
-    offered["completions"] = [
-        item.text if isinstance(content, str) else [{"role": "assistant", "content": item.text}]
-        for item in group.completions
-    ]
+    offered["completions"] = [_shown(item, content) for item in group.completions]
     offered["completion_ids"] = [item.token_ids.tolist() for item in group.completions]
     offered["log_extra"] = log.log_extra
     offered["log_metric"] = log.log_metric
@@ -137,6 +141,13 @@ def arguments(
     parameters = inspect.signature(function).parameters.values()
     named = {item.name for item in parameters if item.kind in BY_NAME}
     accepted = {name: offered[name] for name in named if name in offered}
+    if any(item.end is not None for item in group.completions):
+        offered["environments"] = [
+            SimpleNamespace(**({} if item.end is None else item.end.state))
+            for item in group.completions
+        ]
+        if "environments" in named:
+            accepted["environments"] = offered["environments"]
     if "prompt_texts" in named:
         accepted["prompt_texts"] = [_prompt_text(group)] * n
     if any(item.name == "prefills" for item in parameters):
@@ -161,7 +172,7 @@ def arguments(
         verl = {"solution_str", "ground_truth"}.issubset(named)
         hint = "; this looks like a function of verl's: set kind: verl on it" if verl else ""
         if "environments" in missing:
-            hint = "; there are no environments here"
+            hint = "; there are no environments here (task.environment)"
         lost = ", ".join(missing)
         raise TypeError(f"the rows have no column {lost}; their columns: {shown}{hint}")
     if any(item.kind is item.VAR_KEYWORD for item in parameters):
@@ -174,6 +185,16 @@ def arguments(
         used = [item.name for item in parameters if item.kind is item.POSITIONAL_ONLY]
         accepted |= {name: value for name, value in offered.items() if name not in used}
     return places, accepted
+
+
+def _shown(completion: Completion, content: Messages | str) -> object:
+    """A completion as reward functions get it: all messages of an episode, the model's own words
+    otherwise."""
+    if completion.end is not None:
+        return [dict(message) for message in completion.end.messages]
+    if isinstance(content, str):
+        return completion.text
+    return [{"role": "assistant", "content": completion.text}]
 
 
 def _bound_names(function: object) -> set[str]:

@@ -28,6 +28,20 @@ class TaskConfig(BaseModel):
     options: dict[str, Any] = Field(
         default_factory=dict, description="Keyword arguments of the task's class."
     )
+    environment: str | None = Field(
+        None,
+        description="A class that answers the model's replies, as module:Class or path.py:Class: "
+        "with reset and step, or with public methods that are tools. Empty: one reply a prompt.",
+    )
+    environment_options: dict[str, Any] = Field(
+        default_factory=dict, description="Keyword arguments of the environment's class."
+    )
+    history: Literal["append", "template"] = Field(
+        "append",
+        description="Where the chat template would rewrite earlier turns (Qwen3 drops their "
+        "thinking): append new messages all the same, or go on from the template's own text, "
+        "which shares the tokens up to where it differs.",
+    )
     prompts_per_step: int = Field(8, ge=1, description="Prompts (groups) of one training step.")
     group_size: int = Field(8, ge=2, description="Completions of one prompt.")
     overlong: Literal["error", "drop"] = Field(
@@ -104,6 +118,55 @@ class RewardsConfig(BaseModel):
     )
     max_error_rate: float = Field(
         0.1, ge=0, le=1, description="Share of failed scores in a step above which the run stops."
+    )
+
+    @property
+    def memory_bytes(self) -> int | None:
+        return None if self.memory_gb is None else int(self.memory_gb * 2**30)
+
+
+class EnvironmentsConfig(BaseModel):
+    """Workers that run `task.environment`, and the limits of an episode."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    workers: int = Field(
+        1, ge=1, description="Workers; each plays many episodes at once in a child process."
+    )
+    max_turns: int = Field(8, ge=1, description="Replies of the model in an episode.")
+    max_tool_calls: int = Field(32, ge=0, description="Calls of tools in an episode.")
+    step_timeout_s: float = Field(
+        30,
+        gt=0,
+        allow_inf_nan=False,
+        description="Deadline for one answer of an environment; then its episode has failed.",
+    )
+    episode_timeout_s: float = Field(
+        600,
+        gt=0,
+        allow_inf_nan=False,
+        description="Deadline for an episode: then it ends with what it has earned.",
+    )
+    message_chars: int = Field(
+        20_000,
+        ge=1,
+        description="Longest message of an environment, in characters; the rest is left out, which "
+        "the message says.",
+    )
+    memory_gb: float | None = Field(
+        4,
+        gt=0,
+        allow_inf_nan=False,
+        description="Memory (GiB) of a worker's child process; null: no bound.",
+    )
+    secrets: list[str] = Field(
+        default_factory=list,
+        description="Environment variables that environments may see beside harmless ones.",
+    )
+    tool_parser: str = Field(
+        "auto",
+        description="How the model writes calls of tools: hermes, llama3_json, mistral, or one of "
+        "vLLM's parsers. auto: what its chat template prints.",
     )
 
     @property

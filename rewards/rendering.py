@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Literal
 
 from cohort.actors.records import Messages, Prompt
@@ -233,6 +233,8 @@ class PromptRenderer:
         max_prompt_tokens: The longest prompt that leaves room for a completion; None: no bound.
         template_arguments: Given to the chat template.
         on_overlong: What happens to a training prompt that is longer.
+        conversation: Renders messages where an environment answers the model, with its tools; a
+            prompt that is a text is a message of the user there. None: the chat template does.
 
     Raises:
         TaskError: The chat template does not read one of the arguments.
@@ -244,11 +246,13 @@ class PromptRenderer:
         max_prompt_tokens: int | None = None,
         template_arguments: Mapping[str, object] | None = None,
         on_overlong: Literal["error", "drop"] = "drop",
+        conversation: Callable[[Messages], list[int]] | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self.max_prompt_tokens = max_prompt_tokens
         self.on_overlong = on_overlong
         self._tokens = TokenizerRenderer(tokenizer, template_arguments)
+        self._conversation = conversation
 
     def render(self, row: Row, epoch: int, cursor: int = 0) -> Prompt:
         """The prompt of a row; its id is the same after a resume. Never truncated.
@@ -263,11 +267,14 @@ class PromptRenderer:
                 the tokenizer refuses, no tokens at all.
         """
         where = f"row {row.id} (epoch {epoch}, position {cursor})"
+        content = row.content
+        if self._conversation is not None and isinstance(content, str):
+            content = [{"role": "user", "content": content}]
         try:
-            if isinstance(row.content, str):
-                token_ids = tuple(self._tokens.plain(row.content))
+            if isinstance(content, str):
+                token_ids = tuple(self._tokens.plain(content))
             else:
-                token_ids = tuple(self._tokens.chat(row.content))
+                token_ids = tuple((self._conversation or self._tokens.chat)(content))
         except RenderError as error:
             raise TaskError(f"{where}: {error}") from error
         if not token_ids:
@@ -276,7 +283,7 @@ class PromptRenderer:
             token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
         prompt_id = f"{epoch}-{row.id}"
-        return Prompt(prompt_id, token_ids, row.content, dict(row.columns), epoch, text, row.source)
+        return Prompt(prompt_id, token_ids, content, dict(row.columns), epoch, text, row.source)
 
     def continuation(self, text: str) -> tuple[int, ...]:
         """The tokens with which the model would write `text` after a prompt, and stop.

@@ -17,9 +17,10 @@ from cohort.actors.process import MARKER, start_watcher
 from cohort.actors.records import Failure, Group, ScoredGroup, ScoreMeta
 from cohort.rewards.base import RewardLoadError, combine, out_of_range
 from cohort.rewards.environment import hide_environment, scrubbed_environment
+from cohort.rewards.environments.scores import environment_scores, turn_rewards
 from cohort.rewards.process import KILL_TIMEOUT_S, Child
 from cohort.rewards.results import RewardResult, error_tail, failed, from_json, merged, reordered
-from cohort.rewards.specs import RewardSpec
+from cohort.rewards.specs import ENVIRONMENT, RewardSpec
 
 # Loading a function may import torch or read a model; it is not a hang before this.
 START_TIMEOUT_S = 120.0
@@ -138,18 +139,26 @@ class RewardWorker:
             return found, None
         known |= found
         results = {spec.name: known[spec.name][0] for spec in self._specs}
-        times = tuple(map(sum, zip(*(seconds for _, seconds in known.values()), strict=True)))
+        times = tuple(
+            sum(seconds[place] for _, seconds in known.values()) for place in range(len(ids))
+        )
         by_function = {name: result.values for name, result in results.items()}
         weights = {spec.name: spec.weight for spec in self._specs}
         errors = tuple(error for result in results.values() for error in result.errors)
         errors += tuple(out_of_range(ids, by_function, weights))
+        given, failures = environment_scores(group)
+        if given:
+            by_function[ENVIRONMENT], weights[ENVIRONMENT] = given, 1.0
+            errors += failures
         totals = combine(ids, by_function, weights, errors)
         parts = {f"{f}/{key}": row for f, v in results.items() for key, row in v.parts.items()}
         extra = {f"{f}/{key}": row for f, v in results.items() for key, row in v.extra.items()}
         logged = {f"{f}/{key}": row for f, v in results.items() for key, row in v.metrics.items()}
         took = time.monotonic() - started
         scored = ScoredGroup(group, by_function, totals, errors, took, parts, extra, times)
-        meta = ScoreMeta(group.id, totals, by_function, errors, took, parts, logged, times)
+        meta = ScoreMeta(
+            group.id, totals, by_function, errors, took, parts, logged, times, turn_rewards(group)
+        )
         return meta, scored
 
     def ping(self) -> str:
