@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cohort.cluster.config import Config
 from cohort.cluster.errors import RunError
@@ -73,20 +73,10 @@ def prepare(config: Config) -> Prepared:
     worker = RewardWorker(specs, limits.timeout_s, memory_bytes=limits.memory_bytes)
     specs = worker.specs
     worker.close()
-    tools = None if config.task.environment is None else find_tools(config.task)
-    renderer = make_renderer(config, tokenizer, context, tools)
+    renderer = make_renderer(config, tokenizer, context)
     lengths = check_lengths(config, render_rows(task, renderer), renderer, specs)
     sizes = lengths.max_length, lengths.overlong
-    environment = None
-    if tools is not None:
-        environment = environment_spec(
-            config.task,
-            config.environments,
-            tools=tools,
-            model_path=path,
-            template_arguments=config.model.template_arguments,
-            max_length=lengths.max_length,
-        )
+    environment = make_environment(config, path, lengths.max_length)
     return Prepared(config, path, parameters, task, specs, renderer, *sizes, environment)
 
 
@@ -113,11 +103,30 @@ def longest_prompt(config: Config, context: int) -> int:
     return longest
 
 
+def make_environment(config: Config, model_path: str, max_length: int) -> EnvironmentSpec | None:
+    """What workers of environments get; None where the config names no environment.
+
+    Args:
+        config: The run's config.
+        model_path: The folder of the tokenizer.
+        max_length: Tokens of the longest sequence.
+
+    Raises:
+        EnvironmentLoadError: The environment cannot be loaded, or a tool cannot be described.
+    """
+    if config.task.environment is None:
+        return None
+    return environment_spec(
+        config.task,
+        config.environments,
+        model_path=model_path,
+        template_arguments=config.model.template_arguments,
+        max_length=max_length,
+    )
+
+
 def make_renderer(
-    config: Config,
-    tokenizer: PreTrainedTokenizerBase,
-    context: int,
-    tools: Sequence[dict[str, Any]] | None = None,
+    config: Config, tokenizer: PreTrainedTokenizerBase, context: int
 ) -> PromptRenderer:
     """Make the renderer of this config's prompts.
 
@@ -125,14 +134,15 @@ def make_renderer(
         config: The run's config.
         tokenizer: The model's.
         context: The model's, in tokens.
-        tools: Schemas of the environment's tools; None: there is no environment.
 
     Raises:
         RunError: The context has no room for a prompt.
+        EnvironmentLoadError: The environment cannot be loaded, or a tool cannot be described.
         TaskError: The chat template does not read one of model.template_arguments.
     """
     conversation = None
-    if tools is not None:
+    if config.task.environment is not None:
+        tools = find_tools(config.task)
         conversation = Continuation(tokenizer, tools, config.model.template_arguments).prompt_ids
     return PromptRenderer(
         tokenizer,

@@ -179,7 +179,7 @@ def step_metrics(
         "samples/failed": counters.failed,
         "actors/restarts": restarts,
     }
-    metrics |= source_metrics(batch)
+    metrics |= source_metrics(batch) | episode_metrics(batch)
     for name in dict.fromkeys(name for g in batch.groups for name in g.scores.by_function):
         metrics[f"reward/{name}"] = mean(
             value for group in batch.groups for value in group.scores.by_function.get(name, ())
@@ -202,6 +202,31 @@ def source_metrics(batch: Batch) -> dict[str, float]:
             metrics[f"source/{source}/reward"] = sum(n * reward for n, reward in weighed) / tries
             metrics[f"source/{source}/solved"] = sum(item.solved for item in found) / tries
     return metrics
+
+
+def episode_metrics(batch: Batch) -> dict[str, float]:
+    """Turns, tool calls, and why episodes ended; empty where there is no environment.
+
+    Means are over the episodes of the step that did not fail. `episodes/stop/REASON` are fractions
+    of all episodes, `episodes/failed/KIND/STAGE` counts.
+    """
+    episodes = [episode for group in batch.groups for episode in group.meta.episodes]
+    if not episodes:
+        return {}
+    well = [episode for episode in episodes if episode.failure is None]
+    metrics = {
+        "episodes/turns": mean(episode.turns for episode in well),
+        "episodes/turns_total": float(sum(episode.turns for episode in episodes)),
+    }
+    for name in dict.fromkeys(name for episode in well for name in episode.metrics):
+        values = [episode.metrics[name] for episode in well if name in episode.metrics]
+        metrics[f"episodes/{name}"] = mean(values)
+    reasons = Counter(episode.stop_reason for episode in episodes)
+    for reason, count in reasons.items():
+        metrics[f"episodes/stop/{reason}"] = count / len(episodes)
+    failures = [episode.failure for episode in episodes if episode.failure is not None]
+    failed = Counter(f"episodes/failed/{one.kind}/{one.stage}" for one in failures)
+    return metrics | {name: float(count) for name, count in failed.items()}
 
 
 def logged_metrics(batch: Batch) -> dict[str, float]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
-from cohort.actors.records import FinishReason, Messages, ScoredGroup
+from cohort.actors.records import Completion, FinishReason, Messages, ScoredGroup
 from cohort.cluster.files import replacing
 from cohort.cluster.observe.metrics_file import plain
 
@@ -22,12 +22,36 @@ class RolloutError(TypedDict):
     message: str
 
 
+class TurnRow(TypedDict):
+    """One turn of an episode, see `TurnShape` and `Turn` in `cohort.actors.records`."""
+
+    parent: int | None
+    kept: int
+    inserted_ids: list[int]
+    tokens: int
+    weight_versions: list[int]
+    finish_reason: FinishReason
+    reward: float | None
+
+
+class EpisodeRow(TypedDict):
+    """How an episode went. messages: all behind the prompt."""
+
+    stop_reason: str
+    failure: str | None
+    metrics: dict[str, float | None]
+    messages: list[dict[str, Any]]
+    turns: list[TurnRow]
+
+
 class RolloutRow(TypedDict):
     """One completion: its prompt, its text, its scores.
 
     `reward` is the weighted total, `by_function` the value of each function, `parts` and `extra`
     what functions returned besides, as in ScoredGroup; `reward_s` the seconds of its scoring.
-    `weight_versions` are those of its first and its last token.
+    `weight_versions` are those of its first and its last token. Of an episode `completion` is the
+    last reply, and `token_ids` are the sampled tokens of all turns; `episode` is None where there
+    was no environment.
     """
 
     step: int
@@ -48,6 +72,7 @@ class RolloutRow(TypedDict):
     prompt_tokens: int
     tokens: int
     token_ids: list[int]
+    episode: EpisodeRow | None
 
 
 def rollout_rows(step: int, scored: ScoredGroup) -> list[RolloutRow]:
@@ -79,9 +104,55 @@ def rollout_rows(step: int, scored: ScoredGroup) -> list[RolloutRow]:
             "prompt_tokens": len(group.prompt.token_ids),
             "tokens": len(completion.token_ids),
             "token_ids": [int(t) for t in completion.token_ids],
+            "episode": _episode(completion),
         }
         for i, completion in enumerate(group.completions)
     ]
+
+
+def _episode(completion: Completion) -> EpisodeRow | None:
+    end = completion.end
+    if end is None:
+        return None
+    return {
+        "stop_reason": end.stop_reason,
+        "failure": None if end.failure is None else f"{end.failure.stage}: {end.failure.message}",
+        "metrics": {name: plain(name, value) for name, value in end.metrics.items()},
+        "messages": list(end.messages),
+        "turns": [
+            {
+                "parent": turn.shape.parent,
+                "kept": turn.shape.kept,
+                "inserted_ids": turn.inserted_ids.tolist(),
+                "tokens": turn.shape.sampled,
+                "weight_versions": [int(v) for v in turn.weight_versions],
+                "finish_reason": turn.finish_reason,
+                "reward": plain("reward", turn.reward),
+            }
+            for turn in completion.turns
+        ],
+    }
+
+
+def transcript(row: Mapping[str, Any]) -> str:
+    """What a person reads of a row: the completion, or all messages of an episode with the reward
+    of each turn, and why it ended."""
+    episode = row.get("episode")
+    if not episode:
+        return str(row["completion"])
+    rewards = iter(turn["reward"] for turn in episode["turns"])
+    lines = []
+    for message in episode["messages"]:
+        role, content = message["role"], str(message["content"])
+        for call in message.get("tool_calls", ()):
+            function = call["function"]
+            arguments = json.dumps(function["arguments"], ensure_ascii=False)
+            content += f"\n-> {function['name']}({arguments})"
+        earned = next(rewards, None) if role == "assistant" else None
+        lines.append(f"[{role}] {content}" + ("" if earned is None else f"  (reward {earned:g})"))
+    failure = episode["failure"]
+    lines.append(f"[end] {episode['stop_reason']}" + (f": {failure}" if failure else ""))
+    return "\n".join(lines)
 
 
 @contextmanager

@@ -45,7 +45,9 @@ class EnvironmentHandle:
         self, episode_id: str, token_ids: np.ndarray, finish_reason: FinishReason
     ) -> NextTurn | EpisodeEnd:
         """See `EpisodeHost.step`."""
-        call: ObjectRef[NextTurn | EpisodeEnd] = self._actor.step.remote(episode_id, token_ids, finish_reason)
+        call: ObjectRef[NextTurn | EpisodeEnd] = self._actor.step.remote(
+            episode_id, token_ids, finish_reason
+        )
         return await self._answer(call, "step")
 
     def forget(self, episode_id: str) -> None:

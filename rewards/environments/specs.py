@@ -32,7 +32,6 @@ def environment_spec(
     task: TaskConfig,
     config: EnvironmentsConfig,
     *,
-    tools: list[dict[str, Any]],
     model_path: str,
     template_arguments: dict[str, Any],
     max_length: int,
@@ -50,7 +49,7 @@ def environment_spec(
     return EnvironmentSpec(
         path=resolve_path(task.environment, base or Path.cwd()),
         options=task.environment_options,
-        tools=tools,
+        tools=find_tools(task, base),
         model_path=model_path,
         template_arguments=template_arguments,
         history=task.history,

@@ -11,7 +11,7 @@ from cohort.cluster.commands.check.sheet import Stage
 from cohort.cluster.config import Config
 from cohort.cluster.lengths import Lengths, check_lengths, render_rows
 from cohort.cluster.observe.stats import quantile
-from cohort.cluster.prepare import Prepared, longest_prompt, make_renderer
+from cohort.cluster.prepare import Prepared, longest_prompt, make_environment, make_renderer
 from cohort.rewards.specs import RewardSpec, reward_specs
 from cohort.rewards.tasks import Task, load_task, sample_rows
 
@@ -23,14 +23,17 @@ LONGEST_COLUMN = 120
 def check_task(config: Config, stage: Stage) -> tuple[Task, list[RewardSpec]]:
     """The task's rows and the functions that will score them, not loaded yet."""
     task = load_task(config.task, config.run.seed)
-    specs = reward_specs(task, config.rewards)
+    specs = reward_specs(task, config.rewards, environment=config.task.environment is not None)
     rows, need = task.train_size(), config.run.steps * config.task.prompts_per_step
     stage.say(
         f"{config.task.name}: {rows:,} training rows, {task.eval_size():,} held out; "
         f"{config.run.steps:,} steps of {config.task.prompts_per_step} prompts see each row "
         f"{need / rows:.1f} times"
     )
-    stage.say("rewards: " + ", ".join(f"{spec.name} x {spec.weight:g}" for spec in specs))
+    scores = [f"{spec.name} x {spec.weight:g}" for spec in specs]
+    if config.task.environment is not None:
+        scores.append(f"what {config.task.environment} gives")
+    stage.say("rewards: " + ", ".join(scores))
     return task, specs
 
 
@@ -85,6 +88,7 @@ def check_prompts(
         renderer=renderer,
         max_length=found.max_length,
         overlong=found.overlong,
+        environment=make_environment(config, model.path, found.max_length),
     )
     return prepared, rendered.train, found
 

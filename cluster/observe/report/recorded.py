@@ -12,6 +12,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, NonNegativeInt
 
 from cohort.actors.records import GroupMeta, ScoreMeta
+from cohort.cluster.observe.rollouts import transcript
 from cohort.learner.config import AlgorithmConfig
 from cohort.learner.credit import assign_credit
 
@@ -114,8 +115,9 @@ def read_rows(file: Path) -> Iterator[RecordedRow | None]:
         for line in lines:
             try:
                 # Not validate_json: a text may hold half a surrogate pair.
-                yield RecordedRow.model_validate(json.loads(line.decode("utf-8", "replace")))
-            except (ValueError, RecursionError):
+                found = json.loads(line.decode("utf-8", "replace"))
+                yield RecordedRow.model_validate({**found, "completion": transcript(found)})
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
                 yield None
 
 
