@@ -14,12 +14,13 @@ from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from cohort.actors.config import ActorsConfig
 from cohort.actors.process import KEEP_HEAP
-from cohort.actors.proof import Feed, Proof, ServedFeed, ServedLayout, file_digests
+from cohort.actors.proof import Held, Proof, ServedLayout, file_digests
 from cohort.actors.records import FinishReason, SamplingSpec
 
 if TYPE_CHECKING:
@@ -45,12 +46,7 @@ class EngineSpec:
     dtype: str
     device: str
     max_length: int
-    max_concurrent: int
-    kv_cache_gib: float
-    gpu_memory: float
-    tensor_parallel: int
-    compile: bool
-    quantization: Literal["none", "fp8"]
+    actors: ActorsConfig
     seed: int
     cores: tuple[int, ...] = ()
 
@@ -107,8 +103,9 @@ class Engine:
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
         os.environ["VLLM_NO_USAGE_STATS"] = "1"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        actors = spec.actors
         options: dict[str, object] = {}
-        if spec.device == "cpu" and not spec.compile:
+        if spec.device == "cpu" and not actors.compile:
             # vLLM compiles a small sampling function even in eager mode: seconds at the first
             # tokens of every engine, for microseconds afterwards.
             os.environ["TORCHDYNAMO_DISABLE"] = "1"
@@ -119,7 +116,7 @@ class Engine:
             # it OpenMP's variables. The engine's has them from here: a third less time to start.
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
             options = {
-                "kv_cache_memory_bytes": int(spec.kv_cache_gib * GIB),
+                "kv_cache_memory_bytes": int(actors.kv_cache_gib * GIB),
                 "block_size": CPU_BLOCK_TOKENS,
                 # A prompt cut into chunks rewinds its seeded generator, which torch's CPU
                 # generator cannot do: vLLM's engine would die. So prompts are never cut.
@@ -127,8 +124,8 @@ class Engine:
                 "max_num_batched_tokens": max(spec.max_length, CPU_BATCH_TOKENS),
             }
         else:
-            options = {"gpu_memory_utilization": spec.gpu_memory}
-        if spec.quantization == "fp8":
+            options = {"gpu_memory_utilization": actors.gpu_memory}
+        if actors.quantization == "fp8":
             options["quantization"] = "fp8_per_tensor"
             if spec.device == "cpu":
                 from cohort.actors import float8
@@ -145,9 +142,9 @@ class Engine:
             model=spec.model_path,
             dtype=spec.dtype,
             max_model_len=spec.max_length,
-            max_num_seqs=spec.max_concurrent,
-            tensor_parallel_size=spec.tensor_parallel,
-            enforce_eager=not spec.compile,
+            max_num_seqs=actors.max_concurrent,
+            tensor_parallel_size=actors.tensor_parallel,
+            enforce_eager=not actors.compile,
             seed=spec.seed % 2**31,
             generation_config="vllm",
             logprobs_mode="processed_logprobs",
@@ -309,13 +306,13 @@ class Engine:
                 f"the engine says that it serves weights {held}, it was told to load {version}"
             )
         published = await self._published(path)
-        workers = [_numbers(one) for one in await self._call("served_weights")]
+        workers: list[Held] = await self._call("served_weights")
         if self._proof is None:
             layouts: list[ServedLayout] = await self._call("served_layout")
             if not layouts[0]["layers"]:
                 raise WeightsNotServed(f"the engine has loaded nothing of weights {version}")
             self._proof = Proof(
-                [_feeds(one["layers"]) for one in layouts], workers, published, layouts[0]["tied"]
+                [one["layers"] for one in layouts], workers, published, layouts[0]["tied"]
             )
             if self._proof.transposed:
                 published = await asyncio.to_thread(file_digests, path, self._proof.transposed)
@@ -357,17 +354,6 @@ class Engine:
         output = await self._answer(_finished(queue))
         scored = output.prompt_logprobs[1:]
         return [entry[token].logprob for entry, token in zip(scored, token_ids[1:], strict=True)]
-
-
-def _numbers(worker: dict[str, str]) -> dict[str, int | None]:
-    return {layer: int(value) if value else None for layer, value in worker.items()}
-
-
-def _feeds(layers: dict[str, list[ServedFeed]]) -> dict[str, list[Feed]]:
-    return {
-        layer: [Feed(one["name"], one["transposed"], int(one["digest"])) for one in fed]
-        for layer, fed in layers.items()
-    }
 
 
 async def _finished(queue: RequestOutputCollector) -> RequestOutput:

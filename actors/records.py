@@ -147,6 +147,25 @@ class GroupMeta:
     actor: str
     seconds: float
 
+    @classmethod
+    def of(cls, group: Group, actor: str, seconds: float) -> GroupMeta:
+        """What there is to know of a group that this actor generated in so many seconds."""
+        made = group.completions
+        versions = [completion.weight_versions for completion in made]
+        return cls(
+            group_id=group.id,
+            prompt_tokens=len(group.prompt.token_ids),
+            completion_ids=tuple(completion.id for completion in made),
+            completion_tokens=tuple(len(completion.token_ids) for completion in made),
+            truncated=tuple(completion.finish_reason == "length" for completion in made),
+            weight_versions=(
+                min(first for first, _ in versions),
+                max(last for _, last in versions),
+            ),
+            actor=actor,
+            seconds=seconds,
+        )
+
 
 @dataclass(frozen=True)
 class ScoreMeta:

@@ -6,17 +6,15 @@ import asyncio
 import os
 import secrets
 import time
-from collections.abc import Sequence
-from contextlib import AbstractAsyncContextManager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 from cohort.actors.engine import (
     Engine,
     EngineError,
     EngineSpec,
-    RawCompletion,
     WeightsNotServed,
     stop_token_ids,
 )
@@ -40,7 +38,6 @@ from cohort.actors.records import (
     NotSynced,
     Place,
     Request,
-    SamplingSpec,
     WeightsInfo,
 )
 from cohort.actors.text import Tokenizer, completion_text
@@ -48,46 +45,19 @@ from cohort.actors.weight_file import write_new
 
 if TYPE_CHECKING:
     import psutil
+    from vllm.v1.engine.output_processor import RequestOutputCollector
 
 UNSYNCED = -1
 # Mistakes in a program: another actor would make them too.
 MISTAKES = (AttributeError, ImportError, NameError, NotImplementedError, WeightsNotServed)
 
 
-class EngineLike(Protocol):
-    """What an actor needs of its engine: `cohort.actors.engine.Engine`, or a stand-in in tests.
-
-    progress: tokens that it has produced.
-    """
-
-    progress: int
-
-    async def add(
-        self, request_id: str, token_ids: tuple[int, ...], spec: SamplingSpec, greedy: bool = False
-    ) -> Sequence[object]: ...
-
-    async def finish(self, queue: Any, seed: int) -> RawCompletion: ...
-
-    async def abort(self, request_id: str, count: int) -> None: ...
-
-    def paused(self) -> AbstractAsyncContextManager[None]: ...
-
-    async def update_weights(
-        self, path: str, names: list[str], digest: str, version: int
-    ) -> None: ...
-
-    async def prove(self, path: str, version: int) -> None: ...
-
-    async def score(self, token_ids: list[int], request_id: str) -> list[float]: ...
-
-
 @dataclass
 class _Pending:
-    """A group that is being generated. version: of the weights it began with."""
+    """A group that is being generated."""
 
     request: Request
     completions: list[asyncio.Task[Completion]]
-    version: int
     started: float = field(default_factory=time.monotonic)
 
 
@@ -103,10 +73,11 @@ class RolloutActor:
         name: str,
         spec: EngineSpec,
         log_dir: str,
-        engine: EngineLike | None = None,
+        engine: Engine | None = None,
         tokenizer: Tokenizer | None = None,
     ) -> None:
-        """engine, tokenizer: for tests, ones that exist already; `start` makes them otherwise."""
+        """engine, tokenizer: for tests, ones that exist already (or stand-ins); `start` makes them
+        otherwise."""
         self.name = name
         self._spec = spec
         self._log = Path(log_dir) / f"{name}.log"
@@ -249,7 +220,7 @@ class RolloutActor:
             return refusals[0] if refusals else None
         return None
 
-    async def _admit(self, engine: EngineLike, request: Request) -> None:
+    async def _admit(self, engine: Engine, request: Request) -> None:
         """Hand one group to the engine, or keep its refusal for whoever collects it."""
         try:
             queues = await engine.add(
@@ -265,7 +236,7 @@ class RolloutActor:
             asyncio.create_task(self._complete(request, index, queue, self._version))
             for index, queue in enumerate(queues)
         ]
-        self._pending[request.group_id] = _Pending(request, completions, self._version)
+        self._pending[request.group_id] = _Pending(request, completions)
 
     def _drop(self, group_id: str) -> None:
         """Forget a group; what of it is still being generated ends."""
@@ -281,7 +252,7 @@ class RolloutActor:
             self._aborts.add(abort)
             abort.add_done_callback(self._aborts.discard)
 
-    async def _abort(self, engine: EngineLike, group_id: str, pending: _Pending) -> None:
+    async def _abort(self, engine: Engine, group_id: str, pending: _Pending) -> None:
         # An engine that has died generates nothing either.
         with suppress(EngineError):
             await engine.abort(group_id, len(pending.completions))
@@ -290,7 +261,9 @@ class RolloutActor:
         """Stop generating a group that nobody waits for any more."""
         self._drop(group_id)
 
-    async def _complete(self, request: Request, index: int, queue: Any, version: int) -> Completion:
+    async def _complete(
+        self, request: Request, index: int, queue: RequestOutputCollector, version: int
+    ) -> Completion:
         made = await self._running().finish(queue, request.sampling.seed + index)
         assert self._tokenizer is not None, "made together with the engine"
         return Completion(
@@ -300,6 +273,7 @@ class RolloutActor:
             logprobs=made.logprobs,
             finish_reason=made.finish_reason,
             seed=made.seed,
+            # An update may have come in between, or be in progress.
             weight_versions=(version, max(self._version, version)),
             text=completion_text(self._tokenizer, made.token_ids, self._stops),
         )
@@ -330,23 +304,13 @@ class RolloutActor:
             return self._failure(f"{self.name} failed on group {group_id}", error), None
         finally:
             self._drop(group_id)
-        prompt = pending.request.prompt
-        meta = GroupMeta(
-            group_id=group_id,
-            prompt_tokens=len(prompt.token_ids),
-            completion_ids=tuple(c.id for c in done),
-            completion_tokens=tuple(len(c.token_ids) for c in done),
-            truncated=tuple(c.finish_reason == "length" for c in done),
-            weight_versions=(pending.version, max(c.weight_versions[1] for c in done)),
-            actor=self.name,
-            seconds=time.monotonic() - pending.started,
-        )
-        return meta, Group(group_id, prompt, done)
+        group = Group(group_id, pending.request.prompt, done)
+        return GroupMeta.of(group, self.name, time.monotonic() - pending.started), group
 
     def _lost(self, group_id: str) -> Failure:
         return Failure("infra", f"{self.name} lost group {group_id}", "never submitted")
 
-    def _running(self) -> EngineLike:
+    def _running(self) -> Engine:
         if self._engine is None:
             raise EngineError(f"{self.name} has no engine")
         return self._engine

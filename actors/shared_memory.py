@@ -224,7 +224,7 @@ class WorkerExtension:
         tied = {names[id(head)]: names[id(body)] for head, body in _tied_pairs(model)}
         return {"layers": self.weight_transfer_engine.served.layout(model), "tied": tied}
 
-    def served_weights(self) -> dict[str, str]:
+    def served_weights(self) -> dict[str, int | None]:
         """See `Served.held`."""
         return self.weight_transfer_engine.served.held(self.model_runner.get_model())
 

@@ -8,22 +8,37 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import uuid
 from collections.abc import AsyncIterator, Collection, Coroutine, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from cohort.actors.engine import EngineSpec
 from cohort.actors.pool import RolloutPool
+from cohort.actors.process import SHM
+from cohort.actors.rollout import RolloutActor
 from cohort.cluster.config import Config
-from cohort.cluster.making import make_pool, make_rewards, start_learner
 from cohort.cluster.observe.console import Console
-from cohort.cluster.placement import Placement, Resources, connected_cluster, plan, this_machine
+from cohort.cluster.placement import (
+    Placement,
+    Resources,
+    connected_cluster,
+    cpu_environment,
+    plan,
+    this_machine,
+)
 from cohort.cluster.prepare import Prepared
 from cohort.cluster.ray_start import connect
 from cohort.cluster.signals import Signals
 from cohort.learner.learner import Learner
+from cohort.learner.spec import LearnerSpec
 from cohort.rewards.pool import RewardPool
+from cohort.rewards.worker import RewardWorker, longest_score_s, watched_actor_class
+
+if TYPE_CHECKING:
+    from ray.actor import ActorProxy
 
 Part = Literal["engines", "rewards", "learner"]
 PARTS: tuple[Part, ...] = ("engines", "learner", "rewards")
@@ -34,39 +49,22 @@ T = TypeVar("T")
 
 @dataclass
 class Services:
-    """What of a run lives in other processes. A part that was not asked for must not be read."""
+    """What of a run lives in other processes. A part that was not asked for is not there.
+
+    pool: the rollout actors with their engines. rewards: the reward workers. learner: the ranks.
+    """
 
     placement: Placement
+    pool: RolloutPool = field(init=False)
+    rewards: RewardPool = field(init=False)
+    learner: Learner = field(init=False)
     engine_start_s: float = 0.0
-    _pool: RolloutPool | None = None
-    _rewards: RewardPool | None = None
-    _learner: Learner | None = None
-
-    @property
-    def pool(self) -> RolloutPool:
-        """The rollout actors with their engines."""
-        return _started(self._pool)
-
-    @property
-    def rewards(self) -> RewardPool:
-        """The reward workers."""
-        return _started(self._rewards)
-
-    @property
-    def learner(self) -> Learner:
-        """The learner's ranks."""
-        return _started(self._learner)
 
     def kill(self) -> None:
         """End every actor, whatever state the run is in; their watchers clean up after them."""
-        for part in (self._pool, self._rewards, self._learner):
-            if part is not None:
-                part.kill()
-
-
-def _started(part: T | None) -> T:
-    assert part is not None, "this part was not launched"
-    return part
+        for part in ("pool", "rewards", "learner"):
+            if hasattr(self, part):
+                getattr(self, part).kill()
 
 
 @asynccontextmanager
@@ -136,23 +134,22 @@ async def _start(
 
     async def start_the_learner() -> None:
         cores = int(this_machine().cpus)
-        services._learner = await start_learner(prepared, placement, log_dir, cores, trial)
+        services.learner = await start_learner(prepared, placement, log_dir, cores, trial)
 
-    async def start_engines(pool: RolloutPool) -> None:
-        seconds = await pool.start(timeout_s, serve_loaded="learner" not in parts)
+    async def start_engines() -> None:
+        seconds = await services.pool.start(timeout_s, serve_loaded="learner" not in parts)
         services.engine_start_s = max(seconds)
         console.note(f"engine(s) started in {services.engine_start_s:.1f} s")
 
     if "engines" in parts:
-        services._pool = make_pool(prepared, placement, log_dir, console)
+        services.pool = make_pool(prepared, placement, log_dir, console)
     if "rewards" in parts:
-        services._rewards = make_rewards(prepared, placement, console)
+        services.rewards = make_rewards(prepared, placement, console)
+        starting.append(services.rewards.check(timeout_s))
     if "learner" in parts:
         starting.append(start_the_learner())
-    if services._pool is not None:
-        starting.append(start_engines(services._pool))
-    if services._rewards is not None:
-        starting.append(services._rewards.check(timeout_s))
+    if "engines" in parts:
+        starting.append(start_engines())
     await _together(starting)
 
 
@@ -192,3 +189,90 @@ async def _together(work: Collection[Coroutine[object, object, None]]) -> None:
         for task in tasks:
             if not task.cancelled():
                 task.exception()  # seen; the first one is raised
+
+
+def make_pool(
+    prepared: Prepared, placement: Placement, log_dir: Path, console: Console
+) -> RolloutPool:
+    """The rollout actors, not started yet."""
+    import ray
+
+    config = prepared.config
+    spec = EngineSpec(
+        model_path=prepared.model_path,
+        dtype=config.model.dtype,
+        device=placement.device,
+        max_length=prepared.max_length,
+        actors=config.actors,
+        seed=config.run.seed,
+    )
+
+    def make_actor(name: str) -> ActorProxy[RolloutActor]:
+        return (
+            ray.remote(RolloutActor)
+            .options(max_concurrency=10_000, **placement.rollout)
+            .remote(name, spec, str(log_dir))
+        )
+
+    return RolloutPool(make_actor, config.actors, console.note)
+
+
+def make_rewards(prepared: Prepared, placement: Placement, console: Console) -> RewardPool:
+    """The reward actors; Ray starts one again when it dies, for it holds no state."""
+    config = prepared.config.rewards
+    actor_class = watched_actor_class(RewardWorker)
+
+    def make_actor() -> Any:
+        return actor_class.options(max_restarts=-1, **placement.reward).remote(
+            prepared.rewards,
+            config.timeout_s,
+            memory_bytes=config.memory_bytes,
+            max_steps=prepared.config.run.steps,
+        )
+
+    group_size = prepared.config.task.group_size
+    bound = longest_score_s(config.timeout_s, len(prepared.rewards), group_size)
+    return RewardPool(
+        [make_actor() for _ in range(config.workers)],
+        timeout_s=bound + 30,
+        timeout_key=f"rewards.timeout_s={config.timeout_s:g}",
+        pings_while_judging=True,
+        streams=any(spec.whole_group is False for spec in prepared.rewards),
+        make_actor=make_actor,
+        notify=console.note,
+    )
+
+
+async def start_learner(
+    prepared: Prepared, placement: Placement, log_dir: Path, cores: int, trial: Path | None = None
+) -> Learner:
+    """The learner's ranks, ready to train from the model folder.
+
+    trial: where they try to save first (see `Checkpoints.trial`); None: nothing will be saved.
+    """
+    config = prepared.config
+    ranks = config.learner.workers
+    threads = max(1, cores // ranks)
+    spec = LearnerSpec(
+        model_path=prepared.model_path,
+        dtype=config.model.dtype,
+        learner=config.learner,
+        algorithm=config.algorithm,
+        temperature=config.actors.temperature,
+        max_tokens=config.actors.max_tokens,
+        # The other ranks differ in their number only.
+        rank=0,
+        world_size=ranks,
+        device=placement.device,
+        threads=threads,
+        seed=config.run.seed,
+        shm_dir=f"{SHM}/cohort-learner-{uuid.uuid4().hex[:12]}",
+        log_dir=str(log_dir),
+        total_steps=config.run.steps,
+        trial_dir=None if trial is None else str(trial),
+    )
+    environment = cpu_environment(threads) if placement.device == "cpu" else {}
+    options = [
+        {**placement.learner, "runtime_env": {"env_vars": environment}} for _ in range(ranks)
+    ]
+    return await Learner.start(spec, options, config.cluster.start_timeout_s)

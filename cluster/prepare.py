@@ -18,8 +18,16 @@ from cohort.cluster.config import Config
 from cohort.cluster.errors import RunError
 from cohort.cluster.lengths import check_lengths, render_rows
 from cohort.cluster.model_folder import inspect_model, load_tokenizer
+from cohort.rewards.rates import NO_RATES, PassRates
 from cohort.rewards.specs import RewardSpec, reward_specs
-from cohort.rewards.tasks import PromptRenderer, Task, load_task, sample_rows
+from cohort.rewards.tasks import (
+    PromptRenderer,
+    SampledPrompts,
+    Task,
+    load_task,
+    sample_prompts,
+    sample_rows,
+)
 from cohort.rewards.worker import RewardWorker
 
 if TYPE_CHECKING:
@@ -51,6 +59,10 @@ class Prepared:
     renderer: PromptRenderer
     max_length: int
     overlong: int
+
+    def draw(self, cursor: int, count: int, rates: PassRates = NO_RATES) -> SampledPrompts:
+        """So many training prompts from a place in their sequence on, and the place after them."""
+        return sample_prompts(self.task, self.renderer, self.config.run.seed, cursor, count, rates)
 
 
 def prepare(config: Config) -> Prepared:

@@ -21,14 +21,12 @@ from cohort.cluster.config import Config
 from cohort.cluster.failures import check_failures
 from cohort.cluster.launch import Services
 from cohort.cluster.launch import launch as launch_services
-from cohort.cluster.making import draw_from
 from cohort.cluster.observe.console import Console
 from cohort.cluster.prepare import Prepared, passing_logs, prepare
 from cohort.cluster.publishing import Publisher
 from cohort.cluster.ray_start import check_start
 from cohort.cluster.stream import Batch, group_request
 from cohort.learner.learner import Learner
-from cohort.rewards.rates import NO_RATES
 from cohort.rewards.tasks import SampledPrompts
 
 if TYPE_CHECKING:
@@ -115,7 +113,7 @@ class Session:
         self.learner: Learner = actors.learner
         self._actors = actors
         self._publisher = Publisher.of(prepared, actors.learner, actors.pool)
-        self._draw = draw_from(prepared)
+        self._prepared = prepared
         self._cursors = [0]
 
     def prompts(self, step: int) -> list[Prompt]:
@@ -129,7 +127,7 @@ class Session:
         return list(self._sample(self._cursors[step]).prompts)
 
     def _sample(self, cursor: int) -> SampledPrompts:
-        return self._draw(cursor, self.config.task.prompts_per_step, NO_RATES)
+        return self._prepared.draw(cursor, self.config.task.prompts_per_step)
 
     async def publish(self) -> float:
         """Have every engine load the learner's weights, and prove that it did.

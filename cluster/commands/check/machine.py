@@ -7,7 +7,7 @@ import shutil
 from cohort.actors.process import SHM
 from cohort.cluster.commands.check.estimate import activation_bytes, kv_bytes_per_token, logit_bytes
 from cohort.cluster.commands.check.model import Model
-from cohort.cluster.commands.check.sheet import Stage
+from cohort.cluster.commands.check.stages import Stage
 from cohort.cluster.config import Config, expand
 from cohort.cluster.lengths import Lengths
 from cohort.cluster.placement import (

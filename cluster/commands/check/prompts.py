@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from cohort.actors.records import Prompt
 from cohort.cluster.commands.check.estimate import histogram_lines
 from cohort.cluster.commands.check.model import Model
-from cohort.cluster.commands.check.sheet import Stage
+from cohort.cluster.commands.check.stages import Stage
 from cohort.cluster.config import Config
 from cohort.cluster.lengths import Lengths, check_lengths, render_rows
 from cohort.cluster.observe.stats import quantile

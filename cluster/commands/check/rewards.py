@@ -12,7 +12,7 @@ import numpy as np
 
 from cohort.actors.records import Completion, Failure, Group, Prompt, ScoreMeta
 from cohort.actors.text import completion_text
-from cohort.cluster.commands.check.sheet import Stage
+from cohort.cluster.commands.check.stages import Stage
 from cohort.cluster.config import Config
 from cohort.cluster.errors import RunError
 from cohort.cluster.observe.console import number
