@@ -89,7 +89,7 @@ class Engine:
         self._stop_ids = stop_ids
         self.progress = 0
         self._proof: Proof | None = None
-        self._reading: tuple[str, asyncio.Future[dict[str, int]]] | None = None
+        self._published: asyncio.Future[dict[str, int]] | None = None
         self._count_tokens()
         self._death = asyncio.ensure_future(self._watch())
 
@@ -168,7 +168,7 @@ class Engine:
         return cls(llm, spec, stop_ids)
 
     async def _answer(self, call: Awaitable[T]) -> T:
-        """What vLLM answers. Its own calls to an engine that dies meanwhile wait for ever.
+        """What vLLM answers. Its own calls hang when the engine dies meanwhile.
 
         Raises EngineError soon after the engine's process has died.
         """
@@ -282,9 +282,11 @@ class Engine:
         """
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        if self._reading is not None:
-            self._reading[1].cancel()
-        self._reading = (path, asyncio.ensure_future(self._read(path)))
+        if self._published is not None:
+            self._published.cancel()
+        # The file's digests are computed while the engine loads it.
+        turned = self._proof.transposed if self._proof is not None else ()
+        self._published = asyncio.ensure_future(asyncio.to_thread(file_digests, path, turned))
         async with self.paused():
             update = WeightTransferUpdateRequest(
                 update_info={"path": path, "names": names, "fingerprint": digest}
@@ -296,7 +298,7 @@ class Engine:
                 raise EngineError("vLLM could not reset its prefix cache after the weight update")
 
     async def prove(self, path: str, version: int) -> None:
-        """Raise WeightsNotServed unless the engine serves this version of the weights.
+        """Raise WeightsNotServed unless the engine serves this version, which it loaded last.
 
         What the engine's layers compute with is read back and compared with the file.
         """
@@ -305,7 +307,8 @@ class Engine:
             raise WeightsNotServed(
                 f"the engine says that it serves weights {held}, it was told to load {version}"
             )
-        published = await self._published(path)
+        assert self._published is not None, "the update comes first"
+        published = await self._published
         workers: list[Held] = await self._call("served_weights")
         if self._proof is None:
             layouts: list[ServedLayout] = await self._call("served_layout")
@@ -326,17 +329,6 @@ class Engine:
         """What every worker of the engine answers; see `shared_memory.WorkerExtension`."""
         answers: list[Any] = await self._answer(self._llm.collective_rpc(method))
         return answers
-
-    async def _published(self, path: str) -> dict[str, int]:
-        """The file's digests, which are computed while the engine loads it."""
-        begun, self._reading = self._reading, None
-        if begun is not None and begun[0] == path:
-            return await begun[1]
-        return await self._read(path)
-
-    async def _read(self, path: str) -> dict[str, int]:
-        turned = self._proof.transposed if self._proof is not None else ()
-        return await asyncio.to_thread(file_digests, path, turned)
 
     async def score(self, token_ids: list[int], request_id: str) -> list[float]:
         """Log-probabilities of tokens 1..n-1 of a sequence at temperature 1, under the weights.

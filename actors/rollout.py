@@ -81,7 +81,7 @@ class RolloutActor:
         self.name = name
         self._spec = spec
         self._log = Path(log_dir) / f"{name}.log"
-        # Nobody can have put something under a name that nobody knew.
+        # A name that nobody can guess: nothing can have been put there beforehand.
         self._shm = SHM / f"cohort-{name}-{os.getpid()}-{secrets.token_hex(8)}"
         self._engine = engine
         self._tokenizer = tokenizer

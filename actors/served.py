@@ -3,7 +3,7 @@
 On CPUs vLLM packs the weights of linear layers into memory of its kernels and drops the tensors, so
 vLLM's own checksums see nothing of them. Here the digest is taken of the very tensor that a kernel
 is made of, and stays with that kernel; where a layer computes with the tensor itself, the digest is
-taken of it whenever somebody asks. What was kept from before has another.
+taken of it on every request. A tensor that was kept from an earlier version has another digest.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Served:
     def watching(
         self, specs: list[tuple[TensorSpec, int]], base: int, executor: Executor
     ) -> Iterator[None]:
-        """See to every layer that is loaded in this block.
+        """Keep the digests of every layer that is loaded in this block.
 
         specs, base: what the file holds, and where it is mapped. executor: digests tensors beside
         the loading.

@@ -105,7 +105,7 @@ class SharedMemoryEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             ThreadPoolExecutor(1) as executor,
             self.served.watching(specs, base, executor),
         ):
-            # On the core that the loading leaves idle. The bytes are judged before the update
+            # On the core that the loading leaves idle. The bytes are checked before the update
             # counts as done; until then a bad one ends like any update that failed half-way.
             digest = executor.submit(fingerprint, view)
             initialize_layerwise_reload(self.model)

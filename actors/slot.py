@@ -14,10 +14,10 @@ from cohort.actors.records import Place
 
 T = TypeVar("T")
 # An engine that computes without finishing a step may be in a long one (a long prompt, code that
-# is compiled at its first use), or spin for ever: it gets this many times as long.
+# is compiled at its first use), or in an endless loop: it gets this many times as long.
 BUSY_FACTOR = 5.0
-# Share of a core from which its processes count as computing.
-BUSY_SHARE = 0.2
+# Fraction of a core from which its processes count as computing.
+BUSY_FRACTION = 0.2
 
 
 class RolloutError(CohortError):
@@ -30,7 +30,7 @@ class ActorLost(Exception):
 
 @dataclass
 class Watch:
-    """How long an actor has shown no progress, from what it tells in regular beats.
+    """How long an actor has made no progress, by its answers to regular heartbeats.
 
     silent_s: seconds since its number last moved; those in which its engine computed count a
     BUSY_FACTOR-th. total_s: seconds watched. Both leave out time in which the watcher itself did
@@ -48,7 +48,7 @@ class Watch:
         if progress is None:
             self.silent_s += elapsed_s
             return
-        busy = cpu_s - self.cpu_s > BUSY_SHARE * elapsed_s
+        busy = cpu_s - self.cpu_s > BUSY_FRACTION * elapsed_s
         moved = progress != self.progress
         self.silent_s = 0.0 if moved else self.silent_s + elapsed_s / (BUSY_FACTOR if busy else 1.0)
         self.progress, self.cpu_s = progress, cpu_s

@@ -1,4 +1,7 @@
-"""Atomic writes, which a crash leaves done or not done, and whether a folder can be written."""
+"""Atomic writes: a crash leaves the old file or the new one, never a mixture.
+
+Also the check that a folder can be written at all.
+"""
 
 from __future__ import annotations
 

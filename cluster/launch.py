@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Collection, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 from cohort.actors.engine import EngineSpec
 from cohort.actors.pool import RolloutPool
@@ -44,7 +44,6 @@ Part = Literal["engines", "rewards", "learner"]
 PARTS: tuple[Part, ...] = ("engines", "learner", "rewards")
 # How often our signal handlers are set again while Ray sets its own.
 HANDLERS_S = 0.05
-T = TypeVar("T")
 
 
 @dataclass
@@ -167,7 +166,7 @@ async def _connect(config: Config, signals: Signals | None) -> Resources:
             if signals is not None:
                 signals.install()
     except asyncio.CancelledError:
-        # Half of a Ray cannot be shut down.
+        # A Ray that has half started cannot be shut down.
         await asyncio.wait({connecting})
         if signals is not None:
             signals.install()
@@ -202,7 +201,7 @@ def make_pool(
         model_path=prepared.model_path,
         dtype=config.model.dtype,
         device=placement.device,
-        max_length=prepared.max_length,
+        max_length=prepared.lengths.max_length,
         actors=config.actors,
         seed=config.run.seed,
     )

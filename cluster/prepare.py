@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from cohort.cluster.config import Config
 from cohort.cluster.errors import RunError
-from cohort.cluster.lengths import check_lengths, render_rows
+from cohort.cluster.lengths import Lengths, check_lengths, render_rows
 from cohort.cluster.model_folder import inspect_model, load_tokenizer
 from cohort.rewards.rates import NO_RATES, PassRates
 from cohort.rewards.specs import RewardSpec, reward_specs
@@ -47,8 +47,7 @@ class Prepared:
         task: The loaded task.
         rewards: The reward functions in use.
         renderer: Renders the task's rows to prompts.
-        max_length: Longest sequence, prompt and completion, in tokens.
-        overlong: Prompts that are left out because they are too long, among those rendered.
+        lengths: Of its prompts, in tokens.
     """
 
     config: Config
@@ -57,8 +56,7 @@ class Prepared:
     task: Task
     rewards: list[RewardSpec]
     renderer: PromptRenderer
-    max_length: int
-    overlong: int
+    lengths: Lengths
 
     def draw(self, cursor: int, count: int, rates: PassRates = NO_RATES) -> SampledPrompts:
         """So many training prompts from a place in their sequence on, and the place after them."""
@@ -82,8 +80,7 @@ def prepare(config: Config) -> Prepared:
     worker.close()
     renderer = make_renderer(config, tokenizer, context)
     lengths = check_lengths(config, render_rows(task, renderer), renderer, specs)
-    sizes = lengths.max_length, lengths.overlong
-    return Prepared(config, path, parameters, task, specs, renderer, *sizes)
+    return Prepared(config, path, parameters, task, specs, renderer, lengths)
 
 
 def longest_prompt(config: Config, context: int) -> int:
@@ -152,4 +149,4 @@ def first_probe(prepared: Prepared) -> list[int]:
         ids += prepared.renderer.render(row, epoch).token_ids
         if len(ids) >= PROBE_TOKENS or (len(ids) > 1 and cursor + 1 >= task.train_size()):
             break
-    return ids[: min(PROBE_TOKENS, prepared.max_length - 1)]
+    return ids[: min(PROBE_TOKENS, prepared.lengths.max_length - 1)]

@@ -1,4 +1,4 @@
-"""From the learner's weights to engines that have proven to hold them."""
+"""Publishes the learner's weights to the engines, which prove that they hold them."""
 
 from __future__ import annotations
 

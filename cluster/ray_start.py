@@ -67,7 +67,7 @@ def check_reachable(address: str) -> None:
 
 
 def check_start(config: Config, parameters: int | None = None) -> None:
-    """Raise RunError if Ray can be known in advance not to be joined or started.
+    """Raise RunError if it is clear already that Ray cannot be joined or started.
 
     Args:
         config: The run's config.

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import statistics
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING
 
 from cohort.actors.records import Failure, Group, GroupMeta, Prompt, ScoredRef
 from cohort.cluster.commands.evaluate import Evaluation
@@ -77,28 +77,18 @@ class Generated:
     ref: ObjectRef[Group] | None
 
 
-@dataclass(frozen=True)
-class Scored(Sequence[ScoredRef]):
+class Scored(list[ScoredRef]):
     """Scored groups, as `Learner.step` takes them. failures: of the groups that are not there."""
 
-    groups: list[ScoredRef]
-    failures: list[Failure] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(self.groups)
-
-    @overload
-    def __getitem__(self, index: int) -> ScoredRef: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[ScoredRef]: ...
-    def __getitem__(self, index: int | slice) -> ScoredRef | list[ScoredRef]:
-        return self.groups[index]
+    def __init__(self, groups: Iterable[ScoredRef], failures: Iterable[Failure] = ()) -> None:
+        super().__init__(groups)
+        self.failures = list(failures)
 
     @property
     def mean_reward(self) -> float:
         """Mean total reward of the completions that have one."""
         return statistics.fmean(
-            total for group in self.groups for total in group.scores.totals if total is not None
+            total for group in self for total in group.scores.totals if total is not None
         )
 
 
@@ -160,7 +150,7 @@ class Session:
             [result for result in results if isinstance(result, Failure)],
         )
         step = self.learner.version
-        check_failures(self.config, Batch(step, 0, scored.groups, scored.failures, 0.0, 0.0, 0.0))
+        check_failures(self.config, Batch(step, 0, list(scored), scored.failures, 0.0, 0.0, 0.0))
         return scored
 
     async def _score(self, group: Generated) -> ScoredRef | Failure:

@@ -60,8 +60,8 @@ async def run_training(config: Config) -> int:
                     f"cohort: {run_dir.path}\n{compact(config)}\n"
                     "every other key has its default; config.yaml there has them all"
                 )
-                if prepared.overlong:
-                    console.note(f"{prepared.overlong} prompts are too long and left out")
+                if overlong := prepared.lengths.overlong:
+                    console.note(f"{overlong} prompts are too long and left out")
                 signals.check()
                 return await signals.cancel(_train_in(prepared, run_dir, console, signals))
         except Stopped as stopped:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
+from cohort.cluster.commands.check.estimate import Architecture
 from cohort.cluster.commands.check.machine import check_machine
 from cohort.cluster.commands.check.model import Model, check_model, check_run_dir
 from cohort.cluster.commands.check.prompts import check_prompts, check_task
@@ -16,8 +17,7 @@ from cohort.cluster.commands.check.stages import CheckReport, Stage
 from cohort.cluster.config import Config, compact
 from cohort.cluster.continuing import Saved, compare
 from cohort.cluster.fingerprint import fingerprint
-from cohort.cluster.lengths import Lengths
-from cohort.cluster.placement import Placement, this_machine
+from cohort.cluster.placement import this_machine
 from cohort.cluster.prepare import Prepared
 from cohort.cluster.ray_start import check_start, connect, ray_address
 from cohort.learner.checkpoint import HF_FOLDER
@@ -73,12 +73,11 @@ def _check_with(
             stage.say(changed or "config, rows and model are those of the checkpoint")
     prepared: Prepared | None = None
     with report.stage("prompts") as stage:
-        prepared, prompts, lengths = check_prompts(config, model, task, specs, stage)
+        prepared, prompts = check_prompts(config, model, task, specs, stage)
     if prepared is None:
         return
-    placement: Placement | None = None
     with report.stage("resources") as stage:
-        placement = _check_resources(config, model, lengths, stage, started)
+        _check_resources(prepared, model.architecture, stage, started)
     scorers: Scorers | None = None
     with report.stage("rewards on made-up completions") as stage:
         scorers = Scorers(config, specs)
@@ -87,7 +86,7 @@ def _check_with(
     if not count:
         return
     with report.stage("generated completions") as stage:
-        if report.problems or scorers is None or placement is None:
+        if report.problems or scorers is None:
             stage.say("not tried, because of the problems above")
             return
         step, cursor = 0, 0
@@ -101,8 +100,9 @@ def _check_with(
 
 
 def _check_resources(
-    config: Config, model: Model, lengths: Lengths, stage: Stage, started: ExitStack
-) -> Placement:
+    prepared: Prepared, architecture: Architecture | None, stage: Stage, started: ExitStack
+) -> None:
+    config = prepared.config
     check_start(config)
     here = ray_address(config) is None
     if here:
@@ -112,4 +112,4 @@ def _check_resources(
 
         have = connect(config)
         started.callback(ray.shutdown)
-    return check_machine(config, model, lengths, have, here, stage)
+    check_machine(prepared, architecture, have, here, stage)
