@@ -94,6 +94,15 @@ class SavedState(TypedDict):
     fingerprint: NotRequired[Fingerprint]
 
 
+NEW_RUN: SavedState = {
+    "step": 0,
+    "cursor": 0,
+    "counters": {},
+    "tracking": {"wandb_id": None},
+    "pass_rates": None,
+}
+
+
 @dataclass(frozen=True)
 class Saved:
     """The checkpoint that a run goes on from, and the driver's state in it."""

@@ -86,10 +86,6 @@ def prepare(config: Config) -> Prepared:
 def longest_prompt(config: Config, context: int) -> int:
     """Tokens of the longest prompt that leaves room for a completion in the model's context.
 
-    Args:
-        config: The run's config.
-        context: The model's, in tokens.
-
     Raises:
         RunError: None does, or model.max_length exceeds the context.
     """
@@ -109,12 +105,7 @@ def longest_prompt(config: Config, context: int) -> int:
 def make_renderer(
     config: Config, tokenizer: PreTrainedTokenizerBase, context: int
 ) -> PromptRenderer:
-    """Make the renderer of this config's prompts.
-
-    Args:
-        config: The run's config.
-        tokenizer: The model's.
-        context: The model's, in tokens.
+    """Make the renderer of this config's prompts; context: the model's, in tokens.
 
     Raises:
         RunError: The context has no room for a prompt.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cohort.actors.pool import Probe, RolloutPool
 from cohort.cluster.config import Config
+from cohort.cluster.launch import Services
 from cohort.cluster.prepare import Prepared, first_probe
 from cohort.learner.learner import Learner
 
@@ -21,20 +22,18 @@ PROBE_FLOOR = 0.1
 class Publisher:
     """Publishes the learner's weights to the engines.
 
-    probe_ids: token ids of a sequence that learner and engines score under the same weights.
-    tolerance, floor: how far the two may be apart, nats a token (`actors.probe_tolerance`). remote:
-    whether an engine may run on another machine than the learner.
+    probe: a sequence that learner and engines score under the same weights, and how far the two may
+    be apart (`actors.probe_tolerance`). remote: whether an engine may run on another machine than
+    the learner.
     """
 
     learner: Learner
     pool: RolloutPool
-    probe_ids: list[int]
-    tolerance: float
-    floor: float | None
+    probe: Probe
     remote: bool
 
     @classmethod
-    def of(cls, prepared: Prepared, learner: Learner, pool: RolloutPool) -> Publisher:
+    def of(cls, prepared: Prepared, actors: Services) -> Publisher:
         """The publisher of a run whose actors were started."""
         import ray
 
@@ -42,8 +41,9 @@ class Publisher:
         floor: float | None = PROBE_FLOOR * tolerance
         if (given := prepared.config.actors.probe_tolerance) is not None:
             tolerance, floor = given, None
+        probe = Probe(first_probe(prepared), [], tolerance, floor)
         remote = sum(node["Alive"] for node in ray.nodes()) > 1
-        return cls(learner, pool, first_probe(prepared), tolerance, floor, remote)
+        return cls(actors.learner, actors.pool, probe, remote)
 
     async def publish(self) -> float:
         """Have every engine load the learner's weights and prove that it did.
@@ -57,10 +57,8 @@ class Publisher:
         """
         info = await self.learner.publish(remote=self.remote)
         # Not while the engines load: on shared cores both would wait for each other.
-        logprobs = await self.learner.logprobs(self.probe_ids)
-        return await self.pool.sync(
-            info, Probe(self.probe_ids, logprobs, self.tolerance, self.floor)
-        )
+        logprobs = await self.learner.logprobs(self.probe.token_ids)
+        return await self.pool.sync(info, replace(self.probe, logprobs=logprobs))
 
 
 def usual_tolerance(config: Config) -> float:

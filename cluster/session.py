@@ -102,7 +102,7 @@ class Session:
         self.config = prepared.config
         self.learner: Learner = actors.learner
         self._actors = actors
-        self._publisher = Publisher.of(prepared, actors.learner, actors.pool)
+        self._publisher = Publisher.of(prepared, actors)
         self._prepared = prepared
         self._cursors = [0]
 

@@ -9,7 +9,14 @@ import psutil
 from pydantic import JsonValue
 
 from cohort.cluster.config import Config, compact, dump_config, expand
-from cohort.cluster.continuing import Saved, compare, planned_saves, where_to_go_on, write_config
+from cohort.cluster.continuing import (
+    NEW_RUN,
+    Saved,
+    compare,
+    planned_saves,
+    where_to_go_on,
+    write_config,
+)
 from cohort.cluster.errors import RunError
 from cohort.cluster.fingerprint import fingerprint
 from cohort.cluster.launch import Services, launch
@@ -149,15 +156,9 @@ def assemble(
     """The run, ready to train. From here on the folder holds this run; what was in its way is
     moved aside."""
     config, folder = prepared.config, run_dir.path
-    state = saved.state if saved else None
+    state = saved.state if saved else NEW_RUN
     write_config(folder / "config.yaml", dump_config(config), run_dir.aside)
-    tracker = Tracker(
-        folder,
-        config,
-        state["tracking"] if state else None,
-        first_step=saves.step,
-        aside=run_dir.aside,
-    )
+    tracker = Tracker(folder, config, state["tracking"], first_step=saves.step, aside=run_dir.aside)
     console.note(tracker.describe())
     if replaced := run_dir.aside.describe():
         console.note(replaced)
@@ -167,28 +168,23 @@ def assemble(
         config.tracking.table_every,
         tracker.table,
     )
-    counters = (
-        Counters.resumed(state["counters"], config.task.group_size)
-        if state
-        else Counters(group_size=config.task.group_size)
-    )
-    cursor = state["cursor"] if state else 0
+    counters = Counters.resumed(state["counters"], config.task.group_size)
     return Run(
         config=config,
         actors=actors,
-        publisher=Publisher.of(prepared, actors.learner, actors.pool),
+        publisher=Publisher.of(prepared, actors),
         stream=GroupStream(
             config,
             prepared.draw,
             actors.pool,
             actors.rewards,
             saves.step,
-            cursor,
-            rate_history(prepared, state["pass_rates"] if state else None),
+            state["cursor"],
+            rate_history(prepared, state["pass_rates"]),
         ),
         recorder=Recorder(tracker, writer, console),
         saves=saves,
-        progress=Progress(saves.step, cursor, counters),
+        progress=Progress(saves.step, state["cursor"], counters),
     )
 
 
