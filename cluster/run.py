@@ -147,7 +147,7 @@ class Saves:
 class Run:
     """A run whose actors are started, ready to train.
 
-    stop: set when it is to end after the step in hand. lost: why no actor will answer any more.
+    stop: set when it is to end after the current step. lost: why no actor will answer any more.
     """
 
     config: Config

@@ -141,8 +141,8 @@ async def _evaluate(
                 for kind in ("greedy", "sampled")
             ]
             tasks = await actors.pool.generate(requests)
-            judged = await asyncio.gather(*(_score(actors.rewards, task) for task in tasks))
-    greedy, sampled = judged[0::2], judged[1::2]
+            scored = await asyncio.gather(*(_score(actors.rewards, task) for task in tasks))
+    greedy, sampled = scored[0::2], scored[1::2]
     return replace(
         _report(config, [s for s, _ in greedy], [s for s, _ in sampled], samples),
         task_greedy=task_metrics(task, rows, [texts for _, texts in greedy]),

@@ -200,8 +200,8 @@ def rate_history(prepared: Prepared, saved: dict[str, JsonValue] | None) -> Rate
 
 
 def stop(run: Run, signals: Signals) -> None:
-    """The first signal during training: finish what is in hand, save, leave."""
-    run.console.note(f"{signals.name()}: saving, then leaving; once more leaves at once")
+    """The first signal during training: finish the step, save, leave."""
+    run.console.note(f"{signals.name()}: saving, then leaving; a second signal leaves at once")
     run.stop.set()
 
 

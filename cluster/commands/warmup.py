@@ -226,7 +226,7 @@ async def _warm_up(
 
         def leave() -> None:
             console.note(
-                f"{signals.name()}: leaving after the step in hand; once more leaves at once"
+                f"{signals.name()}: stopping after this step; a second signal stops at once"
             )
             stop.set()
 
