@@ -1,4 +1,4 @@
-"""Whose fault an error is that crossed a process boundary: the one place where it is decided.
+"""The one place where errors that crossed a process boundary are classified by their cause.
 
 Every `await` of a Ray reference may raise. What it raises is sorted here, so that the loss of a
 process, of its memory or of an object never ends a run, and a mistake in a program never costs

@@ -38,6 +38,7 @@ async def play(
     sample: Sample,
     text: Callable[[np.ndarray], str],
     max_length: int,
+    version: int,
 ) -> Completion:
     """Play one episode of a group to its end.
 
@@ -48,6 +49,7 @@ async def play(
         sample: Samples a turn.
         text: Tokens as rewards read them.
         max_length: Tokens of the longest sequence that the engine takes.
+        version: Of the weights as the episode begins.
 
     Returns:
         The episode; one that failed has `end.failure`, and what it sampled is left out.
@@ -55,7 +57,7 @@ async def play(
     for attempt in range(ATTEMPTS):
         name = f"{request.group_id}/{index}/{attempt}"
         try:
-            made = await _play(name, request, index, host, sample, text, max_length)
+            made = await _play(name, request, index, host, sample, text, max_length, version)
         finally:
             host.forget(name)
         assert made.end is not None
@@ -72,6 +74,7 @@ async def _play(
     sample: Sample,
     text: Callable[[np.ndarray], str],
     max_length: int,
+    version: int,
 ) -> Completion:
     prompt = np.asarray(request.prompt.token_ids, dtype=np.int64)
     seed = request.sampling.seed + index
@@ -96,7 +99,7 @@ async def _play(
         shape = TurnShape(answer.parent, answer.kept, len(answer.inserted_ids), len(raw.token_ids))
         turns.append(Turn(shape, answer.inserted_ids, versions, raw.finish_reason))
         answer = await host.step(name, raw.token_ids, raw.finish_reason)
-    return _completion(request, index, made, turns, answer, text)
+    return _completion(request, index, made, turns, answer, text, version)
 
 
 def _completion(
@@ -106,6 +109,7 @@ def _completion(
     turns: list[Turn],
     end: EpisodeEnd,
     text: Callable[[np.ndarray], str],
+    version: int,
 ) -> Completion:
     if end.failure is not None:
         made, turns = [], []
@@ -121,8 +125,8 @@ def _completion(
         finish_reason="length" if end.stop_reason in CUT else "stop",
         seed=request.sampling.seed + index,
         weight_versions=(
-            min((turn.weight_versions[0] for turn in turns), default=0),
-            max((turn.weight_versions[1] for turn in turns), default=0),
+            min((turn.weight_versions[0] for turn in turns), default=version),
+            max((turn.weight_versions[1] for turn in turns), default=version),
         ),
         text=text(made[-1].token_ids) if made else "",
         turns=tuple(rewarded),

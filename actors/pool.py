@@ -21,7 +21,7 @@ from cohort.actors.errors import failure_of
 from cohort.actors.handle import RolloutHandle
 from cohort.actors.machine import split_cores
 from cohort.actors.probe import Probe, limit_of, probe_gap, stale
-from cohort.actors.records import Failure, Group, GroupMeta, NotSynced, Place, Request, WeightsInfo
+from cohort.actors.records import Failure, Group, GroupMeta, NotSynced, Request, WeightsInfo
 from cohort.actors.slot import ActorLost, RolloutError, Slot
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["MAX_RESTARTS", "Probe", "RolloutError", "RolloutPool", "probe_gap"]
 
 MAX_ATTEMPTS = 3
-# Of one actor in a row, without a group between them: then the fault is not in the process.
+# Of one actor in a row, without a group in between: after that, the process is not at fault.
 MAX_RESTARTS = 3
 # An update waits this long for an actor that was lost in it, when others can go on without it.
 REPAIR_GRACE_S = 1.0
@@ -74,7 +74,6 @@ class RolloutPool:
         self._probe_before: Probe | None = None
         self._first_gap: float | None = None
         self._serve_loaded = False
-        self.places: list[Place] = []
         self.restarts = 0
 
     async def start(self, place_timeout_s: float, serve_loaded: bool = False) -> list[float]:
@@ -95,7 +94,7 @@ class RolloutPool:
             for index in range(self._config.count)
         ]
         try:
-            self.places = await asyncio.gather(
+            places = await asyncio.gather(
                 *(
                     slot.within(
                         slot.handle.place(),
@@ -106,9 +105,9 @@ class RolloutPool:
                     for slot in self._slots
                 )
             )
-            for node in {place.node_id for place in self.places}:
-                here = [i for i, place in enumerate(self.places) if place.node_id == node]
-                shares = split_cores(self.places[here[0]].cores, len(here))
+            for node in {place.node_id for place in places}:
+                here = [i for i, place in enumerate(places) if place.node_id == node]
+                shares = split_cores(places[here[0]].cores, len(here))
                 for index, cores in zip(here, shares, strict=True):
                     self._slots[index].cores = cores
             return list(await asyncio.gather(*(self._start_engine(slot) for slot in self._slots)))
@@ -277,7 +276,7 @@ class RolloutPool:
             if isinstance(meta, GroupMeta):
                 slot.failures = 0
             elif isinstance(meta, NotSynced):
-                # Nobody's loss: another takes the group, or this one when it has weights.
+                # Nothing is lost: another actor takes the group, or this one once it has weights.
                 self._lose(slot, generation, None)
             elif meta.kind == "infra":
                 self._lose(slot, generation, meta.message)
@@ -319,7 +318,7 @@ class RolloutPool:
     @staticmethod
     async def _hand_on(slot: Slot, job: Job, index: int, arrived: Arrived) -> None:
         failure, completion = slot.handle.completion(job.request.group_id, index)
-        # An actor that dies fails `collect` as well, which tells of it.
+        # An actor that dies fails `collect` as well, which reports it.
         with contextlib.suppress(Exception):
             if await failure is None:
                 arrived(job.request.group_id, job.attempt, completion)

@@ -183,7 +183,7 @@ class ScoredGroup:
     totals: G weighted sums; None where no function gave a value, or one failed.
     parts: "function/part" -> G numbers that the function returned besides its value.
     extra: "function/name" -> G entries for people (texts, numbers, None).
-    sample_s: G entries, seconds that the calls which judged the completion took.
+    sample_s: G entries, seconds that the calls which scored the completion took.
     """
 
     group: Group
@@ -214,6 +214,29 @@ class GroupMeta:
     seconds: float
     turns: tuple[tuple[TurnShape, ...], ...] = ()
     episodes: tuple[EpisodeMeta, ...] = ()
+
+    @classmethod
+    def of(cls, group: Group, actor: str, seconds: float) -> GroupMeta:
+        """What there is to know of a group that this actor generated in so many seconds."""
+        made = group.completions
+        versions = [completion.weight_versions for completion in made]
+        return cls(
+            group_id=group.id,
+            prompt_tokens=len(group.prompt.token_ids),
+            completion_ids=tuple(completion.id for completion in made),
+            completion_tokens=tuple(len(completion.token_ids) for completion in made),
+            truncated=tuple(completion.finish_reason == "length" for completion in made),
+            weight_versions=(
+                min(first for first, _ in versions),
+                max(last for _, last in versions),
+            ),
+            actor=actor,
+            seconds=seconds,
+            turns=tuple(
+                tuple(turn.shape for turn in one.turns) for one in made if one.end is not None
+            ),
+            episodes=tuple(one.end.meta for one in made if one.end is not None),
+        )
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ from cohort.actors.engine import (
     WeightsNotServed,
     stop_token_ids,
 )
-from cohort.actors.engine_like import EngineLike
 from cohort.actors.episodes import EpisodeHost
 from cohort.actors.machine import usable_cores
 from cohort.actors.play import play
@@ -52,6 +51,7 @@ from cohort.actors.weight_file import write_new
 if TYPE_CHECKING:
     import numpy as np
     import psutil
+    from vllm.v1.engine.output_processor import RequestOutputCollector
 
 UNSYNCED = -1
 
@@ -66,11 +66,10 @@ MISTAKES = (AttributeError, ImportError, NameError, NotImplementedError, Weights
 
 @dataclass
 class _Pending:
-    """A group that is being generated. version: of the weights it began with."""
+    """A group that is being generated."""
 
     request: Request
     completions: list[asyncio.Task[Completion]]
-    version: int
     started: float = field(default_factory=time.monotonic)
 
 
@@ -86,14 +85,15 @@ class RolloutActor:
         name: str,
         spec: EngineSpec,
         log_dir: str,
-        engine: EngineLike | None = None,
+        engine: Engine | None = None,
         tokenizer: Tokenizer | None = None,
     ) -> None:
-        """engine, tokenizer: for tests, ones that exist already; `start` makes them otherwise."""
+        """engine, tokenizer: for tests, ones that exist already (or stand-ins); `start` makes them
+        otherwise."""
         self.name = name
         self._spec = spec
         self._log = Path(log_dir) / f"{name}.log"
-        # Nobody can have put something under a name that nobody knew.
+        # A name that nobody can guess: nothing can have been put there beforehand.
         self._shm = SHM / f"cohort-{name}-{os.getpid()}-{secrets.token_hex(8)}"
         self._engine = engine
         self._tokenizer = tokenizer
@@ -232,7 +232,7 @@ class RolloutActor:
             return refusals[0] if refusals else None
         return None
 
-    async def _admit(self, engine: EngineLike, request: Request) -> None:
+    async def _admit(self, engine: Engine, request: Request) -> None:
         """Hand one group to the engine, or keep its refusal for whoever collects it."""
         if request.host is not None:
             self._pending[request.group_id] = _Pending(
@@ -258,7 +258,7 @@ class RolloutActor:
             asyncio.create_task(self._complete(request, index, queue, self._version))
             for index, queue in enumerate(queues)
         ]
-        self._pending[request.group_id] = _Pending(request, completions, self._version)
+        self._pending[request.group_id] = _Pending(request, completions)
 
     def _drop(self, group_id: str) -> None:
         """Forget a group; what of it is still being generated ends."""
@@ -278,7 +278,7 @@ class RolloutActor:
         self._aborts.add(task)
         task.add_done_callback(self._aborts.discard)
 
-    async def _abort(self, engine: EngineLike, request_id: str, count: int) -> None:
+    async def _abort(self, engine: Engine, request_id: str, count: int) -> None:
         # An engine that has died generates nothing either.
         with suppress(EngineError):
             await engine.abort(request_id, count)
@@ -287,7 +287,9 @@ class RolloutActor:
         """Stop generating a group that nobody waits for any more."""
         self._drop(group_id)
 
-    async def _complete(self, request: Request, index: int, queue: Any, version: int) -> Completion:
+    async def _complete(
+        self, request: Request, index: int, queue: RequestOutputCollector, version: int
+    ) -> Completion:
         made = await self._running().finish(queue, request.sampling.seed + index)
         return Completion(
             id=f"{request.group_id}/{index}",
@@ -296,13 +298,15 @@ class RolloutActor:
             logprobs=made.logprobs,
             finish_reason=made.finish_reason,
             seed=made.seed,
+            # An update may have come in between, or be in progress.
             weight_versions=(version, max(self._version, version)),
             text=self._text(made.token_ids),
         )
 
     async def _play(self, request: Request, index: int, host: EpisodeHost) -> Completion:
         """One episode of a group; each of its turns is a request of its own."""
-        return await play(request, index, host, self._sample, self._text, self._spec.max_length)
+        spec, version = self._spec, self._version
+        return await play(request, index, host, self._sample, self._text, spec.max_length, version)
 
     def _text(self, token_ids: np.ndarray) -> str:
         assert self._tokenizer is not None, "made together with the engine"
@@ -354,28 +358,13 @@ class RolloutActor:
             return self._failure(f"{self.name} failed on group {group_id}", error), None
         finally:
             self._drop(group_id)
-        prompt = pending.request.prompt
-        meta = GroupMeta(
-            group_id=group_id,
-            prompt_tokens=len(prompt.token_ids),
-            completion_ids=tuple(c.id for c in done),
-            completion_tokens=tuple(len(c.token_ids) for c in done),
-            truncated=tuple(c.finish_reason == "length" for c in done),
-            weight_versions=(
-                pending.version,
-                max(pending.version, *(c.weight_versions[1] for c in done)),
-            ),
-            actor=self.name,
-            seconds=time.monotonic() - pending.started,
-            turns=tuple(tuple(turn.shape for turn in c.turns) for c in done if c.end is not None),
-            episodes=tuple(c.end.meta for c in done if c.end is not None),
-        )
-        return meta, Group(group_id, prompt, done)
+        group = Group(group_id, pending.request.prompt, done)
+        return GroupMeta.of(group, self.name, time.monotonic() - pending.started), group
 
     def _lost(self, group_id: str) -> Failure:
         return Failure("infra", f"{self.name} lost group {group_id}", "never submitted")
 
-    def _running(self) -> EngineLike:
+    def _running(self) -> Engine:
         if self._engine is None:
             raise EngineError(f"{self.name} has no engine")
         return self._engine

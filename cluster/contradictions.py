@@ -1,4 +1,4 @@
-"""What can be known to be wrong between config keys before anything starts."""
+"""Contradictions between config keys, found before anything starts."""
 
 from __future__ import annotations
 

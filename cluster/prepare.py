@@ -16,13 +16,21 @@ from typing import TYPE_CHECKING
 
 from cohort.cluster.config import Config
 from cohort.cluster.errors import RunError
-from cohort.cluster.lengths import check_lengths, render_rows
+from cohort.cluster.lengths import Lengths, check_lengths, render_rows
 from cohort.cluster.model_folder import inspect_model, load_tokenizer
 from cohort.rewards.continuation import Continuation
 from cohort.rewards.environments.specs import environment_spec, find_tools
 from cohort.rewards.environments.worker import EnvironmentSpec
+from cohort.rewards.rates import NO_RATES, PassRates
 from cohort.rewards.specs import RewardSpec, reward_specs
-from cohort.rewards.tasks import PromptRenderer, Task, load_task, sample_rows
+from cohort.rewards.tasks import (
+    PromptRenderer,
+    SampledPrompts,
+    Task,
+    load_task,
+    sample_prompts,
+    sample_rows,
+)
 from cohort.rewards.worker import RewardWorker
 
 if TYPE_CHECKING:
@@ -42,9 +50,7 @@ class Prepared:
         task: The loaded task.
         rewards: The reward functions in use.
         renderer: Renders the task's rows to prompts.
-        max_length: Longest sequence, prompt and completion, in tokens.
-        overlong: Prompts that are left out because they are too long, among those rendered.
-        environment: What answers the model's replies; None: nothing does.
+        lengths: Of its prompts, in tokens.
     """
 
     config: Config
@@ -53,9 +59,11 @@ class Prepared:
     task: Task
     rewards: list[RewardSpec]
     renderer: PromptRenderer
-    max_length: int
-    overlong: int
-    environment: EnvironmentSpec | None = None
+    lengths: Lengths
+
+    def draw(self, cursor: int, count: int, rates: PassRates = NO_RATES) -> SampledPrompts:
+        """So many training prompts from a place in their sequence on, and the place after them."""
+        return sample_prompts(self.task, self.renderer, self.config.run.seed, cursor, count, rates)
 
 
 def prepare(config: Config) -> Prepared:
@@ -75,17 +83,11 @@ def prepare(config: Config) -> Prepared:
     worker.close()
     renderer = make_renderer(config, tokenizer, context)
     lengths = check_lengths(config, render_rows(task, renderer), renderer, specs)
-    sizes = lengths.max_length, lengths.overlong
-    environment = make_environment(config, path, lengths.max_length)
-    return Prepared(config, path, parameters, task, specs, renderer, *sizes, environment)
+    return Prepared(config, path, parameters, task, specs, renderer, lengths)
 
 
 def longest_prompt(config: Config, context: int) -> int:
     """Tokens of the longest prompt that leaves room for a completion in the model's context.
-
-    Args:
-        config: The run's config.
-        context: The model's, in tokens.
 
     Raises:
         RunError: None does, or model.max_length exceeds the context.
@@ -128,12 +130,7 @@ def make_environment(config: Config, model_path: str, max_length: int) -> Enviro
 def make_renderer(
     config: Config, tokenizer: PreTrainedTokenizerBase, context: int
 ) -> PromptRenderer:
-    """Make the renderer of this config's prompts.
-
-    Args:
-        config: The run's config.
-        tokenizer: The model's.
-        context: The model's, in tokens.
+    """Make the renderer of this config's prompts; context: the model's, in tokens.
 
     Raises:
         RunError: The context has no room for a prompt.
@@ -174,4 +171,4 @@ def first_probe(prepared: Prepared) -> list[int]:
         ids += prepared.renderer.render(row, epoch).token_ids
         if len(ids) >= PROBE_TOKENS or (len(ids) > 1 and cursor + 1 >= task.train_size()):
             break
-    return ids[: min(PROBE_TOKENS, prepared.max_length - 1)]
+    return ids[: min(PROBE_TOKENS, prepared.lengths.max_length - 1)]

@@ -23,6 +23,7 @@ from cohort.cluster.config import Config
 from cohort.cluster.errors import RunError
 from cohort.cluster.launch import launch
 from cohort.cluster.observe.console import Console
+from cohort.cluster.observe.stats import mean
 from cohort.cluster.prepare import Prepared, passing_logs, prepare
 from cohort.cluster.ray_start import check_start
 from cohort.cluster.signals import Signals
@@ -140,8 +141,8 @@ async def _evaluate(
                 for kind in ("greedy", "sampled")
             ]
             tasks = await actors.pool.generate(requests)
-            judged = await asyncio.gather(*(_score(actors.rewards, task) for task in tasks))
-    greedy, sampled = judged[0::2], judged[1::2]
+            scored = await asyncio.gather(*(_score(actors.rewards, task) for task in tasks))
+    greedy, sampled = scored[0::2], scored[1::2]
     return replace(
         _report(config, [s for s, _ in greedy], [s for s, _ in sampled], samples),
         task_greedy=task_metrics(task, rows, [texts for _, texts in greedy]),
@@ -222,13 +223,9 @@ def _report(
         model=config.model.path,
         prompts=len(greedy),
         samples=samples,
-        greedy_reward=_mean([t for t in greedy_totals if t is not None]),
-        greedy_solved=_mean([float(t is not None and t >= bar) for t in greedy_totals]),
-        sampled_reward=_mean([t for t in sampled_totals if t is not None]),
-        pass_at={k: _mean([pass_at_k(samples, c, k) for c in solved]) for k in ks},
+        greedy_reward=mean(greedy_totals),
+        greedy_solved=mean(t is not None and t >= bar for t in greedy_totals),
+        sampled_reward=mean(sampled_totals),
+        pass_at={k: mean(pass_at_k(samples, c, k) for c in solved) for k in ks},
         failed_scores=sum(len(item.errors) for item in (*greedy, *sampled)),
     )
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else math.nan

@@ -80,6 +80,14 @@ class StepTimes:
     train: float
     sync: float
 
+    @classmethod
+    def of(
+        cls, batch: Batch, train_s: float, sync_s: float = 0.0, step_s: float | None = None
+    ) -> StepTimes:
+        """The times of the step that trained `batch`; without a whole, the sum of its parts."""
+        parts = (batch.generate_s, batch.reward_s, train_s, sync_s)
+        return cls(sum(parts) if step_s is None else step_s, *parts)
+
     @property
     def wait(self) -> float:
         return max(0.0, self.step - self.generate - self.reward - self.train - self.sync)

@@ -25,7 +25,7 @@ from cohort.actors.config import ActorsConfig
 from cohort.actors.engine import EngineError
 from cohort.actors.pool import MAX_RESTARTS, Probe, RolloutError, RolloutPool
 from cohort.actors.records import Failure, GroupMeta, NotSynced
-from cohort.actors.watch import BUSY_FACTOR, Watch
+from cohort.actors.slot import BUSY_FACTOR, Watch
 from tests.actors.stand_ins import LEARNER, PROBE, Handle, StandInEngine, info, request
 from tests.harness import clock
 

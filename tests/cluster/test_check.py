@@ -15,7 +15,7 @@ from cohort.actors.records import Completion, Group, GroupMeta, Prompt
 from cohort.cluster.commands.check.rewards import Scorers, made_up
 from cohort.cluster.commands.check.rollout import Generated, check_completions
 from cohort.cluster.commands.check.run import check
-from cohort.cluster.commands.check.sheet import CheckReport
+from cohort.cluster.commands.check.stages import CheckReport
 from cohort.cluster.config import Config
 from cohort.rewards.answer import exact_number
 from cohort.rewards.base import judge as score

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import cohort.cluster.observe.rollout_writer
+import cohort.cluster.observe.rollouts
 from cohort.actors.pool import RolloutError, RolloutPool
 from cohort.actors.records import Failure
 from cohort.cluster.failures import ProgramError, TrainingError, check_failures
@@ -282,7 +282,7 @@ def test_completions_that_cannot_be_written_end_nothing(
     run = world(run__steps=4)
     fails(
         monkeypatch,
-        cohort.cluster.observe.rollout_writer,
+        cohort.cluster.observe.rollouts,
         "rollout_file",
         lambda call: call in (2, 3),
     )

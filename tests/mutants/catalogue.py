@@ -332,7 +332,7 @@ MUTANTS = (
         (f"{RESCUE}::test_lost_groups_count_with_all_their_completions",),
     ),
     Mutant(
-        "cluster/observe/rollout_writer.py",
+        "cluster/observe/rollouts.py",
         "                self._replace()\n",
         "                break\n",
         "a rollout writer that died is replaced",
@@ -478,9 +478,9 @@ MUTANTS = (
         (f"{NUMBERS}::test_nothing_that_a_function_starts_outlives_it",),
     ),
     Mutant(
-        "cluster/changes.py",
-        "refused = [item for item in found if item.breaks and item.key not in allowed]",
-        "refused = []",
+        "cluster/continuing.py",
+        "return [item for item in found if item.breaks and item.key not in allowed]",
+        "return []",
         "a resumed run with other rows, schedule or objective is refused",
         (
             f"{RESUMED}::test_what_changes_rows_schedule_or_objective_is_refused_before_anything_starts",
@@ -501,7 +501,7 @@ MUTANTS = (
         (f"{RESUMED}::test_a_changed_group_size_adds_up_even_when_a_group_is_lost",),
     ),
     Mutant(
-        "cluster/changes.py",
+        "cluster/continuing.py",
         'elif key == "run.steps" and not (_ends_with_run(saved) or _ends_with_run(now)):',
         'elif key == "run.steps":',
         "the steps of a run with a schedule do not change unseen",
@@ -592,7 +592,7 @@ MUTANTS = (
         (f"{WEIGHTS}::test_an_update_that_an_engine_ignores_ends_the_run_at_that_update",),
     ),
     Mutant(
-        "actors/watch.py",
+        "actors/slot.py",
         "moved = progress != self.progress",
         "moved = True",
         "an engine that stands still is noticed",

@@ -12,7 +12,7 @@ import numpy as np
 
 from cohort.actors.records import Completion, Failure, Group, Prompt, ScoreMeta
 from cohort.actors.text import completion_text
-from cohort.cluster.commands.check.sheet import Stage
+from cohort.cluster.commands.check.stages import Stage
 from cohort.cluster.config import Config
 from cohort.cluster.errors import RunError
 from cohort.cluster.observe.console import number
@@ -150,7 +150,7 @@ def check_rewards(
     width = max(len(kind) for kind in kinds)
     columns = [max(len(name), 9) for name in (*names, "total")]
     stage.say(
-        f"mean over {len(groups)} rows of what completions would earn that are"
+        f"mean scores of made-up completions over {len(groups)} rows"
         f"\n  {'':<{width}}  {_row((*names, 'total'), columns)}"
     )
     totals: dict[str, float] = {}
@@ -222,7 +222,7 @@ def _compare(config: Config, totals: dict[str, float], stage: Stage) -> None:
     known = {kind: total for kind, total in totals.items() if not math.isnan(total)}
     if not known:
         stage.warn(
-            "no function gave a value for any of these: see below whether they do for what the "
+            "no function gave a value for any of these: see below whether they score what the "
             "model writes"
         )
         return
@@ -236,9 +236,9 @@ def _compare(config: Config, totals: dict[str, float], stage: Stage) -> None:
     cheap = max((known[kind] for kind in (ECHO, NOTHING) if kind in known), default=-math.inf)
     if answers and max(answers.values()) <= cheap:
         stage.warn(
-            "the row's own answer earns no more than the prompt again or nothing, in none of the "
-            "forms above: look whether the functions read the right column (columns: of "
-            "rewards.functions) and which form of answer they want"
+            "the row's own answer earns no more than the prompt again or nothing, in any of the "
+            "forms above: check that the functions read the right column (columns: of "
+            "rewards.functions), and which form of answer they want"
         )
 
 

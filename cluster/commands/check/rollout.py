@@ -18,7 +18,7 @@ from cohort.cluster.commands.check.estimate import (
 )
 from cohort.cluster.commands.check.prompts import bounded
 from cohort.cluster.commands.check.rewards import CheckedGroup, Scorers, report_errors
-from cohort.cluster.commands.check.sheet import Stage
+from cohort.cluster.commands.check.stages import Stage
 from cohort.cluster.config import Config
 from cohort.cluster.launch import launch
 from cohort.cluster.observe.console import Console, number
