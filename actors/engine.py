@@ -21,7 +21,8 @@ import numpy as np
 from cohort.actors.config import ActorsConfig
 from cohort.actors.process import KEEP_HEAP
 from cohort.actors.proof import Held, Proof, ServedLayout, file_digests
-from cohort.actors.records import FinishReason, SamplingSpec
+from cohort.actors.records import SamplingSpec
+from cohort.actors.turns import FinishReason
 
 if TYPE_CHECKING:
     from vllm import CompletionOutput, RequestOutput, SamplingParams

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import errno
 
-from cohort.actors.records import Failure, FailureKind
+from cohort.actors.records import Failure
+from cohort.actors.turns import FailureKind
 
 
 class CohortError(Exception):

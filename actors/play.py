@@ -9,15 +9,8 @@ from typing import Protocol
 import numpy as np
 
 from cohort.actors.engine import RawCompletion
-from cohort.actors.episodes import CUT, EpisodeEnd, EpisodeHost, NextTurn
-from cohort.actors.records import (
-    Completion,
-    Request,
-    SamplingSpec,
-    Turn,
-    TurnShape,
-    derive_seed,
-)
+from cohort.actors.records import Completion, EpisodeHost, Request, SamplingSpec, derive_seed
+from cohort.actors.turns import CUT, EpisodeEnd, NextTurn, Turn, TurnShape
 
 # An episode that was lost with its worker is begun again once, with the same seeds.
 ATTEMPTS = 2

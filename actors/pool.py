@@ -19,19 +19,23 @@ from cohort.actors.config import ActorsConfig
 from cohort.actors.dispatch import Arrived, Dispatcher, Job
 from cohort.actors.errors import failure_of
 from cohort.actors.handle import RolloutHandle
-from cohort.actors.machine import split_cores
 from cohort.actors.probe import Probe, limit_of, probe_gap, stale
-from cohort.actors.records import Failure, Group, GroupMeta, NotSynced, Request, WeightsInfo
-from cohort.actors.slot import ActorLost, RolloutError, Slot
+from cohort.actors.records import (
+    EpisodeHost,
+    Failure,
+    Group,
+    GroupMeta,
+    NotSynced,
+    Request,
+    WeightsInfo,
+)
+from cohort.actors.slot import ActorLost, RolloutError, Slot, divide_cores
 
 if TYPE_CHECKING:
     from ray import ObjectRef
     from ray.actor import ActorProxy
 
-    from cohort.actors.episodes import EpisodeHost
     from cohort.actors.rollout import RolloutActor
-
-__all__ = ["MAX_RESTARTS", "Probe", "RolloutError", "RolloutPool", "probe_gap"]
 
 MAX_ATTEMPTS = 3
 # Of one actor in a row, without a group in between: after that, the process is not at fault.
@@ -105,11 +109,7 @@ class RolloutPool:
                     for slot in self._slots
                 )
             )
-            for node in {place.node_id for place in places}:
-                here = [i for i, place in enumerate(places) if place.node_id == node]
-                shares = split_cores(places[here[0]].cores, len(here))
-                for index, cores in zip(here, shares, strict=True):
-                    self._slots[index].cores = cores
+            divide_cores(self._slots, places)
             return list(await asyncio.gather(*(self._start_engine(slot) for slot in self._slots)))
         except ActorLost as lost:
             # Nothing ran yet: what fails now is most likely the setup, which a retry repeats.

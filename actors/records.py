@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 
 from cohort.actors.text import prefill_of
+from cohort.actors.turns import (
+    EpisodeEnd,
+    EpisodeMeta,
+    FailureKind,
+    FinishReason,
+    NextTurn,
+    Turn,
+    TurnShape,
+)
 
 if TYPE_CHECKING:
     from ray import ObjectRef
 
-    from cohort.actors.episodes import EpisodeEnd, EpisodeHost, EpisodeMeta
-
-FinishReason = Literal["stop", "length"]
-FailureKind = Literal["infra", "data", "bug"]
 Messages = list[dict[str, str]]
 
 
@@ -60,56 +65,6 @@ class Prompt:
     def prefill(self) -> str:
         """What the answer begins with before the model's own words, see `prefill_of`."""
         return prefill_of(self.content, self.text)
-
-
-@dataclass(frozen=True)
-class TurnShape:
-    """Sizes of one turn of an episode, and which tokens it continues.
-
-    Attributes:
-        parent: The earlier turn of the episode whose sequence it continues; None: the prompt.
-        kept: Leading tokens of that sequence, the prompt counted, which it continues. All of them
-            where the turn extends its parent; fewer where the history was rewritten (a fork).
-        inserted: Tokens between those and the sampled ones: messages of the environment and the
-            template's boundary tokens. They have no loss and no log-probs.
-        sampled: Tokens that the model sampled.
-
-    Example:
-        A prompt of 10 tokens, a reply of 5, a tool's answer of 7, a reply of 3:
-
-        >>> first, second = TurnShape(None, 10, 0, 5), TurnShape(0, 15, 7, 3)
-        >>> second.end
-        25
-    """
-
-    parent: int | None
-    kept: int
-    inserted: int
-    sampled: int
-
-    @property
-    def end(self) -> int:
-        """Tokens of the turn's whole sequence: from the prompt to its last sampled token."""
-        return self.kept + self.inserted + self.sampled
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One reply of the model in an episode; its sampled tokens are in the completion.
-
-    Attributes:
-        shape: Sizes, and which tokens it continues.
-        inserted_ids: [I] int64, the inserted tokens.
-        weight_versions: The first and the last weight version that produced a token of it.
-        finish_reason: Why the engine ended it.
-        reward: What the environment gave for it; None: nothing.
-    """
-
-    shape: TurnShape
-    inserted_ids: np.ndarray
-    weight_versions: tuple[int, int]
-    finish_reason: FinishReason
-    reward: float | None = None
 
 
 @dataclass(frozen=True)
@@ -321,6 +276,24 @@ class SamplingSpec:
     temperature: float
     n: int
     seed: int
+
+
+class EpisodeHost(Protocol):
+    """A worker that runs environments, as an actor calls it. Its failures are values."""
+
+    async def begin(self, episode_id: str, prompt: Prompt, seed: int) -> NextTurn | EpisodeEnd:
+        """Make an environment and reset it. seed: the same for all episodes of a group."""
+        ...
+
+    async def step(
+        self, episode_id: str, token_ids: np.ndarray, finish_reason: FinishReason
+    ) -> NextTurn | EpisodeEnd:
+        """Give the environment the model's reply. An episode that ended is forgotten."""
+        ...
+
+    def forget(self, episode_id: str) -> None:
+        """End an episode that nobody waits for; what it started is killed."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ from cohort.actors.engine import (
     WeightsNotServed,
     stop_token_ids,
 )
-from cohort.actors.episodes import EpisodeHost
 from cohort.actors.machine import usable_cores
 from cohort.actors.play import play
 from cohort.actors.process import (
@@ -35,8 +34,8 @@ from cohort.actors.process import (
 )
 from cohort.actors.records import (
     Completion,
+    EpisodeHost,
     Failure,
-    FailureKind,
     Group,
     GroupMeta,
     NotSynced,
@@ -46,6 +45,7 @@ from cohort.actors.records import (
     WeightsInfo,
 )
 from cohort.actors.text import Tokenizer, completion_text
+from cohort.actors.turns import FailureKind
 from cohort.actors.weight_file import write_new
 
 if TYPE_CHECKING:

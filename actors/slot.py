@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from cohort.actors.errors import CohortError, failure_of
 from cohort.actors.handle import RolloutHandle
+from cohort.actors.machine import split_cores
 from cohort.actors.records import Place
 
 T = TypeVar("T")
@@ -172,3 +173,12 @@ def _drop(asking: asyncio.Future[T] | None) -> None:
     """Cancel a call; its error, if it has one already, was seen."""
     if asking is not None and not asking.cancel() and not asking.cancelled():
         asking.exception()
+
+
+def divide_cores(slots: Sequence[Slot], places: Sequence[Place]) -> None:
+    """Give the actors of each node its cores, in equal parts."""
+    for node in {place.node_id for place in places}:
+        here = [i for i, place in enumerate(places) if place.node_id == node]
+        shares = split_cores(places[here[0]].cores, len(here))
+        for index, cores in zip(here, shares, strict=True):
+            slots[index].cores = cores

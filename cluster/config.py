@@ -162,7 +162,7 @@ def compact(config: Config) -> str:
             if value != fields[key].get_default(call_default_factory=True)
         )
         if body:
-            lines.append(f"{section:<12}  {body}")
+            lines.append(f"{section:<9}  {body}")
     return "\n".join(lines)
 
 

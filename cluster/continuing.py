@@ -37,6 +37,7 @@ HARMLESS = {
         "probe_tolerance",
     },
     "rewards": {"workers", "timeout_s", "memory_gb", "max_error_rate"},
+    "environments": {"workers", "step_timeout_s", "episode_timeout_s", "memory_gb", "secrets"},
     "learner": {
         "workers", "zero_stage", "micro_batch_tokens", "logit_chunk_tokens", "attention",
         "gradient_checkpointing", "offload", "deepspeed", "float8", "max_skipped_steps",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from cohort.actors.pool import Probe, RolloutPool
+from cohort.actors.pool import RolloutPool
+from cohort.actors.probe import Probe
 from cohort.cluster.config import Config
 from cohort.cluster.launch import Services
 from cohort.cluster.prepare import Prepared, first_probe

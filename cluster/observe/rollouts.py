@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from cohort.actors.errors import failure_of
-from cohort.actors.records import Completion, FinishReason, GroupRef, Messages, ScoredGroup
+from cohort.actors.records import Completion, GroupRef, Messages, ScoredGroup
+from cohort.actors.turns import FinishReason
 from cohort.cluster.files import replacing
 from cohort.cluster.observe.metrics_file import plain
 

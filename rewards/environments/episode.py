@@ -10,9 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cohort.actors.episodes import EpisodeEnd, EpisodeFailure, NextTurn, Stage, StopReason
-from cohort.actors.records import FailureKind, FinishReason, Prompt
+from cohort.actors.records import Prompt
 from cohort.actors.text import completion_text
+from cohort.actors.turns import (
+    EpisodeEnd,
+    EpisodeFailure,
+    FailureKind,
+    FinishReason,
+    NextTurn,
+    Stage,
+    StopReason,
+)
 from cohort.rewards.continuation import Continuation
 from cohort.rewards.environments.base import Message
 from cohort.rewards.environments.calls import Parser, tool_calls

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from cohort.actors.episodes import EpisodeEnd, EpisodeFailure, NextTurn, Stage
 from cohort.actors.errors import kind_of
-from cohort.actors.records import FinishReason, Prompt
+from cohort.actors.records import Prompt
+from cohort.actors.turns import EpisodeEnd, EpisodeFailure, FinishReason, NextTurn, Stage
 from cohort.rewards.environments.base import EnvironmentLoadError
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ SLACK_S = 150.0
 
 
 class EnvironmentHandle:
-    """One `EnvironmentWorker`; see `cohort.actors.episodes.EpisodeHost`.
+    """One `EnvironmentWorker`; see `cohort.actors.records.EpisodeHost`.
 
     Args:
         actor: What Ray returned when the worker was made.

@@ -21,9 +21,9 @@ from typing import IO, Any
 import numpy as np
 
 from cohort.actors.engine import stop_token_ids
-from cohort.actors.episodes import EpisodeEnd, EpisodeFailure, NextTurn
 from cohort.actors.process import MARKER, start_watcher
-from cohort.actors.records import FinishReason, Prompt
+from cohort.actors.records import Prompt
+from cohort.actors.turns import EpisodeEnd, EpisodeFailure, FinishReason, NextTurn
 from cohort.rewards.continuation import Continuation, History
 from cohort.rewards.environment import hide_environment, scrubbed_environment
 from cohort.rewards.environments.base import EnvironmentLoadError
@@ -70,7 +70,7 @@ class EnvironmentSpec:
 
 
 class EnvironmentWorker:
-    """Plays episodes; see `cohort.actors.episodes.EpisodeHost` for the calls."""
+    """Plays episodes; see `cohort.actors.records.EpisodeHost` for the calls."""
 
     def __init__(self, spec: EnvironmentSpec) -> None:
         self._spec = spec

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 import cohort.cluster.observe.rollouts
-from cohort.actors.pool import RolloutError, RolloutPool
+from cohort.actors.pool import RolloutPool
 from cohort.actors.records import Failure
+from cohort.actors.slot import RolloutError
 from cohort.cluster.failures import ProgramError, TrainingError, check_failures
 from cohort.cluster.observe.metrics_file import MetricsFile
 from cohort.cluster.stream import Batch

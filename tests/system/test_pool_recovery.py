@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from cohort.actors.config import ActorsConfig
 from cohort.actors.engine import EngineSpec
-from cohort.actors.pool import Probe, RolloutPool
+from cohort.actors.pool import RolloutPool
+from cohort.actors.probe import Probe
 from cohort.actors.records import GroupMeta, Prompt, Request, SamplingSpec
 from cohort.actors.rollout import RolloutActor
 from cohort.learner.weights import WeightFiles, gather_named_weights, weight_specs

@@ -18,8 +18,9 @@ from cohort.cluster.errors import RunError
 from cohort.cluster.observe.console import number
 from cohort.cluster.observe.stats import mean
 from cohort.rewards.base import combine
+from cohort.rewards.environments.scores import environment_scores
 from cohort.rewards.extract import left_open
-from cohort.rewards.specs import RewardSpec
+from cohort.rewards.specs import ENVIRONMENT, RewardSpec
 from cohort.rewards.tasks import Demonstrates, Task
 from cohort.rewards.worker import RewardWorker
 
@@ -95,8 +96,18 @@ class Scorers:
                 raise RunError(str(meta))
             metas[name] = meta
         by_function = {name: meta.by_function[name] for name, meta in metas.items()}
-        errors = tuple(error for meta in metas.values() for error in meta.errors)
+        # Each worker says what the environment gave as well.
+        errors = tuple(
+            error
+            for meta in metas.values()
+            for error in meta.errors
+            if error.function != ENVIRONMENT
+        )
         weights = {spec.name: spec.weight for spec in self.specs}
+        given, failures = environment_scores(group)
+        if given:
+            by_function[ENVIRONMENT], weights[ENVIRONMENT] = given, 1.0
+            errors += failures
         ids = [completion.id for completion in group.completions]
         totals = combine(ids, by_function, weights, errors)
         seconds = {name: meta.seconds for name, meta in metas.items()}
@@ -142,6 +153,9 @@ def check_rewards(
 ) -> None:
     """Score made-up completions of the first rows: the reference answer, a demonstration, the
     prompt again, nothing."""
+    if not scorers.specs:
+        stage.say("no reward functions: all rewards are the environment's")
+        return
     pairs = zip(prompts[:ROWS], demonstrations(task), strict=True)
     groups = [made_up(prompt, text, tokenizer) for prompt, text in pairs]
     scored = [scorers.score(group) for group in groups]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
+from cohort.cluster.commands.check.environment import check_environment
 from cohort.cluster.commands.check.estimate import Architecture
 from cohort.cluster.commands.check.machine import check_machine
 from cohort.cluster.commands.check.model import Model, check_model, check_run_dir
@@ -71,6 +72,9 @@ def _check_with(
             now = fingerprint(config, model.path, task, specs)
             changed = compare(config, saved, now)
             stage.say(changed or "config, rows and model are those of the checkpoint")
+    if config.task.environment is not None:
+        with report.stage("environment") as stage:
+            check_environment(config, model.path, model.tokenizer, stage)
     prepared: Prepared | None = None
     with report.stage("prompts") as stage:
         prepared, prompts = check_prompts(config, model, task, specs, stage)

@@ -116,7 +116,9 @@ def read_rows(file: Path) -> Iterator[RecordedRow | None]:
             try:
                 # Not validate_json: a text may hold half a surrogate pair.
                 found = json.loads(line.decode("utf-8", "replace"))
-                yield RecordedRow.model_validate({**found, "completion": transcript(found)})
+                if found.get("episode"):
+                    found["completion"] = transcript(found)
+                yield RecordedRow.model_validate(found)
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
                 yield None
 

@@ -1,4 +1,4 @@
-"""Episodes: what a rollout actor and an environment say to each other between the model's turns.
+"""Turns and episodes: what a rollout actor and an environment say to each other.
 
 An episode is a list of turns. The actor samples one turn at a time, hands the sampled tokens to the
 environment's worker, and gets back what the next turn continues, or the end. It sees token ids
@@ -8,12 +8,12 @@ alone; messages, tools and templates are the worker's business (`cohort.rewards.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
-from cohort.actors.records import FailureKind, FinishReason, Prompt
-
+FinishReason = Literal["stop", "length"]
+FailureKind = Literal["infra", "data", "bug"]
 # done: the environment ended it. answered: a reply without a tool call. turns, tool_calls, time:
 # a limit of the config. length: a reply was longer than actors.max_tokens. context: the next turn
 # has no room in model.max_length. failed: see `EpisodeEnd.failure`.
@@ -95,19 +95,51 @@ class EpisodeMeta:
     failure: EpisodeFailure | None = None
 
 
-class EpisodeHost(Protocol):
-    """A worker that runs environments, as an actor calls it. Its failures are values."""
+@dataclass(frozen=True)
+class TurnShape:
+    """Sizes of one turn of an episode, and which tokens it continues.
 
-    async def begin(self, episode_id: str, prompt: Prompt, seed: int) -> NextTurn | EpisodeEnd:
-        """Make an environment and reset it. seed: the same for all episodes of a group."""
-        ...
+    Attributes:
+        parent: The earlier turn of the episode whose sequence it continues; None: the prompt.
+        kept: Leading tokens of that sequence, the prompt counted, which it continues. All of them
+            where the turn extends its parent; fewer where the history was rewritten (a fork).
+        inserted: Tokens between those and the sampled ones: messages of the environment and the
+            template's boundary tokens. They have no loss and no log-probs.
+        sampled: Tokens that the model sampled.
 
-    async def step(
-        self, episode_id: str, token_ids: np.ndarray, finish_reason: FinishReason
-    ) -> NextTurn | EpisodeEnd:
-        """Give the environment the model's reply. An episode that ended is forgotten."""
-        ...
+    Example:
+        A prompt of 10 tokens, a reply of 5, a tool's answer of 7, a reply of 3:
 
-    def forget(self, episode_id: str) -> None:
-        """End an episode that nobody waits for; what it started is killed."""
-        ...
+        >>> first, second = TurnShape(None, 10, 0, 5), TurnShape(0, 15, 7, 3)
+        >>> second.end
+        25
+    """
+
+    parent: int | None
+    kept: int
+    inserted: int
+    sampled: int
+
+    @property
+    def end(self) -> int:
+        """Tokens of the turn's whole sequence: from the prompt to its last sampled token."""
+        return self.kept + self.inserted + self.sampled
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One reply of the model in an episode; its sampled tokens are in the completion.
+
+    Attributes:
+        shape: Sizes, and which tokens it continues.
+        inserted_ids: [I] int64, the inserted tokens.
+        weight_versions: The first and the last weight version that produced a token of it.
+        finish_reason: Why the engine ended it.
+        reward: What the environment gave for it; None: nothing.
+    """
+
+    shape: TurnShape
+    inserted_ids: np.ndarray
+    weight_versions: tuple[int, int]
+    finish_reason: FinishReason
+    reward: float | None = None
