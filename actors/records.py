@@ -61,12 +61,64 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Completion:
-    """One sampled answer.
+class TurnShape:
+    """Sizes of one turn of an episode, and which tokens it continues.
 
-    token_ids: [T] int64, what the engine sampled, including a sampled end-of-sequence token.
+    Attributes:
+        parent: The earlier turn of the episode whose sequence it continues; None: the prompt.
+        kept: Leading tokens of that sequence, the prompt counted, which it continues. All of them
+            where the turn extends its parent; fewer where the history was rewritten (a fork).
+        inserted: Tokens between those and the sampled ones: messages of the environment and the
+            template's boundary tokens. They have no loss and no log-probs.
+        sampled: Tokens that the model sampled.
+
+    Example:
+        A prompt of 10 tokens, a reply of 5, a tool's answer of 7, a reply of 3:
+
+        >>> first, second = TurnShape(None, 10, 0, 5), TurnShape(0, 15, 7, 3)
+        >>> second.end
+        25
+    """
+
+    parent: int | None
+    kept: int
+    inserted: int
+    sampled: int
+
+    @property
+    def end(self) -> int:
+        """Tokens of the turn's whole sequence: from the prompt to its last sampled token."""
+        return self.kept + self.inserted + self.sampled
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One reply of the model in an episode; its sampled tokens are in the completion.
+
+    Attributes:
+        shape: Sizes, and which tokens it continues.
+        inserted_ids: [I] int64, the inserted tokens.
+        weight_versions: The first and the last weight version that produced a token of it.
+        finish_reason: Why the engine ended it.
+        reward: What the environment gave for it; None: nothing.
+    """
+
+    shape: TurnShape
+    inserted_ids: np.ndarray
+    weight_versions: tuple[int, int]
+    finish_reason: FinishReason
+    reward: float | None = None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled answer, or all replies of one episode.
+
+    token_ids: [T] int64, what the engine sampled, including sampled end-of-sequence tokens.
     logprobs: [T] float32, behaviour log-probabilities of those tokens, after temperature.
     weight_versions: the first and the last weight version that produced a token.
+    turns: of an episode, in order; the sampled tokens of the turns, one after another, are
+        token_ids. Empty: one turn that continues the prompt.
     """
 
     id: str
@@ -77,12 +129,18 @@ class Completion:
     seed: int
     weight_versions: tuple[int, int]
     text: str
+    turns: tuple[Turn, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.token_ids) != len(self.logprobs):
             raise ValueError(
                 f"completion {self.id}: {len(self.token_ids)} token ids, "
                 f"{len(self.logprobs)} log-probs"
+            )
+        sampled = sum(turn.shape.sampled for turn in self.turns)
+        if self.turns and sampled != len(self.token_ids):
+            raise ValueError(
+                f"completion {self.id}: {len(self.token_ids)} token ids, {sampled} in its turns"
             )
 
 
@@ -136,7 +194,10 @@ class ScoredGroup:
 
 @dataclass(frozen=True)
 class GroupMeta:
-    """What the driver knows of a group: sizes and versions. The tokens stay in the object store."""
+    """What the driver knows of a group: sizes and versions. The tokens stay in the object store.
+
+    turns: of each completion; empty where all completions have one turn that continues the prompt.
+    """
 
     group_id: str
     prompt_tokens: int
@@ -146,6 +207,7 @@ class GroupMeta:
     weight_versions: tuple[int, int]
     actor: str
     seconds: float
+    turns: tuple[tuple[TurnShape, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -153,6 +215,8 @@ class ScoreMeta:
     """What the driver knows of a group's rewards.
 
     parts, sample_s: as in ScoredGroup. metrics: "function/name" -> what the function logged.
+    turn_rewards: of each completion, what the environment gave for each of its turns; empty where
+        there is no environment.
     """
 
     group_id: str
@@ -163,6 +227,7 @@ class ScoreMeta:
     parts: dict[str, tuple[float | None, ...]] = field(default_factory=dict)
     metrics: dict[str, tuple[float, ...]] = field(default_factory=dict)
     sample_s: tuple[float, ...] = ()
+    turn_rewards: tuple[tuple[float, ...], ...] = ()
 
 
 # A scored group in Ray's object store, or the group itself.
