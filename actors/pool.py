@@ -16,14 +16,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, TypeAlias
 
 from cohort.actors.config import ActorsConfig
-from cohort.actors.dispatch import Arrived, Dispatcher, Job
+from cohort.actors.dispatch import Arrived, Dispatcher, Job, Outcome
 from cohort.actors.errors import failure_of
 from cohort.actors.handle import RolloutHandle
 from cohort.actors.probe import Probe, limit_of, probe_gap, stale
 from cohort.actors.records import (
     EpisodeHost,
     Failure,
-    Group,
     GroupMeta,
     NotSynced,
     Request,
@@ -32,7 +31,6 @@ from cohort.actors.records import (
 from cohort.actors.slot import ActorLost, RolloutError, Slot, divide_cores
 
 if TYPE_CHECKING:
-    from ray import ObjectRef
     from ray.actor import ActorProxy
 
     from cohort.actors.rollout import RolloutActor
@@ -44,8 +42,6 @@ MAX_RESTARTS = 3
 REPAIR_GRACE_S = 1.0
 BEAT_S = 5.0
 
-# A group's sizes and the reference to it, or why it was not generated and None.
-Outcome: TypeAlias = "tuple[GroupMeta | Failure, ObjectRef[Group] | None]"
 # The call that hands groups to an actor. Its errors are values, because many groups wait for it.
 _Submission: TypeAlias = "asyncio.Task[Failure | ActorLost | RolloutError | None]"
 

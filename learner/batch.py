@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from cohort.actors.records import ScoredGroup
+from cohort.actors.records import Completion, Group, ScoredGroup
 from cohort.learner.attention import Tree
 from cohort.learner.grpo import LossInputs
 from cohort.learner.logprobs import ModelInputs
-from cohort.learner.packing import MicroBatch
+from cohort.learner.packing import MicroBatch, PackedRow, Segment
 from cohort.learner.shapes import RowShape
 
 
 @dataclass(frozen=True)
 class BatchTensors(ModelInputs):
-    """One micro-batch: N tokens in all its rows, T of them of completions.
+    """One micro-batch: N tokens in all its rows, T of them sampled ones that are trained.
+
+    The T tokens of a segment lie together, in the order of its turns.
 
     Attributes:
         behaviour_T: float32, the engine's log-probs.
-        advantage_T: float32, of the token's completion.
+        advantage_T: float32, of the token's completion or turn.
         weight_T: float32, of the token in the loss.
         sequence_T: int64, which completion of the micro-batch token t belongs to, in the order of
-            rows and segments.
+            rows and segments. An episode is one completion.
     """
 
     behaviour_T: torch.Tensor
@@ -74,7 +76,7 @@ def build_micro_batch(batch: MicroBatch, groups: Mapping[str, ScoredGroup]) -> B
         groups: The groups of these rows, by id.
 
     Raises:
-        ValueError: A group or completion is missing, or has another length than planned.
+        ValueError: A group or completion is missing, or has other sizes than planned.
     """
     if not batch.rows:
         one = torch.zeros(1)
@@ -108,35 +110,51 @@ def build_micro_batch(batch: MicroBatch, groups: Mapping[str, ScoredGroup]) -> B
                 f"group {row.group_id}: prompt of {len(group.prompt.token_ids)} tokens, "
                 f"{prompt} were planned"
             )
-        input_ids.append(torch.tensor(group.prompt.token_ids))
-        position_ids.append(torch.arange(prompt))
+        histories = iter(row.shape.histories())
         first = start
-        start += prompt
+        start += row.shape.prompt
+        input_ids.append(_leading_ids(row, group))
+        position_ids.append(torch.arange(row.shape.prompt))
         for segment in row.segments:
             if segment.completion_id not in by_id:
                 raise ValueError(
                     f"completion {segment.completion_id} is not in group {row.group_id}"
                 )
             completion = by_id[segment.completion_id]
-            n = segment.tokens
-            if len(completion.token_ids) != n:
-                raise ValueError(
-                    f"completion {completion.id}: {len(completion.token_ids)} tokens, "
-                    f"{n} were planned"
-                )
-            ids = torch.from_numpy(completion.token_ids.astype("int64"))
-            input_ids.append(ids)
-            position_ids.append(torch.arange(prompt, prompt + n))
-            # A token is predicted by the one before it; the first of a completion by the last of
-            # the prompt, wherever in the row the completion lies.
-            before = torch.arange(start - 1, start + n - 1)
-            before[0] = first + prompt - 1
-            predict.append(before)
-            target.append(ids)
-            behaviour.append(torch.from_numpy(completion.logprobs.astype("float32")))
-            advantage.append(torch.full((n,), segment.advantage))
-            weight.append(torch.full((n,), segment.weight))
-            start += n
+            _check_sizes(segment, completion)
+            layout = segment.layout(prompt)
+            parts = turn_tokens(completion)
+            starts = []
+            before_branch = []
+            for tokens, (_, kept) in zip(layout.branches, layout.joins, strict=True):
+                starts.append(start)
+                # The last token that the branch continues, wherever in the row it lies.
+                history = next(histories)
+                before_branch.append(first + history[-1][1] - 1 if history else -1)
+                position_ids.append(torch.arange(kept, kept + tokens))
+                start += tokens
+            for place in sorted(layout.places, key=lambda place: place.branch):
+                input_ids += [parts[place.turn].inserted, parts[place.turn].sampled]
+            for place in layout.places:
+                part = parts[place.turn]
+                n = len(part.sampled)
+                inside = place.offset + len(part.inserted)
+                at = starts[place.branch] + inside
+                # A token is predicted by the one before it.
+                before = torch.arange(at - 1, at + n - 1)
+                if not inside:
+                    before[:1] = before_branch[place.branch]
+                predict.append(before)
+                target.append(part.sampled)
+                behaviour.append(part.logprobs)
+                value = segment.advantage
+                if segment.turn_advantages:
+                    value = segment.turn_advantages[place.turn]
+                advantage.append(torch.full((n,), value))
+                weight.append(torch.full((n,), segment.weight))
+    # Rows of one completion are in one micro-batch: its tokens are one sequence.
+    sequences: dict[str, int] = {}
+    sequence = [sequences.setdefault(s.completion_id, len(sequences)) for s in batch.segments]
     return BatchTensors(
         input_ids_N=torch.cat(input_ids),
         position_ids_N=torch.cat(position_ids),
@@ -147,6 +165,71 @@ def build_micro_batch(batch: MicroBatch, groups: Mapping[str, ScoredGroup]) -> B
         advantage_T=torch.cat(advantage),
         weight_T=torch.cat(weight),
         sequence_T=torch.repeat_interleave(
-            torch.tensor([segment.tokens for segment in batch.segments])
+            torch.tensor(sequence), torch.tensor([segment.tokens for segment in batch.segments])
         ),
     )
+
+
+@dataclass(frozen=True)
+class TurnTokens:
+    """Tokens of one turn: int64 inserted and sampled ids, float32 log-probs of the sampled."""
+
+    inserted: torch.Tensor
+    sampled: torch.Tensor
+    logprobs: torch.Tensor
+
+
+def turn_tokens(completion: Completion) -> list[TurnTokens]:
+    """The tokens of each turn; a completion without turns is one."""
+    sampled = torch.from_numpy(completion.token_ids.astype("int64"))
+    logprobs = torch.from_numpy(completion.logprobs.astype("float32"))
+    if not completion.turns:
+        return [TurnTokens(sampled.new_zeros(0), sampled, logprobs)]
+    sizes = [turn.shape.sampled for turn in completion.turns]
+    return [
+        TurnTokens(torch.from_numpy(turn.inserted_ids.astype("int64")), ids, values)
+        for turn, ids, values in zip(
+            completion.turns, sampled.split(sizes), logprobs.split(sizes), strict=True
+        )
+    ]
+
+
+def whole_sequence(completion: Completion, turn: int, prompt: Sequence[int]) -> torch.Tensor:
+    """[L] int64: all tokens of a turn's sequence, from the prompt to its last sampled token."""
+    shape = completion.turns[turn].shape
+    before = torch.tensor(prompt)
+    if shape.parent is not None:
+        before = whole_sequence(completion, shape.parent, prompt)
+    own = turn_tokens(completion)[turn]
+    return torch.cat([before[: shape.kept], own.inserted, own.sampled])
+
+
+def _leading_ids(row: PackedRow, group: Group) -> torch.Tensor:
+    """The tokens before the segments: the prompt, or what the row's one branch continues."""
+    segment = row.segments[0]
+    prompt = group.prompt.token_ids
+    if segment.branch is None:
+        return torch.tensor(prompt)
+    [completion] = [c for c in group.completions if c.id == segment.completion_id]
+    last = segment.layout(row.prompt_tokens).places[-1]
+    return whole_sequence(completion, last.turn, prompt)[: row.shape.prompt]
+
+
+def _check_sizes(segment: Segment, completion: Completion) -> None:
+    """Raise ValueError where a completion is not the one that was planned."""
+    shapes = tuple(turn.shape for turn in completion.turns)
+    if shapes != segment.turns:
+        raise ValueError(
+            f"completion {completion.id}: turns {shapes}, {segment.turns} were planned"
+        )
+    for index, turn in enumerate(completion.turns):
+        if len(turn.inserted_ids) != turn.shape.inserted:
+            raise ValueError(
+                f"completion {completion.id}: turn {index} has {len(turn.inserted_ids)} inserted "
+                f"tokens, its shape {turn.shape.inserted}"
+            )
+    if not shapes and len(completion.token_ids) != segment.tokens:
+        raise ValueError(
+            f"completion {completion.id}: {len(completion.token_ids)} tokens, "
+            f"{segment.tokens} were planned"
+        )

@@ -156,8 +156,8 @@ MUTANTS = (
     ),
     Mutant(
         "actors/rollout.py",
-        "if self._version == UNSYNCED:",
-        "if False:",
+        "if self._version == UNSYNCED:\n                return",
+        "if False:\n                return",
         "nothing is generated before weights were pulled",
         (f"{POOL}::test_an_actor_refuses_to_generate_before_it_has_pulled_weights",),
     ),
