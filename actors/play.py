@@ -20,7 +20,7 @@ class Sample(Protocol):
     """Samples what follows some tokens; also the weight versions that it began and ended with."""
 
     def __call__(
-        self, request_id: str, token_ids: Sequence[int], spec: SamplingSpec, greedy: bool
+        self, request_id: str, token_ids: Sequence[int], spec: SamplingSpec, greedy: bool, /
     ) -> Awaitable[tuple[RawCompletion, tuple[int, int]]]: ...
 
 
@@ -74,7 +74,9 @@ async def _play(
     sequences: list[np.ndarray] = []
     made: list[RawCompletion] = []
     turns: list[Turn] = []
-    answer = await host.begin(name, request.prompt, request.sampling.seed)
+    # An environment that ends its process must not take others with it twice.
+    alone = not name.endswith("/0")
+    answer = await host.begin(name, request.prompt, request.sampling.seed, alone)
     while isinstance(answer, NextTurn):
         parent = prompt if answer.parent is None else sequences[answer.parent]
         context = np.concatenate([parent[: answer.kept], answer.inserted_ids])

@@ -281,8 +281,14 @@ class SamplingSpec:
 class EpisodeHost(Protocol):
     """A worker that runs environments, as an actor calls it. Its failures are values."""
 
-    async def begin(self, episode_id: str, prompt: Prompt, seed: int) -> NextTurn | EpisodeEnd:
-        """Make an environment and reset it. seed: the same for all episodes of a group."""
+    async def begin(
+        self, episode_id: str, prompt: Prompt, seed: int, alone: bool
+    ) -> NextTurn | EpisodeEnd:
+        """Make an environment and reset it.
+
+        seed: the same for all episodes of a group. alone: in a process of its own, because one that
+        it shared was lost.
+        """
         ...
 
     async def step(

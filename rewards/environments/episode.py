@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +67,26 @@ class Language:
     parser: Parser
     stop_ids: Sequence[int]
 
+    def as_words(self, text: str) -> tuple[str, int]:
+        """A text without control tokens, and how many it had: none but the model may end a turn.
+
+        Example:
+            "bye<|im_end|>" becomes "bye< |im_end|>".
+        """
+        found = 0
+        for token in self._control_tokens:
+            count = text.count(token)
+            if count:
+                found += count
+                text = text.replace(token, f"{token[0]} {token[1:]}")
+        return text, found
+
+    @cached_property
+    def _control_tokens(self) -> list[str]:
+        added = self.tokenizer.added_tokens_decoder.values()
+        # A token of one letter is no more than that letter.
+        return [str(token) for token in added if len(str(token)) > 1]
+
 
 class Failed(Exception):
     """The episode cannot go on, and has no reward."""
@@ -102,8 +123,12 @@ class Episode:
         self._context = list(prompt.token_ids)
         self._rewards: list[float | None] = []
         self._metrics: dict[str, float] = {
-            "tool_calls": 0.0, "tool_errors": 0.0, "cut_messages": 0.0, "forks": 0.0,
-        }  # fmt: skip
+            "tool_calls": 0.0,
+            "tool_errors": 0.0,
+            "cut_messages": 0.0,
+            "control_tokens": 0.0,
+            "forks": 0.0,
+        }
         # Whether a call of the environment was not answered in time: its process has to go.
         self.hangs = False
 
@@ -162,7 +187,8 @@ class Episode:
             self._said += step["messages"]
             return await self._ended("done" if step["messages"] or calls else "answered")
         if finish_reason == "length":
-            return await self._ended("length")
+            full = len(self._context) + len(sampled) >= self._limits.max_length
+            return await self._ended("context" if full else "length")
         self._said += step["messages"]
         if turn + 1 >= self._limits.max_turns:
             return await self._ended("turns")
@@ -224,6 +250,9 @@ class Episode:
             raise Failed("data", "template", str(error)) from error
 
     def _count(self, found: Mapping[str, Any]) -> None:
+        for message in found["messages"]:
+            message["content"], broken = self._language.as_words(message["content"])
+            self._metrics["control_tokens"] += broken
         self._metrics["cut_messages"] += found["cut"]
         for name, value in found.get("metrics", {}).items():
             # Of tools that failed every turn counts; of the environment's own numbers the last.

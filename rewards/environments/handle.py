@@ -37,9 +37,13 @@ class EnvironmentHandle:
         self._actor = cast("ActorHandle[EnvironmentWorker]", actor)
         self._timeout_s = 2 * step_timeout_s + SLACK_S
 
-    async def begin(self, episode_id: str, prompt: Prompt, seed: int) -> NextTurn | EpisodeEnd:
+    async def begin(
+        self, episode_id: str, prompt: Prompt, seed: int, alone: bool
+    ) -> NextTurn | EpisodeEnd:
         """See `EpisodeHost.begin`."""
-        return await self._answer(self._actor.begin.remote(episode_id, prompt, seed), "reset")
+        call: ObjectRef[NextTurn | EpisodeEnd]
+        call = self._actor.begin.remote(episode_id, prompt, seed, alone)
+        return await self._answer(call, "reset")
 
     async def step(
         self, episode_id: str, token_ids: np.ndarray, finish_reason: FinishReason

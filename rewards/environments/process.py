@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import pickle
@@ -12,16 +13,18 @@ import struct
 import subprocess
 import sys
 import tempfile
+import uuid
 from collections.abc import Mapping
 from itertools import count
-from typing import Any
+from typing import IO, Any
 
-from cohort.actors.process import MARKER, end_tree
+from cohort.actors.process import MARKER, end_tree, start_watcher
 from cohort.rewards.environments.base import EnvironmentLoadError
 
 LENGTH = struct.Struct(">Q")
 MAX_REPLY = 64 << 20
 KILL_TIMEOUT_S = 10.0
+EXIT_TICKS, TICK_S = 25, 0.02
 BOOT = (
     "import sys; sys.path[:] = sys.argv[3:]; "
     "from cohort.rewards.environments.host import main; main(int(sys.argv[1]), int(sys.argv[2]))"
@@ -48,11 +51,13 @@ class HostProcess:
         self,
         process: subprocess.Popen[bytes],
         marker: str,
+        watcher: IO[bytes],
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
     ) -> None:
         self._process = process
         self._marker = marker
+        self._watcher = watcher
         self._reader = reader
         self._writer = writer
         self._reading: asyncio.Task[None] | None = None
@@ -73,6 +78,9 @@ class HostProcess:
         Raises:
             EnvironmentLoadError: It is not ready in time, with its last words.
         """
+        # Its own mark: what ends it must not end the others of this worker.
+        marker = uuid.uuid4().hex
+        watcher = start_watcher(marker)
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         with theirs, tempfile.TemporaryFile() as words:
@@ -88,13 +96,13 @@ class HostProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=words,
                 stderr=words,
-                env=dict(environment),
+                env={**environment, MARKER: marker},
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )
             theirs.close()
             streams = await asyncio.open_connection(sock=ours)
-            self = cls(process, environment[MARKER], *streams)
+            self = cls(process, marker, watcher, *streams)
             self._send(json.dumps(hello).encode())
             try:
                 async with asyncio.timeout(start_timeout_s):
@@ -173,6 +181,7 @@ class HostProcess:
 
     def _closed(self, how: str) -> None:
         self._writer.close()
+        self._watcher.close()
         self._lose(ProcessLost(f"the process of environments {how}"))
 
     def _send(self, body: bytes) -> None:
@@ -196,6 +205,13 @@ class HostProcess:
             pass
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             self._lose(ProcessLost(f"the process of environments sent a garbled answer: {error}"))
+        # Its end of the socket closes a moment before it has ended.
+        with contextlib.suppress(ChildProcessError):
+            for _ in range(EXIT_TICKS):
+                ended = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                if ended is not None:
+                    break
+                await asyncio.sleep(TICK_S)
         self._closed(await asyncio.to_thread(self._reap))
 
     def _lose(self, error: ProcessLost) -> None:

@@ -102,7 +102,7 @@ class ToolEnv:
 
     async def step(self, reply: Reply) -> Step:
         if not reply.tool_calls:
-            return Step(reward=await self.final_reward(), done=True)
+            return Step(done=True)
         messages, wrong = [], 0
         for call in reply.tool_calls:
             text, failed = await self._call(call)

@@ -12,16 +12,13 @@ import logging
 import os
 import platform
 import tempfile
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from cohort.actors.engine import stop_token_ids
-from cohort.actors.process import MARKER, start_watcher
 from cohort.actors.records import Prompt
 from cohort.actors.turns import EpisodeEnd, EpisodeFailure, FinishReason, NextTurn
 from cohort.rewards.continuation import Continuation, History
@@ -36,6 +33,8 @@ logger = logging.getLogger(__name__)
 START_TIMEOUT_S = 120.0
 # How long a process may take to show that its event loop is alive.
 PING_S = 5.0
+# Processes that start at one time for single episodes.
+AT_ONCE = 4
 
 
 @dataclass(frozen=True)
@@ -74,11 +73,11 @@ class EnvironmentWorker:
 
     def __init__(self, spec: EnvironmentSpec) -> None:
         self._spec = spec
-        self._marker = uuid.uuid4().hex
-        self._watcher: IO[bytes] | None = None
-        self._stubs = ""
+        # Removed with this object.
+        self._stubs = tempfile.TemporaryDirectory(prefix="cohort-modules-")
         self._process: HostProcess | None = None
         self._starting = asyncio.Lock()
+        self._few = asyncio.Semaphore(AT_ONCE)
         self._episodes: dict[str, Episode] = {}
         self._language: Language | None = None
         hide_environment()
@@ -92,11 +91,13 @@ class EnvironmentWorker:
             return str(error)
         return None
 
-    async def begin(self, episode_id: str, prompt: Prompt, seed: int) -> NextTurn | EpisodeEnd:
+    async def begin(
+        self, episode_id: str, prompt: Prompt, seed: int, alone: bool
+    ) -> NextTurn | EpisodeEnd:
         """See `EpisodeHost.begin`."""
         try:
             language = self._loaded()
-            process = await self._current()
+            process = await (self._own() if alone else self._current())
         except (EnvironmentLoadError, OSError) as error:
             return EpisodeEnd("failed", failure=EpisodeFailure("infra", "start", str(error)))
         episode = Episode(episode_id, prompt, process, language, self._spec.limits)
@@ -170,10 +171,14 @@ class EnvironmentWorker:
                 self._process = await self._start()
             return self._process
 
+    async def _own(self) -> HostProcess:
+        """A process for one episode, which ends with it."""
+        async with self._few:
+            process = await self._start()
+        process.retired = True
+        return process
+
     async def _start(self) -> HostProcess:
-        if self._watcher is None:
-            self._stubs = tempfile.mkdtemp(prefix="cohort-modules-")
-            self._watcher = start_watcher(self._marker, Path(self._stubs))
         unset = sorted(set(self._spec.secrets) - set(os.environ))
         if unset:
             raise EnvironmentLoadError(
@@ -183,11 +188,11 @@ class EnvironmentWorker:
         hello = {
             "path": self._spec.path,
             "options": dict(self._spec.options),
-            "stubs": self._stubs,
+            "stubs": self._stubs.name,
             "memory_bytes": self._spec.memory_bytes,
             "message_chars": self._spec.message_chars,
         }
-        shown = scrubbed_environment(os.environ, self._spec.secrets) | {MARKER: self._marker}
+        shown = scrubbed_environment(os.environ, self._spec.secrets)
         return await HostProcess.start(hello, shown, START_TIMEOUT_S)
 
     def _loaded(self) -> Language:
