@@ -4,7 +4,7 @@ A turn that continues all of its parent's sequence follows it in the same branch
 history was rewritten, and one that comes second to a parent, starts a branch of its own: it sees
 the leading tokens that it kept, and they are neither stored nor computed again.
 
-    turns     sampled a; then inserted x, sampled b; then, from the middle of a, inserted y, sampled c
+    turns     sampled a | then inserted x, sampled b | again after a0: inserted y, sampled c
     branches  a0 a1 x0 b0 b1 | y0 c0
 """
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from cohort.actors.records import ScoredGroup, TurnShape
-from cohort.learner.attention import Tree
 from cohort.learner.batch import build_micro_batch
 from cohort.learner.episodes import lay_out
 from cohort.learner.logprobs import PolicyModel
@@ -196,7 +195,7 @@ def test_plan_and_episode_must_agree() -> None:
     group = episode_group("a", [CHAIN, CHAIN], [0.0, 1.0])
     [batch] = batches([group])
     longer = (*CHAIN[:2], TurnShape(1, 13, 2, 3))
-    with pytest.raises(ValueError, match="turns .* were planned"):
+    with pytest.raises(ValueError, match=r"turns .* were planned"):
         build_micro_batch(batch, {"a": episode_group("a", [CHAIN, longer], [0.0, 1.0])})
     first = group.group.completions[0]
     cut = replace(first.turns[1], inserted_ids=first.turns[1].inserted_ids[:1])
