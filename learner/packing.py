@@ -30,7 +30,7 @@ class Segment:
 
     Attributes:
         tokens: Sampled tokens of it that this row trains: all but where `branch` is set.
-        advantage: Of its tokens.
+        advantage: Of its tokens, on average.
         weight: Of each of its tokens in the loss of its update.
         turns: Of an episode.
         turn_advantages: Of the tokens of each turn; empty: `advantage` for all.

@@ -120,11 +120,12 @@ def _rows(
             Segment(
                 meta.completion_ids[i],
                 meta.completion_tokens[i],
-                advantage,
+                group.mean_advantage(i),
                 weight,
                 meta.turns[i] if meta.turns else (),
+                values if len(values) > 1 else (),
             )
-            for (i, advantage), weight in zip(group.advantages.items(), group_weights, strict=True)
+            for (i, values), weight in zip(group.advantages.items(), group_weights, strict=True)
         ]
         rows += packer.rows(meta, segments)
     return rows

@@ -19,8 +19,8 @@ from cohort.cluster.observe.report.completions import ReportLimits, spread
 from cohort.cluster.observe.report.curves import MAX_POINTS, choose_charts, curves, tiles
 from cohort.cluster.observe.report.page import render, write_report
 from cohort.cluster.observe.report.recorded import ReportedCompletion, Text, read_groups, shorten
+from cohort.learner.advantages import advantages
 from cohort.learner.checkpoint import MANIFEST
-from cohort.learner.credit import advantages
 from tests.cluster.runs import lively_run, metrics_row, scored_group, write_rollouts, write_run
 
 NOW = datetime(2026, 1, 2, 3, 4, tzinfo=UTC)

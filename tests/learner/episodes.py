@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from cohort.actors.records import Completion, ScoredGroup
+from cohort.actors.records import Completion, GroupMeta, ScoredGroup, ScoreMeta
 from cohort.actors.turns import Turn, TurnShape
-from tests.learner.helpers import VOCABULARY, scored_group
+from tests.learner.helpers import VOCABULARY, metas, scored_group
 
 Shapes = tuple[TurnShape, ...]
 PROMPT = 6
@@ -49,6 +49,27 @@ def episode_group(
         )
         completions.append(replace(completion, turns=made))
     return replace(group, group=replace(group.group, completions=tuple(completions)))
+
+
+def episode_metas(
+    group: ScoredGroup, turn_rewards: list[tuple[float, ...]]
+) -> tuple[GroupMeta, ScoreMeta]:
+    """What the driver knows when the environment gave these rewards for the turns.
+
+    The totals of the group are those of the reward functions; the environment's come on top.
+    """
+    meta, scores = metas(group)
+    own = tuple(sum(turns) for turns in turn_rewards)
+    totals = tuple(
+        None if total is None else total + more
+        for total, more in zip(scores.totals, own, strict=True)
+    )
+    return meta, replace(
+        scores,
+        totals=totals,
+        by_function={"environment": own, "correct": scores.totals},
+        turn_rewards=tuple(turn_rewards),
+    )
 
 
 def random_shapes(generator: random.Random, prompt: int) -> Shapes:

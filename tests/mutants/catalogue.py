@@ -181,9 +181,9 @@ MUTANTS = (
     # The learner.
     Mutant(
         "learner/credit.py",
-        "    by_task = group_advantages(task_rewards(meta, scores), algorithm, 1.0)",
-        "    longest = max(meta.completion_tokens)\n    by_task = group_advantages("
-        "shaped_rewards(meta, scores, algorithm, longest), algorithm, 1.0)",
+        "    by_task = _values(scores, task_rewards(meta, scores), algorithm, 1.0)",
+        "    longest = max(meta.completion_tokens)\n    by_task = _values("
+        "scores, shaped_rewards(meta, scores, algorithm, longest), algorithm, 1.0)",
         "a length penalty alone is no signal",
         (f"{BATCH}::test_a_length_penalty_is_no_signal",),
     ),
@@ -202,7 +202,7 @@ MUTANTS = (
         (f"{BATCH}::test_plan_invariants",),
     ),
     Mutant(
-        "learner/credit.py",
+        "learner/advantages.py",
         '    alone = algorithm.scale == "group" and all_equal(rewards)\n',
         "    alone = False\n",
         "a KL off equal rewards is not brought to full size",
@@ -224,8 +224,8 @@ MUTANTS = (
     ),
     Mutant(
         "learner/batch.py",
-        "            before[0] = first + prompt - 1\n",
-        "",
+        "                    before[:1] = before_branch[place.branch]\n",
+        "                    pass\n",
         "a completion's first token is predicted by the prompt's last, wherever it lies in the row",
         (f"{BATCH}::test_tensors_against_brute_force",),
     ),

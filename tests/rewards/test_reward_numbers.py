@@ -18,8 +18,8 @@ import torch
 from pydantic import ValidationError
 
 from cohort.actors.records import Completion, Group, Prompt, ScoreMeta
+from cohort.learner.advantages import group_advantages
 from cohort.learner.config import AlgorithmConfig
-from cohort.learner.credit import group_advantages
 from cohort.rewards.base import combine, judge, out_of_range
 from cohort.rewards.config import RewardFunctionConfig
 from cohort.rewards.results import MAX_SCORE, from_json, to_json
