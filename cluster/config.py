@@ -115,6 +115,13 @@ class Config(Section):
     cluster: ClusterConfig = ClusterConfig()
     tracking: TrackingConfig = TrackingConfig()
 
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens of the longest completion: of one reply, or of all that an episode has."""
+        if self.task.environment is None:
+            return self.actors.max_tokens
+        return self.actors.max_tokens * self.environments.max_turns
+
     @model_validator(mode="before")
     @classmethod
     def _apply_preset(cls, given: object) -> object:

@@ -296,7 +296,7 @@ async def start_learner(
         learner=config.learner,
         algorithm=config.algorithm,
         temperature=config.actors.temperature,
-        max_tokens=config.actors.max_tokens,
+        max_tokens=config.completion_tokens,
         # The other ranks differ in their number only.
         rank=0,
         world_size=ranks,

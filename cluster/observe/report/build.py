@@ -34,7 +34,7 @@ from cohort.cluster.observe.report.curves import (
 )
 from cohort.learner.checkpoint import latest
 from cohort.learner.config import AlgorithmConfig
-from cohort.rewards.config import TaskConfig
+from cohort.rewards.config import EnvironmentsConfig, TaskConfig
 
 Section = TypeVar("Section", bound=BaseModel)
 
@@ -98,7 +98,10 @@ def build(run_dir: Path, limits: ReportLimits, now: datetime) -> Report:
     actors = _section(tree, "actors", ActorsConfig, problems)
     algorithm = _section(tree, "algorithm", AlgorithmConfig, problems)
 
+    environments = _section(tree, "environments", EnvironmentsConfig, problems)
     max_tokens = actors.max_tokens if actors else None
+    if actors and environments and task and task.environment is not None:
+        max_tokens = actors.max_tokens * environments.max_turns
     completions = choose_completions(run_dir / "rollouts", limits, algorithm, max_tokens)
     drawn = curves(rows)
     last = latest(run_dir / "checkpoints")

@@ -172,8 +172,11 @@ def with_advantages(
     """All groups of one step with the advantages that the learner gives their completions.
 
     The learner's own functions decide. What they do not know here is a KL in the reward, which the
-    learner takes off the reward of each completion: that needs the reference model.
+    learner takes off the reward of each completion: that needs the reference model. Where each turn
+    has an advantage of its own, a completion has none.
     """
+    if algorithm.credit == "turn":
+        return list(groups)
     pairs = []
     for place, group in enumerate(groups):
         meta = GroupMeta(
