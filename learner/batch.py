@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 
 from cohort.actors.records import Completion, Group, ScoredGroup
 from cohort.learner.attention import Tree
+from cohort.learner.episodes import Layout
 from cohort.learner.grpo import LossInputs
 from cohort.learner.logprobs import ModelInputs
 from cohort.learner.packing import MicroBatch, PackedRow, Segment
@@ -91,83 +93,97 @@ def build_micro_batch(batch: MicroBatch, groups: Mapping[str, ScoredGroup]) -> B
             weight_T=one,
             sequence_T=torch.zeros(1, dtype=torch.long),
         )
-    input_ids: list[torch.Tensor] = []
-    position_ids: list[torch.Tensor] = []
-    predict: list[torch.Tensor] = []
-    target: list[torch.Tensor] = []
-    behaviour: list[torch.Tensor] = []
-    advantage: list[torch.Tensor] = []
-    weight: list[torch.Tensor] = []
-    start = 0
+    parts = _Parts()
     for row in batch.rows:
         if row.group_id not in groups:
             raise ValueError(f"group {row.group_id} is planned on this rank but was not sent to it")
-        group = groups[row.group_id].group
+        parts.add_row(row, groups[row.group_id].group)
+    # An episode can lie in several rows: its tokens are one sequence all the same.
+    sequences: dict[str, int] = {}
+    sequence = [sequences.setdefault(s.completion_id, len(sequences)) for s in batch.segments]
+    return BatchTensors(
+        input_ids_N=torch.cat(parts.input_ids),
+        position_ids_N=torch.cat(parts.position_ids),
+        tree=Tree(tuple(row.shape for row in batch.rows)),
+        predict_T=torch.cat(parts.predict),
+        target_T=torch.cat(parts.target),
+        behaviour_T=torch.cat(parts.behaviour),
+        advantage_T=torch.cat(parts.advantage),
+        weight_T=torch.cat(parts.weight),
+        sequence_T=torch.repeat_interleave(
+            torch.tensor(sequence), torch.tensor([segment.tokens for segment in batch.segments])
+        ),
+    )
+
+
+@dataclass
+class _Parts:
+    """The tensors of BatchTensors in parts, row after row; start: tokens of the rows so far."""
+
+    input_ids: list[torch.Tensor] = field(default_factory=list)
+    position_ids: list[torch.Tensor] = field(default_factory=list)
+    predict: list[torch.Tensor] = field(default_factory=list)
+    target: list[torch.Tensor] = field(default_factory=list)
+    behaviour: list[torch.Tensor] = field(default_factory=list)
+    advantage: list[torch.Tensor] = field(default_factory=list)
+    weight: list[torch.Tensor] = field(default_factory=list)
+    start: int = 0
+
+    def add_row(self, row: PackedRow, group: Group) -> None:
         by_id = {completion.id: completion for completion in group.completions}
-        prompt = row.prompt_tokens
-        if len(group.prompt.token_ids) != prompt:
+        if len(group.prompt.token_ids) != row.prompt_tokens:
             raise ValueError(
                 f"group {row.group_id}: prompt of {len(group.prompt.token_ids)} tokens, "
-                f"{prompt} were planned"
+                f"{row.prompt_tokens} were planned"
             )
-        histories = iter(row.shape.histories())
-        first = start
-        start += row.shape.prompt
-        input_ids.append(_leading_ids(row, group))
-        position_ids.append(torch.arange(row.shape.prompt))
         for segment in row.segments:
             if segment.completion_id not in by_id:
                 raise ValueError(
                     f"completion {segment.completion_id} is not in group {row.group_id}"
                 )
-            completion = by_id[segment.completion_id]
-            _check_sizes(segment, completion)
-            layout = segment.layout(prompt)
-            parts = turn_tokens(completion)
-            starts = []
-            before_branch = []
-            for tokens, (_, kept) in zip(layout.branches, layout.joins, strict=True):
-                starts.append(start)
-                # The last token that the branch continues, wherever in the row it lies.
-                history = next(histories)
-                before_branch.append(first + history[-1][1] - 1 if history else -1)
-                position_ids.append(torch.arange(kept, kept + tokens))
-                start += tokens
+            _check_sizes(segment, by_id[segment.completion_id])
+        # The last token that each branch continues, wherever in the row it lies.
+        last = iter(
+            [self.start + spans[-1][1] - 1 if spans else -1 for spans in row.shape.histories()]
+        )
+        self.input_ids.append(_leading_ids(row, group, by_id))
+        self.position_ids.append(torch.arange(row.shape.prompt))
+        self.start += row.shape.prompt
+        for segment in row.segments:
+            layout = segment.layout(row.prompt_tokens)
+            turns = turn_tokens(by_id[segment.completion_id])
+            self._add_sampled(segment, layout, turns, [next(last) for _ in layout.branches])
             for place in sorted(layout.places, key=lambda place: place.branch):
-                input_ids += [parts[place.turn].inserted, parts[place.turn].sampled]
-            for place in layout.places:
-                part = parts[place.turn]
-                n = len(part.sampled)
-                inside = place.offset + len(part.inserted)
-                at = starts[place.branch] + inside
-                # A token is predicted by the one before it.
-                before = torch.arange(at - 1, at + n - 1)
-                if not inside:
-                    before[:1] = before_branch[place.branch]
-                predict.append(before)
-                target.append(part.sampled)
-                behaviour.append(part.logprobs)
-                value = segment.advantage
-                if segment.turn_advantages:
-                    value = segment.turn_advantages[place.turn]
-                advantage.append(torch.full((n,), value))
-                weight.append(torch.full((n,), segment.weight))
-    # Rows of one completion are in one micro-batch: its tokens are one sequence.
-    sequences: dict[str, int] = {}
-    sequence = [sequences.setdefault(s.completion_id, len(sequences)) for s in batch.segments]
-    return BatchTensors(
-        input_ids_N=torch.cat(input_ids),
-        position_ids_N=torch.cat(position_ids),
-        tree=Tree(tuple(row.shape for row in batch.rows)),
-        predict_T=torch.cat(predict),
-        target_T=torch.cat(target),
-        behaviour_T=torch.cat(behaviour),
-        advantage_T=torch.cat(advantage),
-        weight_T=torch.cat(weight),
-        sequence_T=torch.repeat_interleave(
-            torch.tensor(sequence), torch.tensor([segment.tokens for segment in batch.segments])
-        ),
-    )
+                self.input_ids += [turns[place.turn].inserted, turns[place.turn].sampled]
+            for tokens, (_, kept) in zip(layout.branches, layout.joins, strict=True):
+                self.position_ids.append(torch.arange(kept, kept + tokens))
+                self.start += tokens
+
+    def _add_sampled(
+        self, segment: Segment, layout: Layout, turns: Sequence[TurnTokens], last: Sequence[int]
+    ) -> None:
+        """The sampled tokens of a segment whose first branch begins at `start`.
+
+        last: where the token lies that the first of each branch follows.
+        """
+        starts = [self.start, *(self.start + n for n in accumulate(layout.branches))]
+        for place in layout.places:
+            turn = turns[place.turn]
+            n = len(turn.sampled)
+            inside = place.offset + len(turn.inserted)
+            at = starts[place.branch] + inside
+            # A token is predicted by the one before it.
+            before = torch.arange(at - 1, at + n - 1)
+            if not inside:
+                before[:1] = last[place.branch]
+            value = segment.advantage
+            if segment.turn_advantages:
+                value = segment.turn_advantages[place.turn]
+            self.predict.append(before)
+            self.target.append(turn.sampled)
+            self.behaviour.append(turn.logprobs)
+            self.advantage.append(torch.full((n,), value))
+            self.weight.append(torch.full((n,), segment.weight))
 
 
 @dataclass(frozen=True)
@@ -204,15 +220,14 @@ def whole_sequence(completion: Completion, turn: int, prompt: Sequence[int]) -> 
     return torch.cat([before[: shape.kept], own.inserted, own.sampled])
 
 
-def _leading_ids(row: PackedRow, group: Group) -> torch.Tensor:
+def _leading_ids(row: PackedRow, group: Group, by_id: Mapping[str, Completion]) -> torch.Tensor:
     """The tokens before the segments: the prompt, or what the row's one branch continues."""
     segment = row.segments[0]
-    prompt = group.prompt.token_ids
     if segment.branch is None:
-        return torch.tensor(prompt)
-    [completion] = [c for c in group.completions if c.id == segment.completion_id]
+        return torch.tensor(group.prompt.token_ids)
     last = segment.layout(row.prompt_tokens).places[-1]
-    return whole_sequence(completion, last.turn, prompt)[: row.shape.prompt]
+    whole = whole_sequence(by_id[segment.completion_id], last.turn, group.prompt.token_ids)
+    return whole[: row.shape.prompt]
 
 
 def _check_sizes(segment: Segment, completion: Completion) -> None:

@@ -248,6 +248,12 @@ class AlgorithmConfig(BaseModel):
             values["dual_clip"] = given.get("dual_clip")
         return values
 
+    @property
+    def judges_completions(self) -> bool:
+        """Whether the loss of a token depends on all tokens of its completion."""
+        masks = (self.sequence_mask, self.negative_mask)
+        return self.ratio == "sequence" or any(mask is not None for mask in masks)
+
     def refreshes_reference(self, steps_done: int) -> bool:
         """Whether the policy becomes the reference after this step."""
         every = self.reference_refresh_steps

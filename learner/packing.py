@@ -169,6 +169,8 @@ class Packer:
         cost: Estimated work of a row.
         share_prompts: Whether the model can compute a prompt once for several completions, and
             what several turns of an episode continue.
+        whole_completions: Whether all tokens of a completion must be in one forward pass, however
+            long: ratios and masks of whole completions look at all of them.
     """
 
     ranks: int
@@ -176,6 +178,7 @@ class Packer:
     logit_chunk_tokens: int = 1024
     cost: RowCost = RowCost()
     share_prompts: bool = True
+    whole_completions: bool = True
 
     def rows(self, meta: GroupMeta, segments: Sequence[Segment]) -> list[PackedRow]:
         """Split a group into the number of rows with the least work, or into one per sequence.
@@ -215,8 +218,8 @@ class Packer:
         """Deal the rows to the ranks by work, pack each rank's rows, and level the counts."""
         by_rank: list[list[PackedRow]] = [[] for _ in range(self.ranks)]
         work = [0.0] * self.ranks
-        together = [list(rows) for _, rows in groupby(rows, key=_kept_together)]
-        for some in sorted(together, key=lambda rows: -sum(row.length for row in rows)):
+        # All of a completion on one rank, which sums its KL.
+        for some in sorted(_together(rows), key=lambda rows: -sum(row.length for row in rows)):
             least = work.index(min(work))
             by_rank[least] += some
             for row in some:
@@ -239,7 +242,9 @@ class Packer:
     def _pack(self, rows: Sequence[PackedRow]) -> list[tuple[PackedRow, ...]]:
         """Rows of similar length together, longest first, padding counted in the budget."""
         batches: list[list[PackedRow]] = []
-        together = [list(rows) for _, rows in groupby(rows, key=_kept_together)]
+        together = [[row] for row in rows]
+        if self.whole_completions:
+            together = _together(rows)
         for some in sorted(together, key=lambda rows: -max(row.length for row in rows)):
             tokens = self.cost.padded_tokens([*(batches[-1] if batches else ()), *some])
             if batches and tokens <= self.micro_batch_tokens:
@@ -266,9 +271,10 @@ def _sequences(segment: Segment, prompt: int) -> list[Segment]:
     return found
 
 
-def _kept_together(row: PackedRow) -> str | int:
-    """The same for rows that must be in one micro-batch.
+def _together(rows: Sequence[PackedRow]) -> list[list[PackedRow]]:
+    """Rows of the same completion, which follow one another, in one list; others by themselves."""
 
-    Those of one completion: ratios and masks of whole completions look at all of its tokens.
-    """
-    return id(row) if row.segments[0].branch is None else row.segments[0].completion_id
+    def completion(row: PackedRow) -> str | int:
+        return id(row) if row.segments[0].branch is None else row.segments[0].completion_id
+
+    return [list(some) for _, some in groupby(rows, key=completion)]

@@ -150,7 +150,12 @@ def test_a_plan_conserves_tokens_and_every_token_sees_its_own_sequence(seed: int
     by_id = {group.group.id: group for group in groups}
     budget, shared = generator.choice([16, 60, 200, 5000]), seed % 3 > 0
     cost = RowCost(masked=seed % 2 == 0)
-    options = {"ranks": seed % 2 + 1, "micro_batch_tokens": budget, "cost": cost}
+    options = {
+        "ranks": seed % 2 + 1,
+        "micro_batch_tokens": budget,
+        "cost": cost,
+        "whole_completions": seed % 5 > 0,
+    }
     sampled: dict[str, int] = {}
     for batch in batches(groups, share_prompts=shared, **options):
         if not batch.rows:
@@ -190,6 +195,25 @@ def test_a_plan_conserves_tokens_and_every_token_sees_its_own_sequence(seed: int
     assert sampled == {
         c.id: len(c.token_ids) for g in groups for c in g.group.completions if len(c.token_ids)
     }
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_rows_of_a_completion_share_a_pass_only_where_the_loss_needs_it(whole: bool) -> None:
+    group = episode_group("a", [FORKS, CHAIN], [0.0, 1.0])
+    options = {"micro_batch_tokens": 32, "share_prompts": False, "whole_completions": whole}
+    packed = batches([group], ranks=2, **options)
+    rows = [len(batch.rows) for batch in packed if batch.rows]
+    assert sum(rows) > 5
+    passes = {name: 0 for name in ("a/0", "a/1")}
+    for batch in packed:
+        for name in {segment.completion_id for segment in batch.segments}:
+            passes[name] += 1
+    assert passes["a/1"] == 1
+    assert (passes["a/0"] == 1) == whole
+    # All on one rank, whose sum of the KL is the completion's.
+    packer = Packer(ranks=2, **options)
+    for shard in score_batches([metas(group)[0]], packer):
+        assert len({s.completion_id for batch in shard for s in batch.segments}) == 1
 
 
 def test_plan_and_episode_must_agree() -> None:

@@ -14,6 +14,8 @@ POOL = "tests/actors/test_pool.py"
 WEIGHTS = "tests/harness/test_weights.py"
 BATCH = "tests/learner/test_batch.py"
 GRPO = "tests/learner/test_grpo.py"
+EPISODES = "tests/learner/test_episodes.py"
+TURN_CREDIT = "tests/learner/test_turn_credit.py"
 RESCUE = "tests/harness/test_rescue.py"
 RUN_DIR = "tests/cluster/test_run_dir.py"
 SAVED = "tests/learner/test_saved.py"
@@ -224,10 +226,109 @@ MUTANTS = (
     ),
     Mutant(
         "learner/batch.py",
-        "                    before[:1] = before_branch[place.branch]\n",
-        "                    pass\n",
+        "                before[:1] = last[place.branch]\n",
+        "                pass\n",
         "a completion's first token is predicted by the prompt's last, wherever it lies in the row",
         (f"{BATCH}::test_tensors_against_brute_force",),
+    ),
+    # Episodes.
+    Mutant(
+        "learner/episodes.py",
+        "            and turn.kept == turns[parent.turn].end\n",
+        "",
+        "turns whose tokens nothing else continues share a branch",
+        (f"{EPISODES}::test_every_sampled_token_is_scored_and_trained_as_in_its_own_sequence",),
+    ),
+    Mutant(
+        "learner/episodes.py",
+        "            parent is not None\n            and turn.kept == joins",
+        "            False and parent is not None\n            and turn.kept == joins",
+        "turns that extend each other are one branch",
+        (f"{EPISODES}::test_turns_that_extend_each_other_are_one_branch",),
+    ),
+    Mutant(
+        "learner/episodes.py",
+        "    return Join(branch, kept)\n",
+        "    return Join(branch, kept - (branch is not None))\n",
+        "a fork sees exactly the tokens that it kept",
+        (f"{EPISODES}::test_a_plan_conserves_tokens_and_every_token_sees_its_own_sequence",),
+    ),
+    Mutant(
+        "learner/shapes.py",
+        "        taken = min(tokens, stop - start)\n",
+        "        taken = min(tokens, stop)\n",
+        "a branch does not see what comes after its fork",
+        (f"{EPISODES}::test_every_sampled_token_is_scored_and_trained_as_in_its_own_sequence",),
+    ),
+    Mutant(
+        "learner/attention.py",
+        "        kept = [0, *row.kept()]\n",
+        "        kept = [0, *(row.prompt for _ in row.branches)]\n",
+        "a branch that is computed by itself attends causally behind what it continues",
+        (f"{EPISODES}::test_every_sampled_token_is_scored_and_trained_as_in_its_own_sequence",),
+    ),
+    Mutant(
+        "learner/attention.py",
+        "                for first, last in history:\n",
+        "                for first, last in [(0, row.prompt)]:\n",
+        "under a mask, a branch attends to the branches that it continues",
+        (f"{EPISODES}::test_every_sampled_token_is_scored_and_trained_as_in_its_own_sequence",),
+    ),
+    Mutant(
+        "learner/batch.py",
+        "self.position_ids.append(torch.arange(kept, kept + tokens))",
+        "self.position_ids.append(torch.arange(row.prompt_tokens, row.prompt_tokens + tokens))",
+        "positions count along a turn's own sequence",
+        (f"{EPISODES}::test_a_plan_conserves_tokens_and_every_token_sees_its_own_sequence",),
+    ),
+    Mutant(
+        "learner/batch.py",
+        "sequences.setdefault(s.completion_id, len(sequences)) for s in batch.segments",
+        "i for i, _ in enumerate(batch.segments)",
+        "an episode in several rows is one sequence",
+        (f"{TURN_CREDIT}::test_an_episode_has_one_ratio_and_one_kl",),
+    ),
+    Mutant(
+        "learner/step.py",
+        "before = found.get(segment.completion_id, 0.0)",
+        "before = 0.0",
+        "the KL of an episode is summed over all its rows",
+        (f"{TURN_CREDIT}::test_an_episode_has_one_ratio_and_one_kl",),
+    ),
+    Mutant(
+        "learner/packing.py",
+        "        if tokens := sum(segment.turns[place.turn].sampled for place in places):\n",
+        "        if tokens := segment.tokens:\n",
+        "without sharing, a row trains the tokens of its own branch only",
+        (f"{EPISODES}::test_a_plan_conserves_tokens_and_every_token_sees_its_own_sequence",),
+    ),
+    Mutant(
+        "learner/learner.py",
+        "            whole_completions=self.spec.algorithm.judges_completions,\n",
+        "            whole_completions=False,\n",
+        "ratios of whole completions see all rows of one",
+        (f"{TURN_CREDIT}::test_the_learner_keeps_completions_whole_where_its_loss_needs_it",),
+    ),
+    Mutant(
+        "learner/advantages.py",
+        "tuple(accumulate(reversed(own)))[::-1]",
+        "tuple(accumulate(own))",
+        "a turn is credited with what comes after it",
+        (f"{TURN_CREDIT}::test_advantages_of_turns_the_long_way",),
+    ),
+    Mutant(
+        "learner/credit.py",
+        "            rest = reward - (own if valid(own) else 0.0)\n",
+        "            rest = reward\n",
+        "the environment's rewards count once",
+        (f"{TURN_CREDIT}::test_what_is_not_the_environments_counts_to_the_last_turn",),
+    ),
+    Mutant(
+        "learner/credit.py",
+        "all_equal(_flat(turn_rewards(scores, rewards)))",
+        "False",
+        "a KL off equal turn rewards is not brought to full size",
+        (f"{TURN_CREDIT}::test_a_kl_off_equal_turn_rewards_keeps_its_size",),
     ),
     Mutant(
         "learner/weights.py",
