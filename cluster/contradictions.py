@@ -24,7 +24,7 @@ def contradictions(config: Config) -> Iterator[str]:
             "it out and run `cohort warmup`, which sets it, then train from what that writes"
         )
     if config.algorithm.credit == "turn" and task.environment is None:
-        yield "algorithm.credit=turn needs an environment whose turns have rewards: task.environment"
+        yield "algorithm.credit=turn needs turns with rewards, of an environment: task.environment"
     if config.model.dtype == "float16" and learner.zero_stage == 0:
         yield (
             "model.dtype=float16 needs learner.zero_stage=1 or more: without ZeRO, scaled "
