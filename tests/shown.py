@@ -22,6 +22,7 @@ DOCUMENTS = (
     "README.md",
     "docs/configuration.md",
     "docs/rewards-and-data.md",
+    "docs/environments.md",
     "docs/algorithms.md",
     "docs/warm-up.md",
     "docs/run-directory.md",
