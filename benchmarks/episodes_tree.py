@@ -1,6 +1,6 @@
 """Turns of episodes whose history is rewritten, as one tree and as rows of their own.
 
-    .venv/bin/python benchmarks/episodes_tree.py [--episodes 2] [--repeats 2] [--layers 30]
+    .venv/bin/python benchmarks/episodes_tree.py [--episodes 1] [--repeats 2] [--layers 30]
 
 A model of SmolLM2-135M's shape with random weights trains a group of episodes of eight turns, once
 as trees and once with a row for every turn's whole sequence (what `Packer(share_prompts=False)`
@@ -216,7 +216,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--episodes", type=int, default=2)
+    parser.add_argument("--episodes", type=int, default=1)
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--micro-batch-tokens", type=int, default=2304)
     parser.add_argument("--repeats", type=int, default=2)
@@ -232,9 +232,11 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(options.threads)
-    results = [measure(case, options) for case in CASES]
     given = {name: value for name, value in vars(options).items() if name != "out"}
-    save(options.out, table(results), options=given, results=results)
+    results: list[dict[str, Any]] = []
+    for case in CASES:
+        results.append(measure(case, options))
+        save(options.out, table(results), options=given, results=results)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from itertools import groupby
 
 from cohort.actors.records import GroupMeta
 from cohort.actors.turns import TurnShape
-from cohort.learner.episodes import Layout, lay_out
+from cohort.learner.episodes import Layout, Place, lay_out
 from cohort.learner.shapes import Join, RowShape, padded_length
 
 
@@ -48,8 +48,9 @@ class Segment:
 
     def layout(self, prompt: int) -> Layout:
         """Its branches, behind a prompt of so many tokens."""
-        turns = self.turns or (TurnShape(None, prompt, 0, self.tokens),)
-        layout = lay_out(turns, prompt)
+        if not self.turns:
+            return Layout((self.tokens,), (Join(None, prompt),), (Place(0, 0, 0),))
+        layout = lay_out(self.turns, prompt)
         return layout if self.branch is None else layout.only(self.branch)
 
     def length(self, prompt: int) -> int:
@@ -78,26 +79,29 @@ class PackedRow:
 
     @cached_property
     def shape(self) -> RowShape:
-        prompt = self.prompt_tokens
-        if not any(segment.turns for segment in self.segments):
-            return RowShape(prompt, tuple(segment.tokens for segment in self.segments))
-        layouts = [segment.layout(prompt) for segment in self.segments]
-        if self.segments[0].branch is not None:
-            [layout] = layouts
-            return RowShape(layout.joins[0].kept, layout.branches)
-        joins: list[Join] = []
-        for layout in layouts:
-            first = len(joins)
-            joins += [
-                Join(None if parent is None else first + parent, kept)
-                for parent, kept in layout.joins
-            ]
-        plain = all(join == (None, prompt) for join in joins)
-        return RowShape(
-            prompt,
-            tuple(tokens for layout in layouts for tokens in layout.branches),
-            () if plain else tuple(joins),
-        )
+        return _shape(self.prompt_tokens, self.segments)
+
+
+def _shape(prompt: int, segments: Sequence[Segment]) -> RowShape:
+    """Of a row with these segments."""
+    if not any(segment.turns for segment in segments):
+        return RowShape(prompt, tuple(segment.tokens for segment in segments))
+    layouts = [segment.layout(prompt) for segment in segments]
+    if segments[0].branch is not None:
+        [layout] = layouts
+        return RowShape(layout.joins[0].kept, layout.branches)
+    joins: list[Join] = []
+    for layout in layouts:
+        first = len(joins)
+        joins += [
+            Join(None if parent is None else first + parent, kept) for parent, kept in layout.joins
+        ]
+    plain = all(join == (None, prompt) for join in joins)
+    return RowShape(
+        prompt,
+        tuple(tokens for layout in layouts for tokens in layout.branches),
+        () if plain else tuple(joins),
+    )
 
 
 @dataclass(frozen=True)
@@ -196,7 +200,7 @@ class Packer:
                 for segment in longest_first
                 for one in _sequences(segment, prompt)
             ]
-        best: list[PackedRow] = []
+        best: list[list[Segment]] = []
         best_work = float("inf")
         for count in range(1, len(segments) + 1):
             bins: list[list[Segment]] = [[] for _ in range(count)]
@@ -208,11 +212,10 @@ class Packer:
             crowded = [n for n, b in zip(lengths, bins, strict=True) if len(b) > 1]
             if max(crowded, default=0) > self.micro_batch_tokens:
                 continue
-            rows = [PackedRow(meta.group_id, prompt, tuple(b)) for b in bins]
-            work = sum(self.cost(row.shape) for row in rows)
+            work = sum(self.cost(_shape(prompt, b)) for b in bins)
             if work < best_work:
-                best, best_work = rows, work
-        return best
+                best, best_work = bins, work
+        return [PackedRow(meta.group_id, prompt, tuple(b)) for b in best]
 
     def shards(self, rows: Sequence[PackedRow]) -> Shards:
         """Deal the rows to the ranks by work, pack each rank's rows, and level the counts."""

@@ -14,6 +14,7 @@ POOL = "tests/actors/test_pool.py"
 WEIGHTS = "tests/harness/test_weights.py"
 BATCH = "tests/learner/test_batch.py"
 GRPO = "tests/learner/test_grpo.py"
+GROUP = "tests/learner/test_group.py"
 EPISODES = "tests/learner/test_episodes.py"
 TURN_CREDIT = "tests/learner/test_turn_credit.py"
 RESCUE = "tests/harness/test_rescue.py"
@@ -307,7 +308,7 @@ MUTANTS = (
         "            whole_completions=self.spec.algorithm.judges_completions,\n",
         "            whole_completions=False,\n",
         "ratios of whole completions see all rows of one",
-        (f"{TURN_CREDIT}::test_the_learner_keeps_completions_whole_where_its_loss_needs_it",),
+        (f"{GROUP}::test_completions_are_kept_whole_where_their_loss_needs_it",),
     ),
     Mutant(
         "learner/advantages.py",
