@@ -183,7 +183,7 @@ class ScoredGroup:
     totals: G weighted sums; None where no function gave a value, or one failed.
     parts: "function/part" -> G numbers that the function returned besides its value.
     extra: "function/name" -> G entries for people (texts, numbers, None).
-    sample_s: G entries, seconds that the calls which judged the completion took.
+    sample_s: G entries, seconds that the calls which scored the completion took.
     """
 
     group: Group

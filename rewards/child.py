@@ -1,6 +1,6 @@
-"""The process in which reward functions run: loads them once, judges on its main thread.
+"""The process in which reward functions run: loads them once, calls them on its main thread.
 
-It talks to its reward actor over one socket. Frames are a length (8 bytes, big-endian) and a body.
+It talks to its reward worker over one socket. Frames are a length (8 bytes, big-endian) and a body.
 In: what to load as JSON, then for each call the function's index (4 bytes), the call's own number
 (16 random bytes) and a pickled Group. Out: JSON only, because the parent must not unpickle what
 foreign code may forge; an answer repeats its call's number, so that no other can be taken for it.
@@ -112,7 +112,7 @@ def main(descriptor: int, parent: int) -> None:
     connection.set_inheritable(False)
     # The death signal is set: only now the imports that take time.
     from cohort.rewards.adapters import load_reward
-    from cohort.rewards.base import RewardLoadError, is_per_completion, judge
+    from cohort.rewards.base import RewardLoadError, is_per_completion, score_group
     from cohort.rewards.results import error_tail, to_json
 
     with contextlib.suppress(EOFError), asyncio.Runner() as runner:
@@ -142,10 +142,10 @@ def main(descriptor: int, parent: int) -> None:
                 failed = f"cannot unpickle the group: {error_tail(error)}"
                 _reply(connection, call | {"failed": failed})
                 continue
-            verdict = judge(function, name, group, runner.run, columns, hello["max_steps"])
+            result = score_group(function, name, group, runner.run, columns, hello["max_steps"])
             # An alarm that the function left behind must not hit the next group.
             signal.setitimer(signal.ITIMER_REAL, 0)
-            _reply(connection, call | to_json(verdict))
+            _reply(connection, call | to_json(result))
 
 
 def bound_memory(limit: int | None) -> None:

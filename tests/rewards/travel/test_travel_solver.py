@@ -9,7 +9,7 @@ import random
 from collections.abc import Iterator
 
 import pytest
-from travel_trips import COST, QUERY, failed, judge
+from travel_trips import COST, QUERY, evaluated, failed
 
 from cohort.rewards.tasks import Demonstrates
 from cohort.rewards.travel.best import best_soft
@@ -61,7 +61,7 @@ def test_the_cheapest_plan_of_the_world_made_by_hand() -> None:
     # Three nights in Alba Lodge, all of Alba's meals and sights (the museum on the Wednesday), and
     # by car to Bern, where the garden is closed on the Thursday.
     assert solution.cost == 120 + 2 * (10 + 12 + 14 + 8 + 0 + 9 + 25 + 11 + 6) < COST
-    assert judge(to_json(solution.plan)).passed
+    assert evaluated(to_json(solution.plan)).passed
 
 
 def all_plans(query: Query) -> Iterator[Plan]:

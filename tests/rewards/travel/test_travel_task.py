@@ -12,11 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from travel_trips import PLAN, QUERY, judge
+from travel_trips import PLAN, QUERY, evaluated
 
 from cohort.actors.records import Completion, Group, Prompt
-from cohort.rewards.base import judge as judge_group
-from cohort.rewards.base import load_function
+from cohort.rewards.base import load_function, score_group
 from cohort.rewards.config import RewardsConfig, TaskConfig
 from cohort.rewards.tasks import Task, TaskError, load_task, sample_rows
 from cohort.rewards.travel import reward
@@ -121,7 +120,7 @@ def test_the_trip_to_japan() -> None:
     assert sentence(query) == JAPAN
     solution = cheapest(query)
     assert solution is not None
-    assert judge(to_json(solution.plan), query).passed
+    assert evaluated(to_json(solution.plan), query).passed
 
 
 def test_a_trip_that_cannot_be() -> None:
@@ -197,7 +196,7 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
 # the reward functions
 
 
-def test_the_reward_of_the_task_judges_a_group_and_logs_its_parts() -> None:
+def test_the_reward_of_the_task_scores_a_group_and_logs_its_parts() -> None:
     task = make_task(level=2)
     row = task.train_row(0)
     solution = cheapest(from_columns(row.columns["query"]))
@@ -209,11 +208,11 @@ def test_the_reward_of_the_task_judges_a_group_and_logs_its_parts() -> None:
     )
     group = Group("g", Prompt("p", (1,), row.content, row.columns), completions)
     [spec] = task.rewards
-    verdict = judge_group(load_function(spec.path), "itinerary", group)
-    assert not verdict.errors
-    assert verdict.values[0] is not None and verdict.values[0] >= 1
-    assert verdict.values[1:] == (0.0, 0.125)
-    parts = verdict.parts
+    result = score_group(load_function(spec.path), "itinerary", group)
+    assert not result.errors
+    assert result.values[0] is not None and result.values[0] >= 1
+    assert result.values[1:] == (0.0, 0.125)
+    parts = result.parts
     assert parts["schema"] == (1.0, 0.0, 1.0)
     assert parts["commonsense"] == parts["hard"] == parts["passed"] == (1.0, 0.0, 0.0)
     assert parts["rule_budget"] == parts["balance"] == (1.0, 0.0, 0.0)
@@ -226,7 +225,7 @@ def test_a_row_without_a_query_does_not_apply() -> None:
     missing, found = reward.itinerary([json.dumps(PLAN)] * 2, columns)
     assert missing is None
     assert found is not None
-    assert found["score"] == judge(PLAN).total
+    assert found["score"] == evaluated(PLAN).total
 
 
 def test_a_broken_query_is_an_error_of_the_data() -> None:
@@ -238,10 +237,10 @@ def test_a_broken_query_is_an_error_of_the_data() -> None:
 
 def test_soft_scores_by_hand() -> None:
     # Three sights of culture in four days, of two kinds; a temple, a temple and a garden.
-    assert judge(PLAN).soft == Soft(0.5 * 3 / 4 + 0.5 * 2 / 4, (1 + 1 / 2) / 2, 1.0)
+    assert evaluated(PLAN).soft == Soft(0.5 * 3 / 4 + 0.5 * 2 / 4, (1 + 1 / 2) / 2, 1.0)
     more = json.loads(json.dumps(PLAN))
     more["days"][1]["sights"].append("Alba Garden")
-    assert judge(more).soft == Soft()
+    assert evaluated(more).soft == Soft()
 
 
 def test_the_published_metrics() -> None:
@@ -249,7 +248,7 @@ def test_the_published_metrics() -> None:
     over["days"][0]["hotel"] = "Alba Grand"
     gap = json.loads(json.dumps(PLAN))
     gap["days"][1]["meals"] = []
-    found = [judge(PLAN), judge(over), judge(gap), judge("nothing")]
+    found = [evaluated(PLAN), evaluated(over), evaluated(gap), evaluated("nothing")]
     assert travelplanner_metrics(found) == {
         "delivery_rate": 3 / 4,
         "commonsense_micro": (9 + 9 + 8 + 0) / 36,
