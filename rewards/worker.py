@@ -19,7 +19,8 @@ from cohort.rewards.base import RewardLoadError, combine, out_of_range
 from cohort.rewards.environment import hide_environment, scrubbed_environment
 from cohort.rewards.environments.scores import environment_scores, turn_rewards
 from cohort.rewards.process import KILL_TIMEOUT_S, Child
-from cohort.rewards.results import RewardResult, error_tail, failed, from_json, merged, reordered
+from cohort.rewards.result_json import from_json
+from cohort.rewards.results import RewardResult, error_tail, failed, merged, reordered
 from cohort.rewards.specs import ENVIRONMENT, RewardSpec
 
 # Loading a function may import torch or read a model.

@@ -24,7 +24,13 @@ from cohort.rewards.travel.world import Sight
 
 @dataclass(frozen=True)
 class BestSoft:
-    """A plan within the budget whose soft mean no plan within the budget exceeds."""
+    """A plan within the budget whose soft mean no plan within the budget exceeds.
+
+    Attributes:
+        plan: The plan.
+        cost: Dollars.
+        soft: Its soft scores.
+    """
 
     plan: Plan
     cost: int
@@ -33,7 +39,15 @@ class BestSoft:
 
 @dataclass(frozen=True)
 class Gain:
-    """What the sights so far add to the soft scores; counts stop where they stop to matter."""
+    """What the sights so far add to the soft scores; counts stop where more would not matter.
+
+    Attributes:
+        culture: Sights of culture.
+        kinds: Of culture, among these.
+        interests: Sights of each interest.
+        fewest: Sights of the emptiest day.
+        most: Sights of the fullest day.
+    """
 
     culture: int
     kinds: frozenset[str]
@@ -43,9 +57,11 @@ class Gain:
 
     @classmethod
     def none(cls, query: Query) -> Gain:
+        """What no day at all adds."""
         return cls(0, frozenset(), (0,) * len(query.interests), query.max_sights, 0)
 
     def plus_day(self, query: Query, sights: tuple[Sight, ...]) -> Gain:
+        """With the sights of another day."""
         kinds = [culture_kinds(sight) for sight in sights]
         counts = tuple(
             sum(matches(sight, interest) for sight in sights) for interest in query.interests
@@ -56,6 +72,7 @@ class Gain:
         return self.plus(query, day)
 
     def plus(self, query: Query, other: Gain) -> Gain:
+        """With what other days add."""
         target = interest_target(query)
         return Gain(
             min(query.days, self.culture + other.culture),
@@ -66,6 +83,7 @@ class Gain:
         )
 
     def soft(self, query: Query) -> Soft:
+        """The soft scores of a plan whose sights add this."""
         spread = max(0, self.most - self.fewest)
         return soft_from_counts(query, self.culture, len(self.kinds), self.interests, spread)
 
@@ -100,10 +118,13 @@ class SoftSearch(Search):
 
 
 def best_soft(query: Query) -> BestSoft | None:
-    """The best soft mean that any plan within the budget reaches, exactly; None where none exists.
+    """The best soft mean that any plan within the budget reaches, exactly.
 
-    Routes are taken by what their stays could add if money did not matter, and the search ends when
-    no route left could beat the best plan found: the result is optimal, not a bound.
+    Routes are searched in the order of what their stays could add if money did not matter, and the
+    search ends when no route left could beat the best plan found: the result is optimal.
+
+    Returns:
+        A plan with this mean; None where no plan is within the budget.
     """
     search = SoftSearch(query)
     candidates: list[tuple[float, Fixed]] = []

@@ -131,7 +131,7 @@ def test_a_stream_chooses_by_pass_rates_and_resumes_with_what_was_seen(staleness
     def choosy(cursor: int, count: int, rates: PassRates) -> SampledPrompts:
         """Prompts whose numbers tell what was known."""
         solved = sum(rate.solved for rate in rates.sources.values())
-        tries = sum(rate.tries for rate in rates.rows.values())
+        tries = sum(rate.scored for rate in rates.rows.values())
         prompts = tuple(
             Prompt(f"0-{tries}.{solved}-{i}", (1,), "p", source="odd" if i % 2 else "even")
             for i in range(cursor, cursor + count)

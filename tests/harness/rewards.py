@@ -8,7 +8,7 @@ from typing import Any
 
 from cohort.rewards.adapters import load_reward
 from cohort.rewards.base import is_per_completion, per_completion, score_group
-from cohort.rewards.results import from_json, to_json
+from cohort.rewards.result_json import from_json, to_json
 from cohort.rewards.specs import RewardSpec
 from cohort.rewards.worker import RewardWorker
 from tests.harness.local_ray import current_actor, current_ray

@@ -199,10 +199,10 @@ def test_an_outcome_counts_what_was_judged() -> None:
 def test_what_a_step_sees_is_what_was_known_so_many_steps_before(delay: int) -> None:
     history = RateHistory(delay)
     for step in range(8):
-        tries = history.before(step).rows.get("r", Rate(0, 0, 0.0)).tries
+        tries = history.before(step).rows.get("r", Rate(0, 0, 0.0)).scored
         assert tries == 4 * max(0, step - delay)
         # A step further ahead, as an overlapped run admits it.
-        ahead = history.before(step + delay).sources.get("s", Rate(0, 0, 0.0)).tries
+        ahead = history.before(step + delay).sources.get("s", Rate(0, 0, 0.0)).scored
         assert ahead == 4 * step
         saved = json.loads(json.dumps(history.as_dict()))
         assert RateHistory.resumed(saved, delay).before(step) == history.before(step)

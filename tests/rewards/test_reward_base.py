@@ -18,7 +18,7 @@ from cohort.rewards.addition import AdditionTask
 from cohort.rewards.base import RewardLoadError, combine, load_function, resolve_path, score_group
 from cohort.rewards.config import RewardsConfig
 from cohort.rewards.loading import BUILT_IN, load_attribute
-from cohort.rewards.results import from_json, to_json
+from cohort.rewards.result_json import from_json, to_json
 from cohort.rewards.specs import reward_specs
 from tests.shown import ROOT
 

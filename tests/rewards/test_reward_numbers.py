@@ -22,7 +22,8 @@ from cohort.learner.config import AlgorithmConfig
 from cohort.learner.credit import group_advantages
 from cohort.rewards.base import combine, out_of_range, score_group
 from cohort.rewards.config import RewardFunctionConfig
-from cohort.rewards.results import MAX_SCORE, from_json, to_json
+from cohort.rewards.result_json import from_json, to_json
+from cohort.rewards.results import MAX_SCORE
 from cohort.rewards.specs import RewardSpec
 from cohort.rewards.worker import RewardWorker
 

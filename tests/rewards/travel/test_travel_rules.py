@@ -27,7 +27,7 @@ def test_the_right_plan_breaks_no_rule_and_every_rule_applies() -> None:
     assert found.passed and found.delivered and found.coverage == 1
     assert {f.rule for f in found.commonsense} == {rule.name for rule in COMMONSENSE}
     assert {f.rule for f in found.hard} == HARD_NAMES
-    assert (found.commonsense_share, found.hard_share) == (1, 1)
+    assert (found.commonsense_fraction, found.hard_fraction) == (1, 1)
     assert found.cost == COST
     assert found.total == 1 + 0.5 * found.soft.mean
 
@@ -83,7 +83,7 @@ def test_hard_rules_are_not_applied_to_a_plan_with_gaps_or_inventions(
 ) -> None:
     found = evaluated(changed(change))
     assert failed(found) - {"transport"} == {rule} | HARD_NAMES
-    assert found.hard_share == 0
+    assert found.hard_fraction == 0
     assert 0.125 < found.total < 0.125 + 0.25
 
 
@@ -195,7 +195,7 @@ def test_a_missing_way_lowers_the_coverage_and_hides_its_price() -> None:
     assert found.cost == COST - 60
     assert found.coverage == 11 / 12
     # All hard rules hold, but the unpaid journey must not earn for staying in the budget.
-    assert found.hard_passed and found.hard_share == 0
+    assert found.hard_passed and found.hard_fraction == 0
 
 
 COVERAGE: list[tuple[Callable[[Days], Any], float]] = [
