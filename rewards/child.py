@@ -3,7 +3,7 @@
 It talks to its reward worker over one socket. Frames are a length (8 bytes, big-endian) and a body.
 In: what to load as JSON, then for each call the function's index (4 bytes), the call's own number
 (16 random bytes) and a pickled Group. Out: JSON only, because the parent must not unpickle what
-foreign code may forge; an answer repeats its call's number, so that no other can be taken for it.
+foreign code may forge; an answer repeats its call's number, so that no other is mistaken for it.
 """
 
 from __future__ import annotations

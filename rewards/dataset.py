@@ -182,14 +182,14 @@ class _Table:
         return np.frombuffer(bytes(self.digest), dtype="S16")
 
 
-def _held_out(rows: _Table, share: float, data: str) -> np.ndarray:
+def _held_out(rows: _Table, fraction: float, data: str) -> np.ndarray:
     """Which rows are for evaluation: those whose prompt has one of the lowest digests."""
     different, ranks = np.unique(rows.digests(), return_inverse=True)
     if len(different) < 2:
         raise TaskError(
             f"{data} has one prompt only: nothing to hold out; add rows or set task.eval_data"
         )
-    return ranks < min(math.ceil(share * len(different)), len(different) - 1)
+    return ranks < min(math.ceil(fraction * len(different)), len(different) - 1)
 
 
 def _leaked(rows: _Table, eval_rows: _Table) -> np.ndarray:

@@ -337,7 +337,7 @@ def _check_neighbours(path: str, file: Path, imports: list[ast.Import | ast.Impo
 
 def _stub(real: Path, stubs: Path | None) -> str:
     """The name of a module that any process with this one's sys.path can import, and that is
-    `real`: a module's file, a package's __init__.py, or a folder taken for a package."""
+    `real`: a module's file, a package's __init__.py, or the folder of a package."""
     folder = stubs or _own_stubs()
     if str(folder) not in sys.path:
         sys.path.append(str(folder))

@@ -32,7 +32,7 @@ class Child:
     """One child process and the socket to it.
 
     Args:
-        hello: What it is told first, see `cohort.rewards.child`.
+        hello: The first frame to it, see `cohort.rewards.child`.
         environment: All of its variables; what it leaves behind is found by its MARKER.
         start_timeout_s: Seconds within which it is ready.
 
@@ -51,7 +51,7 @@ class Child:
         self._marker = environment[MARKER]
         self._socket, theirs = socket.socketpair()
         # What the child prints before it is ready explains why it never was.
-        with theirs, tempfile.TemporaryFile() as words:
+        with theirs, tempfile.TemporaryFile() as printed:
             paths = [entry or os.getcwd() for entry in sys.path]
             # -P and the explicit path: the child imports what this process imports, and the
             # current folder comes last, so that nothing in it shadows a module.
@@ -62,8 +62,8 @@ class Child:
                     *(str(theirs.fileno()), str(os.getpid()), *paths, *here),
                 ],
                 stdin=subprocess.DEVNULL,
-                stdout=words,
-                stderr=words,
+                stdout=printed,
+                stderr=printed,
                 env=dict(environment),
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
@@ -75,8 +75,8 @@ class Child:
                 self.per_completion = _flags(reply, len(hello["functions"]))
             except (EOFError, OSError, ValueError) as error:
                 ending = self.kill()
-                words.seek(max(0, words.seek(0, os.SEEK_END) - 2000))
-                output = words.read().decode(errors="replace").strip()
+                printed.seek(max(0, printed.seek(0, os.SEEK_END) - 2000))
+                output = printed.read().decode(errors="replace").strip()
                 paths_shown = ", ".join(function["path"] for function in hello["functions"])
                 how = ending
                 if isinstance(error, RewardLoadError):

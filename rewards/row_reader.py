@@ -123,7 +123,7 @@ class RowReader:
         self.require_names(key, iter(()))
         if self._continued:
             logger.warning(
-                "%d of %d rows of %s end in the assistant's words, which the model goes on from; "
+                "%d of %d rows of %s end in a message of the assistant, which the model continues; "
                 "task.options.final_assistant=demonstration removes them from the prompt",
                 self._continued,
                 rows,
@@ -154,7 +154,7 @@ class RowReader:
         return "trl"
 
     def _begun(self, prompt: Messages, values: dict[str, object], record: Record) -> Messages:
-        """A prompt that ends in the assistant's words, by task.options.final_assistant."""
+        """A prompt that ends in a message of the assistant, by task.options.final_assistant."""
         how = self._how.final_assistant
         if how == "auto" and self._prompt.rpartition(".")[2] != "prompt":
             raise TaskError(

@@ -133,11 +133,11 @@ class Sandbox:
         stdin: str,
         group: ControlGroup | None,
     ) -> ProgramResult:
-        status, told = os.pipe()
+        status, report_end = os.pipe()
         waits, gate = os.pipe()
-        passed = [told, waits]
+        passed = [report_end, waits]
         wrapped = [str(self._bwrap), *self._namespaces()]
-        wrapped += ["--json-status-fd", str(told), "--block-fd", str(waits)]
+        wrapped += ["--json-status-fd", str(report_end), "--block-fd", str(waits)]
         if (filter_ := refused_calls()) is not None:
             passed.append(in_memory(filter_))
             wrapped += ["--seccomp", str(passed[-1])]

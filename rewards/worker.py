@@ -300,8 +300,8 @@ class RewardWorker:
                 )
                 result, seconds = failed(name, alone, "timeout", message, broke=True), 0.0
             else:
-                share = min(self._timeout_s, max(ALONE_S, left / (n - done)))
-                result, seconds = self._call(index, alone, _pickled(alone), share)
+                seconds_each = min(self._timeout_s, max(ALONE_S, left / (n - done)))
+                result, seconds = self._call(index, alone, _pickled(alone), seconds_each)
             left -= seconds
             results.append(result)
             times.append(seconds)

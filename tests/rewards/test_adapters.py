@@ -220,7 +220,7 @@ partial = functools.partial(open_ended, flag=1)
         "partial",
     ],
 )
-def test_verl_functions_of_every_form_judge_each_completion(tmp_path: Path, name: str) -> None:
+def test_verl_functions_of_every_form_score_each_completion(tmp_path: Path, name: str) -> None:
     file = tmp_path / "conventions.py"
     file.write_text(CONVENTIONS)
     function = load_reward(f"{file}:{name}", "verl", {})

@@ -1,4 +1,4 @@
-"""What a completion only thinks does not earn, whichever function judges it."""
+"""What a completion only thinks does not earn, whichever function scores it."""
 
 from __future__ import annotations
 

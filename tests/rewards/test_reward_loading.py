@@ -151,19 +151,19 @@ def run(method, texts):
         return list(pool.map(one, texts))
 
 def spawn(completions):
-    return judged(run("spawn", completions))
+    return scored(run("spawn", completions))
 
 def forkserver(completions):
-    return judged(run("forkserver", completions))
+    return scored(run("forkserver", completions))
 
 def fork(completions):
-    return judged(run("fork", completions))
+    return scored(run("fork", completions))
 
 def pool(completions):
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return judged(pool.map(one, completions))
+        return scored(pool.map(one, completions))
 
-def judged(found):
+def scored(found):
     assert os.getpid() not in {pid for _, pid, _ in found}
     assert {file for _, _, file in found} == {__file__}
     return [score for score, _, _ in found]
@@ -252,7 +252,7 @@ def test_arguments_by_place(tmp_path: Path) -> None:
     assert values(f"{tmp_path}/kinds.py:by_place", answer=10, other=1) == (11.0, 12.0)
 
 
-def test_what_does_not_say_its_arguments_is_refused(tmp_path: Path) -> None:
+def test_a_function_without_a_signature_is_refused(tmp_path: Path) -> None:
     write(tmp_path, kinds=KINDS)
     with pytest.raises(RewardLoadError, match="does not say which arguments it takes"):
         load_function(f"{tmp_path}/kinds.py:constant")

@@ -325,7 +325,7 @@ def test_a_group_that_hangs_throughout_ends_in_bound(make_worker: MakeWorker) ->
     assert longest_score_s(1, 1, 2) > 7
 
 
-def test_many_hanging_samples_end_in_bound_with_every_worker_alive() -> None:
+def test_many_hanging_completions_end_in_bound_with_every_worker_alive() -> None:
     """Ten groups of one on two workers; tests/system has 100 on four, on Ray."""
     waiting = [make_group("hang") for _ in range(10)]
     spec, found, alive = RewardSpec("hang", f"{HOSTILE}:hang"), [], []

@@ -79,14 +79,14 @@ def test_a_world_larger_than_its_names() -> None:
 def test_all_that_is_asked_and_offered_is_in_the_prompt(level: int) -> None:
     for index in range(40):
         query = make_query(9, level, "train", index)
-        said, text = sentence(query), prompt_text(query)
-        assert f"${query.budget:,}" in said
-        assert f"{query.days} day" in said or f"{query.days}-day" in said
-        assert all(INTERESTS[interest] in said for interest in query.interests)
-        assert all(city in said for city in query.cities)
+        sent, text = sentence(query), prompt_text(query)
+        assert f"${query.budget:,}" in sent
+        assert f"{query.days} day" in sent or f"{query.days}-day" in sent
+        assert all(INTERESTS[interest] in sent for interest in query.interests)
+        assert all(city in sent for city in query.cities)
         wishes = [query.start, query.room, query.house_rule, *query.cuisines, query.avoid]
-        assert all(wish in said for wish in wishes if wish is not None)
-        assert query.party == 1 or f"{query.party} people" in said or f"{query.party} of us" in said
+        assert all(wish in sent for wish in wishes if wish is not None)
+        assert query.party == 1 or f"{query.party} people" in sent or f"{query.party} of us" in sent
         for city in query.country.cities:
             hotels = city.hotels if query.days > 1 else ()
             for item in (*hotels, *city.restaurants, *city.sights):
@@ -123,7 +123,7 @@ def test_the_trip_to_japan() -> None:
     assert evaluated(to_json(solution.plan), query).passed
 
 
-def test_a_trip_that_cannot_be() -> None:
+def test_an_impossible_trip() -> None:
     with pytest.raises(QueryError, match="country 'Mars'"):
         trip("Mars", (), 2, 100)
     with pytest.raises(QueryError, match="'Rome' is not in Japan"):
@@ -169,7 +169,7 @@ def test_no_training_query_of_any_seed_is_held_out_under_another() -> None:
             assert split_of(from_columns(task.eval_row(index).columns["query"])) == "eval"
 
 
-def test_another_wording_does_not_change_the_side_of_a_query() -> None:
+def test_another_wording_does_not_change_the_split_of_a_query() -> None:
     for index in range(20):
         query = make_query(0, 1, "eval", index)
         for wording in range(4):
