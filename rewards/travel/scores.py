@@ -183,34 +183,27 @@ def interest_target(query: Query) -> int:
 
 
 def soft_scores(query: Query, days: Sequence[Sequence[Sight]]) -> Soft:
-    """The soft scores of the sights of each day, without any gate."""
+    """The soft scores of a plan that breaks no rule.
+
+    Culture: one half is full at one sight of culture a day, the other at one new kind of it a day.
+    Interests: the mean over the interests, each full at `interest_target`. Balance is full where
+    all days have as many sights.
+
+    Args:
+        query: The customer's.
+        days: The sights of each day.
+    """
     sights = [sight for day in days for sight in day]
     kinds = frozenset[str]().union(*(culture_kinds(sight) for sight in sights))
     counts = [sum(matches(sight, interest) for sight in sights) for interest in query.interests]
     per_day = [len(day) for day in days]
     culture = sum(bool(culture_kinds(sight)) for sight in sights)
-    return soft_from_counts(query, culture, len(kinds), counts, max(per_day) - min(per_day))
-
-
-def soft_from_counts(
-    query: Query, culture: int, kinds: int, interests: Sequence[int], spread: int
-) -> Soft:
-    """The soft scores of a plan that breaks no rule.
-
-    Args:
-        query: The customer's.
-        culture: Sights of culture: one half of its score, full at one a day.
-        kinds: Of culture: the other half, full at one new kind a day.
-        interests: Sights of each interest; the score is the mean over the interests, full at
-            `interest_target`.
-        spread: Sights of the fullest day less those of the emptiest; balance is full at 0.
-    """
     target = interest_target(query)
     return Soft(
         0.5 * min(1.0, culture / query.days)
-        + 0.5 * min(1.0, kinds / min(query.days, len(CULTURE))),
-        sum(min(1.0, count / target) for count in interests) / len(query.interests),
-        1 - spread / query.max_sights,
+        + 0.5 * min(1.0, len(kinds) / min(query.days, len(CULTURE))),
+        sum(min(1.0, count / target) for count in counts) / len(query.interests),
+        1 - (max(per_day) - min(per_day)) / query.max_sights,
     )
 
 
