@@ -2,8 +2,8 @@
 
 Covered are every config key; of a dataset all rows in their order, of other tasks their sizes and
 rows spread over both splits; of a model folder the small files whole, and of weight files the size,
-both ends and blocks spread over them; of a user's own tasks, environments and reward functions the file
-that the config names, not what it imports.
+both ends and blocks spread over them; of a user's own tasks, environments and reward functions the
+file that the config names, not what it imports.
 """
 
 from __future__ import annotations

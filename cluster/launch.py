@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Collection, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from cohort.actors.engine import EngineSpec
 from cohort.actors.pool import RolloutPool
@@ -37,8 +37,9 @@ from cohort.learner.learner import Learner
 from cohort.learner.spec import LearnerSpec
 from cohort.rewards.environments.handle import EnvironmentHandle, EnvironmentPool
 from cohort.rewards.environments.worker import EnvironmentWorker
+from cohort.rewards.handle import RewardHandle
 from cohort.rewards.pool import RewardPool
-from cohort.rewards.worker import RewardWorker, longest_score_s, watched_actor_class
+from cohort.rewards.worker import RewardWorker, longest_score_s, watched_worker_class
 
 if TYPE_CHECKING:
     from ray.actor import ActorProxy
@@ -255,27 +256,28 @@ def make_pool(
 
 
 def make_rewards(prepared: Prepared, placement: Placement, console: Console) -> RewardPool:
-    """The reward actors; Ray starts one again when it dies, for it holds no state."""
+    """The reward workers; Ray starts one again when it dies, for it holds no state."""
     config = prepared.config.rewards
-    actor_class = watched_actor_class(RewardWorker)
+    worker_class = watched_worker_class(RewardWorker)
 
-    def make_actor() -> Any:
-        return actor_class.options(max_restarts=-1, **placement.reward).remote(
+    def make_worker() -> RewardHandle:
+        actor = worker_class.options(max_restarts=-1, **placement.reward).remote(
             prepared.rewards,
             config.timeout_s,
             memory_bytes=config.memory_bytes,
             max_steps=prepared.config.run.steps,
         )
+        return RewardHandle(actor)
 
     group_size = prepared.config.task.group_size
     bound = longest_score_s(config.timeout_s, len(prepared.rewards), group_size)
     return RewardPool(
-        [make_actor() for _ in range(config.workers)],
+        [make_worker() for _ in range(config.workers)],
         timeout_s=bound + 30,
         timeout_key=f"rewards.timeout_s={config.timeout_s:g}",
-        pings_while_judging=True,
+        pings_while_scoring=True,
         streams=any(spec.whole_group is False for spec in prepared.rewards),
-        make_actor=make_actor,
+        make_worker=make_worker,
         notify=console.note,
     )
 

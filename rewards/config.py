@@ -87,18 +87,18 @@ class RewardFunctionConfig(BaseModel):
     )
     whole_group: bool | None = Field(
         None,
-        description="false: each completion is judged by itself, so it is called as completions "
+        description="false: it scores each completion by itself, and is called as completions "
         "come. true: it compares completions, and is never called with part of a group. Empty: as "
         "the function says (per_completion), and with the whole group where it says nothing.",
     )
 
 
 class RewardsConfig(BaseModel):
-    """Reward actors, and the functions they run."""
+    """Reward workers, and the functions that they run."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    workers: int = Field(1, ge=1, description="Reward actors; each judges in a child process.")
+    workers: int = Field(1, ge=1, description="Reward workers, each with a child process.")
     functions: list[RewardFunctionConfig | str] | None = Field(
         None,
         description="Reward functions: built-in ones by name, others by path. Empty: the task's.",
@@ -108,7 +108,7 @@ class RewardsConfig(BaseModel):
         gt=0,
         allow_inf_nan=False,
         description="Deadline for one call of a function; then its child is killed, and the call's "
-        "completions are judged one by one, in as much time again.",
+        "completions are scored one by one, in as much time again.",
     )
     memory_gb: float | None = Field(
         4,
@@ -117,7 +117,10 @@ class RewardsConfig(BaseModel):
         description="Memory (GiB) that a reward child may use; null: no bound.",
     )
     max_error_rate: float = Field(
-        0.1, ge=0, le=1, description="Share of failed scores in a step above which the run stops."
+        0.1,
+        ge=0,
+        le=1,
+        description="Fraction of a step's scores that may fail without ending the run.",
     )
 
     @property

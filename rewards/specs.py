@@ -20,9 +20,12 @@ TOTAL_METRICS = frozenset({"mean", "std", "zero_variance_fraction", "error_rate"
 
 @dataclass(frozen=True)
 class RewardSpec:
-    """A reward function: a unique name for metrics, where to load it, its factor in the total.
+    """A reward function of a run; attributes that are not listed are as in RewardFunctionConfig.
 
-    The rest is as in RewardFunctionConfig.
+    Attributes:
+        name: Unique, for metrics.
+        path: Where to load it.
+        weight: Its factor in the total.
     """
 
     name: str
@@ -41,10 +44,16 @@ def reward_specs(
 ) -> list[RewardSpec]:
     """The functions that score this run: the config's, else the task's own.
 
-    Names are the last part of the paths, numbered where they repeat. Relative files are made
-    absolute from `base` (default: the current folder). environment: there
-    is one, whose rewards may be all. Raises TaskError when there is no function, or none that
-    counts.
+    Names are the last part of the paths, numbered where they repeat.
+
+    Args:
+        task: Of the run.
+        config: The section `rewards`.
+        base: Where relative files are looked for; by default the current folder.
+        environment: The task has an environment, whose rewards may be all there are.
+
+    Raises:
+        TaskError: There is no function, or none with a weight other than 0.
     """
     chosen = task.rewards if config.functions is None else config.functions
     if not chosen and environment:

@@ -203,8 +203,8 @@ def source_metrics(batch: Batch) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for source in sorted({item.source for item in batch.outcomes if item.source is not None}):
         found = [item for item in batch.outcomes if item.source == source]
-        weighed = [(item.tries, item.reward) for item in found if item.reward is not None]
-        tries = sum(item.tries for item in found)
+        weighed = [(item.scored, item.reward) for item in found if item.reward is not None]
+        tries = sum(item.scored for item in found)
         metrics[f"source/{source}/groups"] = len(found)
         if tries:
             metrics[f"source/{source}/reward"] = sum(n * reward for n, reward in weighed) / tries

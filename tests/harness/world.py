@@ -14,7 +14,7 @@ ones, and so are RolloutActor (its gate, versions, refusals), Engine and RewardW
 - vLLM (`engine.py`): prefix cache, pausing, weight updates and seeded sampling of a policy that
   fits into two numpy vectors (`policy.py`);
 - DeepSpeed (`learner.py`): ranks that hold these vectors and an optimizer with momentum;
-- the reward actor's child process (`rewards.py`);
+- the reward worker's child process (`rewards.py`);
 - time (`clock.py`): a loop that jumps to the next timer. `time.monotonic` follows it.
 
 A run writes its folder as a real one does, so `train` again with `run__resume=True` continues it.

@@ -522,34 +522,34 @@ MUTANTS = (
             "tests/rewards/test_bounded.py::test_waiting_for_a_core_on_a_busy_machine_is_not_too_much",
         ),
     ),
-    # Reward actors.
+    # Reward workers.
     Mutant(
         "rewards/pool.py",
         "        for _ in range(MAX_ATTEMPTS):\n            worker = await self._idle_worker()",
         "        for _ in range(1):\n            worker = await self._idle_worker()",
-        "a reward call whose actor died is made again",
+        "a reward call whose worker died is made again",
         (f"{CHAOS}::test_a_reward_call_that_dies_is_made_again",),
     ),
     Mutant(
         "rewards/pool.py",
-        "        worker.restarts = 0\n        await self._take_back(worker)\n",
+        "        worker.restarts = 0\n        await self._make_idle(worker)\n",
         "        worker.restarts = 0\n",
-        "a reward actor is idle again after a call",
+        "a reward worker is idle again after a call",
         (f"{CHAOS}::test_one_reward_worker_serves_every_call",),
     ),
     Mutant(
         "rewards/pool.py",
         "            elif time.monotonic() - heard > self._frozen_s:\n",
         "            elif False:\n",
-        "a frozen reward actor is found by its silence",
-        (f"{REWARD_POOL}::test_a_frozen_actor_is_replaced_by_its_silence",),
+        "a frozen reward worker is found by its silence",
+        (f"{REWARD_POOL}::test_a_frozen_worker_is_replaced",),
     ),
     Mutant(
         "rewards/pool.py",
-        "            call[1].add_done_callback(lambda _: self._no_longer_waiting(name, parts))\n",
+        "            call.add_done_callback(lambda _: self._closed(name, parts))\n",
         "",
-        "judging that is cancelled leaves nothing",
-        (f"{REWARD_POOL}::test_judging_that_is_cancelled_leaves_nothing",),
+        "scoring that is cancelled leaves nothing",
+        (f"{REWARD_POOL}::test_scoring_that_is_cancelled_leaves_nothing",),
     ),
     Mutant(
         "rewards/worker.py",

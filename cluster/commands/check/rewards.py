@@ -127,8 +127,8 @@ class Scorers:
             alone: list[float | None] = []
             for completion in group.completions:
                 part = replace(group, completions=(completion,))
-                _, said = self._workers[spec.name].judge(part)
-                alone.extend(said.results[spec.name][0].values if said else ())
+                _, found_alone = self._workers[spec.name].score_part(part)
+                alone.extend(found_alone.results[spec.name][0].values if found_alone else ())
             if tuple(alone) != scored.scores.by_function[spec.name]:
                 found.append(spec.name)
         return found
