@@ -33,6 +33,7 @@ FOLDERS = "tests/cluster/test_model_folder.py"
 RAY_START = "tests/cluster/test_ray_start.py"
 LOST = "tests/harness/test_lost_groups.py"
 VALUES = "tests/cluster/test_values.py"
+ENVIRONMENTS = "tests/rewards/test_environments.py"
 
 MUTANTS = (
     Mutant(
@@ -699,5 +700,47 @@ MUTANTS = (
         "moved = True",
         "an engine that stands still is noticed",
         (f"{RECOVERY}::test_one_that_stands_still_is_replaced_soon",),
+    ),
+    Mutant(
+        "actors/play.py",
+        "        made, turns = [], []\n",
+        "        pass\n",
+        "nothing of an episode that failed is trained",
+        (f"{ENVIRONMENTS}::test_an_environment_that_fails_costs_its_own_episode",),
+    ),
+    Mutant(
+        "actors/play.py",
+        'alone = not name.endswith("/0")',
+        "alone = False",
+        "an environment that ends its process does not take others with it twice",
+        (f"{ENVIRONMENTS}::test_an_environment_that_fails_costs_its_own_episode",),
+    ),
+    Mutant(
+        "rewards/environments/scores.py",
+        "rewards.append(None if end is None or end.failure is not None else end.reward)",
+        "rewards.append(None if end is None else end.reward or 0.0)",
+        "an episode that failed has no reward, not 0",
+        (f"{ENVIRONMENTS}::test_an_environment_that_fails_costs_its_own_episode",),
+    ),
+    Mutant(
+        "rewards/environments/episode.py",
+        'text = text.replace(token, f"{token[0]} {token[1:]}")',
+        "pass",
+        "a tool cannot speak as the model",
+        (f"{ENVIRONMENTS}::test_control_tokens_in_a_message_are_text",),
+    ),
+    Mutant(
+        "rewards/environments/episode.py",
+        "if turn + 1 >= self._limits.max_turns:",
+        "if turn > self._limits.max_turns:",
+        "an episode has no more turns than the config allows",
+        (f"{ENVIRONMENTS}::test_an_episode_ends_at_a_limit_with_what_it_has_earned",),
+    ),
+    Mutant(
+        "rewards/environments/host.py",
+        "    if not math.isfinite(found):\n",
+        "    if False:\n",
+        "a reward that is not finite fails its episode",
+        (f"{ENVIRONMENTS}::test_an_environment_that_fails_costs_its_own_episode",),
     ),
 )
