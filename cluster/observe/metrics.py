@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import pstdev
 
+from cohort.actors.records import GroupMeta
 from cohort.cluster.observe.metrics_file import MetricRow
 from cohort.cluster.observe.stats import mean, quantile
 from cohort.cluster.stream import Batch
@@ -187,7 +189,7 @@ def step_metrics(
         "samples/failed": counters.failed,
         "actors/restarts": restarts,
     }
-    metrics |= source_metrics(batch) | episode_metrics(batch)
+    metrics |= source_metrics(batch) | episode_metrics([group.meta for group in batch.groups])
     for name in dict.fromkeys(name for g in batch.groups for name in g.scores.by_function):
         metrics[f"reward/{name}"] = mean(
             value for group in batch.groups for value in group.scores.by_function.get(name, ())
@@ -212,13 +214,13 @@ def source_metrics(batch: Batch) -> dict[str, float]:
     return metrics
 
 
-def episode_metrics(batch: Batch) -> dict[str, float]:
+def episode_metrics(metas: Sequence[GroupMeta]) -> dict[str, float]:
     """Turns, tool calls, and why episodes ended; empty where there is no environment.
 
-    Means are over the episodes of the step that did not fail. `episodes/stop/REASON` are fractions
+    Means are over the episodes that did not fail. `episodes/stop/REASON` are fractions
     of all episodes, `episodes/failed/KIND/STAGE` counts.
     """
-    episodes = [episode for group in batch.groups for episode in group.meta.episodes]
+    episodes = [episode for meta in metas for episode in meta.episodes]
     if not episodes:
         return {}
     well = [episode for episode in episodes if episode.failure is None]
