@@ -70,13 +70,8 @@ def lay_out(turns: tuple[TurnShape, ...], prompt: int) -> Layout:
     for index, turn in enumerate(turns):
         _check(turns, index, prompt)
         parent = None if turn.parent is None else places[turn.parent]
-        # Extends its parent, and nothing else has yet.
-        follows = (
-            parent is not None
-            and turn.kept == joins[parent.branch].kept + branches[parent.branch]
-            and turn.kept == turns[parent.turn].end
-        )
-        if parent is not None and follows:
+        # The end of a branch is its last turn's: what continues all of it extends that turn.
+        if parent is not None and turn.kept == joins[parent.branch].kept + branches[parent.branch]:
             places.append(Place(index, parent.branch, branches[parent.branch]))
         else:
             places.append(Place(index, len(branches), 0))

@@ -236,15 +236,8 @@ MUTANTS = (
     # Episodes.
     Mutant(
         "learner/episodes.py",
-        "            and turn.kept == turns[parent.turn].end\n",
-        "",
-        "turns whose tokens nothing else continues share a branch",
-        (f"{EPISODES}::test_every_sampled_token_is_scored_and_trained_as_in_its_own_sequence",),
-    ),
-    Mutant(
-        "learner/episodes.py",
-        "            parent is not None\n            and turn.kept == joins",
-        "            False and parent is not None\n            and turn.kept == joins",
+        "        if parent is not None and turn.kept == joins",
+        "        if False and parent is not None and turn.kept == joins",
         "turns that extend each other are one branch",
         (f"{EPISODES}::test_turns_that_extend_each_other_are_one_branch",),
     ),
