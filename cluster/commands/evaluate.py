@@ -50,8 +50,7 @@ class Evaluation:
         sampled_reward: Mean reward of sampled completions.
         pass_at: k -> unbiased estimate of pass@k.
         failed_scores: Scores that failed, which count as unsolved.
-        task_greedy: The task's own metrics of greedy completions, and those of episodes; empty for a
-            task without any.
+        task_greedy: The task's own metrics of greedy completions, and those of episodes.
         task_sampled: The same of sampled completions.
     """
 
