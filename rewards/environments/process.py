@@ -16,6 +16,7 @@ import tempfile
 import uuid
 from collections.abc import Mapping
 from itertools import count
+from pathlib import Path
 from typing import IO, Any
 
 from cohort.actors.process import MARKER, end_tree, start_watcher
@@ -80,7 +81,9 @@ class HostProcess:
         """
         # Its own mark: what ends it must not end the others of this worker.
         marker = uuid.uuid4().hex
-        watcher = start_watcher(marker)
+        # Removed by the watcher, whoever ends first.
+        stubs = tempfile.mkdtemp(prefix="cohort-modules-")
+        watcher = start_watcher(marker, Path(stubs))
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         with theirs, tempfile.TemporaryFile() as words:
@@ -103,7 +106,7 @@ class HostProcess:
             theirs.close()
             streams = await asyncio.open_connection(sock=ours)
             self = cls(process, marker, watcher, *streams)
-            self._send(json.dumps(hello).encode())
+            self._send(json.dumps({**hello, "stubs": stubs}).encode())
             try:
                 async with asyncio.timeout(start_timeout_s):
                     reply = json.loads(await self._frame())

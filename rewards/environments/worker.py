@@ -11,7 +11,6 @@ import asyncio
 import logging
 import os
 import platform
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -73,8 +72,6 @@ class EnvironmentWorker:
 
     def __init__(self, spec: EnvironmentSpec) -> None:
         self._spec = spec
-        # Removed with this object.
-        self._stubs = tempfile.TemporaryDirectory(prefix="cohort-modules-")
         self._process: HostProcess | None = None
         self._starting = asyncio.Lock()
         self._few = asyncio.Semaphore(AT_ONCE)
@@ -188,7 +185,6 @@ class EnvironmentWorker:
         hello = {
             "path": self._spec.path,
             "options": dict(self._spec.options),
-            "stubs": self._stubs.name,
             "memory_bytes": self._spec.memory_bytes,
             "message_chars": self._spec.message_chars,
         }
