@@ -200,6 +200,7 @@ def table(results: list[dict[str, Any]]) -> str:
     ]
     for r in results:
         tree, rows = r["tokens"]["tree"], r["tokens"]["rows"]
+        difference = r["gradient_difference_over_norm"]
         middle = {n: statistics.median(r["seconds"][n]) for n in r["seconds"]}
         timed = [
             f"{middle[n]:.2f} ({min(r['seconds'][n]):.2f}-{max(r['seconds'][n]):.2f})"
@@ -208,7 +209,7 @@ def table(results: list[dict[str, Any]]) -> str:
         lines.append(
             f"| {r['case']} | {r['layers']} | {r['sampled_tokens']} | {tree} | {rows} "
             f"| {rows / tree:.2f} x | {timed[0]} | {timed[1]} "
-            f"| {middle['rows'] / middle['tree']:.2f} x | {r['gradient_difference_over_norm']:.1e} |"
+            f"| {middle['rows'] / middle['tree']:.2f} x | {difference:.1e} |"
         )
     return "\n".join(lines) + "\n"
 
