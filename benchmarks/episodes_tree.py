@@ -176,6 +176,7 @@ def measure(case: str, options: argparse.Namespace) -> dict[str, Any]:
             seconds[name].append(one_pass(policy, batches, group)[0])
     return {
         "case": case,
+        "layers": options.layers,
         "turns": [list(vars(turn).values()) for turn in shapes(case)],
         "sampled_tokens": sum(meta.completion_tokens),
         "tokens": {n: sum(r.length for b in plans[n] for r in b.rows) for n in plans},
@@ -193,21 +194,22 @@ def measure(case: str, options: argparse.Namespace) -> dict[str, Any]:
 def table(results: list[dict[str, Any]]) -> str:
     """One line a case."""
     lines = [
-        "| history | sampled | tokens: tree | rows | fewer | s, tree: median (range) | s, rows "
-        "| faster | gradient difference / norm |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| history | layers | sampled | tokens: tree | rows | fewer | s, tree: median (range) "
+        "| s, rows | faster | gradient difference / norm |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in results:
         tree, rows = r["tokens"]["tree"], r["tokens"]["rows"]
+        difference = r["gradient_difference_over_norm"]
         middle = {n: statistics.median(r["seconds"][n]) for n in r["seconds"]}
         timed = [
             f"{middle[n]:.2f} ({min(r['seconds'][n]):.2f}-{max(r['seconds'][n]):.2f})"
             for n in ("tree", "rows")
         ]
         lines.append(
-            f"| {r['case']} | {r['sampled_tokens']} | {tree} | {rows} | {rows / tree:.2f} x "
-            f"| {timed[0]} | {timed[1]} | {middle['rows'] / middle['tree']:.2f} x "
-            f"| {r['gradient_difference_over_norm']:.1e} |"
+            f"| {r['case']} | {r['layers']} | {r['sampled_tokens']} | {tree} | {rows} "
+            f"| {rows / tree:.2f} x | {timed[0]} | {timed[1]} "
+            f"| {middle['rows'] / middle['tree']:.2f} x | {difference:.1e} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -216,6 +218,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--episodes", type=int, default=1)
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--micro-batch-tokens", type=int, default=2304)
@@ -234,7 +237,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     given = {name: value for name, value in vars(options).items() if name != "out"}
     results: list[dict[str, Any]] = []
-    for case in CASES:
+    for case in options.cases:
         results.append(measure(case, options))
         save(options.out, table(results), options=given, results=results)
 
