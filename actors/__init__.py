@@ -5,8 +5,7 @@ In the order in which data passes through them:
 - `records`: prompts, completions, groups, scored groups, failures. Everything else speaks of these.
 - `pool`, `dispatch`: groups that are asked for, sent to the actor with the most room; lost ones are
   generated again, dead actors replaced.
-- `slot`, `handle`, `watch`: one actor as the pool sees it, with typed calls, and whether it still
-  makes progress.
+- `slot`, `handle`: one actor as the pool sees it, whether it still makes progress, and typed calls.
 - `rollout`, `engine`: the Ray actor, and the only file that imports vLLM.
 - `sampling`, `float8`: what is put into vLLM on CPUs.
 - `text`: from token ids to the text that rewards read.

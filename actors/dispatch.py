@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
-from cohort.actors.records import Group, Request
+from cohort.actors.records import Failure, Group, GroupMeta, Request
 from cohort.actors.slot import RolloutError, Slot
 
 if TYPE_CHECKING:
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 # (group id, attempt, reference to a group of one): a completion that is there before its group is.
 Arrived: TypeAlias = "Callable[[str, int, ObjectRef[Group]], None]"
+# A group's sizes and the reference to it, or why it was not generated and None.
+Outcome: TypeAlias = "tuple[GroupMeta | Failure, ObjectRef[Group] | None]"
 
 
 @dataclass

@@ -14,13 +14,15 @@ from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from cohort.actors.config import ActorsConfig
 from cohort.actors.process import KEEP_HEAP
-from cohort.actors.proof import Feed, Proof, ServedFeed, ServedLayout, file_digests
-from cohort.actors.records import FinishReason, SamplingSpec
+from cohort.actors.proof import Held, Proof, ServedLayout, file_digests
+from cohort.actors.records import SamplingSpec
+from cohort.actors.turns import FinishReason
 
 if TYPE_CHECKING:
     from vllm import CompletionOutput, RequestOutput, SamplingParams
@@ -45,12 +47,7 @@ class EngineSpec:
     dtype: str
     device: str
     max_length: int
-    max_concurrent: int
-    kv_cache_gib: float
-    gpu_memory: float
-    tensor_parallel: int
-    compile: bool
-    quantization: Literal["none", "fp8"]
+    actors: ActorsConfig
     seed: int
     cores: tuple[int, ...] = ()
 
@@ -93,7 +90,7 @@ class Engine:
         self._stop_ids = stop_ids
         self.progress = 0
         self._proof: Proof | None = None
-        self._reading: tuple[str, asyncio.Future[dict[str, int]]] | None = None
+        self._published: asyncio.Future[dict[str, int]] | None = None
         self._count_tokens()
         self._death = asyncio.ensure_future(self._watch())
 
@@ -107,8 +104,9 @@ class Engine:
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
         os.environ["VLLM_NO_USAGE_STATS"] = "1"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        actors = spec.actors
         options: dict[str, object] = {}
-        if spec.device == "cpu" and not spec.compile:
+        if spec.device == "cpu" and not actors.compile:
             # vLLM compiles a small sampling function even in eager mode: seconds at the first
             # tokens of every engine, for microseconds afterwards.
             os.environ["TORCHDYNAMO_DISABLE"] = "1"
@@ -119,7 +117,7 @@ class Engine:
             # it OpenMP's variables. The engine's has them from here: a third less time to start.
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
             options = {
-                "kv_cache_memory_bytes": int(spec.kv_cache_gib * GIB),
+                "kv_cache_memory_bytes": int(actors.kv_cache_gib * GIB),
                 "block_size": CPU_BLOCK_TOKENS,
                 # A prompt cut into chunks rewinds its seeded generator, which torch's CPU
                 # generator cannot do: vLLM's engine would die. So prompts are never cut.
@@ -127,8 +125,8 @@ class Engine:
                 "max_num_batched_tokens": max(spec.max_length, CPU_BATCH_TOKENS),
             }
         else:
-            options = {"gpu_memory_utilization": spec.gpu_memory}
-        if spec.quantization == "fp8":
+            options = {"gpu_memory_utilization": actors.gpu_memory}
+        if actors.quantization == "fp8":
             options["quantization"] = "fp8_per_tensor"
             if spec.device == "cpu":
                 from cohort.actors import float8
@@ -145,9 +143,9 @@ class Engine:
             model=spec.model_path,
             dtype=spec.dtype,
             max_model_len=spec.max_length,
-            max_num_seqs=spec.max_concurrent,
-            tensor_parallel_size=spec.tensor_parallel,
-            enforce_eager=not spec.compile,
+            max_num_seqs=actors.max_concurrent,
+            tensor_parallel_size=actors.tensor_parallel,
+            enforce_eager=not actors.compile,
             seed=spec.seed % 2**31,
             generation_config="vllm",
             logprobs_mode="processed_logprobs",
@@ -171,7 +169,7 @@ class Engine:
         return cls(llm, spec, stop_ids)
 
     async def _answer(self, call: Awaitable[T]) -> T:
-        """What vLLM answers. Its own calls to an engine that dies meanwhile wait for ever.
+        """What vLLM answers. Its own calls hang when the engine dies meanwhile.
 
         Raises EngineError soon after the engine's process has died.
         """
@@ -285,9 +283,11 @@ class Engine:
         """
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        if self._reading is not None:
-            self._reading[1].cancel()
-        self._reading = (path, asyncio.ensure_future(self._read(path)))
+        if self._published is not None:
+            self._published.cancel()
+        # The file's digests are computed while the engine loads it.
+        turned = self._proof.transposed if self._proof is not None else ()
+        self._published = asyncio.ensure_future(asyncio.to_thread(file_digests, path, turned))
         async with self.paused():
             update = WeightTransferUpdateRequest(
                 update_info={"path": path, "names": names, "fingerprint": digest}
@@ -299,7 +299,7 @@ class Engine:
                 raise EngineError("vLLM could not reset its prefix cache after the weight update")
 
     async def prove(self, path: str, version: int) -> None:
-        """Raise WeightsNotServed unless the engine serves this version of the weights.
+        """Raise WeightsNotServed unless the engine serves this version, which it loaded last.
 
         What the engine's layers compute with is read back and compared with the file.
         """
@@ -308,14 +308,15 @@ class Engine:
             raise WeightsNotServed(
                 f"the engine says that it serves weights {held}, it was told to load {version}"
             )
-        published = await self._published(path)
-        workers = [_numbers(one) for one in await self._call("served_weights")]
+        assert self._published is not None, "the update comes first"
+        published = await self._published
+        workers: list[Held] = await self._call("served_weights")
         if self._proof is None:
             layouts: list[ServedLayout] = await self._call("served_layout")
             if not layouts[0]["layers"]:
                 raise WeightsNotServed(f"the engine has loaded nothing of weights {version}")
             self._proof = Proof(
-                [_feeds(one["layers"]) for one in layouts], workers, published, layouts[0]["tied"]
+                [one["layers"] for one in layouts], workers, published, layouts[0]["tied"]
             )
             if self._proof.transposed:
                 published = await asyncio.to_thread(file_digests, path, self._proof.transposed)
@@ -329,17 +330,6 @@ class Engine:
         """What every worker of the engine answers; see `shared_memory.WorkerExtension`."""
         answers: list[Any] = await self._answer(self._llm.collective_rpc(method))
         return answers
-
-    async def _published(self, path: str) -> dict[str, int]:
-        """The file's digests, which are computed while the engine loads it."""
-        begun, self._reading = self._reading, None
-        if begun is not None and begun[0] == path:
-            return await begun[1]
-        return await self._read(path)
-
-    async def _read(self, path: str) -> dict[str, int]:
-        turned = self._proof.transposed if self._proof is not None else ()
-        return await asyncio.to_thread(file_digests, path, turned)
 
     async def score(self, token_ids: list[int], request_id: str) -> list[float]:
         """Log-probabilities of tokens 1..n-1 of a sequence at temperature 1, under the weights.
@@ -357,17 +347,6 @@ class Engine:
         output = await self._answer(_finished(queue))
         scored = output.prompt_logprobs[1:]
         return [entry[token].logprob for entry, token in zip(scored, token_ids[1:], strict=True)]
-
-
-def _numbers(worker: dict[str, str]) -> dict[str, int | None]:
-    return {layer: int(value) if value else None for layer, value in worker.items()}
-
-
-def _feeds(layers: dict[str, list[ServedFeed]]) -> dict[str, list[Feed]]:
-    return {
-        layer: [Feed(one["name"], one["transposed"], int(one["digest"])) for one in fed]
-        for layer, fed in layers.items()
-    }
 
 
 async def _finished(queue: RequestOutputCollector) -> RequestOutput:

@@ -1,4 +1,4 @@
-"""Whose fault an error is that crossed a process boundary: the one place where it is decided.
+"""The one place where errors that crossed a process boundary are classified by their cause.
 
 Every `await` of a Ray reference may raise. What it raises is sorted here, so that the loss of a
 process, of its memory or of an object never ends a run, and a mistake in a program never costs
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import errno
 
-from cohort.actors.records import Failure, FailureKind
+from cohort.actors.records import Failure
+from cohort.actors.turns import FailureKind
 
 
 class CohortError(Exception):

@@ -4,14 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
-from cohort.actors.records import (
-    Failure,
-    Group,
-    GroupMeta,
-    Place,
-    Request,
-    WeightsInfo,
-)
+from cohort.actors.records import Failure, Group, GroupMeta, Place, Request, WeightsInfo
 
 if TYPE_CHECKING:
     from ray import ObjectRef

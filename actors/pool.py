@@ -12,34 +12,36 @@ import asyncio
 import contextlib
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeAlias
 
 from cohort.actors.config import ActorsConfig
-from cohort.actors.dispatch import Arrived, Dispatcher, Job
+from cohort.actors.dispatch import Arrived, Dispatcher, Job, Outcome
 from cohort.actors.errors import failure_of
 from cohort.actors.handle import RolloutHandle
-from cohort.actors.machine import split_cores
 from cohort.actors.probe import Probe, limit_of, probe_gap, stale
-from cohort.actors.records import Failure, Group, GroupMeta, NotSynced, Place, Request, WeightsInfo
-from cohort.actors.slot import ActorLost, RolloutError, Slot
+from cohort.actors.records import (
+    EpisodeHost,
+    Failure,
+    GroupMeta,
+    NotSynced,
+    Request,
+    WeightsInfo,
+)
+from cohort.actors.slot import ActorLost, RolloutError, Slot, divide_cores
 
 if TYPE_CHECKING:
-    from ray import ObjectRef
     from ray.actor import ActorProxy
 
     from cohort.actors.rollout import RolloutActor
 
-__all__ = ["MAX_RESTARTS", "Probe", "RolloutError", "RolloutPool", "probe_gap"]
-
 MAX_ATTEMPTS = 3
-# Of one actor in a row, without a group between them: then the fault is not in the process.
+# Of one actor in a row, without a group in between: after that, the process is not at fault.
 MAX_RESTARTS = 3
 # An update waits this long for an actor that was lost in it, when others can go on without it.
 REPAIR_GRACE_S = 1.0
 BEAT_S = 5.0
 
-# A group's sizes and the reference to it, or why it was not generated and None.
-Outcome: TypeAlias = "tuple[GroupMeta | Failure, ObjectRef[Group] | None]"
 # The call that hands groups to an actor. Its errors are values, because many groups wait for it.
 _Submission: TypeAlias = "asyncio.Task[Failure | ActorLost | RolloutError | None]"
 
@@ -51,6 +53,7 @@ class RolloutPool:
         make_actor: Makes the Ray actor of this name.
         config: The `actors` section.
         notify: Tells the user, in a line, that an actor is replaced.
+        next_host: Where the environment of the next group runs; None: there is none.
     """
 
     def __init__(
@@ -58,10 +61,12 @@ class RolloutPool:
         make_actor: Callable[[str], ActorProxy[RolloutActor]],
         config: ActorsConfig,
         notify: Callable[[str], None],
+        next_host: Callable[[], EpisodeHost] | None = None,
     ) -> None:
         self._make_actor = make_actor
         self._config = config
         self._notify = notify
+        self._next_host = next_host
         self._slots: list[Slot] = []
         self._dispatcher = Dispatcher(self._slots, config.max_concurrent, config.group_timeout_s)
         self._arrivals = itertools.count()
@@ -69,7 +74,6 @@ class RolloutPool:
         self._probe_before: Probe | None = None
         self._first_gap: float | None = None
         self._serve_loaded = False
-        self.places: list[Place] = []
         self.restarts = 0
 
     async def start(self, place_timeout_s: float, serve_loaded: bool = False) -> list[float]:
@@ -90,7 +94,7 @@ class RolloutPool:
             for index in range(self._config.count)
         ]
         try:
-            self.places = await asyncio.gather(
+            places = await asyncio.gather(
                 *(
                     slot.within(
                         slot.handle.place(),
@@ -101,11 +105,7 @@ class RolloutPool:
                     for slot in self._slots
                 )
             )
-            for node in {place.node_id for place in self.places}:
-                here = [i for i, place in enumerate(self.places) if place.node_id == node]
-                shares = split_cores(self.places[here[0]].cores, len(here))
-                for index, cores in zip(here, shares, strict=True):
-                    self._slots[index].cores = cores
+            divide_cores(self._slots, places)
             return list(await asyncio.gather(*(self._start_engine(slot) for slot in self._slots)))
         except ActorLost as lost:
             # Nothing ran yet: what fails now is most likely the setup, which a retry repeats.
@@ -213,6 +213,8 @@ class RolloutPool:
         arrived: called with every completion as soon as it exists, and with all of them before
         the group's task ends. A group that is tried again has new ones, which count alone.
         """
+        if self._next_host is not None:
+            requests = [replace(request, host=self._next_host()) for request in requests]
         jobs = [Job(request, next(self._arrivals), arrived) for request in requests]
         slots = [self._dispatcher.reserve_now(job) for job in jobs]
         batches: dict[int, list[Request]] = {}
@@ -270,7 +272,7 @@ class RolloutPool:
             if isinstance(meta, GroupMeta):
                 slot.failures = 0
             elif isinstance(meta, NotSynced):
-                # Nobody's loss: another takes the group, or this one when it has weights.
+                # Nothing is lost: another actor takes the group, or this one once it has weights.
                 self._lose(slot, generation, None)
             elif meta.kind == "infra":
                 self._lose(slot, generation, meta.message)
@@ -312,7 +314,7 @@ class RolloutPool:
     @staticmethod
     async def _hand_on(slot: Slot, job: Job, index: int, arrived: Arrived) -> None:
         failure, completion = slot.handle.completion(job.request.group_id, index)
-        # An actor that dies fails `collect` as well, which tells of it.
+        # An actor that dies fails `collect` as well, which reports it.
         with contextlib.suppress(Exception):
             if await failure is None:
                 arrived(job.request.group_id, job.attempt, completion)

@@ -1,4 +1,4 @@
-"""Logs of our processes, and the end of all that they started and left in shared memory."""
+"""Logs of our processes, and the removal of what they leave: processes and shared memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHM = Path("/dev/shm")
 WATCHER_START_S = 30
 TRACKER_S = 5.0
 SWEEP_S = 15.0
-# How the names of files begin through which Python's and vLLM's processes talk.
+# Prefixes of the files through which Python's and vLLM's processes talk to each other.
 TALK = ("psm_", "sem.")
 RAISED = re.compile(r"\b[A-Z]\w*(Error|Exception): \S.*")
 
@@ -89,18 +89,19 @@ def start_reaper(*folders: Path) -> None:
     the watcher kills every process that inherited this process's marker variable and removes
     `folders` (shared memory files).
     """
-    marker = uuid.uuid4().hex
-    pipe = start_watcher(marker, *folders)
-    os.environ[MARKER] = marker
-    _open_pipes.append(pipe)
+    _watch_this_process(*folders)
 
 
 def start_sweeper() -> None:
     """Remove what processes started below this one leave in /dev/shm when they are killed before
     they have a reaper of their own (`start_reaper`). It ends none of them: Ray does, and what
     uploads a run's last records may outlive the run."""
+    _watch_this_process(kill=False)
+
+
+def _watch_this_process(*folders: Path, kill: bool = True) -> None:
     marker = uuid.uuid4().hex
-    pipe = start_watcher(marker, kill=False)
+    pipe = start_watcher(marker, *folders, kill=kill)
     os.environ[MARKER] = marker
     _open_pipes.append(pipe)
 

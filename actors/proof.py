@@ -64,28 +64,20 @@ def file_digests(path: str, transposed: Iterable[str] = ()) -> dict[str, int]:
     }
 
 
-@dataclass(frozen=True)
-class Feed:
+class Feed(TypedDict):
     """A tensor that a layer was loaded from: its name in the file ("" when its bytes do not lie
-    there), whether it was turned, and its digest as the layer was given it."""
+    there), whether it was turned, and its digest as the layer was given it. It travels from an
+    engine's worker as it is."""
 
     name: str
     transposed: bool
     digest: int
 
 
-class ServedFeed(TypedDict):
-    """A `Feed` as it travels from an engine's worker, whose messages hold no larger integers."""
-
-    name: str
-    transposed: bool
-    digest: str
-
-
 class ServedLayout(TypedDict):
     """What a worker answers about its layers: see `Served.layout` and `Proof`."""
 
-    layers: dict[str, list[ServedFeed]]
+    layers: dict[str, list[Feed]]
     tied: dict[str, str]
 
 
@@ -123,13 +115,15 @@ class Proof:
             layer: [_resolved(feed, published) for feed in given]
             for layer, given in layouts[0].items()
         }
-        self.transposed = frozenset(f.name for fed in feeds.values() for f in fed if f.transposed)
+        self.transposed = frozenset(
+            feed["name"] for fed in feeds.values() for feed in fed if feed["transposed"]
+        )
         # How a layer's numbers lie in several workers: each has all of them, or a share.
         self._shared = {layer for layer in feeds if len({one.get(layer) for one in held}) == 1}
         values = self._values(held)
         plain = {
-            layer: values[layer] == sum(feed.digest for feed in fed) % MODULUS
-            and all(feed.name for feed in fed)
+            layer: values[layer] == sum(feed["digest"] for feed in fed) % MODULUS
+            and all(feed["name"] for feed in fed)
             for layer, fed in feeds.items()
         }
         self._groups = [
@@ -228,10 +222,10 @@ class Proof:
 
 def _resolved(feed: Feed, published: Mapping[str, int]) -> Feed:
     """A feed whose bytes are not the file's, but equal those of one of its tensors."""
-    if feed.name:
+    if feed["name"]:
         return feed
-    same = [name for name, value in published.items() if value == feed.digest]
-    return Feed(same[0], False, feed.digest) if len(same) == 1 else feed
+    same = [name for name, value in published.items() if value == feed["digest"]]
+    return {**feed, "name": same[0], "transposed": False} if len(same) == 1 else feed
 
 
 def _components(
@@ -240,7 +234,7 @@ def _components(
     """Layers that share tensors, and these tensors. Most are a layer of its own."""
     found: list[tuple[list[str], list[str]]] = []
     for layer, fed in feeds.items():
-        names = [feed.name for feed in fed if feed.name]
+        names = [feed["name"] for feed in fed if feed["name"]]
         joined = [group for group in found if set(group[1]) & set(names)]
         layers = [one for group in joined for one in group[0]]
         known = [one for group in joined for one in group[1]]

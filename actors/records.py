@@ -8,17 +8,24 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 
 from cohort.actors.text import prefill_of
+from cohort.actors.turns import (
+    EpisodeEnd,
+    EpisodeMeta,
+    FailureKind,
+    FinishReason,
+    NextTurn,
+    Turn,
+    TurnShape,
+)
 
 if TYPE_CHECKING:
     from ray import ObjectRef
 
-FinishReason = Literal["stop", "length"]
-FailureKind = Literal["infra", "data", "bug"]
 Messages = list[dict[str, str]]
 
 
@@ -62,11 +69,14 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Completion:
-    """One sampled answer.
+    """One sampled answer, or all replies of one episode.
 
-    token_ids: [T] int64, what the engine sampled, including a sampled end-of-sequence token.
+    token_ids: [T] int64, what the engine sampled, including sampled end-of-sequence tokens.
     logprobs: [T] float32, behaviour log-probabilities of those tokens, after temperature.
     weight_versions: the first and the last weight version that produced a token.
+    turns: of an episode, in order; the sampled tokens of the turns, one after another, are
+        token_ids. Empty: one turn that continues the prompt.
+    end: how an episode ended; None where there was no environment.
     """
 
     id: str
@@ -77,12 +87,19 @@ class Completion:
     seed: int
     weight_versions: tuple[int, int]
     text: str
+    turns: tuple[Turn, ...] = ()
+    end: EpisodeEnd | None = None
 
     def __post_init__(self) -> None:
         if len(self.token_ids) != len(self.logprobs):
             raise ValueError(
                 f"completion {self.id}: {len(self.token_ids)} token ids, "
                 f"{len(self.logprobs)} log-probs"
+            )
+        sampled = sum(turn.shape.sampled for turn in self.turns)
+        if self.turns and sampled != len(self.token_ids):
+            raise ValueError(
+                f"completion {self.id}: {len(self.token_ids)} token ids, {sampled} in its turns"
             )
 
 
@@ -121,7 +138,7 @@ class ScoredGroup:
     totals: G weighted sums; None where no function gave a value, or one failed.
     parts: "function/part" -> G numbers that the function returned besides its value.
     extra: "function/name" -> G entries for people (texts, numbers, None).
-    sample_s: G entries, seconds that the calls which judged the completion took.
+    sample_s: G entries, seconds that the calls which scored the completion took.
     """
 
     group: Group
@@ -136,7 +153,11 @@ class ScoredGroup:
 
 @dataclass(frozen=True)
 class GroupMeta:
-    """What the driver knows of a group: sizes and versions. The tokens stay in the object store."""
+    """What the driver knows of a group: sizes and versions. The tokens stay in the object store.
+
+    turns, episodes: of each completion; empty where there is no environment, and each completion is
+        one turn that continues the prompt.
+    """
 
     group_id: str
     prompt_tokens: int
@@ -146,6 +167,31 @@ class GroupMeta:
     weight_versions: tuple[int, int]
     actor: str
     seconds: float
+    turns: tuple[tuple[TurnShape, ...], ...] = ()
+    episodes: tuple[EpisodeMeta, ...] = ()
+
+    @classmethod
+    def of(cls, group: Group, actor: str, seconds: float) -> GroupMeta:
+        """What there is to know of a group that this actor generated in so many seconds."""
+        made = group.completions
+        versions = [completion.weight_versions for completion in made]
+        return cls(
+            group_id=group.id,
+            prompt_tokens=len(group.prompt.token_ids),
+            completion_ids=tuple(completion.id for completion in made),
+            completion_tokens=tuple(len(completion.token_ids) for completion in made),
+            truncated=tuple(completion.finish_reason == "length" for completion in made),
+            weight_versions=(
+                min(first for first, _ in versions),
+                max(last for _, last in versions),
+            ),
+            actor=actor,
+            seconds=seconds,
+            turns=tuple(
+                tuple(turn.shape for turn in one.turns) for one in made if one.end is not None
+            ),
+            episodes=tuple(one.end.meta for one in made if one.end is not None),
+        )
 
 
 @dataclass(frozen=True)
@@ -153,6 +199,8 @@ class ScoreMeta:
     """What the driver knows of a group's rewards.
 
     parts, sample_s: as in ScoredGroup. metrics: "function/name" -> what the function logged.
+    turn_rewards: of each completion, what the environment gave for each of its turns; empty where
+        there is no environment.
     """
 
     group_id: str
@@ -163,6 +211,7 @@ class ScoreMeta:
     parts: dict[str, tuple[float | None, ...]] = field(default_factory=dict)
     metrics: dict[str, tuple[float, ...]] = field(default_factory=dict)
     sample_s: tuple[float, ...] = ()
+    turn_rewards: tuple[tuple[float, ...], ...] = ()
 
 
 # A scored group in Ray's object store, or the group itself.
@@ -229,11 +278,36 @@ class SamplingSpec:
     seed: int
 
 
+class EpisodeHost(Protocol):
+    """A worker that runs environments, as an actor calls it. Its failures are values."""
+
+    async def begin(
+        self, episode_id: str, prompt: Prompt, seed: int, alone: bool
+    ) -> NextTurn | EpisodeEnd:
+        """Make an environment and reset it.
+
+        seed: the same for all episodes of a group. alone: in a process of its own, because one that
+        it shared was lost.
+        """
+        ...
+
+    async def step(
+        self, episode_id: str, token_ids: np.ndarray, finish_reason: FinishReason
+    ) -> NextTurn | EpisodeEnd:
+        """Give the environment the model's reply. An episode that ended is forgotten."""
+        ...
+
+    def forget(self, episode_id: str) -> None:
+        """End an episode that nobody waits for; what it started is killed."""
+        ...
+
+
 @dataclass(frozen=True)
 class Request:
     """One group to generate. greedy: for evaluation, temperature 0 and no seed.
 
-    step: that it is for; groups of older steps go first where they have to wait.
+    step: that it is for; groups of older steps go first where they have to wait. host: where the
+    environment of its episodes runs; None: there is none.
     """
 
     group_id: str
@@ -241,6 +315,7 @@ class Request:
     sampling: SamplingSpec
     greedy: bool = False
     step: int = 0
+    host: EpisodeHost | None = None
 
 
 @dataclass(frozen=True)

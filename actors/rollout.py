@@ -6,11 +6,11 @@ import asyncio
 import os
 import secrets
 import time
-from collections.abc import Sequence
-from contextlib import AbstractAsyncContextManager, suppress
+from collections.abc import Coroutine, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from cohort.actors.engine import (
     Engine,
@@ -21,6 +21,7 @@ from cohort.actors.engine import (
     stop_token_ids,
 )
 from cohort.actors.machine import usable_cores
+from cohort.actors.play import play
 from cohort.actors.process import (
     SHM,
     cpu_seconds,
@@ -33,8 +34,8 @@ from cohort.actors.process import (
 )
 from cohort.actors.records import (
     Completion,
+    EpisodeHost,
     Failure,
-    FailureKind,
     Group,
     GroupMeta,
     NotSynced,
@@ -44,50 +45,31 @@ from cohort.actors.records import (
     WeightsInfo,
 )
 from cohort.actors.text import Tokenizer, completion_text
+from cohort.actors.turns import FailureKind
 from cohort.actors.weight_file import write_new
 
 if TYPE_CHECKING:
+    import numpy as np
     import psutil
+    from vllm.v1.engine.output_processor import RequestOutputCollector
 
 UNSYNCED = -1
+
+
+class NoWeights(Exception):
+    """The engine has lost its weights while a turn waited for it."""
+
+
 # Mistakes in a program: another actor would make them too.
 MISTAKES = (AttributeError, ImportError, NameError, NotImplementedError, WeightsNotServed)
 
 
-class EngineLike(Protocol):
-    """What an actor needs of its engine: `cohort.actors.engine.Engine`, or a stand-in in tests.
-
-    progress: tokens that it has produced.
-    """
-
-    progress: int
-
-    async def add(
-        self, request_id: str, token_ids: tuple[int, ...], spec: SamplingSpec, greedy: bool = False
-    ) -> Sequence[object]: ...
-
-    async def finish(self, queue: Any, seed: int) -> RawCompletion: ...
-
-    async def abort(self, request_id: str, count: int) -> None: ...
-
-    def paused(self) -> AbstractAsyncContextManager[None]: ...
-
-    async def update_weights(
-        self, path: str, names: list[str], digest: str, version: int
-    ) -> None: ...
-
-    async def prove(self, path: str, version: int) -> None: ...
-
-    async def score(self, token_ids: list[int], request_id: str) -> list[float]: ...
-
-
 @dataclass
 class _Pending:
-    """A group that is being generated. version: of the weights it began with."""
+    """A group that is being generated."""
 
     request: Request
     completions: list[asyncio.Task[Completion]]
-    version: int
     started: float = field(default_factory=time.monotonic)
 
 
@@ -103,14 +85,15 @@ class RolloutActor:
         name: str,
         spec: EngineSpec,
         log_dir: str,
-        engine: EngineLike | None = None,
+        engine: Engine | None = None,
         tokenizer: Tokenizer | None = None,
     ) -> None:
-        """engine, tokenizer: for tests, ones that exist already; `start` makes them otherwise."""
+        """engine, tokenizer: for tests, ones that exist already (or stand-ins); `start` makes them
+        otherwise."""
         self.name = name
         self._spec = spec
         self._log = Path(log_dir) / f"{name}.log"
-        # Nobody can have put something under a name that nobody knew.
+        # A name that nobody can guess: nothing can have been put there beforehand.
         self._shm = SHM / f"cohort-{name}-{os.getpid()}-{secrets.token_hex(8)}"
         self._engine = engine
         self._tokenizer = tokenizer
@@ -249,8 +232,18 @@ class RolloutActor:
             return refusals[0] if refusals else None
         return None
 
-    async def _admit(self, engine: EngineLike, request: Request) -> None:
+    async def _admit(self, engine: Engine, request: Request) -> None:
         """Hand one group to the engine, or keep its refusal for whoever collects it."""
+        if request.host is not None:
+            self._pending[request.group_id] = _Pending(
+                request,
+                [
+                    asyncio.create_task(self._play(request, index, request.host))
+                    for index in range(request.sampling.n)
+                ],
+                self._version,
+            )
+            return
         try:
             queues = await engine.add(
                 request.group_id, request.prompt.token_ids, request.sampling, request.greedy
@@ -265,7 +258,7 @@ class RolloutActor:
             asyncio.create_task(self._complete(request, index, queue, self._version))
             for index, queue in enumerate(queues)
         ]
-        self._pending[request.group_id] = _Pending(request, completions, self._version)
+        self._pending[request.group_id] = _Pending(request, completions)
 
     def _drop(self, group_id: str) -> None:
         """Forget a group; what of it is still being generated ends."""
@@ -276,23 +269,28 @@ class RolloutActor:
         unfinished = [task for task in pending.completions if not task.done() or task.cancelled()]
         for task in unfinished:
             task.cancel()
-        if unfinished and self._engine is not None:
-            abort = asyncio.create_task(self._abort(self._engine, group_id, pending))
-            self._aborts.add(abort)
-            abort.add_done_callback(self._aborts.discard)
+        # Turns of episodes are aborted where they are waited for.
+        if unfinished and self._engine is not None and pending.request.host is None:
+            self._later(self._abort(self._engine, group_id, len(pending.completions)))
 
-    async def _abort(self, engine: EngineLike, group_id: str, pending: _Pending) -> None:
+    def _later(self, abort: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(abort)
+        self._aborts.add(task)
+        task.add_done_callback(self._aborts.discard)
+
+    async def _abort(self, engine: Engine, request_id: str, count: int) -> None:
         # An engine that has died generates nothing either.
         with suppress(EngineError):
-            await engine.abort(group_id, len(pending.completions))
+            await engine.abort(request_id, count)
 
     async def forget(self, group_id: str) -> None:
         """Stop generating a group that nobody waits for any more."""
         self._drop(group_id)
 
-    async def _complete(self, request: Request, index: int, queue: Any, version: int) -> Completion:
+    async def _complete(
+        self, request: Request, index: int, queue: RequestOutputCollector, version: int
+    ) -> Completion:
         made = await self._running().finish(queue, request.sampling.seed + index)
-        assert self._tokenizer is not None, "made together with the engine"
         return Completion(
             id=f"{request.group_id}/{index}",
             prompt_id=request.prompt.id,
@@ -300,9 +298,37 @@ class RolloutActor:
             logprobs=made.logprobs,
             finish_reason=made.finish_reason,
             seed=made.seed,
+            # An update may have come in between, or be in progress.
             weight_versions=(version, max(self._version, version)),
-            text=completion_text(self._tokenizer, made.token_ids, self._stops),
+            text=self._text(made.token_ids),
         )
+
+    async def _play(self, request: Request, index: int, host: EpisodeHost) -> Completion:
+        """One episode of a group; each of its turns is a request of its own."""
+        spec, version = self._spec, self._version
+        return await play(request, index, host, self._sample, self._text, spec.max_length, version)
+
+    def _text(self, token_ids: np.ndarray) -> str:
+        assert self._tokenizer is not None, "made together with the engine"
+        return completion_text(self._tokenizer, token_ids, self._stops)
+
+    async def _sample(
+        self, request_id: str, token_ids: Sequence[int], spec: SamplingSpec, greedy: bool
+    ) -> tuple[RawCompletion, tuple[int, int]]:
+        """One turn, with the weight versions that it began and ended with."""
+        engine = self._running()
+        # Not while weights are being loaded.
+        async with self._gate:
+            if self._version == UNSYNCED:
+                raise NoWeights
+            version = self._version
+            (queue,) = await engine.add(request_id, tuple(token_ids), spec, greedy)
+        try:
+            made = await engine.finish(queue, spec.seed)
+        except asyncio.CancelledError:
+            self._later(self._abort(engine, request_id, 1))
+            raise
+        return made, (version, max(self._version, version))
 
     async def completion(self, group_id: str, index: int) -> tuple[Failure | None, Group | None]:
         """Wait for one completion of a submitted group, before the others are done.
@@ -326,27 +352,19 @@ class RolloutActor:
             return self._refused.pop(group_id, self._lost(group_id)), None
         try:
             done = tuple(await asyncio.gather(*pending.completions))
+        except NoWeights:
+            return NotSynced("infra", f"{self.name} stopped group {group_id}", "no weights"), None
         except Exception as error:  # noqa: BLE001 - process boundary
             return self._failure(f"{self.name} failed on group {group_id}", error), None
         finally:
             self._drop(group_id)
-        prompt = pending.request.prompt
-        meta = GroupMeta(
-            group_id=group_id,
-            prompt_tokens=len(prompt.token_ids),
-            completion_ids=tuple(c.id for c in done),
-            completion_tokens=tuple(len(c.token_ids) for c in done),
-            truncated=tuple(c.finish_reason == "length" for c in done),
-            weight_versions=(pending.version, max(c.weight_versions[1] for c in done)),
-            actor=self.name,
-            seconds=time.monotonic() - pending.started,
-        )
-        return meta, Group(group_id, prompt, done)
+        group = Group(group_id, pending.request.prompt, done)
+        return GroupMeta.of(group, self.name, time.monotonic() - pending.started), group
 
     def _lost(self, group_id: str) -> Failure:
         return Failure("infra", f"{self.name} lost group {group_id}", "never submitted")
 
-    def _running(self) -> EngineLike:
+    def _running(self) -> Engine:
         if self._engine is None:
             raise EngineError(f"{self.name} has no engine")
         return self._engine

@@ -3,7 +3,7 @@
 On CPUs vLLM packs the weights of linear layers into memory of its kernels and drops the tensors, so
 vLLM's own checksums see nothing of them. Here the digest is taken of the very tensor that a kernel
 is made of, and stays with that kernel; where a layer computes with the tensor itself, the digest is
-taken of it whenever somebody asks. What was kept from before has another.
+taken of it on every request. A tensor that was kept from an earlier version has another digest.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from vllm.model_executor.model_loader.reload import layerwise
 from vllm.model_executor.model_loader.reload.types import LayerReloadingInfo
 
-from cohort.actors.proof import Feed, ServedFeed, digest
+from cohort.actors.proof import MODULUS, Feed, digest
 from cohort.actors.weight_file import TensorSpec
 
 # They leave the tensors that they pack as they are, which may be read meanwhile.
@@ -57,7 +57,7 @@ class Served:
     def watching(
         self, specs: list[tuple[TensorSpec, int]], base: int, executor: Executor
     ) -> Iterator[None]:
-        """See to every layer that is loaded in this block.
+        """Keep the digests of every layer that is loaded in this block.
 
         specs, base: what the file holds, and where it is mapped. executor: digests tensors beside
         the loading.
@@ -136,28 +136,22 @@ class Served:
         if self._changed[layer]:
             state.kept = _sum(_own(layer, state.names))
 
-    def layout(self, model: torch.nn.Module) -> dict[str, list[ServedFeed]]:
+    def layout(self, model: torch.nn.Module) -> dict[str, list[Feed]]:
         """For every layer: the tensors that it was loaded from."""
         return {
-            name: [
-                ServedFeed(name=feed.name, transposed=feed.transposed, digest=str(feed.digest))
-                for feed in self._feeds[layer]
-            ]
+            name: self._feeds[layer]
             for name, layer in model.named_modules()
             if layer in self._feeds
         }
 
-    def held(self, model: torch.nn.Module) -> dict[str, str]:
-        """For every layer: the digest of what it computes with; "" when that was not loaded."""
-        found = {}
+    def held(self, model: torch.nn.Module) -> dict[str, int | None]:
+        """For every layer: the digest of what it computes with; None when that was not loaded."""
         known: dict[tuple[int, ...], int] = {}
-        for name, layer in model.named_modules():
-            if layer in self._layers:
-                value = self._held(layer, known)
-                found[name] = "" if value is None else str(value)
-            elif "cpu_linear" in vars(layer):
-                found[name] = ""
-        return found
+        return {
+            name: self._held(layer, known) if layer in self._layers else None
+            for name, layer in model.named_modules()
+            if layer in self._layers or "cpu_linear" in vars(layer)
+        }
 
     def _held(self, layer: torch.nn.Module, known: dict[tuple[int, ...], int]) -> int | None:
         state = self._layers[layer]
@@ -181,7 +175,7 @@ def _own(layer: torch.nn.Module, names: tuple[str, ...]) -> list[torch.Tensor]:
 
 
 def _sum(tensors: list[torch.Tensor]) -> int:
-    return sum(digest(tensor.data) for tensor in tensors) % (1 << 64)
+    return sum(digest(tensor.data) for tensor in tensors) % MODULUS
 
 
 def _given(arguments: dict[str, object]) -> list[torch.Tensor]:
@@ -199,4 +193,4 @@ def _feed(tensor: torch.Tensor, places: list[tuple[int, int, str]]) -> Feed:
     index = bisect_right(places, at, key=lambda place: place[0]) - 1
     inside = index >= 0 and at < places[index][1]
     turned = tensor.dim() > 1 and tensor.stride(-1) != 1 and tensor.shape[-1] > 1
-    return Feed(places[index][2] if inside else "", turned, digest(tensor))
+    return Feed(name=places[index][2] if inside else "", transposed=turned, digest=digest(tensor))

@@ -105,7 +105,7 @@ class SharedMemoryEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             ThreadPoolExecutor(1) as executor,
             self.served.watching(specs, base, executor),
         ):
-            # On the core that the loading leaves idle. The bytes are judged before the update
+            # On the core that the loading leaves idle. The bytes are checked before the update
             # counts as done; until then a bad one ends like any update that failed half-way.
             digest = executor.submit(fingerprint, view)
             initialize_layerwise_reload(self.model)
@@ -224,7 +224,7 @@ class WorkerExtension:
         tied = {names[id(head)]: names[id(body)] for head, body in _tied_pairs(model)}
         return {"layers": self.weight_transfer_engine.served.layout(model), "tied": tied}
 
-    def served_weights(self) -> dict[str, str]:
+    def served_weights(self) -> dict[str, int | None]:
         """See `Served.held`."""
         return self.weight_transfer_engine.served.held(self.model_runner.get_model())
 

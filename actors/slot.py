@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from cohort.actors.errors import CohortError, failure_of
 from cohort.actors.handle import RolloutHandle
+from cohort.actors.machine import split_cores
 from cohort.actors.records import Place
-from cohort.actors.watch import Watch
 
 T = TypeVar("T")
+# An engine that computes without finishing a step may be in a long one (a long prompt, code that
+# is compiled at its first use), or in an endless loop: it gets this many times as long.
+BUSY_FACTOR = 5.0
+# Fraction of a core from which its processes count as computing.
+BUSY_FRACTION = 0.2
 
 
 class RolloutError(CohortError):
@@ -22,6 +27,36 @@ class RolloutError(CohortError):
 
 class ActorLost(Exception):
     """An actor died or makes no progress."""
+
+
+@dataclass
+class Watch:
+    """How long an actor has made no progress, by its answers to regular heartbeats.
+
+    silent_s: seconds since its number last moved; those in which its engine computed count a
+    BUSY_FACTOR-th. total_s: seconds watched. Both leave out time in which the watcher itself did
+    not run (a suspended driver).
+    """
+
+    silent_s: float = 0.0
+    total_s: float = 0.0
+    progress: int | None = None
+    cpu_s: float = 0.0
+
+    def beat(self, elapsed_s: float, progress: int | None = None, cpu_s: float = 0.0) -> None:
+        """elapsed_s: since the beat before. progress, cpu_s: what it told; None: no answer yet."""
+        self.total_s += elapsed_s
+        if progress is None:
+            self.silent_s += elapsed_s
+            return
+        busy = cpu_s - self.cpu_s > BUSY_FRACTION * elapsed_s
+        moved = progress != self.progress
+        self.silent_s = 0.0 if moved else self.silent_s + elapsed_s / (BUSY_FACTOR if busy else 1.0)
+        self.progress, self.cpu_s = progress, cpu_s
+
+    def late(self, since_s: float, limit_s: float) -> bool:
+        """Whether nothing has moved for limit_s of the time after since_s (a `total_s`)."""
+        return min(self.silent_s, self.total_s - since_s) >= limit_s
 
 
 @dataclass
@@ -138,3 +173,12 @@ def _drop(asking: asyncio.Future[T] | None) -> None:
     """Cancel a call; its error, if it has one already, was seen."""
     if asking is not None and not asking.cancel() and not asking.cancelled():
         asking.exception()
+
+
+def divide_cores(slots: Sequence[Slot], places: Sequence[Place]) -> None:
+    """Give the actors of each node its cores, in equal parts."""
+    for node in {place.node_id for place in places}:
+        here = [i for i, place in enumerate(places) if place.node_id == node]
+        shares = split_cores(places[here[0]].cores, len(here))
+        for index, cores in zip(here, shares, strict=True):
+            slots[index].cores = cores

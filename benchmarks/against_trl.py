@@ -183,7 +183,7 @@ def make_samples() -> tuple[list[Sample], dict[str, Any]]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from cohort.learner.credit import advantages
+    from cohort.learner.advantages import advantages
 
     random_ = np.random.default_rng(0)
     groups, prompts, rows = [], [], []

@@ -13,7 +13,7 @@ from cohort.actors.errors import CohortError
 from cohort.cluster.values import write_yaml
 from cohort.learner.config import AlgorithmConfig, Dtype, LearnerConfig
 from cohort.learner.presets import SECTION_PRESETS
-from cohort.rewards.config import RewardsConfig, TaskConfig
+from cohort.rewards.config import EnvironmentsConfig, RewardsConfig, TaskConfig
 
 
 class ConfigError(CohortError):
@@ -109,10 +109,18 @@ class Config(Section):
     task: TaskConfig = TaskConfig()
     actors: ActorsConfig = ActorsConfig()
     rewards: RewardsConfig = RewardsConfig()
+    environments: EnvironmentsConfig = EnvironmentsConfig()
     learner: LearnerConfig = LearnerConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     cluster: ClusterConfig = ClusterConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens of the longest completion: of one reply, or of all that an episode has."""
+        if self.task.environment is None:
+            return self.actors.max_tokens
+        return self.actors.max_tokens * self.environments.max_turns
 
     @model_validator(mode="before")
     @classmethod

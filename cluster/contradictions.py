@@ -1,4 +1,4 @@
-"""What can be known to be wrong between config keys before anything starts."""
+"""Contradictions between config keys, found before anything starts."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ def contradictions(config: Config) -> Iterator[str]:
             "algorithm.objective=cross_entropy learns from demonstrations, not from rewards: leave "
             "it out and run `cohort warmup`, which sets it, then train from what that writes"
         )
+    if config.algorithm.credit == "turn" and task.environment is None:
+        yield "algorithm.credit=turn needs turns with rewards, of an environment: task.environment"
     if config.model.dtype == "float16" and learner.zero_stage == 0:
         yield (
             "model.dtype=float16 needs learner.zero_stage=1 or more: without ZeRO, scaled "

@@ -1,4 +1,4 @@
-"""How much of a step may fail before the run ends, and how that is said."""
+"""How much of a step may fail before the run ends, and the errors that end it."""
 
 from __future__ import annotations
 

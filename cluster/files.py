@@ -1,12 +1,19 @@
-"""Atomic writes: a crash leaves the old file or the new one, never a mixture."""
+"""Atomic writes: a crash leaves the old file or the new one, never a mixture.
+
+Also the check that a folder can be written at all.
+"""
 
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+from cohort.cluster.errors import RunError
+from cohort.learner.checkpoint import nearest_existing
 
 
 @contextmanager
@@ -34,3 +41,17 @@ def write_atomically(path: Path, text: str) -> None:
     """Replace the contents of `path` by `text`, in UTF-8."""
     with replacing(path) as file:
         file.write(text.encode("utf-8"))
+
+
+def require_writable(folder: Path, what: str, advice: str = "") -> None:
+    """Raise RunError unless a file can be made in the folder, or the nearest that is there.
+
+    It leaves nothing behind. what, advice: for the message.
+    """
+    place = nearest_existing(folder)
+    try:
+        # It has no name and vanishes when closed.
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        advice = f" ({place}): {advice}" if advice else ""
+        raise RunError(f"{what} cannot be written: {error.strerror}{advice}") from error

@@ -2,8 +2,8 @@
 
 Covered are every config key; of a dataset all rows in their order, of other tasks their sizes and
 rows spread over both splits; of a model folder the small files whole, and of weight files the size,
-both ends and blocks spread over them; of a user's own tasks and reward functions the file that the
-config names, not what it imports.
+both ends and blocks spread over them; of a user's own tasks, environments and reward functions the
+file that the config names, not what it imports.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class Fingerprint(TypedDict):
         config: Every key.
         rows: Name of a part of the data -> its size and digest.
         model: File of the model folder -> its size and digest; empty where it is not known.
-        code: `rewards.functions: PATH` or `task.name: PATH` -> digest of its file.
+        code: `rewards.functions: PATH`, `task.name: PATH` or `task.environment: PATH` -> digest of
+            its file.
     """
 
     version: int
@@ -141,10 +142,13 @@ def file_digest(file: Path) -> str:
 
 
 def code_digests(config: Config, specs: Sequence[RewardSpec]) -> dict[str, str]:
-    """Digests of the files that hold the user's own task and reward functions."""
+    """Digests of the files that hold the user's own task, environment and reward functions."""
     paths = {f"rewards.functions: {spec.path}": spec.path for spec in specs}
     if config.task.name not in BUILT_IN:
         paths[f"task.name: {config.task.name}"] = config.task.name
+    if config.task.environment is not None:
+        path = config.task.environment
+        paths[f"task.environment: {path}"] = path
     files = {name: _source(path) for name, path in paths.items()}
     return {name: file_digest(file) for name, file in files.items() if file is not None}
 

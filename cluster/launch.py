@@ -8,65 +8,68 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import uuid
 from collections.abc import AsyncIterator, Collection, Coroutine, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal
 
+from cohort.actors.engine import EngineSpec
 from cohort.actors.pool import RolloutPool
+from cohort.actors.process import SHM
+from cohort.actors.rollout import RolloutActor
 from cohort.cluster.config import Config
-from cohort.cluster.making import make_pool, make_rewards, start_learner
 from cohort.cluster.observe.console import Console
-from cohort.cluster.placement import Placement, Resources, connected_cluster, plan, this_machine
-from cohort.cluster.prepare import Prepared
+from cohort.cluster.placement import (
+    Placement,
+    Resources,
+    connected_cluster,
+    cpu_environment,
+    plan,
+    this_machine,
+)
+from cohort.cluster.prepare import Prepared, make_environment
 from cohort.cluster.ray_start import connect
 from cohort.cluster.signals import Signals
 from cohort.learner.learner import Learner
+from cohort.learner.spec import LearnerSpec
+from cohort.rewards.environments.handle import EnvironmentHandle, EnvironmentPool
+from cohort.rewards.environments.worker import EnvironmentWorker
+from cohort.rewards.handle import RewardHandle
 from cohort.rewards.pool import RewardPool
+from cohort.rewards.worker import RewardWorker, longest_score_s, watched_worker_class
+
+if TYPE_CHECKING:
+    from ray.actor import ActorProxy
 
 Part = Literal["engines", "rewards", "learner"]
 PARTS: tuple[Part, ...] = ("engines", "learner", "rewards")
 # How often our signal handlers are set again while Ray sets its own.
 HANDLERS_S = 0.05
-T = TypeVar("T")
 
 
 @dataclass
 class Services:
-    """What of a run lives in other processes. A part that was not asked for must not be read."""
+    """What of a run lives in other processes. A part that was not asked for is not there.
+
+    pool: the rollout actors with their engines. rewards: the reward workers. learner: the ranks.
+    """
 
     placement: Placement
+    pool: RolloutPool = field(init=False)
+    rewards: RewardPool = field(init=False)
+    learner: Learner = field(init=False)
     engine_start_s: float = 0.0
-    _pool: RolloutPool | None = None
-    _rewards: RewardPool | None = None
-    _learner: Learner | None = None
-
-    @property
-    def pool(self) -> RolloutPool:
-        """The rollout actors with their engines."""
-        return _started(self._pool)
-
-    @property
-    def rewards(self) -> RewardPool:
-        """The reward workers."""
-        return _started(self._rewards)
-
-    @property
-    def learner(self) -> Learner:
-        """The learner's ranks."""
-        return _started(self._learner)
+    started: list[RolloutPool | EnvironmentPool | RewardPool | Learner] = field(
+        default_factory=list
+    )
 
     def kill(self) -> None:
         """End every actor, whatever state the run is in; their watchers clean up after them."""
-        for part in (self._pool, self._rewards, self._learner):
-            if part is not None:
-                part.kill()
-
-
-def _started(part: T | None) -> T:
-    assert part is not None, "this part was not launched"
-    return part
+        for part in self.started:
+            part.kill()
 
 
 @asynccontextmanager
@@ -136,23 +139,29 @@ async def _start(
 
     async def start_the_learner() -> None:
         cores = int(this_machine().cpus)
-        services._learner = await start_learner(prepared, placement, log_dir, cores, trial)
+        services.learner = await start_learner(prepared, placement, log_dir, cores, trial)
+        services.started.append(services.learner)
 
-    async def start_engines(pool: RolloutPool) -> None:
-        seconds = await pool.start(timeout_s, serve_loaded="learner" not in parts)
+    async def start_engines() -> None:
+        seconds = await services.pool.start(timeout_s, serve_loaded="learner" not in parts)
         services.engine_start_s = max(seconds)
         console.note(f"engine(s) started in {services.engine_start_s:.1f} s")
 
     if "engines" in parts:
-        services._pool = make_pool(prepared, placement, log_dir, console)
+        environments = make_environments(prepared, placement)
+        if environments is not None:
+            services.started.append(environments)
+            starting.append(environments.check(timeout_s))
+        services.pool = make_pool(prepared, placement, log_dir, console, environments)
+        services.started.append(services.pool)
     if "rewards" in parts:
-        services._rewards = make_rewards(prepared, placement, console)
+        services.rewards = make_rewards(prepared, placement, console)
+        services.started.append(services.rewards)
+        starting.append(services.rewards.check(timeout_s))
     if "learner" in parts:
         starting.append(start_the_learner())
-    if services._pool is not None:
-        starting.append(start_engines(services._pool))
-    if services._rewards is not None:
-        starting.append(services._rewards.check(timeout_s))
+    if "engines" in parts:
+        starting.append(start_engines())
     await _together(starting)
 
 
@@ -170,7 +179,7 @@ async def _connect(config: Config, signals: Signals | None) -> Resources:
             if signals is not None:
                 signals.install()
     except asyncio.CancelledError:
-        # Half of a Ray cannot be shut down.
+        # A Ray that has half started cannot be shut down.
         await asyncio.wait({connecting})
         if signals is not None:
             signals.install()
@@ -192,3 +201,117 @@ async def _together(work: Collection[Coroutine[object, object, None]]) -> None:
         for task in tasks:
             if not task.cancelled():
                 task.exception()  # seen; the first one is raised
+
+
+def make_environments(prepared: Prepared, placement: Placement) -> EnvironmentPool | None:
+    """The workers of environments; Ray starts one again when it dies. None: there is none."""
+    import ray
+
+    spec = make_environment(prepared.config, prepared.model_path, prepared.lengths.max_length)
+    if spec is None:
+        return None
+    config = prepared.config.environments
+    return EnvironmentPool(
+        [
+            EnvironmentHandle(
+                ray.remote(EnvironmentWorker)
+                .options(max_concurrency=10_000, max_restarts=-1, **placement.reward)
+                .remote(spec),
+                config.step_timeout_s,
+            )
+            for _ in range(config.workers)
+        ]
+    )
+
+
+def make_pool(
+    prepared: Prepared,
+    placement: Placement,
+    log_dir: Path,
+    console: Console,
+    environments: EnvironmentPool | None = None,
+) -> RolloutPool:
+    """The rollout actors, not started yet."""
+    import ray
+
+    config = prepared.config
+    spec = EngineSpec(
+        model_path=prepared.model_path,
+        dtype=config.model.dtype,
+        device=placement.device,
+        max_length=prepared.lengths.max_length,
+        actors=config.actors,
+        seed=config.run.seed,
+    )
+
+    def make_actor(name: str) -> ActorProxy[RolloutActor]:
+        return (
+            ray.remote(RolloutActor)
+            .options(max_concurrency=10_000, **placement.rollout)
+            .remote(name, spec, str(log_dir))
+        )
+
+    next_host = None if environments is None else environments.next
+    return RolloutPool(make_actor, config.actors, console.note, next_host)
+
+
+def make_rewards(prepared: Prepared, placement: Placement, console: Console) -> RewardPool:
+    """The reward workers; Ray starts one again when it dies, for it holds no state."""
+    config = prepared.config.rewards
+    worker_class = watched_worker_class(RewardWorker)
+
+    def make_worker() -> RewardHandle:
+        actor = worker_class.options(max_restarts=-1, **placement.reward).remote(
+            prepared.rewards,
+            config.timeout_s,
+            memory_bytes=config.memory_bytes,
+            max_steps=prepared.config.run.steps,
+        )
+        return RewardHandle(actor)
+
+    group_size = prepared.config.task.group_size
+    bound = longest_score_s(config.timeout_s, len(prepared.rewards), group_size)
+    return RewardPool(
+        [make_worker() for _ in range(config.workers)],
+        timeout_s=bound + 30,
+        timeout_key=f"rewards.timeout_s={config.timeout_s:g}",
+        pings_while_scoring=True,
+        streams=any(spec.whole_group is False for spec in prepared.rewards),
+        make_worker=make_worker,
+        notify=console.note,
+    )
+
+
+async def start_learner(
+    prepared: Prepared, placement: Placement, log_dir: Path, cores: int, trial: Path | None = None
+) -> Learner:
+    """The learner's ranks, ready to train from the model folder.
+
+    trial: where they try to save first (see `Checkpoints.trial`); None: nothing will be saved.
+    """
+    config = prepared.config
+    ranks = config.learner.workers
+    threads = max(1, cores // ranks)
+    spec = LearnerSpec(
+        model_path=prepared.model_path,
+        dtype=config.model.dtype,
+        learner=config.learner,
+        algorithm=config.algorithm,
+        temperature=config.actors.temperature,
+        max_tokens=config.completion_tokens,
+        # The other ranks differ in their number only.
+        rank=0,
+        world_size=ranks,
+        device=placement.device,
+        threads=threads,
+        seed=config.run.seed,
+        shm_dir=f"{SHM}/cohort-learner-{os.getpid()}-{uuid.uuid4().hex[:12]}",
+        log_dir=str(log_dir),
+        total_steps=config.run.steps,
+        trial_dir=None if trial is None else str(trial),
+    )
+    environment = cpu_environment(threads) if placement.device == "cpu" else {}
+    options = [
+        {**placement.learner, "runtime_env": {"env_vars": environment}} for _ in range(ranks)
+    ]
+    return await Learner.start(spec, options, config.cluster.start_timeout_s)

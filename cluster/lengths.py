@@ -176,6 +176,11 @@ def check_lengths(
     if renderer.max_prompt_tokens is not None:
         longest = min(longest, renderer.max_prompt_tokens)
     max_length = config.model.max_length or longest + room
+    if config.task.environment is not None and not config.model.max_length:
+        # As much for what the environment says as for what the model does, if the context has it.
+        max_length = longest + 2 * config.environments.max_turns * room
+        if renderer.max_prompt_tokens is not None:
+            max_length = min(max_length, renderer.max_prompt_tokens + room)
     if not rendered.whole:
         renderer.max_prompt_tokens = max_length - room
     return Lengths(longest, max_length, len(overlong))

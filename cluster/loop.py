@@ -10,11 +10,10 @@ has caught up, and generation overlaps with training; nothing else changes.
 from __future__ import annotations
 
 from cohort.cluster.failures import check_failures
-from cohort.cluster.recording import Finished, StepTimer
-from cohort.cluster.run import Run
+from cohort.cluster.run import Finished, Run, StepTimer
 from cohort.cluster.saving import rescue, save_at_the_end, save_if_due
+from cohort.cluster.signals import unless_stopped
 from cohort.cluster.stream import MAX_GENERATIONS, Batch
-from cohort.cluster.waiting import unless_stopped
 from cohort.learner.learner import LostGroups, StepResult
 
 

@@ -16,10 +16,21 @@ from typing import TYPE_CHECKING
 
 from cohort.cluster.config import Config
 from cohort.cluster.errors import RunError
-from cohort.cluster.lengths import check_lengths, render_rows
+from cohort.cluster.lengths import Lengths, check_lengths, render_rows
 from cohort.cluster.model_folder import inspect_model, load_tokenizer
+from cohort.rewards.continuation import Continuation
+from cohort.rewards.environments.specs import environment_spec, find_tools
+from cohort.rewards.environments.worker import EnvironmentSpec
+from cohort.rewards.rates import NO_RATES, PassRates
 from cohort.rewards.specs import RewardSpec, reward_specs
-from cohort.rewards.tasks import PromptRenderer, Task, load_task, sample_rows
+from cohort.rewards.tasks import (
+    PromptRenderer,
+    SampledPrompts,
+    Task,
+    load_task,
+    sample_prompts,
+    sample_rows,
+)
 from cohort.rewards.worker import RewardWorker
 
 if TYPE_CHECKING:
@@ -39,8 +50,7 @@ class Prepared:
         task: The loaded task.
         rewards: The reward functions in use.
         renderer: Renders the task's rows to prompts.
-        max_length: Longest sequence, prompt and completion, in tokens.
-        overlong: Prompts that are left out because they are too long, among those rendered.
+        lengths: Of its prompts, in tokens.
     """
 
     config: Config
@@ -49,8 +59,11 @@ class Prepared:
     task: Task
     rewards: list[RewardSpec]
     renderer: PromptRenderer
-    max_length: int
-    overlong: int
+    lengths: Lengths
+
+    def draw(self, cursor: int, count: int, rates: PassRates = NO_RATES) -> SampledPrompts:
+        """So many training prompts from a place in their sequence on, and the place after them."""
+        return sample_prompts(self.task, self.renderer, self.config.run.seed, cursor, count, rates)
 
 
 def prepare(config: Config) -> Prepared:
@@ -62,7 +75,7 @@ def prepare(config: Config) -> Prepared:
     path, context, parameters = inspect_model(config)
     tokenizer = load_tokenizer(path)
     task = load_task(config.task, config.run.seed)
-    specs = reward_specs(task, config.rewards)
+    specs = reward_specs(task, config.rewards, environment=config.task.environment is not None)
     # Load every function in a child process, as the reward workers will: a wrong path ends here.
     limits = config.rewards
     worker = RewardWorker(specs, limits.timeout_s, memory_bytes=limits.memory_bytes)
@@ -70,16 +83,11 @@ def prepare(config: Config) -> Prepared:
     worker.close()
     renderer = make_renderer(config, tokenizer, context)
     lengths = check_lengths(config, render_rows(task, renderer), renderer, specs)
-    sizes = lengths.max_length, lengths.overlong
-    return Prepared(config, path, parameters, task, specs, renderer, *sizes)
+    return Prepared(config, path, parameters, task, specs, renderer, lengths)
 
 
 def longest_prompt(config: Config, context: int) -> int:
     """Tokens of the longest prompt that leaves room for a completion in the model's context.
-
-    Args:
-        config: The run's config.
-        context: The model's, in tokens.
 
     Raises:
         RunError: None does, or model.max_length exceeds the context.
@@ -97,25 +105,48 @@ def longest_prompt(config: Config, context: int) -> int:
     return longest
 
 
-def make_renderer(
-    config: Config, tokenizer: PreTrainedTokenizerBase, context: int
-) -> PromptRenderer:
-    """Make the renderer of this config's prompts.
+def make_environment(config: Config, model_path: str, max_length: int) -> EnvironmentSpec | None:
+    """What workers of environments get; None where the config names no environment.
 
     Args:
         config: The run's config.
-        tokenizer: The model's.
-        context: The model's, in tokens.
+        model_path: The folder of the tokenizer.
+        max_length: Tokens of the longest sequence.
+
+    Raises:
+        EnvironmentLoadError: The environment cannot be loaded, or a tool cannot be described.
+    """
+    if config.task.environment is None:
+        return None
+    return environment_spec(
+        config.task,
+        config.environments,
+        model_path=model_path,
+        template_arguments=config.model.template_arguments,
+        max_length=max_length,
+    )
+
+
+def make_renderer(
+    config: Config, tokenizer: PreTrainedTokenizerBase, context: int
+) -> PromptRenderer:
+    """Make the renderer of this config's prompts; context: the model's, in tokens.
 
     Raises:
         RunError: The context has no room for a prompt.
+        EnvironmentLoadError: The environment cannot be loaded, or a tool cannot be described.
         TaskError: The chat template does not read one of model.template_arguments.
     """
+    conversation = None
+    if config.task.environment is not None:
+        tools = find_tools(config.task)
+        conversation = Continuation(tokenizer, tools, config.model.template_arguments).prompt_ids
     return PromptRenderer(
         tokenizer,
         longest_prompt(config, context),
         config.model.template_arguments,
         config.task.overlong,
+        conversation,
     )
 
 
@@ -140,4 +171,4 @@ def first_probe(prepared: Prepared) -> list[int]:
         ids += prepared.renderer.render(row, epoch).token_ids
         if len(ids) >= PROBE_TOKENS or (len(ids) > 1 and cursor + 1 >= task.train_size()):
             break
-    return ids[: min(PROBE_TOKENS, prepared.max_length - 1)]
+    return ids[: min(PROBE_TOKENS, prepared.lengths.max_length - 1)]

@@ -1,44 +1,50 @@
-"""From the learner's weights to engines that have proven to hold them."""
+"""Publishes the learner's weights to the engines, which prove that they hold them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from cohort.actors.pool import Probe, RolloutPool
-from cohort.cluster.making import probe_floor, probe_tolerance
+from cohort.actors.pool import RolloutPool
+from cohort.actors.probe import Probe
+from cohort.cluster.config import Config
+from cohort.cluster.launch import Services
 from cohort.cluster.prepare import Prepared, first_probe
 from cohort.learner.learner import Learner
+
+# Engine and learner use different kernels: the gap is about 0.1 in bfloat16, an eighth of that in
+# float16, below 1e-4 in float32.
+PROBE_TOLERANCE = {"bfloat16": 0.5, "float16": 0.1, "float32": 0.01}
+FLOAT8_PROBE_TOLERANCE = 1.0
+# The limit that the first update's gap leads to is no less than this fraction of them.
+PROBE_FLOOR = 0.1
 
 
 @dataclass(frozen=True)
 class Publisher:
     """Publishes the learner's weights to the engines.
 
-    probe_ids: token ids of a sequence that learner and engines score under the same weights.
-    tolerance, floor: how far the two may be apart, nats a token (`actors.probe_tolerance`). remote:
-    whether an engine may run on another machine than the learner.
+    probe: a sequence that learner and engines score under the same weights, and how far the two may
+    be apart (`actors.probe_tolerance`). remote: whether an engine may run on another machine than
+    the learner.
     """
 
     learner: Learner
     pool: RolloutPool
-    probe_ids: list[int]
-    tolerance: float
-    floor: float | None
+    probe: Probe
     remote: bool
 
     @classmethod
-    def of(cls, prepared: Prepared, learner: Learner, pool: RolloutPool) -> Publisher:
+    def of(cls, prepared: Prepared, actors: Services) -> Publisher:
         """The publisher of a run whose actors were started."""
         import ray
 
-        return cls(
-            learner,
-            pool,
-            first_probe(prepared),
-            probe_tolerance(prepared.config),
-            probe_floor(prepared.config),
-            remote=sum(node["Alive"] for node in ray.nodes()) > 1,
-        )
+        tolerance = usual_tolerance(prepared.config)
+        floor: float | None = PROBE_FLOOR * tolerance
+        if (given := prepared.config.actors.probe_tolerance) is not None:
+            tolerance, floor = given, None
+        probe = Probe(first_probe(prepared), [], tolerance, floor)
+        remote = sum(node["Alive"] for node in ray.nodes()) > 1
+        return cls(actors.learner, actors.pool, probe, remote)
 
     async def publish(self) -> float:
         """Have every engine load the learner's weights and prove that it did.
@@ -52,7 +58,12 @@ class Publisher:
         """
         info = await self.learner.publish(remote=self.remote)
         # Not while the engines load: on shared cores both would wait for each other.
-        logprobs = await self.learner.logprobs(self.probe_ids)
-        return await self.pool.sync(
-            info, Probe(self.probe_ids, logprobs, self.tolerance, self.floor)
-        )
+        logprobs = await self.learner.logprobs(self.probe.token_ids)
+        return await self.pool.sync(info, replace(self.probe, logprobs=logprobs))
+
+
+def usual_tolerance(config: Config) -> float:
+    """How far engine and learner may be apart where the config does not say, nats a token."""
+    if config.actors.quantization != "none" or config.learner.float8 != "off":
+        return FLOAT8_PROBE_TOLERANCE
+    return PROBE_TOLERANCE[config.model.dtype]

@@ -6,14 +6,19 @@ import logging
 import os
 import re
 import socket
-import tempfile
 from pathlib import Path
 
 from cohort.actors.process import start_sweeper
 from cohort.cluster.config import Config
 from cohort.cluster.errors import RunError, in_words
-from cohort.cluster.placement import Resources, connected_cluster, object_store_bytes, this_machine
-from cohort.learner.checkpoint import nearest_existing
+from cohort.cluster.files import require_writable
+from cohort.cluster.placement import (
+    Resources,
+    connected_cluster,
+    object_store_bytes,
+    plan,
+    this_machine,
+)
 
 CONNECT_TIMEOUT_S = 10
 # Ray's addresses of a new cluster on this machine, and of one that is running here already.
@@ -61,13 +66,20 @@ def check_reachable(address: str) -> None:
         raise RunError(f"{what}: cannot connect to Ray: {error}") from error
 
 
-def check_start(config: Config) -> None:
-    """Raise RunError if Ray can be known in advance not to be joined or started."""
-    address = ray_address(config)
-    if address:
+def check_start(config: Config, parameters: int | None = None) -> None:
+    """Raise RunError if it is clear already that Ray cannot be joined or started.
+
+    Args:
+        config: The run's config.
+        parameters: Of the model; where given, this machine must also hold the run, when Ray is to
+            be started on it.
+    """
+    if address := ray_address(config):
         check_reachable(address)
-    else:
-        check_own_ray()
+        return
+    check_own_ray()
+    if parameters is not None:
+        plan(config, this_machine(), parameters)
 
 
 def check_own_ray() -> None:
@@ -79,7 +91,7 @@ def check_own_ray() -> None:
             f"{_named_folder()} is too long: Ray's sockets below it would have names of {longest} "
             f"bytes, and the system allows {LONGEST_SOCKET}: set RAY_TMPDIR to a shorter folder"
         )
-    _require_writable(
+    require_writable(
         folder / "ray",
         f"{_named_folder()}, where Ray keeps sockets and logs,",
         "set RAY_TMPDIR to a folder that can be written",
@@ -181,18 +193,8 @@ def _check_home() -> None:
             f"HOME is not set, and Ray keeps a token there: set HOME: {error}"
         ) from error
     if not (folder / "auth_token").is_file():
-        _require_writable(
+        require_writable(
             folder,
             f"HOME={folder.parent}, where Ray keeps a token (.ray),",
             "set HOME to a folder that can be written",
         )
-
-
-def _require_writable(folder: Path, what: str, advice: str) -> None:
-    """Raise RunError unless a file can be made in the folder, or the nearest that is there."""
-    place = nearest_existing(folder)
-    try:
-        # It has no name and vanishes when closed.
-        tempfile.TemporaryFile(dir=place).close()
-    except OSError as error:
-        raise RunError(f"{what} cannot be written: {error.strerror} ({place}): {advice}") from error

@@ -1,20 +1,118 @@
-"""What a training run is made of, and where it stands."""
+"""What a training run is made of, where it stands, and the writing down of its steps.
+
+Reporting never ends a run: what cannot be written is counted (`report/*` in metrics.jsonl) and said
+once, and training goes on.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from cohort.cluster.config import Config
 from cohort.cluster.fingerprint import Fingerprint
 from cohort.cluster.launch import Services
 from cohort.cluster.observe.console import Console
-from cohort.cluster.observe.metrics import Counters, StepTimes
+from cohort.cluster.observe.metrics import Counters, StepTimes, step_metrics
+from cohort.cluster.observe.metrics_file import MetricRow, step_of
+from cohort.cluster.observe.rollouts import RolloutWriter
+from cohort.cluster.observe.tracking import Tracker
 from cohort.cluster.publishing import Publisher
-from cohort.cluster.recording import Finished, Recorder
-from cohort.cluster.stream import GroupStream
+from cohort.cluster.stream import Batch, GroupStream
 from cohort.learner.checkpoint import Checkpoints
-from cohort.learner.learner import Learner
+from cohort.learner.learner import Learner, StepResult
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A step that the learner has done."""
+
+    batch: Batch
+    result: StepResult
+    train_s: float
+
+
+class StepTimer:
+    """Measures one step, from now on, and its parts: `with timer("train"): ...`."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.seconds[part] = time.monotonic() - began
+
+    def times(self, batch: Batch) -> StepTimes:
+        """The times of the step that trained `batch` and ends now."""
+        step_s = time.monotonic() - self._began
+        return StepTimes.of(batch, self.seconds["train"], self.seconds["sync"], step_s)
+
+
+@dataclass
+class Recorder:
+    """Where the steps of a run are written: metrics, completions, the terminal.
+
+    missed: how often something could not be recorded, by its name.
+    """
+
+    tracker: Tracker
+    writer: RolloutWriter
+    console: Console
+    missed: Counter[str] = field(default_factory=Counter)
+    _noted: set[str] = field(default_factory=set)
+
+    async def record(self, batch: Batch, metrics: MetricRow) -> None:
+        """Write down one step: completions, metrics, a line for people. Raises nothing."""
+        for failure in batch.failures:
+            self._note_once(
+                f"{failure.kind} {failure.message}",
+                f"step {batch.step}: {failure} (further failures of this kind are only counted: "
+                "rollout/groups_lost)",
+            )
+        replaced = self.writer.replaced
+        try:
+            await self.writer.write(batch.step, [group.ref for group in batch.groups])
+        except Exception as error:  # noqa: BLE001 - reporting never ends a run
+            self._miss("rollouts", batch.step, error)
+        if self.writer.replaced > replaced:
+            self.console.note(
+                f"step {batch.step}: the rollout writer, which writes rollouts/, was replaced"
+            )
+        metrics |= {f"report/{name}_missed": count for name, count in self.missed.items()}
+        if self.writer.replaced:
+            metrics["report/rollout_writer_replaced"] = self.writer.replaced
+        self._try("metrics", self.tracker.log, metrics)
+        self._try("console", self.console.step, metrics)
+
+    def _try(self, what: str, write: Callable[[MetricRow], None], metrics: MetricRow) -> None:
+        try:
+            write(metrics)
+        except Exception as error:  # noqa: BLE001 - reporting never ends a run
+            self._miss(what, step_of(metrics), error)
+
+    def _miss(self, what: str, step: int, error: Exception) -> None:
+        self.missed[what] += 1
+        text = f"{type(error).__name__}: {error}"
+        self._note_once(
+            f"{what} {text}",
+            f"step {step}: {what} could not be recorded ({text}); training goes on; further errors "
+            f"of this kind are only counted (report/{what}_missed)",
+        )
+
+    def _note_once(self, reason: str, text: str) -> None:
+        """Say something unless it was said for this reason (numbers in it do not count)."""
+        key = re.sub(r"\d+", "", reason)
+        if key not in self._noted:
+            self._noted.add(key)
+            self.console.note(text)
 
 
 @dataclass
@@ -49,7 +147,7 @@ class Saves:
 class Run:
     """A run whose actors are started, ready to train.
 
-    stop: set when it is to end after the step in hand. lost: why no actor will answer any more.
+    stop: set when it is to end after the current step. lost: why no actor will answer any more.
     """
 
     config: Config
@@ -83,11 +181,13 @@ class Run:
         """Write down the step that was finished last. Raises nothing: see `Recorder`."""
         finished, self.progress.unrecorded = self.progress.unrecorded, None
         assert finished is not None
-        await self.recorder.record(
-            finished,
+        metrics = step_metrics(
+            finished.batch,
+            finished.result,
             times,
             self.progress.counters,
-            version=self.learner.version,
-            gap=gap,
-            restarts=self.actors.pool.restarts,
+            self.learner.version,
+            gap,
+            self.actors.pool.restarts,
         )
+        await self.recorder.record(finished.batch, metrics)

@@ -183,11 +183,7 @@ def find_run_dir(config: Config) -> Path:
     if not is_ours(folder):
         raise RunError(f"run.dir={folder} holds other files and no run: choose another run.dir")
     _refuse_if_in_use(folder)
-    if not config.run.resume and (found := what_was_recorded(folder)):
-        raise RunError(
-            f"run.dir={folder} already holds a run: add run.resume=true to continue it, or "
-            f"choose another run.dir (found: {found})"
-        )
+    _refuse_if_recorded(config, folder)
     return folder
 
 
@@ -245,12 +241,19 @@ def claim_run_dir(config: Config) -> RunDir:
     claimed.claim()
     try:
         # Again, because another driver may have begun and ended in between.
-        if not config.run.resume and (found := what_was_recorded(claimed.path)):
-            raise RunError(f"run.dir={claimed.path} already holds a run ({found})")
+        _refuse_if_recorded(config, claimed.path)
     except BaseException:
         claimed.release()
         raise
     return claimed
+
+
+def _refuse_if_recorded(config: Config, folder: Path) -> None:
+    if not config.run.resume and (found := what_was_recorded(folder)):
+        raise RunError(
+            f"run.dir={folder} already holds a run: add run.resume=true to continue it, or "
+            f"choose another run.dir (found: {found})"
+        )
 
 
 def _refuse_if_in_use(folder: Path) -> None:

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 from cohort.cluster.continuing import SavedState
+from cohort.cluster.observe.metrics import StepTimes
 from cohort.cluster.run import Run
 from cohort.learner.checkpoint import LEARNER_FILE, CheckpointError
 from cohort.learner.learner import LearnerError
@@ -97,8 +98,8 @@ async def rescue(run: Run, error: BaseException) -> None:
 
 async def _record_late(run: Run) -> None:
     """Write down a step after which the run failed, before its times and its gap were known."""
-    if run.progress.unrecorded is not None:
-        await run.record(run.progress.unrecorded.times(), math.nan)
+    if (finished := run.progress.unrecorded) is not None:
+        await run.record(StepTimes.of(finished.batch, finished.train_s), math.nan)
 
 
 async def save(run: Run) -> None:

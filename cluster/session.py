@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import statistics
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING
 
 from cohort.actors.records import Failure, Group, GroupMeta, Prompt, ScoredRef
 from cohort.cluster.commands.evaluate import Evaluation
@@ -21,14 +21,12 @@ from cohort.cluster.config import Config
 from cohort.cluster.failures import check_failures
 from cohort.cluster.launch import Services
 from cohort.cluster.launch import launch as launch_services
-from cohort.cluster.making import draw_from
 from cohort.cluster.observe.console import Console
 from cohort.cluster.prepare import Prepared, passing_logs, prepare
 from cohort.cluster.publishing import Publisher
 from cohort.cluster.ray_start import check_start
 from cohort.cluster.stream import Batch, group_request
 from cohort.learner.learner import Learner
-from cohort.rewards.rates import NO_RATES
 from cohort.rewards.tasks import SampledPrompts
 
 if TYPE_CHECKING:
@@ -79,28 +77,18 @@ class Generated:
     ref: ObjectRef[Group] | None
 
 
-@dataclass(frozen=True)
-class Scored(Sequence[ScoredRef]):
+class Scored(list[ScoredRef]):
     """Scored groups, as `Learner.step` takes them. failures: of the groups that are not there."""
 
-    groups: list[ScoredRef]
-    failures: list[Failure] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(self.groups)
-
-    @overload
-    def __getitem__(self, index: int) -> ScoredRef: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[ScoredRef]: ...
-    def __getitem__(self, index: int | slice) -> ScoredRef | list[ScoredRef]:
-        return self.groups[index]
+    def __init__(self, groups: Iterable[ScoredRef], failures: Iterable[Failure] = ()) -> None:
+        super().__init__(groups)
+        self.failures = list(failures)
 
     @property
     def mean_reward(self) -> float:
         """Mean total reward of the completions that have one."""
         return statistics.fmean(
-            total for group in self.groups for total in group.scores.totals if total is not None
+            total for group in self for total in group.scores.totals if total is not None
         )
 
 
@@ -114,8 +102,8 @@ class Session:
         self.config = prepared.config
         self.learner: Learner = actors.learner
         self._actors = actors
-        self._publisher = Publisher.of(prepared, actors.learner, actors.pool)
-        self._draw = draw_from(prepared)
+        self._publisher = Publisher.of(prepared, actors)
+        self._prepared = prepared
         self._cursors = [0]
 
     def prompts(self, step: int) -> list[Prompt]:
@@ -129,7 +117,7 @@ class Session:
         return list(self._sample(self._cursors[step]).prompts)
 
     def _sample(self, cursor: int) -> SampledPrompts:
-        return self._draw(cursor, self.config.task.prompts_per_step, NO_RATES)
+        return self._prepared.draw(cursor, self.config.task.prompts_per_step)
 
     async def publish(self) -> float:
         """Have every engine load the learner's weights, and prove that it did.
@@ -162,7 +150,7 @@ class Session:
             [result for result in results if isinstance(result, Failure)],
         )
         step = self.learner.version
-        check_failures(self.config, Batch(step, 0, scored.groups, scored.failures, 0.0, 0.0, 0.0))
+        check_failures(self.config, Batch(step, 0, list(scored), scored.failures, 0.0, 0.0, 0.0))
         return scored
 
     async def _score(self, group: Generated) -> ScoredRef | Failure:

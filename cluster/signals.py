@@ -8,6 +8,7 @@ also work while the loop is blocked for seconds.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
@@ -115,3 +116,17 @@ def leave_at_once_on_signals() -> None:
     for number in STOPPING:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, leave_at_once)
+
+
+async def unless_stopped(stop: asyncio.Event, work: Coroutine[object, object, T]) -> T | None:
+    """The result of `work`, or None when `stop` is set first; `work` is cancelled then."""
+    task = asyncio.ensure_future(work)
+    stopping = asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait({task, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally:
+        stopping.cancel()
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait({task, stopping})

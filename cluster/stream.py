@@ -116,8 +116,8 @@ class GroupStream:
         self._steps: dict[int, _Step] = {}
         # The prompts of the step that was handed over last.
         self._handed: dict[str, Prompt] = {}
-        # Completions being judged: for each group, its attempt at them and their verdicts.
-        self._judging: dict[str, tuple[int, list[asyncio.Task[Any]]]] = {}
+        # Scores of single completions: for each group, its attempt and the calls.
+        self._part_calls: dict[str, tuple[int, list[asyncio.Task[Any]]]] = {}
         self._errors_shown: set[tuple[str, str]] = set()
         self._next = first_step
         self.cursor = cursor
@@ -147,7 +147,7 @@ class GroupStream:
         return tasks
 
     async def _produce(self, requests: list[Request]) -> list[asyncio.Task[_Produced]]:
-        generating = await self._pool.generate(requests, self._judge)
+        generating = await self._pool.generate(requests, self._score_part)
         return [
             asyncio.create_task(self._score(request, task))
             for request, task in zip(requests, generating, strict=True)
@@ -169,15 +169,15 @@ class GroupStream:
             failures=[*batch.failures, *(g for g in groups if isinstance(g, Failure))],
         )
 
-    def _judge(self, group_id: str, attempt: int, completion: Any) -> None:
-        """Have a completion judged while others of its group are still being generated."""
-        before, tasks = self._judging.get(group_id, (attempt, []))
+    def _score_part(self, group_id: str, attempt: int, completion: Any) -> None:
+        """Have a completion scored while others of its group are still being generated."""
+        before, tasks = self._part_calls.get(group_id, (attempt, []))
         if attempt != before:
             # The group was lost; what is generated anew may differ.
             _cancel(tasks)
             tasks = []
-        tasks.append(self._rewards.judge(f"{group_id} attempt {attempt}", completion))
-        self._judging[group_id] = (attempt, tasks)
+        tasks.append(self._rewards.score_part(f"{group_id} attempt {attempt}", completion))
+        self._part_calls[group_id] = (attempt, tasks)
 
     async def _score(self, request: Request, generating: asyncio.Task[Any]) -> _Produced:
         """One group, generated and scored; generated again when it is lost before it is scored."""
@@ -188,18 +188,18 @@ class GroupStream:
                 if isinstance(meta, Failure):
                     return _Produced(meta, generated_at, generated_at)
                 assert isinstance(meta, GroupMeta)
-                # Completions that were judged in one call have one task.
-                _, judging = self._judging.get(request.group_id, (0, []))
-                judged = await asyncio.gather(*dict.fromkeys(judging))
-                known = [ref for ref in judged if ref is not None]
+                # Completions that were scored in one call have one task.
+                _, calls = self._part_calls.get(request.group_id, (0, []))
+                parts = await asyncio.gather(*dict.fromkeys(calls))
+                known = [ref for ref in parts if ref is not None]
                 scores, scored = await self._rewards.score(group, known)
             finally:
-                _, judging = self._judging.pop(request.group_id, (0, []))
-                _cancel(judging)
+                _, calls = self._part_calls.pop(request.group_id, (0, []))
+                _cancel(calls)
             if not isinstance(scores, Lost) or not left:
                 break
             logger.warning("group %s is generated again: %s", request.group_id, scores)
-            (generating,) = await self._pool.generate([request], self._judge)
+            (generating,) = await self._pool.generate([request], self._score_part)
         now = time.monotonic()
         if not isinstance(scores, ScoreMeta):
             return _Produced(scores, generated_at, now)
@@ -283,9 +283,9 @@ class GroupStream:
         """Give up what is in flight; a resumed run generates it again, from the same seeds."""
         for step in self._steps.values():
             _cancel(step.tasks)
-        for _, judging in self._judging.values():
-            _cancel(judging)
-        self._judging.clear()
+        for _, calls in self._part_calls.values():
+            _cancel(calls)
+        self._part_calls.clear()
 
 
 def _cancel(tasks: Iterable[asyncio.Task[Any]]) -> None:

@@ -6,7 +6,8 @@
     cohort.train(config)
 
 `train` and `evaluate` do what the commands of these names do; `launch` starts the parts of a run
-for a loop of your own; `Task`, `Prompt` and `Group` are what tasks and rewards are written with.
+for a loop of your own; `Task`, `Prompt` and `Group` are what tasks and rewards are written with,
+`Env`, `Reply` and `Step` what environments are.
 Every error whose message is meant for people is a `CohortError`.
 
 The packages below, in the order in which data passes through them: `cohort.rewards` (tasks, reward
@@ -25,13 +26,17 @@ if TYPE_CHECKING:
     from cohort.cluster.config import Config
     from cohort.cluster.config_file import load_config
     from cohort.cluster.session import evaluate, launch, train
+    from cohort.rewards.environments.base import Env, Reply, Step
     from cohort.rewards.tasks import Task
 
 __all__ = [
     "CohortError",
     "Config",
+    "Env",
     "Group",
     "Prompt",
+    "Reply",
+    "Step",
     "Task",
     "evaluate",
     "launch",
@@ -42,8 +47,11 @@ __all__ = [
 _HOMES = {
     "CohortError": "actors.errors",
     "Config": "cluster.config",
+    "Env": "rewards.environments.base",
     "Group": "actors.records",
     "Prompt": "actors.records",
+    "Reply": "rewards.environments.base",
+    "Step": "rewards.environments.base",
     "Task": "rewards.tasks",
     "evaluate": "cluster.session",
     "launch": "cluster.session",

@@ -5,8 +5,9 @@ In the driver:
     config, presets   the sections `learner` and `algorithm`, and published algorithms as presets
     learner           all ranks as one object: plan, step, publish, save, load
     plan              what every rank does in a step, decided once, on sizes and rewards
-    credit            rewards -> advantages, weights of tokens
+    credit            rewards -> advantages (on `advantages`), weights of tokens
     packing, shapes   completions -> rows -> micro-batches of all ranks
+    episodes          the turns of an episode -> branches of a row
     ranks             typed calls to all rank actors, failures told from their consequences
     results           the sums of the ranks -> the result of a step
 

@@ -1,9 +1,10 @@
-"""Attention over rows in which several completions share one prompt.
+"""Attention over rows in which several completions share one prompt, and turns what they continue.
 
-A completion's token attends to the prompt and to what came before it in its own completion. As a
-mask over a row of L tokens that is L * L scores, most of them hidden when completions are many.
+A token of a branch attends to what the branch continues, and to what came before it in the branch.
+As a mask over a row of L tokens that is L * L scores, most of them hidden when branches are many.
 Here only the parts that are not hidden are computed: the prompt over itself, all completions over
-the prompt, every completion over itself; the last two share a softmax. They are plain matrix
+the prompt, every completion over itself; the last two share a softmax. Where branches continue
+other branches, each is computed by itself, over the keys of its own sequence. They are plain matrix
 products: torch's fused attention for CPUs takes two to twenty times as long on such parts.
 
 Rows lie one after another without padding: only attention needs to know where one ends.
@@ -13,10 +14,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 
-from cohort.learner.shapes import RowShape
+from cohort.learner.shapes import RowShape, Span
 
 TREE = "cohort_tree"
 # Queries of a plain sequence that are computed together: later ones see all keys before them, and
@@ -56,9 +58,10 @@ class Tree:
         for b, row in enumerate(self.rows):
             start = row.prompt
             mask_B1LL[b, 0, :start, :start] = _causal(start, device)
-            for n in row.completions:
+            for n, history in zip(row.branches, row.histories(), strict=True):
                 end = start + n
-                mask_B1LL[b, 0, start:end, : row.prompt] = True
+                for first, last in history:
+                    mask_B1LL[b, 0, start:end, first:last] = True
                 mask_B1LL[b, 0, start:end, start:end] = _causal(n, device)
                 start = end
         return mask_B1LL
@@ -81,7 +84,11 @@ class TreeAttention:
     def __init__(self, tree: Tree, like: torch.Tensor) -> None:
         self._lengths = [row.length for row in tree.rows]
         self._short = [b for b, n in enumerate(self._lengths) if n <= MASKED_ROW_LENGTH]
-        self._long = {b: _Row(row, like) for b, row in enumerate(tree.rows) if b not in self._short}
+        self._long = {
+            b: _Branches(row, like) if row.joins else _Row(row, like)
+            for b, row in enumerate(tree.rows)
+            if b not in self._short
+        }
         if self._short:
             short = Tree(tuple(tree.rows[b] for b in self._short))
             mask_B1LL = short.mask(short.longest, like.device)
@@ -127,19 +134,16 @@ def _lay_side_by_side(rows: list[torch.Tensor]) -> torch.Tensor:
 
 
 class _Row:
-    """One row, in parts."""
+    """One row whose branches all continue the whole prompt, in parts."""
 
     def __init__(self, row: RowShape, like: torch.Tensor) -> None:
         # A prompt and one completion are a plain sequence.
-        self.end = row.prompt + (row.completions[0] if len(row.completions) == 1 else 0)
-        self.blocks = [
-            (start, min(start + CAUSAL_BLOCK, self.end))
-            for start in range(0, self.end, CAUSAL_BLOCK)
-        ]
+        self.end = row.prompt + (row.branches[0] if len(row.branches) == 1 else 0)
+        self.blocks = _blocks(self.end)
         self.biases = [_causal_bias(stop - start, stop, like) for start, stop in self.blocks]
         self.stack: _Stack | None = None
-        if len(row.completions) > 1:
-            self.stack = _Stack(row.completions, like)
+        if len(row.branches) > 1:
+            self.stack = _Stack(row.branches, like)
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """q [K, R, n, D], scaled; k and v [K, n, D] -> [K, R, n, D]."""
@@ -161,6 +165,52 @@ class _Row:
             mixed = stack.undo(_grouped(stack(own), stack(v2)))
             parts.append(_grouped(prompt, v1) + mixed)
         return torch.cat(parts, -2)
+
+
+class _Branches:
+    """One row of any tree: the prompt, then every branch over what it continues and itself."""
+
+    def __init__(self, row: RowShape, like: torch.Tensor) -> None:
+        self.lengths = [row.prompt, *row.branches]
+        ends = list(accumulate(self.lengths))
+        own = [(end - n, end) for end, n in zip(ends, self.lengths, strict=True)]
+        histories: list[list[Span]] = [[], *row.histories()]
+        # Keys are split where any branch's history begins or ends, once for all branches.
+        cuts = sorted({0, *ends, *(edge for spans in histories for span in spans for edge in span)})
+        self.sizes = [stop - start for start, stop in pairwise(cuts)]
+        piece = {cut: index for index, cut in enumerate(cuts)}
+        self.pieces = [
+            [i for start, stop in [*spans, span] for i in range(piece[start], piece[stop])]
+            for spans, span in zip(histories, own, strict=True)
+        ]
+        kept = [0, *row.kept()]
+        # Of every branch, (queries, keys) of its blocks.
+        self.blocks = [
+            [(stop - start, before + stop) for start, stop in _blocks(n)]
+            for before, n in zip(kept, self.lengths, strict=True)
+        ]
+        self.biases = [[_causal_bias(*block, like) for block in blocks] for blocks in self.blocks]
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """q [K, R, n, D], scaled; k and v [K, n, D] -> [K, R, n, D]."""
+        keys, values = k.split(self.sizes, 1), v.split(self.sizes, 1)
+        parts = []
+        for query, pieces, blocks, biases in zip(
+            q.split(self.lengths, 2), self.pieces, self.blocks, self.biases, strict=True
+        ):
+            if not blocks:
+                continue
+            key, value = (torch.cat([x[i] for i in pieces], 1) for x in (keys, values))
+            queries = query.split([n for n, _ in blocks], 2)
+            for block, (_, stop), bias in zip(queries, blocks, biases, strict=True):
+                scores = _grouped(block, key[:, :stop].transpose(1, 2))
+                parts.append(_grouped((scores + bias).softmax(-1), value[:, :stop]))
+        return torch.cat(parts, -2)
+
+
+def _blocks(length: int) -> list[Span]:
+    """The parts of a plain sequence that are computed together."""
+    return [(start, min(start + CAUSAL_BLOCK, length)) for start in range(0, length, CAUSAL_BLOCK)]
 
 
 def _grouped(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

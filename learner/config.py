@@ -133,6 +133,13 @@ class AlgorithmConfig(BaseModel):
         description="Rewards are divided by the standard deviation (ddof 0) of the group, or of "
         "all rewards that the step trains, or by nothing.",
     )
+    credit: Literal["episode", "turn"] = Field(
+        "episode",
+        description="Of an episode with an environment: one advantage from its total reward, or "
+        "one for each turn: the turns' rewards are normalised together, and a turn counts those "
+        "from it on (reward functions, length penalty and KL count to the last). Each turn reward "
+        "then stands where baseline, scale and drop_zero_variance say reward.",
+    )
     drop_zero_variance: bool = Field(
         True,
         description="Leave out groups whose task rewards are all equal: the weighted totals of "
@@ -241,6 +248,12 @@ class AlgorithmConfig(BaseModel):
             values["dual_clip"] = given.get("dual_clip")
         return values
 
+    @property
+    def judges_completions(self) -> bool:
+        """Whether the loss of a token depends on all tokens of its completion."""
+        masks = (self.sequence_mask, self.negative_mask)
+        return self.ratio == "sequence" or any(mask is not None for mask in masks)
+
     def refreshes_reference(self, steps_done: int) -> bool:
         """Whether the policy becomes the reference after this step."""
         every = self.reference_refresh_steps
@@ -282,6 +295,12 @@ class AlgorithmConfig(BaseModel):
             problems.append(
                 f"algorithm.objective={self.objective} is defined on tokens: set "
                 "algorithm.ratio=token"
+            )
+        if self.credit == "turn" and self.ratio == "sequence":
+            problems.append(
+                "algorithm.credit=turn gives every turn its own advantage, algorithm.ratio="
+                "sequence all tokens one ratio, whose gradient would mix them again: set "
+                "algorithm.ratio=token or algorithm.credit=episode"
             )
         if self.dynamic_sampling_rounds and not self.drop_zero_variance:
             problems.append(

@@ -77,7 +77,7 @@ def negative_mask(
 
     Args:
         drift_T: log pi - log mu of the policy as it is now, in nats.
-        advantages_T: The advantage of each token's completion.
+        advantages_T: The advantage of each token's completion, or of its turn.
         sequence_T: The completion of each token.
         mask_T: The tokens that take part.
         algorithm: Holds `negative_mask`; None masks nothing.

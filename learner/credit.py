@@ -10,149 +10,26 @@ normaliser, so that no split into rows, micro-batches or ranks can change the lo
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeGuard
 
 from cohort.actors.records import GroupMeta, ScoreMeta
-from cohort.learner.config import Aggregation, AlgorithmConfig, Baseline, Scale
+from cohort.learner.advantages import (
+    ByTurn,
+    all_equal,
+    group_advantages,
+    overlong_penalty,
+    standard_deviation,
+    turn_advantages,
+    valid,
+    without_kl,
+)
+from cohort.learner.config import (
+    Aggregation,
+    AlgorithmConfig,
+)  # The name under which an environment's rewards stand among those of the reward functions.
 
-# Floor of the standard deviation: only rewards that are almost equal ever meet it.
-STD_FLOOR = 1e-6
-
-
-def valid(reward: float | None) -> TypeGuard[float]:
-    """Whether a reward takes part: None, NaN and infinities do not."""
-    return reward is not None and math.isfinite(reward)
-
-
-def all_equal(rewards: Sequence[float | None]) -> bool:
-    """Whether at least two rewards take part, and all of these are equal up to rounding.
-
-    Equal: within 1e-6 (STD_FLOOR), or within 1e-9 of their size. The same answer, scored twice,
-    can differ by that much: weighted sums round, and reward models compute in float32.
-    """
-    chosen = [r for r in rewards if valid(r)]
-    return len(chosen) >= 2 and math.isclose(
-        min(chosen), max(chosen), rel_tol=1e-9, abs_tol=STD_FLOOR
-    )
-
-
-def standard_deviation(values: Sequence[float]) -> float:
-    """Of the population (ddof 0), and never below STD_FLOOR."""
-    mean = statistics.fmean(values)
-    # hypot: the squares of large rewards would overflow.
-    return max(math.hypot(*(v - mean for v in values)) / math.sqrt(len(values)), STD_FLOOR)
-
-
-def advantages(
-    rewards: Sequence[float | None],
-    baseline: Baseline = "mean",
-    scale: Scale = "group",
-    batch_std: float | None = None,
-) -> list[float | None]:
-    """Advantages of one group: A_i = (r_i - baseline) / scale.
-
-    Equal rewards (see `all_equal`) give exactly 0.0 with a baseline: the rounding residue of
-    r - mean, divided by an equally small standard deviation, would give advantages of order 1.
-
-    Args:
-        rewards: One for each completion. One that is None or not finite takes no part in the
-            statistics, and its completion is not trained.
-        baseline: mean: of the group. leave_one_out: mean of the other completions (RLOO, arXiv
-            2402.14740). none: 0.
-        scale: group: the standard deviation of the group, ddof 0 (GRPO, DeepSeekMath, arXiv
-            2402.03300, section 4.1.2). batch: `batch_std`. none: 1 (Dr. GRPO, arXiv 2503.20783).
-        batch_std: The standard deviation of all rewards that the step trains.
-
-    Returns:
-        One advantage for each completion; None where it is not trained. All are None with fewer
-        than two valid rewards.
-
-    Raises:
-        ValueError: scale is batch, and `batch_std` is missing.
-
-    Example:
-        >>> advantages([1.0, 1.0, 0.0, 0.0])
-        [1.0, 1.0, -1.0, -1.0]
-    """
-    chosen = [r for r in rewards if valid(r)]
-    n = len(chosen)
-    if n < 2:
-        return [None] * len(rewards)
-    if baseline != "none" and all_equal(chosen):
-        return [0.0 if valid(r) else None for r in rewards]
-    mean = math.fsum(chosen) / n if baseline != "none" else 0.0
-    # r - (n mean - r)/(n - 1) = n/(n - 1) (r - mean)
-    factor = n / (n - 1) if baseline == "leave_one_out" else 1.0
-    if scale == "group":
-        factor /= standard_deviation(chosen)
-    elif scale == "batch":
-        if batch_std is None:
-            raise ValueError("scale='batch' needs batch_std")
-        factor /= max(batch_std, STD_FLOOR)
-    return [(r - mean) * factor if valid(r) else None for r in rewards]
-
-
-def group_advantages(
-    rewards: Sequence[float | None],
-    algorithm: AlgorithmConfig,
-    batch_std: float | None = None,
-    kl: Sequence[float] | None = None,
-) -> list[float | None]:
-    """The advantages that `algorithm` gives one group; see `advantages`.
-
-    A demonstration counts 1 whatever its reward, and may be the only one of its group; None or a
-    reward that is not finite leaves it out.
-
-    Args:
-        rewards: One for each completion, with the length penalty.
-        algorithm: Objective, baseline and scale.
-        batch_std: The standard deviation of all rewards that the step trains.
-        kl: Of each completion, in nats; `algorithm.kl_coef` times it is subtracted from its
-            reward. Where the rewards are all equal before that, scale=group does not divide: it
-            would bring any difference in KL, however small, to -1 and +1.
-    """
-    if algorithm.objective == "cross_entropy":
-        return [1.0 if valid(reward) else None for reward in rewards]
-    if kl is None:
-        return advantages(rewards, algorithm.baseline, algorithm.scale, batch_std)
-    alone = algorithm.scale == "group" and all_equal(rewards)
-    return advantages(
-        without_kl(rewards, kl, algorithm.kl_coef),
-        algorithm.baseline,
-        "none" if alone else algorithm.scale,
-        batch_std,
-    )
-
-
-def without_kl(
-    rewards: Sequence[float | None], kl: Sequence[float], coefficient: float
-) -> list[float | None]:
-    """r_i - coefficient * KL_i; a reward that is None stays None."""
-    return [
-        None if reward is None else reward - coefficient * k
-        for reward, k in zip(rewards, kl, strict=True)
-    ]
-
-
-def overlong_penalty(tokens: int, max_tokens: int, buffer: float) -> float:
-    """Soft length penalty that is added to the reward (DAPO, arXiv 2503.14476, eq. 13).
-
-    Args:
-        tokens: Length of the completion.
-        max_tokens: The longest completion that the run allows.
-        buffer: The fraction of max_tokens over which the penalty grows from 0 to 1; 0: no penalty.
-
-    Returns:
-        A number in [-1, 0].
-    """
-    if buffer == 0:
-        return 0.0
-    cache = buffer * max_tokens
-    return min(0.0, max(-1.0, (max_tokens - tokens) / cache - 1.0))
+ENVIRONMENT = "environment"
 
 
 def token_weights(
@@ -169,7 +46,8 @@ def token_weights(
     is trained (Dr. GRPO, arXiv 2503.20783).
 
     Args:
-        lengths: For every prompt, the tokens of its completions, over all that the update trains.
+        lengths: For every prompt, the sampled tokens of its completions, over all that the update
+            trains.
         aggregation: `algorithm.aggregation`.
         max_tokens: The longest completion that the run allows.
         sampled: Usable completions that the update stands for, including those that are not
@@ -219,6 +97,14 @@ def _check_pair(meta: GroupMeta, scores: ScoreMeta) -> None:
     counts = (len(meta.completion_ids), len(meta.completion_tokens), len(scores.totals))
     if len(set(counts)) != 1:
         raise ValueError(f"group {meta.group_id}: {counts} ids, lengths and rewards differ")
+    if meta.turns and len(meta.turns) != counts[0]:
+        raise ValueError(f"group {meta.group_id}: turns of {len(meta.turns)} of {counts[0]} ids")
+    rewarded = [len(turns) for turns in scores.turn_rewards]
+    if rewarded and rewarded != [len(turns) for turns in meta.turns]:
+        raise ValueError(
+            f"group {meta.group_id}: {rewarded} turns have rewards, there are "
+            f"{[len(turns) for turns in meta.turns]}"
+        )
     if meta.prompt_tokens < 1:
         raise ValueError(f"group {meta.group_id}: an empty prompt predicts nothing")
 
@@ -240,14 +126,66 @@ def shaped_rewards(
     ]
 
 
+def turn_rewards(scores: ScoreMeta, rewards: Sequence[float | None]) -> ByTurn:
+    """The rewards of each completion's turns, whose sum is its reward.
+
+    A turn has what the environment gave for it. What else a completion has, from reward functions,
+    the length penalty and the KL, counts to its last turn.
+
+    Args:
+        scores: Of the group. Without an environment every completion is one turn.
+        rewards: Of each completion, in all.
+    """
+    if not scores.turn_rewards:
+        return [None if reward is None else (reward,) for reward in rewards]
+    from_environment = scores.by_function.get(ENVIRONMENT, (None,) * len(rewards))
+    found: ByTurn = []
+    for reward, turns, own in zip(rewards, scores.turn_rewards, from_environment, strict=True):
+        if reward is None or not turns:
+            found.append(None)
+        else:
+            rest = reward - (own if valid(own) else 0.0)
+            found.append((*turns[:-1], turns[-1] + rest))
+    return found
+
+
+def _values(
+    scores: ScoreMeta,
+    rewards: Sequence[float | None],
+    algorithm: AlgorithmConfig,
+    batch_std: float,
+    kl: Sequence[float] | None = None,
+) -> ByTurn:
+    """The advantages of a group: one for each completion, or those of its turns.
+
+    See `group_advantages`, whose arguments these are, and `turn_advantages`.
+    """
+    if algorithm.credit == "episode":
+        whole = group_advantages(rewards, algorithm, batch_std, kl)
+        return [None if value is None else (value,) for value in whole]
+    if kl is None:
+        return turn_advantages(turn_rewards(scores, rewards), algorithm, batch_std)
+    # As for completions: a scale of differences in KL alone would bring them to full size.
+    alone = algorithm.scale == "group" and all_equal(_flat(turn_rewards(scores, rewards)))
+    final = turn_rewards(scores, without_kl(rewards, kl, algorithm.kl_coef))
+    return turn_advantages(final, algorithm, batch_std, scaled=not alone)
+
+
+def _flat(rewards: ByTurn) -> list[float]:
+    return [reward for turns in rewards if turns is not None for reward in turns]
+
+
 def informative(meta: GroupMeta, scores: ScoreMeta, algorithm: AlgorithmConfig) -> bool:
     """Whether the policy gradient of the task rewards of a group can be anything but zero.
 
     Neither the length penalty nor the KL counts: without a difference in the task, the scale would
     bring the smallest difference in them to full size.
     """
-    by_task = group_advantages(task_rewards(meta, scores), algorithm, 1.0)
-    return any(value and not _left_out(meta, i, algorithm) for i, value in enumerate(by_task))
+    by_task = _values(scores, task_rewards(meta, scores), algorithm, 1.0)
+    return any(
+        values and any(values) and not _left_out(meta, i, algorithm)
+        for i, values in enumerate(by_task)
+    )
 
 
 def _left_out(meta: GroupMeta, index: int, algorithm: AlgorithmConfig) -> bool:
@@ -260,14 +198,24 @@ class TrainedGroup:
     """A group that a step trains.
 
     Attributes:
-        advantages: Of each completion that is trained, by its index in the group.
+        advantages: Of each completion that is trained, by its index in the group: one, or with
+            `algorithm.credit` = turn one for each of its turns.
         usable: Completions with an advantage, including those that `algorithm.mask_truncated`
             leaves out.
     """
 
     meta: GroupMeta
-    advantages: dict[int, float]
+    advantages: dict[int, tuple[float, ...]]
     usable: int
+
+    def mean_advantage(self, index: int) -> float:
+        """Of a completion's tokens."""
+        values = self.advantages[index]
+        if len(values) == 1:
+            return values[0]
+        turns = zip(values, self.meta.turns[index], strict=True)
+        total = sum(value * turn.sampled for value, turn in turns)
+        return total / self.meta.completion_tokens[index]
 
     @property
     def lengths(self) -> list[int]:
@@ -300,11 +248,11 @@ class StepCredit:
 
     @property
     def advantages(self) -> dict[str, float]:
-        """The advantage of every completion that is trained, by its id."""
+        """The mean advantage of every completion's tokens, of those that are trained, by its id."""
         return {
-            group.meta.completion_ids[i]: value
+            group.meta.completion_ids[i]: group.mean_advantage(i)
             for group in self.groups
-            for i, value in group.advantages.items()
+            for i in group.advantages
         }
 
 
@@ -326,14 +274,14 @@ def assign_credit(
     Raises:
         ValueError: A group's sizes and scores do not belong together.
     """
-    kept: list[tuple[TrainedGroup, list[float | None], list[float] | None]] = []
+    kept: list[tuple[TrainedGroup, ScoreMeta, list[float | None], list[float] | None]] = []
     filtered_sizes: list[int] = []
     filtered = failed = groups_failed = 0
     for meta, scores in groups:
         rewards = shaped_rewards(meta, scores, algorithm, max_tokens)
         # A completion without tokens was not scored by the reference, and has no reward either.
         group_kl = None if kl is None else [kl.get(name, 0.0) for name in meta.completion_ids]
-        values = group_advantages(rewards, algorithm, 1.0, group_kl)
+        values = _values(scores, rewards, algorithm, 1.0, group_kl)
         chosen = _chosen(meta, values, algorithm)
         usable = len(values) - values.count(None)
         failed += len(values) - usable
@@ -346,31 +294,35 @@ def assign_credit(
             filtered_sizes.append(usable)
         else:
             filtered += usable - len(chosen)
-            kept.append((TrainedGroup(meta, chosen, usable), rewards, group_kl))
+            kept.append((TrainedGroup(meta, chosen, usable), scores, rewards, group_kl))
 
-    trained = [group for group, _, _ in kept]
+    trained = [group for group, *_ in kept]
     if algorithm.scale == "batch" and kept:
         # The batch's standard deviation is that of the groups that are kept.
-        final = [
-            rewards if group_kl is None else without_kl(rewards, group_kl, algorithm.kl_coef)
-            for _, rewards, group_kl in kept
-        ]
-        std = standard_deviation([r for rewards in final for r in rewards if valid(r)])
+        final: list[float] = []
+        for _, scores, rewards, group_kl in kept:
+            if group_kl is not None:
+                rewards = without_kl(rewards, group_kl, algorithm.kl_coef)
+            if algorithm.credit == "turn":
+                final += [r for r in _flat(turn_rewards(scores, rewards)) if valid(r)]
+            else:
+                final += [r for r in rewards if valid(r)]
+        std = standard_deviation(final)
         trained = [
             replace(
                 group,
                 advantages=_chosen(
-                    group.meta, group_advantages(rewards, algorithm, std, group_kl), algorithm
+                    group.meta, _values(scores, rewards, algorithm, std, group_kl), algorithm
                 ),
             )
-            for group, rewards, group_kl in kept
+            for group, scores, rewards, group_kl in kept
         ]
     return StepCredit(tuple(trained), tuple(filtered_sizes), filtered, failed, groups_failed)
 
 
 def _chosen(
-    meta: GroupMeta, values: Sequence[float | None], algorithm: AlgorithmConfig
-) -> dict[int, float]:
+    meta: GroupMeta, values: ByTurn, algorithm: AlgorithmConfig
+) -> dict[int, tuple[float, ...]]:
     """The advantages of the completions that are trained, by index."""
     return {
         i: value

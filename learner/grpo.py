@@ -34,10 +34,11 @@ class LossInputs:
     Attributes:
         logprobs_T: log pi, with gradient.
         behaviour_T: log mu.
-        advantage_T: The advantage of the token's completion.
+        advantage_T: The advantage of the token's completion, or of its turn.
         weight_T: The token's weight in the loss, see `cohort.learner.credit.token_weights`. 0
             masks it out of the loss and of every statistic.
-        sequence_T: int64, the completion that the token belongs to, counted from 0.
+        sequence_T: int64, the completion that the token belongs to, counted from 0; all turns of
+            an episode are one.
         entropy_T: Of pi at the token's position, nats, with gradient; needed when
             `algorithm.entropy_coef` > 0.
         old_T: log pi_old; None: pi_old is pi (the first update of a step).

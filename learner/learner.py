@@ -95,6 +95,7 @@ class Learner:
             logit_chunk_tokens=self.spec.learner.logit_chunk_tokens,
             cost=RowCost(self.facts.attention_work, self.facts.masked_attention),
             share_prompts=self.facts.shares_prompts,
+            whole_completions=self.spec.algorithm.judges_completions,
         )
 
     def plan(self, groups: Sequence[ScoredRef], kl: Mapping[str, float] | None = None) -> StepPlan:

@@ -6,30 +6,64 @@ once for all of them and every completion sees exactly what it would see alone:
 
     row        p0 p1 p2 | a0 a1 a2 | b0 b1
     position    0  1  2 |  3  4  5 |  3  4
+
+An episode whose history was rewritten is several branches that share what they have in common, see
+`cohort.learner.episodes`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import groupby
 
 from cohort.actors.records import GroupMeta
-from cohort.learner.shapes import RowShape, padded_length
+from cohort.actors.turns import TurnShape
+from cohort.learner.episodes import Layout, Place, lay_out
+from cohort.learner.shapes import Join, RowShape, padded_length
 
 
 @dataclass(frozen=True)
 class Segment:
-    """One completion in a row. weight: of each of its tokens in the loss of its update."""
+    """One completion in a row.
+
+    Attributes:
+        tokens: Sampled tokens of it that this row trains: all but where `branch` is set.
+        advantage: Of its tokens, on average.
+        weight: Of each of its tokens in the loss of its update.
+        turns: Of an episode.
+        turn_advantages: Of the tokens of each turn; empty: `advantage` for all.
+        branch: The one branch of the episode that this row trains, behind a copy of what that
+            continues: for models that cannot share it.
+    """
 
     completion_id: str
     tokens: int
     advantage: float
     weight: float
+    turns: tuple[TurnShape, ...] = ()
+    turn_advantages: tuple[float, ...] = ()
+    branch: int | None = None
+
+    def layout(self, prompt: int) -> Layout:
+        """Its branches, behind a prompt of so many tokens."""
+        if not self.turns:
+            return Layout((self.tokens,), (Join(None, prompt),), (Place(0, 0, 0),))
+        layout = lay_out(self.turns, prompt)
+        return layout if self.branch is None else layout.only(self.branch)
+
+    def length(self, prompt: int) -> int:
+        """Tokens that it adds to a prompt of so many tokens."""
+        return sum(self.layout(prompt).branches) if self.turns else self.tokens
 
 
 @dataclass(frozen=True)
 class PackedRow:
-    """A prompt followed by some completions of its group."""
+    """A prompt followed by some completions of its group.
+
+    prompt_tokens: of the group's prompt; a row of one branch has as many of them as that continues.
+    """
 
     group_id: str
     prompt_tokens: int
@@ -41,11 +75,33 @@ class PackedRow:
 
     @property
     def length(self) -> int:
-        return self.prompt_tokens + self.completion_tokens
+        return self.shape.length
 
-    @property
+    @cached_property
     def shape(self) -> RowShape:
-        return RowShape(self.prompt_tokens, tuple(segment.tokens for segment in self.segments))
+        return _shape(self.prompt_tokens, self.segments)
+
+
+def _shape(prompt: int, segments: Sequence[Segment]) -> RowShape:
+    """Of a row with these segments."""
+    if not any(segment.turns for segment in segments):
+        return RowShape(prompt, tuple(segment.tokens for segment in segments))
+    layouts = [segment.layout(prompt) for segment in segments]
+    if segments[0].branch is not None:
+        [layout] = layouts
+        return RowShape(layout.joins[0].kept, layout.branches)
+    joins: list[Join] = []
+    for layout in layouts:
+        first = len(joins)
+        joins += [
+            Join(None if parent is None else first + parent, kept) for parent, kept in layout.joins
+        ]
+    plain = all(join == (None, prompt) for join in joins)
+    return RowShape(
+        prompt,
+        tuple(tokens for layout in layouts for tokens in layout.branches),
+        () if plain else tuple(joins),
+    )
 
 
 @dataclass(frozen=True)
@@ -64,7 +120,7 @@ class MicroBatch:
 
     @property
     def segments(self) -> list[Segment]:
-        """The completions of all rows, in the order of their tokens."""
+        """The segments of all rows, in the order of their tokens."""
         return [segment for row in self.rows for segment in row.segments]
 
 
@@ -92,7 +148,10 @@ class RowCost:
         pairs = float(length**2)
         if not self.masked:
             tokens = length - row.prompt
-            pairs = (row.prompt**2 + sum(n**2 for n in row.completions)) / 2 + row.prompt * tokens
+            continued = row.prompt * tokens
+            if row.joins:
+                continued = sum(k * n for k, n in zip(row.kept(), row.branches, strict=True))
+            pairs = (row.prompt**2 + sum(n**2 for n in row.branches)) / 2 + continued
         return length + self.quadratic * pairs
 
     def padded_tokens(self, rows: Sequence[PackedRow]) -> int:
@@ -112,7 +171,10 @@ class Packer:
             gets a forward pass of its own.
         logit_chunk_tokens: Completion tokens whose logits exist at one time.
         cost: Estimated work of a row.
-        share_prompts: Whether the model can compute a prompt once for several completions.
+        share_prompts: Whether the model can compute a prompt once for several completions, and
+            what several turns of an episode continue.
+        whole_completions: Whether all tokens of a completion must be in one forward pass, however
+            long: ratios and masks of whole completions look at all of them.
     """
 
     ranks: int
@@ -120,43 +182,51 @@ class Packer:
     logit_chunk_tokens: int = 1024
     cost: RowCost = RowCost()
     share_prompts: bool = True
+    whole_completions: bool = True
 
     def rows(self, meta: GroupMeta, segments: Sequence[Segment]) -> list[PackedRow]:
-        """Split a group into the number of rows with the least work, or into one per completion.
+        """Split a group into the number of rows with the least work, or into one per sequence.
 
         Fewer rows repeat the prompt less often; longer rows pay more attention to tokens that the
         mask then hides. Within a number of rows, the longest completions are dealt first, each to
-        the shortest row.
+        the shortest row. An episode is never split but where nothing can be shared.
         """
-        longest_first = sorted(segments, key=lambda segment: -segment.tokens)
+        prompt = meta.prompt_tokens
+        size = {id(segment): segment.length(prompt) for segment in segments}
+        longest_first = sorted(segments, key=lambda segment: -size[id(segment)])
+        if not self.share_prompts:
+            return [
+                PackedRow(meta.group_id, prompt, (one,))
+                for segment in longest_first
+                for one in _sequences(segment, prompt)
+            ]
         best: list[list[Segment]] = []
         best_work = float("inf")
-        for count in range(1 if self.share_prompts else len(segments), len(segments) + 1):
+        for count in range(1, len(segments) + 1):
             bins: list[list[Segment]] = [[] for _ in range(count)]
-            lengths = [meta.prompt_tokens] * count
+            lengths = [prompt] * count
             for segment in longest_first:
                 shortest = lengths.index(min(lengths))
                 bins[shortest].append(segment)
-                lengths[shortest] += segment.tokens
+                lengths[shortest] += size[id(segment)]
             crowded = [n for n, b in zip(lengths, bins, strict=True) if len(b) > 1]
             if max(crowded, default=0) > self.micro_batch_tokens:
                 continue
-            work = sum(
-                self.cost(RowShape(meta.prompt_tokens, tuple(segment.tokens for segment in b)))
-                for b in bins
-            )
+            work = sum(self.cost(_shape(prompt, b)) for b in bins)
             if work < best_work:
                 best, best_work = bins, work
-        return [PackedRow(meta.group_id, meta.prompt_tokens, tuple(b)) for b in best]
+        return [PackedRow(meta.group_id, prompt, tuple(b)) for b in best]
 
     def shards(self, rows: Sequence[PackedRow]) -> Shards:
         """Deal the rows to the ranks by work, pack each rank's rows, and level the counts."""
         by_rank: list[list[PackedRow]] = [[] for _ in range(self.ranks)]
         work = [0.0] * self.ranks
-        for row in sorted(rows, key=lambda row: -row.length):
+        # All of a completion on one rank, which sums its KL.
+        for some in sorted(_together(rows), key=lambda rows: -sum(row.length for row in rows)):
             least = work.index(min(work))
-            by_rank[least].append(row)
-            work[least] += self.cost(row.shape)
+            by_rank[least] += some
+            for row in some:
+                work[least] += self.cost(row.shape)
 
         packed = [self._pack(rank_rows) for rank_rows in by_rank]
         count = max(len(batches) for batches in packed)
@@ -175,13 +245,39 @@ class Packer:
     def _pack(self, rows: Sequence[PackedRow]) -> list[tuple[PackedRow, ...]]:
         """Rows of similar length together, longest first, padding counted in the budget."""
         batches: list[list[PackedRow]] = []
-        for row in sorted(rows, key=lambda row: -row.length):
-            if batches and self.cost.padded_tokens([*batches[-1], row]) <= self.micro_batch_tokens:
-                batches[-1].append(row)
+        together = [[row] for row in rows]
+        if self.whole_completions:
+            together = _together(rows)
+        for some in sorted(together, key=lambda rows: -max(row.length for row in rows)):
+            tokens = self.cost.padded_tokens([*(batches[-1] if batches else ()), *some])
+            if batches and tokens <= self.micro_batch_tokens:
+                batches[-1] += some
             else:
-                batches.append([row])
+                batches.append(some)
         return [tuple(batch) for batch in batches]
 
     def _chunks(self, rows: Sequence[PackedRow]) -> int:
         """In how many parts the output layer must run for these rows."""
         return -(-sum(row.completion_tokens for row in rows) // self.logit_chunk_tokens)
+
+
+def _sequences(segment: Segment, prompt: int) -> list[Segment]:
+    """A completion, one for each of its branches that has sampled tokens."""
+    if not segment.turns:
+        return [segment]
+    layout = segment.layout(prompt)
+    found = []
+    for branch in range(len(layout.branches)):
+        places = layout.only(branch).places
+        if tokens := sum(segment.turns[place.turn].sampled for place in places):
+            found.append(replace(segment, tokens=tokens, branch=branch))
+    return found
+
+
+def _together(rows: Sequence[PackedRow]) -> list[list[PackedRow]]:
+    """Rows of the same completion, which follow one another, in one list; others by themselves."""
+
+    def completion(row: PackedRow) -> str | int:
+        return id(row) if row.segments[0].branch is None else row.segments[0].completion_id
+
+    return [list(some) for _, some in groupby(rows, key=completion)]

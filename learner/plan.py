@@ -117,8 +117,15 @@ def _rows(
     for group, group_weights in zip(groups, weights, strict=True):
         meta = group.meta
         segments = [
-            Segment(meta.completion_ids[i], meta.completion_tokens[i], advantage, weight)
-            for (i, advantage), weight in zip(group.advantages.items(), group_weights, strict=True)
+            Segment(
+                meta.completion_ids[i],
+                meta.completion_tokens[i],
+                group.mean_advantage(i),
+                weight,
+                meta.turns[i] if meta.turns else (),
+                values if len(values) > 1 else (),
+            )
+            for (i, values), weight in zip(group.advantages.items(), group_weights, strict=True)
         ]
         rows += packer.rows(meta, segments)
     return rows
@@ -129,9 +136,9 @@ def score_batches(groups: Sequence[GroupMeta], packer: Packer) -> Shards:
     rows: list[PackedRow] = []
     for meta in groups:
         segments = [
-            Segment(completion_id, tokens, 0.0, 1.0)
-            for completion_id, tokens in zip(
-                meta.completion_ids, meta.completion_tokens, strict=True
+            Segment(completion_id, tokens, 0.0, 1.0, meta.turns[i] if meta.turns else ())
+            for i, (completion_id, tokens) in enumerate(
+                zip(meta.completion_ids, meta.completion_tokens, strict=True)
             )
             if tokens
         ]

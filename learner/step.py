@@ -164,7 +164,7 @@ def reference_kl(
     """k1 of engine against reference, summed over each completion, in nats, by completion id."""
     if state.reference is None:
         raise ValueError("a KL in the reward needs a reference, and algorithm.kl_coef is 0")
-    found = {}
+    found: dict[str, float] = {}
     for batch in batches:
         tensors = build_micro_batch(batch, groups).to(state.device)
         reference_T = state.reference.logprobs(tensors, state.spec.temperature, batch.chunks)
@@ -175,5 +175,7 @@ def reference_kl(
         for segment, behaviour, reference in zip(
             segments, tensors.behaviour_T.split(sizes), reference_T.split(sizes), strict=True
         ):
-            found[segment.completion_id] = kl_in_reward(behaviour, reference)
+            # An episode whose branches share nothing has several segments.
+            before = found.get(segment.completion_id, 0.0)
+            found[segment.completion_id] = before + kl_in_reward(behaviour, reference)
     return found

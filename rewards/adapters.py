@@ -47,8 +47,14 @@ def load_reward(
 ) -> RewardFunction:
     """The function that `path` names, as one with our signature.
 
-    kind: `trl` (the same as ours), `verl` or `openrlhf`. stubs: as for `load_function`, which says
-    what is raised.
+    Args:
+        path: As for `load_function`.
+        kind: `trl` (the same as ours), `verl` or `openrlhf`.
+        options: Keyword arguments of the function.
+        stubs: As for `load_function`.
+
+    Raises:
+        RewardLoadError: As from `load_function`.
     """
     function = load_function(path, options, stubs)
     if kind == "verl":
@@ -59,13 +65,13 @@ def load_reward(
 
 
 def from_verl(compute_score: RewardFunction) -> RewardFunction:
-    """verl's `compute_score` as a function with our signature."""
+    """verl's `compute_score`, or its form for batches, as a function with our signature."""
     if "solution_strs" in inspect.signature(compute_score).parameters:
         return _from_verl_batches(compute_score)
     names = _verl_names(compute_score)
 
     @per_completion
-    def judged(completions: Sequence[object], **columns: Any) -> object:
+    def scored(completions: Sequence[object], **columns: Any) -> object:
         texts = completion_texts(completions)
         truths = _ground_truths(columns) if "ground_truth" in names else [None] * len(texts)
         sources = columns.get("data_source", [None] * len(texts))
@@ -76,18 +82,18 @@ def from_verl(compute_score: RewardFunction) -> RewardFunction:
             try:
                 known["extra_info"] = dict(info or {})
                 results.append(compute_score(**{names[key]: known[key] for key in names}))
-            # A completion that it cannot judge costs no other one.
+            # An error of one completion must not cost another its score.
             except Exception as error:  # noqa: BLE001
                 results.append(error)
         if any(inspect.isawaitable(result) for result in results):
             return _gathered(results)
         return [_first(result) for result in results]
 
-    return judged
+    return scored
 
 
 def _verl_names(compute_score: RewardFunction) -> dict[str, str]:
-    """verl's arguments that the function takes -> what it calls them."""
+    """verl's arguments that the function has -> its names for them."""
     parameters = inspect.signature(compute_score).parameters.values()
     if any(item.kind is item.VAR_KEYWORD for item in parameters):
         names = {key: key for key in VERL}
@@ -106,7 +112,7 @@ def _verl_names(compute_score: RewardFunction) -> dict[str, str]:
 
 
 def _from_verl_batches(compute_score: RewardFunction) -> RewardFunction:
-    def judged(completions: Sequence[object], **columns: Any) -> object:
+    def scored(completions: Sequence[object], **columns: Any) -> object:
         texts = completion_texts(completions)
         return compute_score(
             data_sources=columns.get("data_source", [None] * len(texts)),
@@ -115,18 +121,18 @@ def _from_verl_batches(compute_score: RewardFunction) -> RewardFunction:
             extra_infos=[dict(i or {}) for i in columns.get("extra_info", [None] * len(texts))],
         )
 
-    return judged
+    return scored
 
 
 def _first(result: object) -> object:
-    """verl takes the first entry of what is no number and no dict."""
+    """The score of a result: verl takes the first entry of a list or tuple."""
     return result[0] if isinstance(result, (list, tuple)) and result else result
 
 
 def from_openrlhf(reward_func: RewardFunction) -> RewardFunction:
     """OpenRLHF's `reward_func` as a function with our signature."""
 
-    def judged(
+    def scored(
         prompt_texts: Sequence[str],
         completions: Sequence[object],
         log_metric: Callable[[str, object], None],
@@ -154,7 +160,7 @@ def from_openrlhf(reward_func: RewardFunction) -> RewardFunction:
                 log_metric(name, logged)
         return columns
 
-    return judged
+    return scored
 
 
 def _ground_truths(columns: Mapping[str, Any]) -> Sequence[object]:

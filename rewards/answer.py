@@ -25,7 +25,7 @@ def final_number(text: str) -> Decimal | None:
     2. With one "=" only what follows it counts ("3 + 4 = 7"); with several there is no answer.
     3. What counts must have exactly one word with a digit in it, of any script (words end at
        whitespace and ":"), and that word must be a number in ASCII digits once quotes, brackets,
-       emphasis and closing punctuation are taken off: "12", "12.", "**-5**", "1,234", "12.0"; not
+       emphasis and closing punctuation are removed: "12", "12.", "**-5**", "1,234", "12.0"; not
        "12%", "$12", "12a", "3-4", "1/2", "²".
     4. A word made only of operators there ("- 5", "5 or > 6") leaves no answer: what it does to the
        number is not known.
@@ -56,12 +56,20 @@ def exact_number(
 ) -> list[float | None]:
     """1.0 where the completion's final number (see `final_number`) equals `answer`, else 0.0.
 
-    What a completion only thinks does not count (see `cohort.rewards.extract.final_part`).
+    What a completion only thinks does not count (see `cohort.rewards.extract.final_part`). A
+    completion that repeats the question scores 0.
 
-    answer: an int, a float or the text of a number; None where the row has no answer, and the
-    function does not apply. A completion that repeats the question scores 0.
+    Args:
+        prompts: Of the completions.
+        completions: Texts, or lists of messages.
+        answer: Numbers or texts of numbers; None where the row has none.
+        prefills: What each answer begins with in its prompt.
 
-    Raises ValueError for an answer that is not a number: the data are wrong, not the completion.
+    Returns:
+        One score a completion; None where the row has no answer.
+
+    Raises:
+        ValueError: An answer is not a number: the data are wrong, not the completion.
     """
     scores: list[float | None] = []
     texts = final_parts(completions, prefills, prompts)
@@ -91,6 +99,15 @@ def boxed_answer(
     r"""1.0 where the last `\boxed{...}` holds `answer` (see `same_text`), else 0.0.
 
     A box in what a completion only thinks does not count (see `cohort.rewards.extract.final_part`).
+
+    Args:
+        completions: Texts, or lists of messages.
+        answer: The right answers; None where the row has none.
+        prompts: Of the completions.
+        prefills: What each answer begins with in its prompt.
+
+    Returns:
+        One score a completion; None where the row has no answer.
     """
     begun = beginnings(len(completions), prefills, prompts)
     return _compared(completions, answer, "boxed", begun)
@@ -107,21 +124,30 @@ def tagged_answer(
     """1.0 where the one `<answer>...</answer>` holds `answer` (see `same_text`), else 0.0.
 
     Tags in what a completion only thinks do not count (see `cohort.rewards.extract.final_part`).
+
+    Args:
+        completions: Texts, or lists of messages.
+        answer: The right answers; None where the row has none.
+        prompts: Of the completions.
+        prefills: What each answer begins with in its prompt.
+
+    Returns:
+        One score a completion; None where the row has no answer.
     """
     begun = beginnings(len(completions), prefills, prompts)
     return _compared(completions, answer, "tags", begun)
 
 
-def same_text(said: str, known: str) -> bool:
+def same_text(given: str, known: str) -> bool:
     """Whether two answers are the same number in ASCII digits, or else the same text.
 
     Case and the amount of whitespace do not count. Two empty texts are no answer.
     """
-    left, right = parse_number(said.strip()), parse_number(known.strip())
+    left, right = parse_number(given.strip()), parse_number(known.strip())
     if left is not None and right is not None:
         return left == right
-    said, known = " ".join(said.split()).casefold(), " ".join(known.split()).casefold()
-    return said == known != ""
+    given, known = " ".join(given.split()).casefold(), " ".join(known.split()).casefold()
+    return given == known != ""
 
 
 def _compared(
@@ -132,8 +158,8 @@ def _compared(
 ) -> list[float | None]:
     scores: list[float | None] = []
     for text, known, prefill in zip(completion_texts(completions), answer, begun, strict=True):
-        said = answer_of(text, answer_in, prefill)
-        right = said is not None and same_text(said, str(known))
+        given = answer_of(text, answer_in, prefill)
+        right = given is not None and same_text(given, str(known))
         scores.append(None if known is None else float(right))
     return scores
 

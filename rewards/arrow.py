@@ -20,6 +20,18 @@ BATCH_ROWS = 2000
 
 
 def parquet_rows(file: Path, without: Collection[str]) -> Iterator[tuple[str, object]]:
+    """The rows of a parquet file.
+
+    Args:
+        file: The file.
+        without: Columns that may have any type: they are left out later.
+
+    Yields:
+        The row's number as `row3`, and the row.
+
+    Raises:
+        TaskError: The file cannot be read, or a value has no form in JSON.
+    """
     try:
         import pyarrow
         import pyarrow.parquet
@@ -36,7 +48,19 @@ def parquet_rows(file: Path, without: Collection[str]) -> Iterator[tuple[str, ob
 def arrow_rows(
     batches: Iterable[pyarrow.RecordBatch], source: str, without: Collection[str]
 ) -> Iterator[tuple[str, dict[str, object]]]:
-    """The rows of Arrow's batches; values that JSON has no form for become plain, or an error."""
+    """The rows of Arrow's batches, as plain values (see `plain`).
+
+    Args:
+        batches: Of a table, in order.
+        source: Where they are from, for errors.
+        without: Columns that may have any type: they are left out later.
+
+    Yields:
+        The row's number as `row3`, and the row.
+
+    Raises:
+        TaskError: A value has no form in JSON.
+    """
     number = 0
     for batch in batches:
         special = [
@@ -81,7 +105,8 @@ def _plain_column(value: object, name: str, where: str) -> object:
 def plain(value: object) -> object:
     """The value as JSON holds it: arrays are lists, dates ISO texts, a missing number (NaN) None.
 
-    Raises TypeError that names a type without such a form, like images.
+    Raises:
+        TypeError: The value has no such form, like an image; the message names its type.
     """
     if isinstance(value, (np.generic, np.ndarray)):
         value = value.tolist()

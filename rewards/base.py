@@ -1,4 +1,4 @@
-"""The reward signature, and judging one group with one function.
+"""The signature of a reward function, and one call of it for one group.
 
 A reward function has TRL's signature:
 
@@ -20,8 +20,8 @@ that the template opens ("" for others).
 
 A class is constructed once a process, with the function's options; its instance is called.
 
-A function is called once with all of a group's completions, for it may compare them. One that says
-that it judges each completion by itself (`per_completion`) is called as completions come.
+A function is called once with all of a group's completions, for it may compare them. One that
+declares that it scores each completion by itself (`per_completion`) is called as they come.
 
 This module is what a reward child process imports: it must stay light.
 """
@@ -34,9 +34,10 @@ import inspect
 import math
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
-from cohort.actors.records import Group, RewardError
+from cohort.actors.records import Completion, Group, Messages, RewardError
 from cohort.rewards.loading import (
     BY_NAME,
     RESERVED_COLUMNS,
@@ -56,29 +57,36 @@ __all__ = [
     "TrainerState",
     "combine",
     "completion_texts",
-    "judge",
     "load_attribute",
     "load_function",
     "per_completion",
     "resolve_path",
     "reward_path",
+    "score_group",
 ]
 
 Declared = TypeVar("Declared")
 
 
 def per_completion(function: Declared) -> Declared:
-    """Declare that a reward function, or a class of them, judges each completion by itself.
+    """Declare that a reward function, or a class of them, scores each completion by itself.
 
     It is then called as completions come, with one or more of a group. Setting the attribute
-    `per_completion` to True says the same, and so does `whole_group: false` in the config.
+    `per_completion` to True declares the same, and so does `whole_group: false` in the config.
+
+    Args:
+        function: A function or a class.
+
+    Returns:
+        The same function, marked.
     """
+    # mypy knows no attributes of functions.
     function.per_completion = True  # type: ignore[attr-defined]
     return function
 
 
 def is_per_completion(function: RewardFunction) -> bool:
-    """Whether a function says that it judges each completion by itself."""
+    """Whether a function declares that it scores each completion by itself."""
     while isinstance(function, functools.partial):
         function = function.func
     return getattr(function, "per_completion", False) is True
@@ -86,19 +94,37 @@ def is_per_completion(function: RewardFunction) -> bool:
 
 @dataclass(frozen=True)
 class TrainerState:
-    """What of TRL's `trainer_state` there is: steps done, steps of the run, epoch of the prompt."""
+    """The part of TRL's `trainer_state` that is supported.
+
+    Attributes:
+        global_step: Steps done.
+        max_steps: Steps of the run.
+        epoch: Of the prompt.
+    """
 
     global_step: int
     max_steps: int
     epoch: float
 
 
-# Judging ------------------------------------------------------------------------------------------
+# Scoring ------------------------------------------------------------------------------------------
 
 
 def completion_texts(completions: Sequence[Any]) -> list[str]:
-    """The text of each completion, given as strings or as lists of messages."""
-    return [item if isinstance(item, str) else str(item[-1]["content"]) for item in completions]
+    """The text of each completion, as a reward function gets them.
+
+    Args:
+        completions: Strings, or lists of messages.
+
+    Returns:
+        One text each; of a list of messages the assistant's last one.
+    """
+    return [
+        item
+        if isinstance(item, str)
+        else next((str(m["content"]) for m in reversed(item) if m["role"] == "assistant"), "")
+        for item in completions
+    ]
 
 
 def arguments(
@@ -110,9 +136,16 @@ def arguments(
 ) -> tuple[list[object], dict[str, object]]:
     """The positional and keyword arguments that `function` accepts, for the group's completions.
 
-    columns: argument -> the dataset column that it gets, where their names differ. max_steps: of
-    the run. Raises TypeError when the function needs a column that the rows do not have, and when a
-    column has the name of an argument that is bound already.
+    Args:
+        function: A reward function.
+        group: What it scores.
+        log: Where its `log_extra` and `log_metric` go.
+        columns: Argument -> the dataset column that it gets, where their names differ.
+        max_steps: Of the run.
+
+    Raises:
+        TypeError: The function needs a column that the rows do not have, or a column has the name
+            of an argument that is bound already.
     """
     n = len(group.completions)
     content = group.prompt.content
@@ -124,10 +157,7 @@ def arguments(
         row[argument] = group.prompt.columns[column]
     offered: dict[str, object] = {name: [value] * n for name, value in row.items()}
     offered["prompts"] = [content] * n
-    offered["completions"] = [
-        item.text if isinstance(content, str) else [{"role": "assistant", "content": item.text}]
-        for item in group.completions
-    ]
+    offered["completions"] = [_shown(item, content) for item in group.completions]
     offered["completion_ids"] = [item.token_ids.tolist() for item in group.completions]
     offered["log_extra"] = log.log_extra
     offered["log_metric"] = log.log_metric
@@ -137,6 +167,13 @@ def arguments(
     parameters = inspect.signature(function).parameters.values()
     named = {item.name for item in parameters if item.kind in BY_NAME}
     accepted = {name: offered[name] for name in named if name in offered}
+    if any(item.end is not None for item in group.completions):
+        offered["environments"] = [
+            SimpleNamespace(**({} if item.end is None else item.end.state))
+            for item in group.completions
+        ]
+        if "environments" in named:
+            accepted["environments"] = offered["environments"]
     if "prompt_texts" in named:
         accepted["prompt_texts"] = [_prompt_text(group)] * n
     if any(item.name == "prefills" for item in parameters):
@@ -161,7 +198,7 @@ def arguments(
         verl = {"solution_str", "ground_truth"}.issubset(named)
         hint = "; this looks like a function of verl's: set kind: verl on it" if verl else ""
         if "environments" in missing:
-            hint = "; there are no environments here"
+            hint = "; there are no environments here (task.environment)"
         lost = ", ".join(missing)
         raise TypeError(f"the rows have no column {lost}; their columns: {shown}{hint}")
     if any(item.kind is item.VAR_KEYWORD for item in parameters):
@@ -174,6 +211,15 @@ def arguments(
         used = [item.name for item in parameters if item.kind is item.POSITIONAL_ONLY]
         accepted |= {name: value for name, value in offered.items() if name not in used}
     return places, accepted
+
+
+def _shown(completion: Completion, content: Messages | str) -> object:
+    """A completion as reward functions get it."""
+    if completion.end is not None:
+        return [dict(message) for message in completion.end.messages]
+    if isinstance(content, str):
+        return completion.text
+    return [{"role": "assistant", "content": completion.text}]
 
 
 def _bound_names(function: object) -> set[str]:
@@ -208,7 +254,7 @@ def _prompt_text(group: Group) -> str:
     raise TypeError("this function needs the rendered prompt, and the prompt has no text")
 
 
-def judge(
+def score_group(
     function: RewardFunction,
     name: str,
     group: Group,
@@ -216,13 +262,20 @@ def judge(
     columns: Mapping[str, str] | None = None,
     max_steps: int = 0,
 ) -> RewardResult:
-    """Call `function` on the group and check what it returns; never raises for its mistakes.
+    """Call `function` for the group and check what it returns; its exceptions become errors.
 
-    run: runs the coroutine of an `async` function. A long-lived caller passes one that keeps its
-    event loop, so that clients that the function caches stay usable. columns, max_steps: see
-    `arguments`.
+    Args:
+        function: A reward function.
+        name: Its name in errors.
+        group: What it scores.
+        run: Runs the coroutine of an `async` function. A long-lived caller passes one that keeps
+            its event loop, so that clients that the function caches stay usable.
+        columns: See `arguments`.
+        max_steps: See `arguments`.
 
-    An exception ("raised") fails every completion; for results see `cohort.rewards.results`.
+    Returns:
+        The result, see `cohort.rewards.results`. After an exception, every completion has an error
+        with the cause "raised".
     """
     log = Log()
     try:
@@ -231,13 +284,13 @@ def judge(
         if inspect.isawaitable(result):
             result = run(_await(result))
         if callable(result):
-            # What was called makes reward functions.
+            # `function` was a factory of reward functions.
             places, named = arguments(result, group, log, columns, max_steps)
             result = result(*places, **named)
             if inspect.isawaitable(result):
                 result = run(_await(result))
         return read_result(name, group, result, log)
-    # A boundary to code of others: whatever it raises becomes a value that the run counts.
+    # Code of users: whatever it raises becomes a value that the run counts.
     except MemoryError as error:
         message = f"{error_tail(error)} (rewards.memory_gb bounds its process)"
         return failed(name, group, "raised", message, broke=True)
@@ -257,9 +310,17 @@ def combine(
 ) -> tuple[float | None, ...]:
     """The total reward of each completion: the weighted sum over the functions that gave a value.
 
-    None, never 0, when no function gave a value, or when one failed for that completion; and when
-    the sum is out of range, see `out_of_range`. A function of weight 0 is only watched: neither its
-    values nor its failures touch the total.
+    A function of weight 0 is only watched: neither its values nor its errors touch the total.
+
+    Args:
+        completion_ids: n ids.
+        by_function: Name -> n values.
+        weights: Name -> factor.
+        errors: Of any of these functions.
+
+    Returns:
+        n totals. None, never 0, when no function gave a value, when one failed for that completion,
+        and when the sum is out of range (see `out_of_range`).
     """
     counted = [name for name in by_function if weights[name] != 0]
     broken = {error.completion_id for error in errors if error.function in counted}
@@ -277,8 +338,16 @@ def out_of_range(
     by_function: Mapping[str, Sequence[float | None]],
     weights: Mapping[str, float],
 ) -> list[RewardError]:
-    """An error for each completion whose weighted sum is out of range, with the function that has
-    the largest share in it."""
+    """The errors of completions whose weighted sum is out of range.
+
+    Args:
+        completion_ids: n ids.
+        by_function: Name -> n values.
+        weights: Name -> factor.
+
+    Returns:
+        An error each, of the function with the largest part of the sum.
+    """
     found = []
     for position, completion_id in enumerate(completion_ids):
         terms = {
@@ -286,7 +355,7 @@ def out_of_range(
             for name, values in by_function.items()
             if weights[name] != 0 and (value := values[position]) is not None
         }
-        # Written so that a weight or a sum that is no number counts as well.
+        # `not <=`, so that NaN is out of range as well.
         if terms and not abs(math.fsum(terms.values())) <= MAX_SCORE:
             name = max(terms, key=lambda key: abs(terms[key]))
             message = (

@@ -25,15 +25,21 @@ TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class TooMuch(Exception):
-    """The call took longer than it may, or more memory, or took its process down."""
+    """The call took too much time or memory, or ended its process."""
 
 
 class Bounded:
-    """Calls `function(*arguments)` in a process that is ended after `seconds` of its own CPU time.
+    """Calls `function(*arguments)` in a process that is killed after `seconds` of its own CPU time.
 
-    So what an answer is worth does not depend on what else the machine does.
-    Arguments and results are plain values. What the function raises is raised here as RuntimeError
-    with its words; `TooMuch` says that it was ended.
+    So a score does not depend on what else the machine does. Arguments and results are plain
+    values.
+
+    Args:
+        function: What is called.
+
+    Raises:
+        TooMuch: The call was ended.
+        RuntimeError: The function raised; the message has its traceback.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -92,7 +98,7 @@ class Bounded:
 
 def _serve(function: Callable[..., Any], requests: int, replies: int) -> None:
     """The forked process: never returns."""
-    # An alarm of the process it came from is none of it.
+    # An alarm of the parent must not reach this process.
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     try:
@@ -113,7 +119,7 @@ def _serve(function: Callable[..., Any], requests: int, replies: int) -> None:
 
 
 def _cpu_seconds(pid: int) -> float:
-    """CPU time that a process has had; all that could be, once it has ended."""
+    """Seconds of CPU time that a process has used; infinite once it has ended."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             fields = file.read().rpartition(b")")[2].split()
@@ -129,7 +135,7 @@ def _send(descriptor: int, body: bytes) -> None:
 
 
 def _receive(descriptor: int, left: Callable[[], float] | None) -> Any:
-    """left: seconds for which to go on waiting, asked again when they are over."""
+    """A value; `left` tells how many more seconds to wait for it."""
     (size,) = HEADER.unpack(_exactly(descriptor, HEADER.size, left))
     return pickle.loads(_exactly(descriptor, size, left))
 

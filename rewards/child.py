@@ -1,9 +1,9 @@
-"""The process in which reward functions run: loads them once, judges on its main thread.
+"""The process in which reward functions run: loads them once, calls them on its main thread.
 
-It talks to its reward actor over one socket. Frames are a length (8 bytes, big-endian) and a body.
+It talks to its reward worker over one socket. Frames are a length (8 bytes, big-endian) and a body.
 In: what to load as JSON, then for each call the function's index (4 bytes), the call's own number
 (16 random bytes) and a pickled Group. Out: JSON only, because the parent must not unpickle what
-foreign code may forge; an answer repeats its call's number, so that no other can be taken for it.
+foreign code may forge; an answer repeats its call's number, so that no other is mistaken for it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,17 @@ CALL_BYTES = 16
 
 
 def send(connection: socket.socket, body: bytes, deadline: float | None = None) -> None:
-    """Write one frame. Raises TimeoutError past `deadline` (time.monotonic), OSError if broken."""
+    """Write one frame.
+
+    Args:
+        connection: The socket.
+        body: The content of the frame.
+        deadline: On the clock of time.monotonic; None: none.
+
+    Raises:
+        TimeoutError: The deadline has passed.
+        OSError: The connection is broken.
+    """
     rest = memoryview(struct.pack(">Q", len(body)) + body)
     while rest:
         connection.settimeout(_left(deadline))
@@ -46,9 +56,16 @@ def receive(
 ) -> bytes:
     """Read one frame.
 
-    alive: asked now and then; needed because a process that the other side forked may hold its end
-    of the socket open after it died. Raises TimeoutError past `deadline` (time.monotonic), EOFError
-    when the other side is gone or announces more than `limit` bytes.
+    Args:
+        connection: The socket.
+        deadline: On the clock of time.monotonic; None: none.
+        alive: Whether the other side runs, asked every TICK_S: after its death, a process that it
+            forked may hold its end of the socket open.
+        limit: Bytes that a frame may have.
+
+    Raises:
+        TimeoutError: The deadline has passed.
+        EOFError: The other side is gone, or announces more than `limit` bytes.
     """
     (size,) = struct.unpack(">Q", _exactly(connection, 8, deadline, alive))
     if size > limit:
@@ -104,7 +121,12 @@ def die_with_parent(parent: int) -> None:
 
 
 def main(descriptor: int, parent: int) -> None:
-    """Serve the actor whose process is `parent` on socket `descriptor` until it closes."""
+    """Serve a reward worker until its socket closes.
+
+    Args:
+        descriptor: Of the socket.
+        parent: The worker's process.
+    """
     die_with_parent(parent)
     # SIGALRM code must work here whatever the actor's process blocks.
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
@@ -112,12 +134,13 @@ def main(descriptor: int, parent: int) -> None:
     connection.set_inheritable(False)
     # The death signal is set: only now the imports that take time.
     from cohort.rewards.adapters import load_reward
-    from cohort.rewards.base import RewardLoadError, is_per_completion, judge
-    from cohort.rewards.results import error_tail, to_json
+    from cohort.rewards.base import RewardLoadError, is_per_completion, score_group
+    from cohort.rewards.result_json import to_json
+    from cohort.rewards.results import error_tail
 
     with contextlib.suppress(EOFError), asyncio.Runner() as runner:
         hello = json.loads(receive(connection))
-        _bound_memory(hello["memory_bytes"])
+        bound_memory(hello["memory_bytes"])
         loaded = []
         try:
             for spec in hello["functions"]:
@@ -130,7 +153,7 @@ def main(descriptor: int, parent: int) -> None:
             return
         alone = [is_per_completion(function) for function, _, _ in loaded]
         _reply(connection, {"per_completion": alone})
-        _discard_output()
+        discard_output()
         while True:
             frame = memoryview(receive(connection))
             (index,) = struct.unpack(">I", frame[:4])
@@ -142,13 +165,13 @@ def main(descriptor: int, parent: int) -> None:
                 failed = f"cannot unpickle the group: {error_tail(error)}"
                 _reply(connection, call | {"failed": failed})
                 continue
-            verdict = judge(function, name, group, runner.run, columns, hello["max_steps"])
+            result = score_group(function, name, group, runner.run, columns, hello["max_steps"])
             # An alarm that the function left behind must not hit the next group.
             signal.setitimer(signal.ITIMER_REAL, 0)
-            _reply(connection, call | to_json(verdict))
+            _reply(connection, call | to_json(result))
 
 
-def _bound_memory(limit: int | None) -> None:
+def bound_memory(limit: int | None) -> None:
     """Make allocations beyond `limit` bytes fail, here and in every process started from here."""
     if limit is not None:
         # Not RLIMIT_AS: libraries reserve far more addresses than they ever use.
@@ -159,7 +182,7 @@ def _reply(connection: socket.socket, body: dict[str, Any]) -> None:
     send(connection, json.dumps(body).encode())
 
 
-def _discard_output() -> None:
+def discard_output() -> None:
     """Send what reward functions print to nowhere: it has no bound."""
     sys.stdout.flush()
     sys.stderr.flush()

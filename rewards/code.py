@@ -30,26 +30,32 @@ out.flush()
 
 @per_completion
 class CodeTests:
-    """Runs the last Python block of a completion's final part (not of what it only thinks) against
-    the column `tests` in a sandbox.
+    """Runs the last Python block of a completion's final part against the tests of its row.
 
-    tests: a list whose entries are
+    The column `tests` is a list whose entries are
 
     - {"input": text, "output": text}: the program is run with `input` on stdin, and must end with
       exit code 0 and print `output`; whitespace at the end of lines and of the text does not count;
     - text: Python code with asserts that is run after the program in the same process. A program
       written to cheat can influence such tests, so prefer the other kind.
 
-    One text instead of a list is one test. The value is 1.0 when every test passes, else 0.0; with
-    score="share" it is the share of tests that pass. The share is logged as the part `passed`. A
-    completion without a code block scores 0. None where the row has no tests.
+    One text instead of a list is one test. The score is 1.0 when every test passes, else 0.0. The
+    fraction of tests that pass is logged as the part `passed`. A completion without a code block
+    scores 0. None where the row has no tests.
 
-    sandbox: "bwrap", or "none" to run the model's code as this user, with its files and network;
-    seconds, memory_mb: of one test, with all processes that it starts; max_tests: the first so many
-    are run; parallel: programs that run at a time. Keep seconds * tests * group size / parallel
-    below rewards.timeout_s.
+    Keep seconds * tests * group size / parallel below rewards.timeout_s.
 
-    Raises SandboxError when there is no sandbox.
+    Args:
+        sandbox: "bwrap", or "none" to run the model's code as this user, with its files and
+            network.
+        seconds: For one test, with all processes that it starts.
+        memory_mb: MiB for one test, with all processes that it starts.
+        max_tests: So many tests of a row are run, from the first on.
+        parallel: Programs that run at a time.
+        score: "all", or "share": the score is the fraction of tests that pass.
+
+    Raises:
+        SandboxError: There is no sandbox on this machine.
     """
 
     def __init__(
@@ -107,8 +113,8 @@ class CodeTests:
             passed += good
             if self._all and not good:
                 break
-        share = passed / len(cases)
-        return {"score": float(share == 1.0) if self._all else share, "passed": share}
+        fraction = passed / len(cases)
+        return {"score": float(fraction == 1.0) if self._all else fraction, "passed": fraction}
 
     def _passes(self, program: str, case: Any) -> bool:
         if isinstance(case, str):
@@ -118,8 +124,8 @@ class CodeTests:
             lines = outcome.stdout.decode(errors="replace").rstrip("\n").rsplit("\n", 1)
             return outcome.returncode == 0 and lines[-1] == nonce
         outcome = self._run({"main.py": program}, case["input"])
-        said = outcome.stdout.decode(errors="replace")
-        return outcome.returncode == 0 and _lines(said) == _lines(case["output"])
+        printed = outcome.stdout.decode(errors="replace")
+        return outcome.returncode == 0 and _lines(printed) == _lines(case["output"])
 
     def _run(self, files: dict[str, str], stdin: str) -> ProgramResult:
         return self._sandbox.run([self._python, "-I", "-B", "main.py"], files, stdin)

@@ -28,6 +28,20 @@ class TaskConfig(BaseModel):
     options: dict[str, Any] = Field(
         default_factory=dict, description="Keyword arguments of the task's class."
     )
+    environment: str | None = Field(
+        None,
+        description="A class that answers the model's replies, as module:Class or path.py:Class: "
+        "with reset and step, or with public methods that are tools. Empty: one reply a prompt.",
+    )
+    environment_options: dict[str, Any] = Field(
+        default_factory=dict, description="Keyword arguments of the environment's class."
+    )
+    history: Literal["append", "template"] = Field(
+        "append",
+        description="Where the chat template would rewrite earlier turns (Qwen3 drops their "
+        "thinking): append new messages all the same, or go on from the template's own text, "
+        "which shares the tokens up to where it differs.",
+    )
     prompts_per_step: int = Field(8, ge=1, description="Prompts (groups) of one training step.")
     group_size: int = Field(8, ge=2, description="Completions of one prompt.")
     overlong: Literal["error", "drop"] = Field(
@@ -73,18 +87,18 @@ class RewardFunctionConfig(BaseModel):
     )
     whole_group: bool | None = Field(
         None,
-        description="false: each completion is judged by itself, so it is called as completions "
+        description="false: it scores each completion by itself, and is called as completions "
         "come. true: it compares completions, and is never called with part of a group. Empty: as "
         "the function says (per_completion), and with the whole group where it says nothing.",
     )
 
 
 class RewardsConfig(BaseModel):
-    """Reward actors, and the functions they run."""
+    """Reward workers, and the functions that they run."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    workers: int = Field(1, ge=1, description="Reward actors; each judges in a child process.")
+    workers: int = Field(1, ge=1, description="Reward workers, each with a child process.")
     functions: list[RewardFunctionConfig | str] | None = Field(
         None,
         description="Reward functions: built-in ones by name, others by path. Empty: the task's.",
@@ -94,7 +108,7 @@ class RewardsConfig(BaseModel):
         gt=0,
         allow_inf_nan=False,
         description="Deadline for one call of a function; then its child is killed, and the call's "
-        "completions are judged one by one, in as much time again.",
+        "completions are scored one by one, in as much time again.",
     )
     memory_gb: float | None = Field(
         4,
@@ -103,7 +117,59 @@ class RewardsConfig(BaseModel):
         description="Memory (GiB) that a reward child may use; null: no bound.",
     )
     max_error_rate: float = Field(
-        0.1, ge=0, le=1, description="Share of failed scores in a step above which the run stops."
+        0.1,
+        ge=0,
+        le=1,
+        description="Fraction of a step's scores that may fail without ending the run.",
+    )
+
+    @property
+    def memory_bytes(self) -> int | None:
+        return None if self.memory_gb is None else int(self.memory_gb * 2**30)
+
+
+class EnvironmentsConfig(BaseModel):
+    """Workers that run `task.environment`, and the limits of an episode."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    workers: int = Field(
+        1, ge=1, description="Workers; each plays many episodes at once in a child process."
+    )
+    max_turns: int = Field(8, ge=1, description="Replies of the model in an episode.")
+    max_tool_calls: int = Field(32, ge=0, description="Calls of tools in an episode.")
+    step_timeout_s: float = Field(
+        30,
+        gt=0,
+        allow_inf_nan=False,
+        description="Deadline for one answer of an environment; then its episode has failed.",
+    )
+    episode_timeout_s: float = Field(
+        600,
+        gt=0,
+        allow_inf_nan=False,
+        description="Deadline for an episode: then it ends with what it has earned.",
+    )
+    message_chars: int = Field(
+        20_000,
+        ge=1,
+        description="Longest message of an environment, in characters; the rest is left out, which "
+        "the message says.",
+    )
+    memory_gb: float | None = Field(
+        4,
+        gt=0,
+        allow_inf_nan=False,
+        description="Memory (GiB) of a worker's child process; null: no bound.",
+    )
+    secrets: list[str] = Field(
+        default_factory=list,
+        description="Environment variables that environments may see beside harmless ones.",
+    )
+    tool_parser: str = Field(
+        "auto",
+        description="How the model writes calls of tools: hermes, llama3_json, mistral, or one of "
+        "vLLM's parsers. auto: what its chat template prints.",
     )
 
     @property

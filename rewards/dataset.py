@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 class DatasetTask:
-    """Rows of `task.data`, and held-out rows of `task.eval_data` or of a share of the prompts.
+    """Rows of `task.data`, and held-out rows of `task.eval_data` or of a fraction of the prompts.
 
     Data: a file (.jsonl, .json, .csv, each also as .gz, .zst, .bz2 or .xz; .parquet), a glob of
     files, a folder, or a Hugging Face dataset like `openai/gsm8k?config=main&split=train` (without
@@ -39,31 +39,36 @@ class DatasetTask:
     with `role` and `content`) and any other columns, which the reward functions receive by name; a
     column that a row does not have is None there. Rows are kept on disk, where they are many.
 
-    Options:
-    columns: {ours: theirs}, for example {prompt: question}; `reward_model.ground_truth` is a value
-        inside another column; null leaves a column out.
-    layout: trl, verl (parquet of its own), skyrl, openrlhf, or auto: verl or skyrl where the rows
-        have their columns, else trl. verl and skyrl give the right answer as `answer` and
-        `ground_truth` too; `data_source` becomes the source of a row.
-    answer_after: `answer` is only what follows the last of this text, "####" for GSM8K.
-    chat: a prompt that is a string becomes the message of a user.
-    system: a system message before the others; needs messages, or chat.
-    template: a text with {prompt} (and {column}) that takes the place of the prompt, or of the last
-        user message; braces of its own are doubled. Rows without a prompt are made of its columns:
-        "Use {nums} to make {target}."
-    final_assistant: what a last message of the assistant is. continue: the beginning of the answer,
-        which the model goes on from. demonstration: an answer, which is taken off the prompt and
-        becomes the column `demonstration`. auto: continue where the column is called `prompt`; in
-        any other (`messages`) one of the two must be chosen.
-    demonstration: the column (ours) with a good answer, from which `cohort warmup` learns.
-    json_texts: messages, reward_model, reward_spec, extra_info, tests and columns of a dotted path
-        that are text in JSON (as in CSV) are read (true).
-    eval_share: without eval_data, the share of different prompts that is held out (0.1). It is
-        chosen by hash: the same prompts whatever the seed, the order of rows, system or template.
-
     No prompt is in both splits (texts that differ in whitespace only are the same): rows of data
-    with a prompt of eval_data are left out of training, and said. Raises TaskError with file and
-    row number for a bad row.
+    with a prompt of eval_data are left out of training, which a warning says.
+
+    Args:
+        data: `task.data`.
+        eval_data: `task.eval_data`.
+        columns: {ours: theirs}, for example {prompt: question}; `reward_model.ground_truth` is a
+            value inside another column; null leaves a column out.
+        layout: trl, verl (parquet of its own), skyrl, openrlhf, or auto: verl or skyrl where the
+            rows have their columns, else trl. verl and skyrl give the right answer as `answer` and
+            `ground_truth` too; `data_source` becomes the source of a row.
+        answer_after: `answer` is only what follows the last of this text, "####" for GSM8K.
+        chat: A prompt that is a string becomes the message of a user.
+        system: A system message before the others; needs messages, or chat.
+        template: A text with {prompt} (and {column}) that replaces the prompt, or the last user
+            message; braces of its own are doubled. Rows without a prompt are made of its columns:
+            "Use {nums} to make {target}."
+        final_assistant: What a last message of the assistant is. continue: the beginning of the
+            answer, which the model goes on from. demonstration: an answer, which is removed from
+            the prompt and becomes the column `demonstration`. auto: continue where the column is
+            called `prompt`; in any other (`messages`) one of the two must be chosen.
+        demonstration: The column (ours) with a good answer, from which `cohort warmup` learns.
+        json_texts: Messages, reward_model, reward_spec, extra_info, tests and columns of a dotted
+            path that are text in JSON (as in CSV) are read.
+        eval_share: Without eval_data, the fraction of different prompts that is held out. It is
+            chosen by hash: the same prompts whatever the seed, the order of rows, system or
+            template.
+
+    Raises:
+        TaskError: An option is wrong, or a row is; with its file and number.
     """
 
     rewards: tuple[RewardFunctionConfig, ...] = ()
@@ -177,14 +182,14 @@ class _Table:
         return np.frombuffer(bytes(self.digest), dtype="S16")
 
 
-def _held_out(rows: _Table, share: float, data: str) -> np.ndarray:
+def _held_out(rows: _Table, fraction: float, data: str) -> np.ndarray:
     """Which rows are for evaluation: those whose prompt has one of the lowest digests."""
     different, ranks = np.unique(rows.digests(), return_inverse=True)
     if len(different) < 2:
         raise TaskError(
             f"{data} has one prompt only: nothing to hold out; add rows or set task.eval_data"
         )
-    return ranks < min(math.ceil(share * len(different)), len(different) - 1)
+    return ranks < min(math.ceil(fraction * len(different)), len(different) - 1)
 
 
 def _leaked(rows: _Table, eval_rows: _Table) -> np.ndarray:

@@ -19,14 +19,20 @@ CACHED = 10_000
 class Endpoint(Generic[Answer]):
     """A server that is asked about many things at a time, with OpenAI's client.
 
-    ask: sends one request with the client and reads the answer; what it raises is that request's
-    failure. A request is anything that JSON can hold. base_url: as the client takes it.
-    api_key_env: the environment variable with the key, None where the server needs none.
-    concurrency: requests at a time. retries: only of what may pass, by the client: no connection,
-    408, 409, 429 and 5xx, with growing waits. timeout_s: for one request; deadline_s: for all of
-    one call.
+    Args:
+        ask: Sends one request, anything that JSON can hold, with the client and reads the answer;
+            what it raises is that request's error.
+        base_url: As the client takes it.
+        api_key_env: The environment variable with the key; None where the server needs none.
+        concurrency: Requests at a time.
+        retries: By the client, of what may pass: no connection, 408, 409, 429 and 5xx, with growing
+            waits.
+        timeout_s: Seconds for one request.
+        deadline_s: Seconds for all of one call.
 
-    Raises ValueError for options that cannot work, ImportError without the package openai.
+    Raises:
+        ValueError: An option cannot work.
+        ImportError: The package openai is missing.
     """
 
     def __init__(
@@ -65,9 +71,13 @@ class Endpoint(Generic[Answer]):
         self._known: OrderedDict[str, Answer] = OrderedDict()
 
     async def answers(self, requests: Sequence[Any | None]) -> list[Answer | Exception | None]:
-        """The answer to each request or its failure, None for None; the same is asked once.
+        """Ask the server; the same request is asked once, and its answer remembered.
 
-        Answers are remembered for later calls, failures are not.
+        Args:
+            requests: None where nothing is to be asked.
+
+        Returns:
+            For each request its answer or its error; None for None.
         """
         keys = [None if request is None else _digest(request) for request in requests]
         pairs = zip(keys, requests, strict=True)

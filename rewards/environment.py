@@ -37,7 +37,13 @@ USER_IN_ADDRESS = re.compile(r"://[^/\s]*@")
 
 
 def is_shown(name: str, value: str, allowed: Collection[str] = ()) -> bool:
-    """Whether reward code may see a variable. allowed: names that it asked for."""
+    """Whether reward code may see a variable.
+
+    Args:
+        name: Of the variable.
+        value: Its value; an address with a user or password in it is hidden.
+        allowed: Names that the reward functions list as secrets.
+    """
     if name in allowed:
         return True
     known = name in NAMES or (name.startswith(PREFIXES) and not SECRET.search(name))
@@ -47,7 +53,12 @@ def is_shown(name: str, value: str, allowed: Collection[str] = ()) -> bool:
 def scrubbed_environment(
     environment: Mapping[str, str], allowed: Collection[str] = ()
 ) -> dict[str, str]:
-    """The variables that reward code may see. allowed: names that it asked for."""
+    """The variables that reward code may see.
+
+    Args:
+        environment: All variables.
+        allowed: Names that the reward functions list as secrets.
+    """
     return {name: value for name, value in environment.items() if is_shown(name, value, allowed)}
 
 
@@ -58,6 +69,9 @@ def hide_environment(allowed: Collection[str] = ()) -> None:
     user, in /proc/PID/environ. `os.environ` and what this process starts are not changed. Variables
     of other processes of this user (Ray's own) are not touched: only another user or a container
     keeps those apart.
+
+    Args:
+        allowed: Names that the reward functions list as secrets.
     """
     stat = Path("/proc/self/stat").read_text(encoding="utf-8", errors="replace")
     fields = stat.rpartition(")")[2].split()

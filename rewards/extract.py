@@ -23,11 +23,17 @@ CHANNEL, FINAL, MESSAGE_END = "<|channel|>", "<|channel|>final<|message|>", "<|e
 
 
 def final_part(text: str, prefill: str = "") -> str | None:
-    """What a completion answers, without what it only thinks; None when it has not got so far.
+    """What a completion answers, without what it only thinks.
 
     That is what follows the last `</think>` (or `[/THINK]`), or gpt-oss's last final message; the
-    whole text of a completion that marks no thinking. Thinking that is not closed has no answer.
-    prefill: what the answer begins with in the prompt; it may have opened the thinking.
+    whole text of a completion that marks no thinking.
+
+    Args:
+        text: The completion.
+        prefill: What the answer begins with in the prompt; it may have opened the thinking.
+
+    Returns:
+        The part; None when the thinking is not closed or a final message is missing.
     """
     for opening, closing in THINKING:
         _, closed, after = text.rpartition(closing)
@@ -44,7 +50,7 @@ def final_part(text: str, prefill: str = "") -> str | None:
 
 
 def left_open(prefill: str) -> str:
-    """What closes the thinking that the beginning of an answer leaves open; "" for none."""
+    """The tag that closes the thinking which `prefill` leaves open; "" for none."""
     for opening, closing in THINKING:
         if prefill.rfind(opening) > prefill.rfind(closing):
             return closing
@@ -56,9 +62,13 @@ def final_parts(
     prefills: Sequence[str] | None = None,
     prompts: Sequence[object] | None = None,
 ) -> list[str | None]:
-    """`final_part` of each completion, given as strings or as lists of messages.
+    """`final_part` of each completion.
 
-    prefills: of each prompt; without them they are read off the prompts, as far as these tell.
+    Args:
+        completions: Texts, or lists of messages.
+        prefills: What each answer begins with; without them they are read off the prompts, as far
+            as these tell.
+        prompts: Of the completions.
     """
     texts = completion_texts(completions)
     begun = beginnings(len(texts), prefills, prompts)
@@ -68,7 +78,16 @@ def final_parts(
 def beginnings(
     count: int, prefills: Sequence[str] | None, prompts: Sequence[Any] | None
 ) -> Sequence[str]:
-    """What each of `count` answers begins with in its prompt; "" where nothing is known."""
+    """What each answer begins with in its prompt.
+
+    Args:
+        count: Answers.
+        prefills: The beginnings, where they are known.
+        prompts: Texts, or lists of messages; used without `prefills`.
+
+    Returns:
+        `count` texts, "" where nothing is known.
+    """
     if prefills is not None:
         return prefills
     return [""] * count if prompts is None else [prefill_of(prompt) for prompt in prompts]
@@ -83,10 +102,18 @@ def question_of(prompt: Any) -> str:
 
 
 def answer_of(text: str, answer_in: AnswerIn, prefill: str = "") -> str | None:
-    """The answer in the last box, or between the answer tags; None when there is none.
+    """The answer in the last box, or between the answer tags, of the final part of a text.
 
-    Only the final part of the text counts, see `final_part`. Raises ValueError for another
-    `answer_in`.
+    Args:
+        text: A completion.
+        answer_in: "boxed" or "tags".
+        prefill: As for `final_part`.
+
+    Returns:
+        The answer; None when there is none.
+
+    Raises:
+        ValueError: `answer_in` is something else.
     """
     final = final_part(text, prefill) or ""
     if answer_in == "boxed":
@@ -122,10 +149,16 @@ def last_boxed(text: str) -> str | None:
 
 
 def tagged(text: str, tag: str, limit: int = MAX_ANSWER) -> str | None:
-    """What stands between `<tag>` and `</tag>`, stripped; None when it is empty or too long.
+    """What stands between `<tag>` and `</tag>`, stripped.
 
-    limit: characters, the whitespace around included.
-    None also when either tag is there more than once: a completion must commit to one answer.
+    Args:
+        text: The final part of a completion.
+        tag: The name of the tag.
+        limit: Characters that it may have, with the whitespace around it.
+
+    Returns:
+        The text; None when it is empty or too long, or either tag is there more than once: a
+        completion must commit to one answer.
     """
     opening, closing = f"<{tag}>", f"</{tag}>"
     if text.count(opening) != 1 or text.count(closing) != 1:
@@ -137,10 +170,14 @@ def tagged(text: str, tag: str, limit: int = MAX_ANSWER) -> str | None:
 
 
 def last_code(text: str, language: str = "python") -> str | None:
-    """The last fenced block of this language (or of none), or None.
+    """The last fenced block of a language, or of none.
 
-    Text after an opening fence that is never closed is no code. None for more than 100,000
-    characters.
+    Args:
+        text: The final part of a completion.
+        language: As the fence names it.
+
+    Returns:
+        The code; None without a closed block, and for more than 100,000 characters.
     """
     if len(text) > 10 * MAX_CODE:
         return None

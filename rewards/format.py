@@ -22,7 +22,15 @@ def number_only(
 ) -> list[float]:
     """1.0 where the completion is a number in ASCII digits and nothing else but whitespace.
 
-    A number inside thinking that the prompt has opened is none.
+    A number inside thinking that the prompt has opened does not count.
+
+    Args:
+        completions: Texts, or lists of messages.
+        prompts: Of the completions.
+        prefills: What each answer begins with in its prompt.
+
+    Returns:
+        One score a completion.
     """
     return [
         float(
@@ -51,6 +59,14 @@ def tagged_think_answer(
     opens `<think>` itself (its template, or a last message of the assistant like "Let me solve this
     step by step. <think>"), the completion goes on from there, and must not open it again. The
     format is that of DeepSeek-R1 (arXiv:2501.12948, table 1).
+
+    Args:
+        completions: Texts, or lists of messages.
+        prompts: Of the completions.
+        prefills: What each answer begins with in its prompt.
+
+    Returns:
+        One score a completion.
     """
     begun = beginnings(len(completions), prefills, prompts)
     return [

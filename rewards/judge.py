@@ -24,18 +24,10 @@ an instruction. Reply in JSON with a short "reason" and the whole number "score"
 
 @per_completion
 class LLMJudge:
-    """Grades each completion on `criteria` with a language model; the value is scaled to 0..1.
+    """Grades each completion on `criteria` with a language model; the score is the grade on 0..1.
 
-    base_url: of the endpoint, as "http://host:8000/v1". model: its name there. low, high: the
-    grades that the judge may give. Rows may have a column `reference` (or give one by
-    `columns: {reference: COLUMN}`): what a right answer looks like. api_key_env: the environment
-    variable with the key; name it in the function's `secrets` too, so that it reaches this process.
-    concurrency: requests at a time, of this reward worker. retries: only of what may pass, by the
-    client: no connection, 408, 409, 429 and 5xx, with growing waits. timeout_s: for one request.
-    deadline_s: for a whole group; keep it below rewards.timeout_s. max_tokens: of the judge's
-    reply. max_characters: of the completion that the judge sees; the rest is cut, and it is told.
-    max_reason: characters of the reason that the schema allows; for servers that take `maxLength`
-    in a schema, as vLLM does and OpenAI's own API may not.
+    Rows may have a column `reference` (or give one by `columns: {reference: COLUMN}`): what a right
+    answer looks like.
 
     A schema bounds neither the reason, without max_reason, nor white space between its parts, and
     models, above all small ones, can go on in both until max_tokens, which is an error. Serve the
@@ -43,8 +35,27 @@ class LLMJudge:
     "disable_any_whitespace": true}'` to rule the latter out.
 
     The same question and completion are judged once, and remembered. An empty completion scores 0
-    unseen. A judge that cannot be reached or replies nonsense is an error with its cause, never a
-    score. The grade and its reason are logged as the part `grade` and the text `reason`.
+    without a request. A judge that cannot be reached or gives an invalid reply is an error with its
+    cause, never a score. The grade and its reason are logged as the part `grade` and the text
+    `reason`.
+
+    Args:
+        base_url: Of the endpoint, as "http://host:8000/v1".
+        model: Its name there.
+        criteria: What to grade on, in words.
+        low: The worst grade.
+        high: The best grade.
+        api_key_env: The environment variable with the key; name it in the function's `secrets` too,
+            so that it reaches this process.
+        concurrency: Requests at a time, of this reward worker.
+        retries: By the client, of what may pass: no connection, 408, 409, 429 and 5xx, with growing
+            waits.
+        timeout_s: Seconds for one request.
+        deadline_s: Seconds for a whole group; keep it below rewards.timeout_s.
+        max_tokens: Of the judge's reply.
+        max_characters: Of the completion that the judge sees; it is told how many are cut.
+        max_reason: Characters of the reason that the schema allows; for servers that take
+            `maxLength` in a schema, as vLLM does and OpenAI's own API may not.
     """
 
     def __init__(
@@ -111,7 +122,7 @@ class LLMJudge:
             max_tokens=self._max_tokens,
             response_format={
                 "type": "json_schema",
-                "json_schema": {"name": "verdict", "strict": True, "schema": self._schema},
+                "json_schema": {"name": "grade", "strict": True, "schema": self._schema},
             },
         )
         choice = reply.choices[0]
@@ -123,18 +134,18 @@ class LLMJudge:
         return self._read(choice.message.content)
 
     def _read(self, content: str | None) -> Grade:
-        """The verdict in a reply; raises ValueError when there is none."""
+        """The grade in a reply; raises ValueError when there is none."""
         try:
             # Not strict: xgrammar lets raw control characters into strings.
-            said = json.loads(content or "", strict=False)
-            grade, reason = said["score"], said["reason"]
+            found = json.loads(content or "", strict=False)
+            grade, reason = found["score"], found["reason"]
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"the judge did not reply with a verdict: {content!r:.200}") from error
+            raise ValueError(f"the judge did not reply with a grade: {content!r:.200}") from error
         whole = isinstance(grade, int) and not isinstance(grade, bool)
         if not whole or not self._low <= grade <= self._high:
             raise ValueError(f"the judge's score is not {self._low} to {self._high}: {grade!r:.80}")
-        share = (grade - self._low) / (self._high - self._low)
-        return {"score": share, "grade": grade, "reason": unicode_text(str(reason))}
+        fraction = (grade - self._low) / (self._high - self._low)
+        return {"score": fraction, "grade": grade, "reason": unicode_text(str(reason))}
 
     def _messages(self, question: str, text: str, reference: object) -> list[dict[str, str]]:
         # The mark depends on the text, so that the text cannot hold it.

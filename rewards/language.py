@@ -1,4 +1,4 @@
-"""Language consistency, as in DeepSeek-R1: the share of words in the target language."""
+"""Language consistency, as in DeepSeek-R1: the fraction of words in the target language."""
 
 from __future__ import annotations
 
@@ -33,18 +33,27 @@ WORD = re.compile(r"[^\W\d_]+")
 def language_consistency(
     completions: Sequence[object], language: str = "en", **_: object
 ) -> list[float]:
-    """The share of words written in the script of `language`; 0.0 without any word.
+    """The fraction of words written in the script of `language`; 0.0 without any word.
 
     After DeepSeek-R1 (arXiv:2501.12948, section 2.3.2), which counts words of the target language;
-    here the script decides, so that languages that share one are not told apart. Formulas do not
-    count. Raises ValueError for a language that has no script here.
+    here the script decides, so languages that share one are not told apart. Formulas do not count.
+
+    Args:
+        completions: Texts, or lists of messages.
+        language: A code like "en".
+
+    Returns:
+        One score a completion, in [0, 1].
+
+    Raises:
+        ValueError: The scripts of the language are not known here.
     """
     if language not in SCRIPTS:
         raise ValueError(f"language {language!r} is not one of {', '.join(SCRIPTS)}")
-    return [_share(text, SCRIPTS[language]) for text in completion_texts(completions)]
+    return [_fraction(text, SCRIPTS[language]) for text in completion_texts(completions)]
 
 
-def _share(text: str, wanted: frozenset[str]) -> float:
+def _fraction(text: str, wanted: frozenset[str]) -> float:
     right = total = 0
     for word in WORD.findall(FORMULA.sub(" ", text)):
         scripts = [_script(letter) for letter in word]

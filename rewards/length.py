@@ -17,8 +17,18 @@ def soft_overlong(
 ) -> list[float]:
     """0 up to max_tokens - soft_tokens, then falling to -1 at max_tokens, and -1 beyond.
 
-    DAPO (arXiv:2503.14476), equation 13. Give max_tokens as actors.max_tokens. Raises ValueError
-    unless 0 < soft_tokens <= max_tokens.
+    DAPO (arXiv:2503.14476), equation 13.
+
+    Args:
+        completion_ids: Token ids of each completion.
+        max_tokens: As actors.max_tokens.
+        soft_tokens: Before max_tokens, over which the score falls.
+
+    Returns:
+        One score a completion, in [-1, 0].
+
+    Raises:
+        ValueError: Unless 0 < soft_tokens <= max_tokens.
     """
     if not 0 < soft_tokens <= max_tokens:
         raise ValueError(
@@ -32,11 +42,21 @@ def soft_overlong(
 def repetition(
     completion_ids: Sequence[Sequence[int]], ngram: int = 3, max_penalty: float = -1.0, **_: object
 ) -> list[float]:
-    """max_penalty times the share of n-grams of tokens that were there before.
+    """max_penalty times the fraction of n-grams of tokens that were there before.
 
-    0 for no repetition and for fewer than `ngram` tokens. After "Demystifying Long Chain-of-Thought
-    Reasoning" (arXiv:2502.03373), appendix C.2. Raises ValueError unless ngram >= 1 and
-    max_penalty <= 0.
+    0 for fewer than `ngram` tokens. After "Demystifying Long Chain-of-Thought Reasoning"
+    (arXiv:2502.03373), appendix C.2.
+
+    Args:
+        completion_ids: Token ids of each completion.
+        ngram: Tokens of an n-gram.
+        max_penalty: The score where everything is repeated, at most 0.
+
+    Returns:
+        One score a completion, in [max_penalty, 0].
+
+    Raises:
+        ValueError: Unless ngram >= 1 and max_penalty <= 0.
     """
     if ngram < 1 or max_penalty > 0:
         raise ValueError(f"ngram={ngram} must be at least 1, max_penalty={max_penalty} at most 0")

@@ -81,7 +81,8 @@ BUILT_IN = {
 def reward_path(name: str) -> str:
     """The path of a built-in reward by its short name; a path is returned as it is.
 
-    Raises RewardLoadError for a word that is neither.
+    Raises:
+        RewardLoadError: A word that is neither.
 
     Example:
         >>> reward_path("maths")
@@ -108,9 +109,14 @@ def resolve_path(path: str, base: Path) -> str:
 def load_attribute(path: str, stubs: Path | None = None) -> Any:
     """What `module:name` or `path/to/file.py:name` names; `name` may be dotted.
 
-    stubs: the folder for modules that run a file under another name; by default one that ends with
-    this process. Raises RewardLoadError: not of that form, no such file or module, the module does
-    not import, no such name in it (with the nearest one).
+    Args:
+        path: See above.
+        stubs: The folder for modules that run a file under another name; by default one that ends
+            with this process.
+
+    Raises:
+        RewardLoadError: Another form, no such file or module, an import that fails, no such name
+            (the message has the nearest one).
     """
     location, colon, name = path.rpartition(":")
     if not colon or not location or not name:
@@ -137,7 +143,7 @@ def _attribute(path: str, location: str, owner: object, name: str) -> object:
         public = [key for key in known if callable(inspect.getattr_static(owner, key, None))]
         hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(public) or 'none'}"
         raise RewardLoadError(f"'{path}': no '{name}' in {location}; {hint}") from error
-    # A boundary to code of others: what makes the name may import anything.
+    # Code of users may raise anything: what makes the name may import anything.
     except Exception as error:
         raise RewardLoadError(_import_failed(path, location, error)) from error
 
@@ -147,12 +153,17 @@ def load_function(
 ) -> RewardFunction:
     """The reward function that a short name, `module:function` or `path/to/file.py:function` names.
 
-    options: keyword arguments that it gets at every call, or its class's constructor once. A
-    function that takes nothing of a group and returns a function makes reward functions: it is
-    called once with its options. stubs: as for `load_attribute`.
+    A function that takes nothing of a group and returns a function makes reward functions: it is
+    called once with its options.
 
-    Raises RewardLoadError as `load_attribute` does, for something that is not a function, for an
-    option that it does not have, and for a class that cannot be constructed.
+    Args:
+        path: See above.
+        options: Keyword arguments that it gets at every call, or its class's constructor once.
+        stubs: As for `load_attribute`.
+
+    Raises:
+        RewardLoadError: As from `load_attribute`; also for something that is not a function, an
+            option that it does not have, and a class that cannot be constructed.
     """
     found = load_attribute(reward_path(path), stubs)
     given = dict(options or {})
@@ -167,7 +178,7 @@ def load_function(
         return _made(function, parameters, given)
     try:
         return found(**given)
-    # A boundary to code of others.
+    # Code of users may raise anything.
     except Exception as error:
         raise RewardLoadError(f"'{path}' cannot be constructed:\n{error_tail(error)}") from error
 
@@ -233,7 +244,7 @@ def _imported(path: str, location: str, name: str) -> ModuleType:
                 f"({_built_in_at(path) or 'for a file, write path/to/file.py:name'})"
             ) from error
         raise RewardLoadError(_import_failed(path, location, error)) from error
-    # A boundary to code of others.
+    # Code of users may raise anything.
     except Exception as error:
         raise RewardLoadError(_import_failed(path, location, error)) from error
 
@@ -260,7 +271,7 @@ def _load_file(path: str, location: str, stubs: Path | None) -> ModuleType:
     top = root / parts[0] / "__init__.py" if len(parts) > 1 else file
     relative = max((node.level for node in imports if isinstance(node, ast.ImportFrom)), default=0)
     if len(parts) == 1 and relative:
-        # Relative imports outside a package: its folder (or one above it) is taken for one.
+        # Relative imports outside a package: its folder (or one above it) serves as one.
         base = file.parents[relative - 1]
         below = file.relative_to(base).with_suffix("").parts
         name = ".".join((_stub(base, stubs), *below))
@@ -326,7 +337,7 @@ def _check_neighbours(path: str, file: Path, imports: list[ast.Import | ast.Impo
 
 def _stub(real: Path, stubs: Path | None) -> str:
     """The name of a module that any process with this one's sys.path can import, and that is
-    `real`: a module's file, a package's __init__.py, or a folder taken for a package."""
+    `real`: a module's file, a package's __init__.py, or the folder of a package."""
     folder = stubs or _own_stubs()
     if str(folder) not in sys.path:
         sys.path.append(str(folder))

@@ -28,16 +28,18 @@ def _not_about_timeouts(record: logging.LogRecord) -> bool:
 class MathAnswer:
     """1.0 where the completion's answer equals the column `answer` in value, else 0.0.
 
-    answer_in: "boxed" (the last LaTeX box) or "tags" (`<answer>...</answer>`, once), in the final
-    part of the completion: what it only thinks does not count. timeout_s: whole seconds for reading
-    one answer, and again for comparing it.
+    The answer is read in the final part of the completion: what it only thinks does not count. An
+    answer that takes too long or too much memory is wrong, and the next ones of the call get
+    NEXT_S. A right answer that cannot be read in time is an error ("timeout"). None where the row
+    has no answer. Where the right answer is a plain number, an expression that stands in the
+    question ("2 + 10") is wrong.
 
-    An answer that takes longer is an error ("timeout"), not a 0: whether it is right is not known.
-    That bound is SIGALRM's and needs a main thread, as reward children have; rewards.timeout_s
-    ends what it cannot interrupt. None where the row has no answer. Where the right answer is a
-    plain number, an expression that stands in the question ("2 + 10") is no answer to it.
+    Args:
+        answer_in: "boxed" (the last LaTeX box) or "tags" (`<answer>...</answer>`, once).
+        timeout_s: Whole seconds of CPU time for reading and comparing one answer.
 
-    Raises ImportError when math-verify is not installed.
+    Raises:
+        ImportError: math-verify is not installed.
     """
 
     def __init__(self, answer_in: AnswerIn = "boxed", timeout_s: int = 5) -> None:
@@ -56,8 +58,8 @@ class MathAnswer:
         for module in ("parser", "grader"):
             logging.getLogger(f"math_verify.{module}").addFilter(_not_about_timeouts)
         boxed = LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)
-        self._said = [boxed]
-        self._known = [boxed, ExprExtractionConfig()]
+        self._how_given = [boxed]
+        self._how_known = [boxed, ExprExtractionConfig()]
         self._expected = functools.lru_cache(maxsize=256)(self._read_known)
         self._bounded = Bounded(self._compare)
         self._one_at_a_time = threading.Lock()
@@ -92,30 +94,30 @@ class MathAnswer:
         self, question: str, text: str, known: str, prefill: str, seconds: float
     ) -> float | Exception:
         """Raises TooMuch for an answer that takes too much."""
-        said = answer_of(text, self._answer_in, prefill)
-        if said is None:
+        given = answer_of(text, self._answer_in, prefill)
+        if given is None:
             return 0.0
-        said, known = _bare(said), _bare(known)
-        if same_text(said, known):
+        given, known = _bare(given), _bare(known)
+        if same_text(given, known):
             return 1.0
-        if parse_number(known) is not None and _squeezed(said) in _squeezed(question):
+        if parse_number(known) is not None and _squeezed(given) in _squeezed(question):
             return 0.0
         try:
             self._bounded(self._timeout_s, None, known)
         except TooMuch as error:
             return TimeoutError(f"the row's answer {known[:80]!r} cannot be read: {error}")
-        return float(self._bounded(seconds, said, known))
+        return float(self._bounded(seconds, given, known))
 
-    def _compare(self, said: str | None, known: str) -> bool:
-        """In the bounded process. said: None to read only what is known, for what comes next."""
+    def _compare(self, given: str | None, known: str) -> bool:
+        """In the bounded process. given: None to read and remember only the right answer."""
         expected = self._expected(known)
-        if said is None or not expected:
+        if given is None or not expected:
             return False
-        found = self._read(said, self._said)
+        found = self._read(given, self._how_given)
         return bool(found) and self._equal(expected, found)
 
     def _read_known(self, known: str) -> list[object]:
-        return self._read(known, self._known)
+        return self._read(known, self._how_known)
 
     def _read(self, text: str, how: list[object]) -> list[object]:
         try:
@@ -133,9 +135,9 @@ class MathAnswer:
         except Exception:  # noqa: BLE001  what sympy cannot read is no answer
             return []
 
-    def _equal(self, expected: list[object], said: list[object]) -> bool:
+    def _equal(self, expected: list[object], given: list[object]) -> bool:
         try:
-            return bool(self._verify(expected, said, timeout_seconds=None, raise_on_error=True))
+            return bool(self._verify(expected, given, timeout_seconds=None, raise_on_error=True))
         except MemoryError:
             raise
         except Exception:  # noqa: BLE001  what sympy cannot compare is not shown to be equal

@@ -29,7 +29,7 @@ from cohort.rewards.tasks import (
     row_order,
 )
 
-# Positions over which every part has exactly its share, spread evenly.
+# Positions over which every part has exactly its fraction, spread evenly.
 BLOCK = 1000
 # A curriculum keeps the weight of parts that are solved this often, and cuts that of others: a
 # group whose completions are all right or all wrong has nothing to teach.
@@ -60,17 +60,23 @@ class _Part:
 
 
 class MixtureTask:
-    """Rows of several tasks. Options: tasks, curriculum (false).
-
-    tasks: a list of {name, data, eval_data, options} as in the section `task`, each with a weight
-    (1), its share of the rows; a label (the name), which starts the ids of its rows and is their
-    source; and functions, as rewards.functions, in place of the task's own. A part's functions
-    judge its rows only.
+    """Rows of several tasks.
 
     Every part goes through its rows epoch by epoch in an order of its own. With `curriculum`, a
-    part that is lately solved less than 10 % or more than 80 % of the time gets a quarter of its
-    weight; what a part gives at a position is then the row that it would give if it were alone, so
-    an epoch of it may leave rows out, but has none twice.
+    part of whose recent completions less than 10 % or more than 80 % are solved gets a quarter of
+    its weight; what a part gives at a position is then the row that it would give if it were alone,
+    so an epoch of it may leave rows out, but has none twice.
+
+    Args:
+        seed: The run's.
+        tasks: Of {name, data, eval_data, options} as in the section `task`, each with a weight (1);
+            a label (the name), which starts the ids of its rows and is their source; and functions,
+            as rewards.functions, in place of the task's own. A part's functions score its rows
+            only.
+        curriculum: See above.
+
+    Raises:
+        TaskError: An option is wrong, or a part cannot be loaded.
     """
 
     def __init__(self, seed: int, tasks: Sequence[object], curriculum: bool = False) -> None:
@@ -164,7 +170,7 @@ class MixtureTask:
         return Survey(np.concatenate([part.train_bytes for part in parts]), held_out, labels)
 
     def demonstration(self, row: Row, epoch: int) -> str | None:
-        """What the row's own task shows, if it does."""
+        """The demonstration of the row's own task, if it has one."""
         [part] = [part for part in self._parts if part.label == row.source]
         if not isinstance(part.task, Demonstrates):
             return None
@@ -202,9 +208,10 @@ class MixtureTask:
 
 
 def shares(weights: Sequence[float]) -> tuple[int, ...]:
-    """How many of BLOCK positions each weight gets: its share, rounded so that they add up.
+    """How many of BLOCK positions each weight gets: its fraction, rounded so that they add up.
 
-    Raises TaskError for a weight whose share rounds to none.
+    Raises:
+        TaskError: A weight is less than a thousandth of all.
     """
     total = sum(weights)
     exact = [BLOCK * weight / total for weight in weights]
@@ -221,7 +228,15 @@ def shares(weights: Sequence[float]) -> tuple[int, ...]:
 
 @lru_cache(maxsize=64)
 def block_order(counts: tuple[int, ...], seed: int) -> tuple[tuple[int, int], ...]:
-    """(part, how many of that part came before) for each position of a block, evenly spread."""
+    """The parts in a block, evenly spread.
+
+    Args:
+        counts: Positions of each part.
+        seed: Moves the parts against each other.
+
+    Returns:
+        (part, how many of that part came before) for each position.
+    """
     rng = random.Random(seed)
     turns = []
     for number, count in enumerate(counts):
@@ -254,7 +269,7 @@ def _load_part(entry: object, number: int, seed: int) -> _Part:
         for item in chosen
     )
     if any(function.sources for function in functions):
-        raise TaskError(f"{where}.functions: leave out sources; they judge this part's rows only")
+        raise TaskError(f"{where}.functions: leave out sources: they score only this part's rows")
     return _Part(label, task, config.weight, functions)
 
 

@@ -1,7 +1,7 @@
-"""RewardPool: the driver's view of the reward actors.
+"""RewardPool: the driver's view of the reward workers.
 
-A call goes to an idle actor that has just answered a ping. An actor that died, or is frozen, leaves
-the queue at once, is started again and comes back when it answers; the call goes to another one.
+A call goes to an idle worker that has just answered a ping. A worker that died or is frozen leaves
+the queue at once, is started again and returns when it answers; the call goes to another one.
 Everything here runs in the driver's asyncio loop and sees sizes and references, never texts.
 """
 
@@ -13,10 +13,11 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from cohort.actors.errors import CohortError, failure_of, kind_of, words
 from cohort.actors.records import Failure, Group, ScoredGroup, ScoreMeta
+from cohort.rewards.handle import RewardHandle
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -27,166 +28,182 @@ logger = logging.getLogger(__name__)
 # What the driver sees of a call's answer, and what stays in the object store.
 Seen = TypeVar("Seen")
 Kept = TypeVar("Kept")
-# Ray's handle of a reward worker; its types give an actor's methods no `.remote`.
-Handle: TypeAlias = Any
-Begin: TypeAlias = "Callable[[Handle], tuple[ObjectRef[Seen], ObjectRef[Kept]]]"
+Begin: TypeAlias = "Callable[[RewardHandle], tuple[ObjectRef[Seen], ObjectRef[Kept]]]"
 Part: TypeAlias = "ObjectRef[Group]"
-Known: TypeAlias = "ObjectRef[ScoredPart] | None"
+MaybeScored: TypeAlias = "ObjectRef[ScoredPart] | None"
 
-# Of one group: what failed that often with actors that were well is not the actors' fault.
+# Calls for one group: after so many failures, the cause is the group and not the workers.
 MAX_ATTEMPTS = 3
-MAX_RESTARTS = 3  # of one actor in a row, without a call answered between them
-# An idle actor answers a ping in milliseconds; one that needs longer is looked at by itself.
+MAX_RESTARTS = 3  # of one worker in a row, without a call answered between them
+# An idle worker answers a ping in milliseconds; a slower one is waited for in the background.
 PING_S = 2.0
 PING_EVERY_S = 5.0
-FROZEN_S = 30.0  # without any answer for so long, a process (or its machine) is stopped
-RESTART_S = 180.0  # for a new actor: a process, and the loading of its functions
+FROZEN_S = 30.0  # a process (or its machine) that answers nothing for so long is frozen
+RESTART_S = 180.0  # for a new worker: a process, and the loading of its functions
 RETRY_S = 0.2
 
 
 class RewardPoolError(CohortError):
-    """No reward actor is left; the message says what happened to the last one and what to do."""
+    """No reward worker is left; the message says how the last one ended and what to do."""
 
 
 @dataclass(frozen=True)
 class Lost(Failure):
-    """The completions of a group are gone with a machine: the group can be generated again."""
+    """The completions of a group were lost with a machine; the group can be generated again."""
 
 
 @dataclass
 class _Worker:
-    """A reward actor. restarts: in a row, without an answer to a call between them."""
+    """A reward worker. restarts: in a row, without an answer to a call between them."""
 
     index: int
-    handle: Handle
+    handle: RewardHandle
     restarts: int = 0
 
 
 class RewardPool:
-    """Sends completions and groups to idle reward actors. Used by one loop in the driver.
+    """Sends completions and groups to idle reward workers. Used by one loop in the driver.
 
-    timeout_s: within which an actor that is well answers any call. timeout_key: what it follows
-    from, in words. pings_while_judging: the actors answer `ping` during a call (see
-    `watched_actor_class`), so that a frozen one is found by its silence. streams: some function
-    judges completions before their group is complete. make_actor: makes another actor in place of
-    one that Ray does not start again. notify: tells the user, in a line, of an actor's end.
-    frozen_s: without any answer for so long, an actor is started again. restart_s: how long a new
-    one may need before it answers.
+    Args:
+        handles: The workers.
+        timeout_s: Seconds within which a healthy worker answers any call.
+        timeout_key: The config key that `timeout_s` follows from, with its value, for messages.
+        pings_while_scoring: The workers answer `ping` during a call: see `watched_worker_class`.
+        streams: Some function scores completions before their group is complete.
+        make_worker: Makes another worker in place of one that Ray does not start again.
+        notify: Tells the user, in one line, that a worker has ended.
+        frozen_s: Seconds without any answer after which a worker is started again.
+        restart_s: Seconds within which a new worker answers.
     """
 
     def __init__(
         self,
-        actors: list[Handle],
+        handles: Sequence[RewardHandle],
         timeout_s: float,
         *,
         timeout_key: str = "rewards.timeout_s",
-        pings_while_judging: bool = False,
+        pings_while_scoring: bool = False,
         streams: bool = True,
-        make_actor: Callable[[], Handle] | None = None,
+        make_worker: Callable[[], RewardHandle] | None = None,
         notify: Callable[[str], None] = logger.warning,
         frozen_s: float = FROZEN_S,
         restart_s: float = RESTART_S,
     ) -> None:
-        self._workers = [_Worker(index, actor) for index, actor in enumerate(actors)]
+        self._workers = [_Worker(index, handle) for index, handle in enumerate(handles)]
         self._timeout_s = timeout_s
         self._timeout_key = timeout_key
-        self._pings_while_judging = pings_while_judging
+        self._pings_while_scoring = pings_while_scoring
         self._streams = streams
-        self._make_actor = make_actor
+        self._make_worker = make_worker
         self._notify = notify
         self._frozen_s = frozen_s
+        self._frozen = f"no answer to a ping for {frozen_s:g} s"
         self._restart_s = restart_s
-        # Changes when an actor becomes idle or is given up.
+        # Changes when a worker becomes idle or is given up.
         self._changed = asyncio.Condition()
         self._idle = list(self._workers)
-        self._last_words = "there was none from the start"
+        self._last_end = "there was none from the start"
         self._background: set[asyncio.Task[object]] = set()
-        # Completions that wait for an idle actor, and the call they will be in.
-        self._waiting: dict[str, tuple[list[Part], asyncio.Task[Known]]] = {}
+        # Completions that wait for an idle worker, and the call that will have them.
+        self._waiting: dict[str, tuple[list[Part], asyncio.Task[MaybeScored]]] = {}
         self.restarts = 0
 
     async def check(self, timeout_s: float) -> None:
-        """Wait until every actor has loaded its reward functions.
+        """Wait until every worker has loaded its reward functions.
 
-        Raises RewardPoolError with the actor's own words (a function that cannot be found, say).
+        Args:
+            timeout_s: Seconds to wait at most.
+
+        Raises:
+            RewardPoolError: Too few are ready in time, or one failed; the message has its error.
         """
         pings = [self._spawn(self._ping(worker)) for worker in self._workers]
         try:
             # Not `wait_for`: cancelled, it never looks at the error of what it waited for.
             async with asyncio.timeout(timeout_s):
-                said = await asyncio.gather(*pings)
+                answers = await asyncio.gather(*pings)
         except TimeoutError:
             ready = sum(ping.done() and not ping.cancelled() for ping in pings)
             raise RewardPoolError(
-                f"{ready} of {len(pings)} reward actors were ready after {timeout_s:g} s "
+                f"{ready} of {len(pings)} reward workers were ready after {timeout_s:g} s "
                 "(cluster.start_timeout_s; rewards.workers may exceed the cluster)"
             ) from None
-        for worker, answer in zip(self._workers, said, strict=True):
+        for worker, answer in zip(self._workers, answers, strict=True):
             if isinstance(answer, Exception):
                 raise RewardPoolError(
-                    f"reward actor {worker.index} could not start: {words(answer)}"
+                    f"reward worker {worker.index} could not start: {words(answer)}"
                 ) from answer
 
-    def judge(self, name: str, part: Part) -> asyncio.Task[Known]:
-        """Have a completion judged before its group is complete.
+    def score_part(self, name: str, part: Part) -> asyncio.Task[MaybeScored]:
+        """Have a completion scored before its group is complete.
 
-        name: of the group; completions of one name that arrive while every actor is busy share a
-        call. part: a group of one. Returns the task of the call: a reference for `score`, or None
-        when it failed; `score` then judges the completion with its group.
+        Args:
+            name: Of the group. Completions of one name that wait for a worker share a call.
+            part: A group with this completion only.
+
+        Returns:
+            The task of the call. Its result is a reference for `score`, or None when the call
+            failed and `score` has to score the completion with its group.
         """
         if not self._streams:
             return asyncio.create_task(asyncio.sleep(0))
-        call = self._waiting.get(name)
-        if call is None or call[1].done() or call[1].cancelling():
-            parts: list[Part] = []
-            call = self._waiting[name] = (parts, asyncio.create_task(self._judge(name, parts)))
+        parts, call = self._waiting.get(name, ([], None))
+        if call is None or call.done() or call.cancelling():
+            parts = []
+            call = asyncio.create_task(self._score_parts(name, parts))
+            self._waiting[name] = (parts, call)
             # Here, for a task that is cancelled before it begins runs nothing of its own.
-            call[1].add_done_callback(lambda _: self._no_longer_waiting(name, parts))
-        call[0].append(part)
-        return call[1]
+            call.add_done_callback(lambda _: self._closed(name, parts))
+        parts.append(part)
+        return call
 
-    async def _judge(self, name: str, parts: list[Part]) -> Known:
-        def begin(actor: Handle) -> Handle:
-            # The parts are read now, when an actor is idle; what arrives later is another call.
-            self._no_longer_waiting(name, parts)
-            return actor.judge.options(num_returns=2).remote(*parts)
+    async def _score_parts(self, name: str, parts: list[Part]) -> MaybeScored:
+        # Called when a worker is idle; what arrives later is another call.
+        failure, scored = await self._call(
+            "completions could not be scored",
+            lambda handle: handle.score_part(self._closed(name, parts)),
+        )
+        return None if failure is not None else scored
 
-        failure, judged = await self._call("completions could not be judged", begin)
-        return None if failure is not None else judged
-
-    def _no_longer_waiting(self, name: str, parts: list[Part]) -> None:
+    def _closed(self, name: str, parts: list[Part]) -> list[Part]:
+        """The parts of a call that gets no more of them."""
         if name in self._waiting and self._waiting[name][0] is parts:
             del self._waiting[name]
+        return parts
 
     async def score(
-        self, group: ObjectRef[Group], judged: Sequence[ObjectRef[ScoredPart]] = ()
+        self, group: ObjectRef[Group], parts: Sequence[ObjectRef[ScoredPart]] = ()
     ) -> tuple[ScoreMeta | Failure, ObjectRef[ScoredGroup] | None]:
-        """Score one group, given by reference; returns what the driver may see, and a reference.
+        """Score one group.
 
-        judged: what `judge` said of its completions, which is not asked again. The Failure is a
-        `Lost` when the group itself is gone. Raises RewardPoolError when no actor is left.
+        Args:
+            group: A reference to it; its texts never reach the driver.
+            parts: Results of `score_part` for its completions, which are not scored again.
+
+        Returns:
+            What the driver may see, and a reference to the whole; or a Failure and None. The
+            Failure is a `Lost` when the group itself is lost.
+
+        Raises:
+            RewardPoolError: No worker is left.
         """
         outcome: tuple[ScoreMeta | Failure, ObjectRef[ScoredGroup] | None] = await self._call(
-            "a group could not be scored",
-            lambda actor: actor.score.options(num_returns=2).remote(group, *judged),
+            "a group could not be scored", lambda handle: handle.score(group, parts)
         )
-        if isinstance(outcome[0], Lost) and judged:
-            # What was said of its completions may be gone, and the group still there.
+        if isinstance(outcome[0], Lost) and parts:
+            # The parts may be lost, and the group still there.
             return await self.score(group)
         return outcome
 
     async def _call(
         self, what: str, begin: Begin[Seen, Kept]
     ) -> tuple[Seen | Failure, ObjectRef[Kept] | None]:
-        """What an idle actor answers to the call that `begin` makes: a value, and a reference.
-
-        Failure and None when nothing helps. A caller that is cancelled leaves its actor busy until
-        that has answered.
-        """
+        """The answer of an idle worker, and a reference; a Failure and None after every attempt."""
         failure = Failure("infra", what, "no attempt was made")
         for _ in range(MAX_ATTEMPTS):
             worker = await self._idle_worker()
             using = self._use(worker, what, begin)
+            # When this is cancelled, the worker stays busy until it has answered.
             outcome = await asyncio.shield(self._spawn(using))
             if not isinstance(outcome[0], Failure):
                 return outcome
@@ -196,22 +213,21 @@ class RewardPool:
         return failure, None
 
     async def _idle_worker(self) -> _Worker:
-        """Wait for an actor that is idle and answers."""
+        """Wait for a worker that is idle and answers."""
         while True:
             async with self._changed:
                 await self._changed.wait_for(lambda: self._idle or not self._workers)
                 if not self._workers:
                     raise RewardPoolError(
-                        f"no reward actor is left: {self._last_words}. If they die for memory, "
-                        "lower rewards.workers or rewards.memory_gb; what Ray knows is in the logs "
-                        "of its session"
+                        f"no reward worker is left: {self._last_end}. If memory ran out, lower "
+                        "rewards.workers or rewards.memory_gb; the logs of Ray's session say more"
                     )
                 worker = self._idle.pop(0)
             ping = self._spawn(self._ping(worker))
             try:
                 answer = await asyncio.wait_for(asyncio.shield(ping), PING_S)
             except BaseException as error:
-                self._spawn(self._look_after(worker, ping))
+                self._spawn(self._await_late_ping(worker, ping))
                 if not isinstance(error, TimeoutError):
                     raise
             else:
@@ -220,32 +236,28 @@ class RewardPool:
                 self._spawn(self._replace(worker, _line(answer)))
 
     async def _ping(self, worker: _Worker) -> str | Exception:
-        """What an actor answers to a ping, or the error that came instead."""
+        """The answer of a worker to a ping, or the error that came instead."""
         try:
-            return str(await worker.handle.ping.remote())
-        # Whatever it is, the actor is not one to send a group to.
+            return await worker.handle.ping()
+        # Whatever the error is, no group may be sent to this worker.
         except Exception as error:  # noqa: BLE001
             return error
 
-    async def _look_after(self, worker: _Worker, ping: asyncio.Task[str | Exception]) -> None:
-        """Take a worker back when it answers a ping that is late, or replace it."""
+    async def _await_late_ping(self, worker: _Worker, ping: asyncio.Task[str | Exception]) -> None:
+        """Make a worker idle when it answers a late ping; else replace it."""
         try:
             answer = await asyncio.wait_for(ping, self._frozen_s)
         except TimeoutError:
-            await self._replace(worker, self._no_sign(), kill=True)
-            return
+            return await self._replace(worker, self._frozen, kill=True)
         if isinstance(answer, str):
-            await self._take_back(worker)
+            await self._make_idle(worker)
         else:
             await self._replace(worker, _line(answer))
-
-    def _no_sign(self) -> str:
-        return f"no sign of life for {self._frozen_s:g} s"
 
     async def _use(
         self, worker: _Worker, what: str, begin: Begin[Seen, Kept]
     ) -> tuple[Seen | Failure, ObjectRef[Kept] | None]:
-        """One call to an actor, which becomes idle again or is replaced."""
+        """One call to a worker, which becomes idle again or is replaced."""
         from ray.exceptions import ObjectLostError, RayError, RayTaskError
 
         try:
@@ -253,106 +265,98 @@ class RewardPool:
             answer = await self._watched(worker, seen)
         except _Silent as silent:
             self._spawn(self._replace(worker, str(silent), kill=True))
-            return Failure("infra", what, f"reward actor {worker.index}: {silent}"), None
+            return Failure("infra", what, f"reward worker {worker.index}: {silent}"), None
         except RayTaskError as error:
-            # The actor lives: its own code raised, or what it was given could not be had.
-            await self._take_back(worker)
+            # The worker lives: its own code raised, or its arguments are lost.
+            await self._make_idle(worker)
             if isinstance(error.cause, RayError):
                 return Lost("infra", what, words(error)), None
             if kind_of(error) == "bug":
                 raise
             return failure_of(error, what), None
         except ObjectLostError as error:
-            await self._take_back(worker)
+            await self._make_idle(worker)
             return Lost("infra", what, words(error)), None
         except RayError as error:
-            # RayActorError, and deaths that are none: for memory, with a node.
+            # RayActorError, and the errors of deaths by memory or with a node.
             self._spawn(self._replace(worker, _line(error)))
-            return Failure("infra", what, f"reward actor {worker.index}: {words(error)}"), None
+            return Failure("infra", what, f"reward worker {worker.index}: {words(error)}"), None
         except BaseException:
-            # Cancelled with the pool, or a mistake of ours.
-            await self._take_back(worker)
+            # Cancelled with the pool, or a bug.
+            await self._make_idle(worker)
             raise
         worker.restarts = 0
-        await self._take_back(worker)
+        await self._make_idle(worker)
         return answer, kept
 
     async def _watched(self, worker: _Worker, seen: Awaitable[Seen]) -> Seen:
-        """The answer to a call; raises _Silent when there is none in time, or no sign of life."""
+        """The answer to a call; raises _Silent when it is late or the worker is frozen."""
         answer = asyncio.ensure_future(seen)
-        answer.add_done_callback(_looked_at)
-        interval = min(PING_EVERY_S, self._frozen_s / 4)
+        answer.add_done_callback(_retrieve_error)
         began = heard = time.monotonic()
-        said = ""
+        last = ""
         ping: asyncio.Task[str | Exception] | None = None
         while True:
             left = began + self._timeout_s - time.monotonic()
             if left <= 0:
                 raise _Silent(
                     f"no answer within {self._timeout_s:g} s, the most that {self._timeout_key} "
-                    f"allows{said}"
+                    f"allows{last}"
                 )
             await asyncio.wait(
                 {answer} if ping is None else {answer, ping},
-                timeout=min(left, interval),
+                timeout=min(left, PING_EVERY_S, self._frozen_s / 4),
                 return_when=asyncio.FIRST_COMPLETED,
             )
             if answer.done():
                 return answer.result()
-            if not self._pings_while_judging:
+            if not self._pings_while_scoring:
                 continue
             if ping is None:
                 ping = self._spawn(self._ping(worker))
             elif ping.done():
-                # Of an error, the call tells as well.
+                # An error shows in the call as well.
                 if isinstance(text := ping.result(), str):
-                    heard, said = time.monotonic(), f" ({text})"
+                    heard, last = time.monotonic(), f" ({text})"
                 ping = None
             elif time.monotonic() - heard > self._frozen_s:
-                raise _Silent(self._no_sign() + said)
+                raise _Silent(self._frozen + last)
 
-    async def _take_back(self, worker: _Worker) -> None:
+    async def _make_idle(self, worker: _Worker) -> None:
         async with self._changed:
             self._idle.append(worker)
             self._changed.notify_all()
 
     async def _replace(self, worker: _Worker, why: str, kill: bool = False) -> None:
-        """Have Ray start an actor again, or make another one; give it up when that fails often.
-
-        kill: it may still run.
-        """
-        import ray
-
-        anew = False
-        answer: str | Exception
+        """Start a worker, which runs still if `kill`, again; after MAX_RESTARTS give it up."""
+        failed = False
         while worker.restarts < MAX_RESTARTS:
             worker.restarts += 1
             self.restarts += 1
-            self._notify(f"reward actor {worker.index} is replaced: {why}")
+            self._notify(f"reward worker {worker.index} is replaced: {why}")
             try:
-                if anew and self._make_actor is not None:
-                    ray.kill(worker.handle)
-                    worker.handle = self._make_actor()
-                elif kill or anew:
-                    ray.kill(worker.handle, no_restart=False)
-                answer = await self._answer(worker)
-            # Whatever Ray says: one that cannot be had is given up, and nobody waits for it.
+                if failed and self._make_worker is not None:
+                    worker.handle.kill()
+                    worker.handle = self._make_worker()
+                elif kill or failed:
+                    worker.handle.kill(restart=True)
+                answer = await self._restarted(worker)
+            # Whatever Ray raises: a worker that cannot be started is given up.
             except Exception as error:  # noqa: BLE001
                 answer = error
             if isinstance(answer, str):
-                await self._take_back(worker)
-                return
-            why, anew = _line(answer), True
+                return await self._make_idle(worker)
+            why, failed = _line(answer), True
         with contextlib.suppress(Exception):
-            ray.kill(worker.handle)
+            worker.handle.kill()
         async with self._changed:
             self._workers.remove(worker)
-            self._last_words = f"reward actor {worker.index} was given up: {why}"
-            self._notify(f"{self._last_words}; {len(self._workers)} are left")
+            self._last_end = f"reward worker {worker.index} was given up: {why}"
+            self._notify(f"{self._last_end}; {len(self._workers)} are left")
             self._changed.notify_all()
 
-    async def _answer(self, worker: _Worker) -> str | Exception:
-        """What a restarted actor says; why it does not, if it is dead or takes too long."""
+    async def _restarted(self, worker: _Worker) -> str | Exception:
+        """The answer of a restarted worker to a ping; the error if it is dead or late."""
         from ray.exceptions import ActorUnavailableError
 
         give_up = time.monotonic() + self._restart_s
@@ -364,32 +368,29 @@ class RewardPool:
                 return TimeoutError(f"not started again within {self._restart_s:g} s")
             if not isinstance(answer, ActorUnavailableError):
                 return answer
-            # Ray is still at it.
-            await asyncio.sleep(RETRY_S)
+            await asyncio.sleep(RETRY_S)  # Ray is still starting it
 
     def _spawn(self, work: Coroutine[object, object, Seen]) -> asyncio.Task[Seen]:
         task = asyncio.create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
-        task.add_done_callback(_looked_at)
+        task.add_done_callback(_retrieve_error)
         return task
 
     def kill(self) -> None:
-        """End every actor now; their watchers end what they started."""
-        import ray
-
+        """End every worker now; their watchers end what they started."""
         for task in self._background:
             task.cancel()
         for worker in self._workers:
-            ray.kill(worker.handle)
+            worker.handle.kill()
 
 
 class _Silent(Exception):
-    """An actor does not answer, though no error says that it died."""
+    """A worker does not answer, though no error says that it died."""
 
 
-def _looked_at(task: asyncio.Future[Seen]) -> None:
-    """Whoever waits for it sees its error; when nobody does any more, nothing is printed."""
+def _retrieve_error(task: asyncio.Future[Seen]) -> None:
+    """Keep asyncio from printing an error that nobody waits for any more."""
     if not task.cancelled():
         task.exception()
 

@@ -1,4 +1,4 @@
-"""The actor's side of a reward child: starting it, calling it under a deadline, ending it."""
+"""The reward worker's side of a reward child: start it, call it with a deadline, end it."""
 
 from __future__ import annotations
 
@@ -31,11 +31,17 @@ BOOT = (
 class Child:
     """One child process and the socket to it.
 
-    hello: what it is told first, see `cohort.rewards.child`. environment: all of its variables; its
-    MARKER is how what it leaves behind is found. per_completion: for each function, whether it says
-    that it judges each completion by itself.
+    Args:
+        hello: The first frame to it, see `cohort.rewards.child`.
+        environment: All of its variables; what it leaves behind is found by its MARKER.
+        start_timeout_s: Seconds within which it is ready.
 
-    Raises RewardLoadError when it is not ready within `start_timeout_s`, with its last words.
+    Attributes:
+        per_completion: For each function, whether it declares that it scores each completion by
+            itself.
+
+    Raises:
+        RewardLoadError: It is not ready in time; the message ends with its last output.
     """
 
     def __init__(
@@ -44,8 +50,8 @@ class Child:
         deadline = time.monotonic() + start_timeout_s
         self._marker = environment[MARKER]
         self._socket, theirs = socket.socketpair()
-        # What the child says before it is ready explains why it never was.
-        with theirs, tempfile.TemporaryFile() as words:
+        # What the child prints before it is ready explains why it never was.
+        with theirs, tempfile.TemporaryFile() as printed:
             paths = [entry or os.getcwd() for entry in sys.path]
             # -P and the explicit path: the child imports what this process imports, and the
             # current folder comes last, so that nothing in it shadows a module.
@@ -56,8 +62,8 @@ class Child:
                     *(str(theirs.fileno()), str(os.getpid()), *paths, *here),
                 ],
                 stdin=subprocess.DEVNULL,
-                stdout=words,
-                stderr=words,
+                stdout=printed,
+                stderr=printed,
                 env=dict(environment),
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
@@ -69,8 +75,8 @@ class Child:
                 self.per_completion = _flags(reply, len(hello["functions"]))
             except (EOFError, OSError, ValueError) as error:
                 ending = self.kill()
-                words.seek(max(0, words.seek(0, os.SEEK_END) - 2000))
-                said = words.read().decode(errors="replace").strip()
+                printed.seek(max(0, printed.seek(0, os.SEEK_END) - 2000))
+                output = printed.read().decode(errors="replace").strip()
                 paths_shown = ", ".join(function["path"] for function in hello["functions"])
                 how = ending
                 if isinstance(error, RewardLoadError):
@@ -78,9 +84,9 @@ class Child:
                 if isinstance(error, TimeoutError):
                     how = f"was not ready after {start_timeout_s:g} s"
                 elif isinstance(error, ValueError):
-                    how = f"does not speak as it should ({error})"
+                    how = f"sent an invalid reply ({error})"
                 raise RewardLoadError(
-                    f"the process that loads {paths_shown} {how}: {said or 'it said nothing'}"
+                    f"the process that loads {paths_shown} {how}: {output or 'without any output'}"
                 ) from error
 
     @property
@@ -98,14 +104,25 @@ class Child:
         return ended is None
 
     def is_ready(self) -> bool:
-        """Whether it runs and has said nothing since its last answer."""
+        """Whether it runs and has sent nothing since its last answer."""
         return self.alive() and not select.select([self._socket], [], [], 0)[0]
 
     def call(self, index: int, payload: bytes, timeout_s: float) -> dict[str, Any]:
-        """What function `index` said about a pickled group; see `cohort.rewards.child`.
+        """Call a function; see `cohort.rewards.child`.
 
-        Raises TimeoutError, EOFError and OSError for a child that does not answer, ValueError for
-        an answer that is not ours.
+        Args:
+            index: Of the function.
+            payload: A pickled group.
+            timeout_s: Seconds.
+
+        Returns:
+            The child's reply to this call, not checked further.
+
+        Raises:
+            TimeoutError: No answer in time.
+            EOFError: The child is gone.
+            OSError: The connection is broken.
+            ValueError: A forged reply.
         """
         deadline = time.monotonic() + timeout_s
         number = secrets.token_bytes(CALL_BYTES)
@@ -114,11 +131,15 @@ class Child:
         if reply.get("call") != number.hex():
             raise ValueError("a garbled reply: to another call")
         if "failed" in reply and not isinstance(reply["failed"], str):
-            raise ValueError("a garbled reply: it failed without words")
+            raise ValueError("a garbled reply: it failed without a message")
         return reply
 
     def kill(self) -> str:
-        """SIGKILL the child and all that it started, and wait for it; says how the child ended."""
+        """SIGKILL the child and all that it started, and wait for it.
+
+        Returns:
+            How the child ended, in words.
+        """
         if self._process.returncode is None:
             end_tree(self.pid, self._marker)
         self._socket.close()
@@ -143,10 +164,10 @@ def _read(frame: bytes) -> dict[str, Any]:
 
 
 def _flags(reply: Mapping[str, Any], count: int) -> tuple[bool, ...]:
-    """What a child that is ready says; raises RewardLoadError when it could not load something."""
+    """The `per_completion` of each function; raises RewardLoadError for one that did not load."""
     if isinstance(reply.get("error"), str):
         raise RewardLoadError(reply["error"])
     flags = reply.get("per_completion")
     if not isinstance(flags, list) or len(flags) != count:
-        raise ValueError("a garbled reply: it does not say what was loaded")
+        raise ValueError("a garbled reply: what was loaded is missing")
     return tuple(flag is True for flag in flags)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-# Share of the newest group in `Rate.recent`: it forgets what is older than some ten groups.
+# Weight of the newest group in `Rate.recent`: it forgets what is older than some ten groups.
 NEWEST = 0.1
 
 
@@ -18,13 +18,17 @@ NEWEST = 0.1
 class PromptOutcome:
     """What became of one group.
 
-    tries: completions with a total reward. solved: those of them that reached task.solved_at.
-    reward: the mean of their totals; None without any.
+    Attributes:
+        row_id: Of its prompt's row.
+        source: Of that row.
+        scored: Completions with a total reward.
+        solved: Those of them that reached task.solved_at.
+        reward: The mean of their totals; None without any.
     """
 
     row_id: str
     source: str | None
-    tries: int
+    scored: int
     solved: int
     reward: float | None
 
@@ -32,7 +36,14 @@ class PromptOutcome:
 def outcome(
     row_id: str, source: str | None, totals: Sequence[float | None], solved_at: float
 ) -> PromptOutcome:
-    """The outcome of a group with these total rewards."""
+    """The outcome of a group.
+
+    Args:
+        row_id: Of its prompt's row.
+        source: Of that row.
+        totals: The total rewards of its completions.
+        solved_at: The total from which a completion is solved.
+    """
     valid = [total for total in totals if total is not None]
     solved = sum(total >= solved_at for total in valid)
     reward = sum(valid) / len(valid) if valid else None
@@ -41,20 +52,22 @@ def outcome(
 
 @dataclass(frozen=True)
 class Rate:
-    """tries and solved count the whole run; recent is a moving mean over groups of their share."""
+    """How often a row, or the rows of a source, were solved.
 
-    tries: int
+    Attributes:
+        scored: Completions with a total reward, in the whole run.
+        solved: Those of them that were solved.
+        recent: A moving mean, over groups, of the fraction that was solved.
+    """
+
+    scored: int
     solved: int
     recent: float
-
-    @property
-    def share(self) -> float:
-        return self.solved / self.tries
 
 
 @dataclass(frozen=True)
 class PassRates:
-    """By row id and by source; what was never tried is not there."""
+    """By row id and by source; rows without a scored completion are not there."""
 
     rows: Mapping[str, Rate] = field(default_factory=dict)
     sources: Mapping[str, Rate] = field(default_factory=dict)
@@ -76,9 +89,11 @@ class _Before:
 class RateHistory:
     """The outcomes of a run so far, and which of them the prompts of a step may depend on.
 
-    delay: actors.max_staleness. Steps are recorded in order. The last `delay` steps are kept one by
-    one: a resumed run chooses again the prompts of steps that were in flight, and must see what was
-    seen the first time.
+    Steps are recorded in order. The last `delay` steps are kept one by one: a resumed run chooses
+    again the prompts of steps that were in flight, from the same outcomes as the first time.
+
+    Args:
+        delay: actors.max_staleness.
     """
 
     def __init__(self, delay: int) -> None:
@@ -115,8 +130,9 @@ class RateHistory:
     def as_dict(self, before: int | None = None) -> dict[str, Any]:
         """What a checkpoint keeps, as JSON holds it.
 
-        before: without the newest step if it is this one or a later one, as when a run ends between
-        the recording of a step's outcomes and the end of the step.
+        Args:
+            before: Leave out the newest step if it is this one or a later one, as when a run ends
+                between the recording of a step's outcomes and the end of the step.
         """
         rows: Mapping[str, Rate | None] = self._rows
         sources: Mapping[str, Rate | None] = self._sources
@@ -129,14 +145,19 @@ class RateHistory:
             "rows": {name: _listed(rate) for name, rate in rows.items() if rate},
             "sources": {name: _listed(rate) for name, rate in sources.items() if rate},
             "last": [
-                [step, [[o.row_id, o.source, o.tries, o.solved, o.reward] for o in outcomes]]
+                [step, [[o.row_id, o.source, o.scored, o.solved, o.reward] for o in outcomes]]
                 for step, outcomes in last
             ],
         }
 
     @classmethod
     def resumed(cls, saved: Mapping[str, Any], delay: int) -> RateHistory:
-        """A history that goes on from what `as_dict` gave."""
+        """A history that goes on from a checkpoint.
+
+        Args:
+            saved: What `as_dict` gave.
+            delay: actors.max_staleness.
+        """
         history = cls(delay)
         history._rows = {name: Rate(*values) for name, values in saved["rows"].items()}
         history._sources = {name: Rate(*values) for name, values in saved["sources"].items()}
@@ -148,22 +169,22 @@ class RateHistory:
 
 
 def _listed(rate: Rate) -> list[float]:
-    return [rate.tries, rate.solved, rate.recent]
+    return [rate.scored, rate.solved, rate.recent]
 
 
 def _add(
     rows: dict[str, Rate], sources: dict[str, Rate], outcomes: Sequence[PromptOutcome]
 ) -> None:
     for item in outcomes:
-        if item.tries:
+        if item.scored:
             rows[item.row_id] = _after(rows.get(item.row_id), item)
             if item.source is not None:
                 sources[item.source] = _after(sources.get(item.source), item)
 
 
 def _after(rate: Rate | None, item: PromptOutcome) -> Rate:
-    share = item.solved / item.tries
+    fraction = item.solved / item.scored
     if rate is None:
-        return Rate(item.tries, item.solved, share)
-    recent = rate.recent + NEWEST * (share - rate.recent)
-    return Rate(rate.tries + item.tries, rate.solved + item.solved, recent)
+        return Rate(item.scored, item.solved, fraction)
+    recent = rate.recent + NEWEST * (fraction - rate.recent)
+    return Rate(rate.scored + item.scored, rate.solved + item.solved, recent)

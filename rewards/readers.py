@@ -36,7 +36,14 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 class Record(NamedTuple):
-    """One row. file, place: where it is from; id: unique among the rows read together."""
+    """One row.
+
+    Attributes:
+        file: Where it is from.
+        place: Its line or row there, like `line3`.
+        id: Unique among the rows read together.
+        values: Its columns.
+    """
 
     file: str
     place: str
@@ -221,11 +228,7 @@ def _load(source: str, split: str, options: dict[str, str], stack: ExitStack) ->
 
 @contextmanager
 def _writable_home() -> Iterator[str | None]:
-    """Where `datasets` may keep what it prepares: None for its own folder, if it can write there.
-
-    Else a folder that is gone afterwards, so that a home that is read-only or missing does not
-    stop a run.
-    """
+    """Where `datasets` may keep what it prepares: None for its own folder if that is writable."""
     import datasets
 
     folder = Path(datasets.config.HF_DATASETS_CACHE)

@@ -19,6 +19,12 @@ PR_SET_CHILD_SUBREAPER = 36
 
 
 def main(control: int, command: list[str]) -> None:
+    """Run a command and reap all that it starts.
+
+    Args:
+        control: The descriptor CONTROL.
+        command: The program and its arguments.
+    """
     if ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise OSError("the kernel lets no process take in orphans")
     if not os.read(control, 1):

@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 # One question in so many is for evaluation, whatever the seeds.
 HOLD_OUT_EVERY = 5
-# Questions that are tried for one row before the task is said to have too few.
-MAX_TRIES = 100
+# Questions to try for one row; after them, the task has too few.
+MAX_QUESTIONS = 100
 # How long a scorer may take for one answer, and for those after one that took too long.
 SECONDS, NEXT_S = 3.0, 1.0
-# A longer answer is none.
+# A longer answer does not count.
 MAX_ANSWER = 20_000
 ANSWER_IN = ("tags", "boxed", "text")
 # Their questions depend on the order of Python's sets (found by making them in two processes).
@@ -70,14 +70,21 @@ EVALUATED = {
 class ReasoningGymTask:
     """Questions of one reasoning-gym dataset, split by the hash of the question.
 
-    Options: name (countdown, chain_sum, ...); config (the dataset's own options); train_size (2000)
-    and eval_size (200), rows; answer_in (`tags`: `<answer>` and `</answer>`, `boxed`, or `text`:
-    the whole completion); system (the name of a system prompt of reasoning-gym, DeepSeekZero by
-    default, or a text of one's own, or null for none).
-
     A fifth of all possible questions is for evaluation: no question is in both splits, whatever the
     seeds. Columns: `entry`, what reasoning-gym made, and `dataset`, its name and config, are what
-    the scorer needs; `answer` is the known answer, where there is one.
+    the scorer needs; `answer` is the right answer, where there is one.
+
+    Args:
+        seed: The run's.
+        name: Of the dataset: countdown, chain_sum, ...
+        config: The dataset's own options.
+        train_size: Training rows.
+        eval_size: Held-out rows.
+        answer_in: `tags` (`<answer>` and `</answer>`), `boxed`, or `text`: the whole completion.
+        system: The name of a system prompt of reasoning-gym, another text, or None for none.
+
+    Raises:
+        TaskError: An option is wrong, or reasoning-gym is not installed.
     """
 
     def __init__(
@@ -131,14 +138,14 @@ class ReasoningGymTask:
         size = self._sizes[split]
         if not 0 <= index < size:
             raise IndexError(f"row {index} of {size}")
-        for attempt in range(MAX_TRIES):
+        for attempt in range(MAX_QUESTIONS):
             entry = self._made[split][index + attempt * size]
             if _is_held_out(entry["question"]) == (split == "eval"):
                 break
         else:
             raise TaskError(
                 f"task.options: {self._dataset['name']} has too few different questions: none of "
-                f"{MAX_TRIES} was for the {split} split; widen task.options.config"
+                f"{MAX_QUESTIONS} was for the {split} split; widen task.options.config"
             )
         messages: Messages = [{"role": "user", "content": entry["question"]}]
         if self._system is not None:
@@ -157,15 +164,26 @@ def score(
     prefills: Sequence[str] | None = None,
     **_: object,
 ) -> list[dict[str, float] | Exception | None]:
-    """What reasoning-gym's own scorer says, in [0, 1], partial credit included.
+    """The score of reasoning-gym's own scorer, partial credit included.
 
-    What a completion only thinks does not count (see `cohort.rewards.extract.final_part`).
+    What a completion only thinks does not count (see `cohort.rewards.extract.final_part`). A
+    completion without an answer is scored as reasoning-gym scores None.
 
-    entry, dataset: columns of the task; None where a row has none, and the function does not apply.
-    answer_in: see ReasoningGymTask; a completion without an answer is scored as reasoning-gym
-    scores None. `unreadable` is 1 where the scorer refuses the answer: it raises for this one and
-    not for the known one, the answer takes too long, or is code where a formula is wanted. Such an
-    answer is wrong.
+    Args:
+        completions: Texts, or lists of messages.
+        entry: The column of the task; None where a row has none.
+        dataset: The column of the task; None where a row has none.
+        answer_in: See ReasoningGymTask.
+        prompts: Of the completions.
+        prefills: What each answer begins with in its prompt.
+
+    Returns:
+        For each completion `score`, in [0, 1], and `unreadable`: 1 where the scorer raises for this
+        answer and not for the right one, the answer takes too much time or memory, or is code where
+        a formula is wanted. Such an answer is wrong. None where the row has no entry.
+
+    Raises:
+        ValueError: `answer_in` is something else.
     """
     if answer_in not in ANSWER_IN:
         raise ValueError(f"answer_in must be one of {', '.join(ANSWER_IN)}, got {answer_in!r}")
@@ -189,7 +207,7 @@ def score(
     return scores
 
 
-def _judge(
+def _score_one(
     answer: str | None, entry: Mapping[str, Any], dataset: Mapping[str, Any]
 ) -> dict[str, float] | Exception:
     scorer = _scorer(dataset["name"], json.dumps(dataset["config"], sort_keys=True))
@@ -202,17 +220,17 @@ def _judge(
         return {"score": float(scorer.score_answer(answer, entry)), "unreadable": 0.0}
     except MemoryError:
         raise
-    # Code of others, given what a model wrote: some scorers raise at what they cannot read.
+    # Some scorers raise for an answer that they cannot read.
     except Exception as error:  # noqa: BLE001
         try:
             scorer.score_answer(entry["answer"], entry)
-        # It cannot score at all: that is no fault of the answer.
+        # The scorer cannot score even the right answer.
         except Exception:  # noqa: BLE001
             return RuntimeError(f"{type(error).__name__}: {error}")
         return {"score": 0.0, "unreadable": 1.0}
 
 
-_bounded = Bounded(_judge)
+_bounded = Bounded(_score_one)
 
 
 def _answer(text: str, answer_in: str) -> str | None:
@@ -261,7 +279,7 @@ def _make_dataset(
             "resumed run would get others: set the environment variable PYTHONHASHSEED=0"
         )
     # Room for the questions that belong to the other split.
-    count = size * MAX_TRIES
+    count = size * MAX_QUESTIONS
     number = derive_seed(seed, "reasoning_gym", split) % 2**31
     try:
         return reasoning_gym.create_dataset(name, seed=number, size=count, **config)

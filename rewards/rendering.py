@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Literal
 
 from cohort.actors.records import Messages, Prompt
 from cohort.rewards.task import Row, TaskError
@@ -75,16 +75,28 @@ class TokenizerRenderer:
         ends with exactly that text. The template is not shown it, for templates trim what they
         print, and take thinking out of it.
         """
+        return self._tokens(self.chat_text(messages), special=False)
+
+    def chat_text(self, messages: Messages) -> str:
+        """The text whose tokens `chat` gives."""
         if not self._tokenizer.chat_template:
             raise RenderError(
                 "the prompt is a list of messages, but the model's tokenizer has no chat "
                 "template; use prompts that are plain strings, or a model with a chat template"
             )
         if messages and messages[-1]["role"] == "assistant":
-            return self._tokens(self._header(messages) + messages[-1]["content"], special=False)
+            return self._header(messages) + messages[-1]["content"]
         if self._opens_answers:
-            return list(self._apply(messages, add_generation_prompt=True, tokenize=True))
-        return self._tokens(self._opened(messages), special=False)
+            return self._apply(messages, add_generation_prompt=True)
+        return self._opened(messages)
+
+    def closed_text(self, messages: Messages) -> str:
+        """Messages as the template writes them, with no answer opened behind them."""
+        return self._apply(messages, add_generation_prompt=False)
+
+    def tokens_of(self, text: str) -> list[int]:
+        """The tokens of a text that a template wrote: nothing is added to it."""
+        return self._tokens(text, special=False)
 
     def _header(self, messages: Messages) -> str:
         """What stands before the words of a last message of the assistant."""
@@ -95,12 +107,12 @@ class TokenizerRenderer:
                 "the prompt ends in the assistant's words, and the chat template does not print "
                 "them as they are, so they cannot be continued: leave that message out"
             )
-        header = str(rendered.partition(MARK)[0])
+        header = rendered.partition(MARK)[0]
         # Qwen3's template shows every last answer as one without thinking. Here it has begun only.
         if before and header.rstrip().endswith("</think>"):
             start = self._apply(before, add_generation_prompt=True)
             if header.startswith(start) and EMPTY_THINKING.fullmatch(header[len(start) :]):
-                return str(start)
+                return start
         return header
 
     def _opened(self, messages: Messages) -> str:
@@ -108,7 +120,7 @@ class TokenizerRenderer:
 
         Some need none: Mistral's answers follow the question as they are.
         """
-        rendered = str(self._apply(messages, add_generation_prompt=True))
+        rendered = self._apply(messages, add_generation_prompt=True)
         try:
             header = self._header([*messages, {"role": "assistant", "content": ""}])
         except RenderError:
@@ -118,16 +130,15 @@ class TokenizerRenderer:
             return header
         return rendered
 
-    def _apply(
-        self, messages: Messages, *, add_generation_prompt: bool, tokenize: bool = False
-    ) -> Any:
+    def _apply(self, messages: Messages, *, add_generation_prompt: bool) -> str:
         try:
-            return self._tokenizer.apply_chat_template(
-                messages,
-                add_generation_prompt=add_generation_prompt,
-                tokenize=tokenize,
-                return_dict=False,
-                **self._arguments,
+            return str(
+                self._tokenizer.apply_chat_template(
+                    messages,
+                    add_generation_prompt=add_generation_prompt,
+                    tokenize=False,
+                    **self._arguments,
+                )
             )
         # Templates raise what they like: jinja errors, ValueError, TypeError.
         except Exception as error:
@@ -222,6 +233,8 @@ class PromptRenderer:
         max_prompt_tokens: The longest prompt that leaves room for a completion; None: no bound.
         template_arguments: Given to the chat template.
         on_overlong: What happens to a training prompt that is longer.
+        conversation: Renders messages where an environment answers the model, with its tools; a
+            prompt that is a text is a message of the user there. None: the chat template does.
 
     Raises:
         TaskError: The chat template does not read one of the arguments.
@@ -233,11 +246,13 @@ class PromptRenderer:
         max_prompt_tokens: int | None = None,
         template_arguments: Mapping[str, object] | None = None,
         on_overlong: Literal["error", "drop"] = "drop",
+        conversation: Callable[[Messages], list[int]] | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self.max_prompt_tokens = max_prompt_tokens
         self.on_overlong = on_overlong
         self._tokens = TokenizerRenderer(tokenizer, template_arguments)
+        self._conversation = conversation
 
     def render(self, row: Row, epoch: int, cursor: int = 0) -> Prompt:
         """The prompt of a row; its id is the same after a resume. Never truncated.
@@ -252,11 +267,14 @@ class PromptRenderer:
                 the tokenizer refuses, no tokens at all.
         """
         where = f"row {row.id} (epoch {epoch}, position {cursor})"
+        content = row.content
+        if self._conversation is not None and isinstance(content, str):
+            content = [{"role": "user", "content": content}]
         try:
-            if isinstance(row.content, str):
-                token_ids = tuple(self._tokens.plain(row.content))
+            if isinstance(content, str):
+                token_ids = tuple(self._tokens.plain(content))
             else:
-                token_ids = tuple(self._tokens.chat(row.content))
+                token_ids = tuple((self._conversation or self._tokens.chat)(content))
         except RenderError as error:
             raise TaskError(f"{where}: {error}") from error
         if not token_ids:
@@ -265,7 +283,7 @@ class PromptRenderer:
             token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
         prompt_id = f"{epoch}-{row.id}"
-        return Prompt(prompt_id, token_ids, row.content, dict(row.columns), epoch, text, row.source)
+        return Prompt(prompt_id, token_ids, content, dict(row.columns), epoch, text, row.source)
 
     def continuation(self, text: str) -> tuple[int, ...]:
         """The tokens with which the model would write `text` after a prompt, and stop.

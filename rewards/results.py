@@ -1,11 +1,11 @@
-"""What a reward function may return and log, and the verdict that it becomes.
+"""What a reward function may return and log, and the RewardResult that it becomes.
 
 A result has one entry a completion, as a list, tuple, array, tensor, pandas Series or generator:
 
     a number         the value, within ±MAX_SCORE; numpy's, Decimal, Fraction and 0-d tensors too
     None             the function does not apply
     a dict           its "score" is the value; its other entries are parts that are logged
-    an exception     this completion could not be judged; the others keep their values
+    an exception     this completion could not be scored; the others keep their values
 
 or one dict of such lists: {"score": [...], "part": [...], ...}. Parts that are numbers become
 metrics, other parts are shown with the completion.
@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import math
 import traceback
-from collections.abc import Collection, Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from fractions import Fraction
@@ -62,12 +62,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RewardResult:
-    """What one function said about one group of n completions.
+    """The scores of one function for one group of n completions.
 
-    values: n entries, None where it did not apply or failed. parts: name -> n numbers or None.
-    extra: name -> n entries for people (texts, numbers, None). metrics: name -> the values given to
-    `log_metric`. broke: the call as a whole gave nothing, so that judging the completions one by
-    one may give more.
+    Attributes:
+        values: n scores, None where the function did not apply or failed.
+        errors: Of single completions.
+        parts: Name -> n numbers or None.
+        extra: Name -> n entries for people (texts, numbers, None).
+        metrics: Name -> the values given to `log_metric`.
+        broke: The call as a whole gave nothing, so that scoring the completions one by one may give
+            more.
     """
 
     values: tuple[float | None, ...]
@@ -79,34 +83,45 @@ class RewardResult:
 
 
 class Log:
-    """TRL's `log_extra` and `log_metric` for one call of a reward function.
-
-    `log_extra(column, values)` shows one value a completion; several calls for one column add up.
-    `log_metric(name, value)` logs the mean of its values over the step. They raise ValueError for
-    names and values that cannot be logged.
-    """
+    """TRL's `log_extra` and `log_metric` for one call of a reward function."""
 
     def __init__(self) -> None:
         self.extra: dict[str, list[object]] = {}
         self.metrics: dict[str, list[float]] = {}
 
     def log_extra(self, column: str, values: Sequence[object]) -> None:
-        shown = [_shown_value(value) for value in values]
-        self.extra.setdefault(_checked_name(column, self.extra, "log_extra"), []).extend(shown)
+        """Show one value a completion; several calls for one column add up.
+
+        Raises:
+            ValueError: The name cannot be logged.
+        """
+        shown = [shown_value(value) for value in values]
+        self.extra.setdefault(checked_name(column, self.extra, "log_extra"), []).extend(shown)
 
     def log_metric(self, name: str, value: object) -> None:
+        """Log the mean of its values over the step.
+
+        Raises:
+            ValueError: The name or the value cannot be logged.
+        """
         number = as_number(value)
         if number is None:
             raise ValueError(f"log_metric({name!r}) got {described(value)}, not a finite number")
-        self.metrics.setdefault(_checked_name(name, self.metrics, "log_metric"), []).append(number)
+        self.metrics.setdefault(checked_name(name, self.metrics, "log_metric"), []).append(number)
 
 
 def read_result(name: str, group: Group, result: object, log: Log) -> RewardResult:
-    """The verdict of function `name` that returned `result` for the group.
+    """What a function returned, checked.
 
     A result that is not a list or a dict with a "score" ("wrong_type") and one of another length
     ("wrong_length") fail every completion; an entry that is neither a finite number nor None
     ("wrong_type"), or an exception ("timeout", "raised"), fails its completion only.
+
+    Args:
+        name: Of the function, for errors.
+        group: What it scored.
+        result: What it returned.
+        log: What it logged.
     """
     n = len(group.completions)
     columns: dict[str, Any] = {}
@@ -125,8 +140,8 @@ def read_result(name: str, group: Group, result: object, log: Log) -> RewardResu
     for what, rows in lengths.items():
         size = None if rows is None else len(rows)
         if size != n:
-            said = f"returned {size} values" if not what else f"{what}: {size} values"
-            return failed(name, group, "wrong_length", f"{said} for {n} completions")
+            message = f"returned {size} values" if not what else f"{what}: {size} values"
+            return failed(name, group, "wrong_length", f"{message} for {n} completions")
     values: list[float | None] = []
     errors: list[RewardError] = []
     parts_of: list[dict[str, object]] = []
@@ -153,7 +168,15 @@ def read_result(name: str, group: Group, result: object, log: Log) -> RewardResu
 def failed(
     name: str, group: Group, cause: Cause, message: str, broke: bool = False
 ) -> RewardResult:
-    """The verdict of a function that gave no value for any completion of the group."""
+    """The result of a function that gave no score for any completion.
+
+    Args:
+        name: Of the function.
+        group: What it should have scored.
+        cause: Of every completion's error.
+        message: Its last MAX_MESSAGE characters are kept.
+        broke: See RewardResult.
+    """
     short = message[-MAX_MESSAGE:]
     return RewardResult(
         (None,) * len(group.completions),
@@ -162,9 +185,9 @@ def failed(
     )
 
 
-def merged(verdicts: Sequence[RewardResult]) -> RewardResult:
-    """One verdict out of the verdicts on each completion."""
-    sizes = [len(verdict.values) for verdict in verdicts]
+def merged(results: Sequence[RewardResult]) -> RewardResult:
+    """One result of several, for the completions of all of them in this order."""
+    sizes = [len(result.values) for result in results]
 
     def joined(
         tables: Sequence[Mapping[str, tuple[T | None, ...]]],
@@ -179,107 +202,32 @@ def merged(verdicts: Sequence[RewardResult]) -> RewardResult:
             for key in names
         }
 
-    metric_names = dict.fromkeys(key for verdict in verdicts for key in verdict.metrics)
+    metric_names = dict.fromkeys(key for result in results for key in result.metrics)
     return RewardResult(
-        tuple(value for verdict in verdicts for value in verdict.values),
-        tuple(error for verdict in verdicts for error in verdict.errors),
-        joined([verdict.parts for verdict in verdicts]),
-        joined([verdict.extra for verdict in verdicts]),
-        {key: tuple(v for d in verdicts for v in d.metrics.get(key, ())) for key in metric_names},
+        tuple(value for result in results for value in result.values),
+        tuple(error for result in results for error in result.errors),
+        joined([result.parts for result in results]),
+        joined([result.extra for result in results]),
+        {key: tuple(v for d in results for v in d.metrics.get(key, ())) for key in metric_names},
     )
 
 
-def reordered(verdict: RewardResult, order: Sequence[int]) -> RewardResult:
-    """The verdict on the same completions in another order: place i is what was place order[i]."""
+def reordered(result: RewardResult, order: Sequence[int]) -> RewardResult:
+    """A result for the same completions in another order.
+
+    Args:
+        result: The result.
+        order: Place i gets what was at place order[i].
+    """
 
     def rows(table: Mapping[str, tuple[T, ...]]) -> dict[str, tuple[T, ...]]:
         return {key: tuple(row[place] for place in order) for key, row in table.items()}
 
-    values = tuple(verdict.values[place] for place in order)
-    return replace(verdict, values=values, parts=rows(verdict.parts), extra=rows(verdict.extra))
-
-
-def to_json(verdict: RewardResult) -> dict[str, object]:
-    """A verdict as JSON holds it."""
-    return {
-        "values": verdict.values,
-        "errors": [[item.completion_id, item.cause, item.message] for item in verdict.errors],
-        "parts": verdict.parts,
-        "extra": verdict.extra,
-        "metrics": verdict.metrics,
-        "broke": verdict.broke,
-    }
-
-
-def from_json(
-    name: str, reply: Mapping[str, Any], n: int, ids: Collection[str] | None = None
-) -> RewardResult:
-    """The verdict on n completions that a process sent; raises ValueError when it is garbled.
-
-    Everything is checked: foreign code may have forged it. ids: of the completions, which errors
-    may name.
-    """
-    try:
-        verdict = RewardResult(
-            _numbers(reply["values"]),
-            tuple(
-                RewardError(name, i, c, encodable(m[-MAX_MESSAGE:])) for i, c, m in reply["errors"]
-            ),
-            {_checked(key): _numbers(row) for key, row in _table(reply["parts"]).items()},
-            {
-                _checked(key): tuple(_shown_value(v) for v in row)
-                for key, row in _table(reply["extra"]).items()
-            },
-            {_checked(key): _finite(row) for key, row in _table(reply["metrics"]).items()},
-            bool(reply["broke"]),
-        )
-        # Unhashable where a list of them was forged.
-        strange = [
-            error
-            for error in verdict.errors
-            if error.cause not in CAUSES
-            or not isinstance(error.completion_id, str)
-            or not isinstance(error.message, str)
-            or (ids is not None and error.completion_id not in ids)
-        ]
-    # Whatever was forged: RecursionError and MemoryError for what is nested too deep or too large.
-    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
-        raise ValueError(f"a garbled reply: {type(error).__name__}") from error
-    except (RecursionError, MemoryError) as error:
-        raise ValueError(f"a garbled reply: {type(error).__name__}") from None
-    if strange or len(verdict.errors) > n:
-        raise ValueError("a garbled reply: its errors are not about these completions")
-    rows = [verdict.values, *verdict.parts.values(), *verdict.extra.values()]
-    if any(len(row) != n for row in rows):
-        raise ValueError("a garbled reply: it is not about every completion")
-    return verdict
+    values = tuple(result.values[place] for place in order)
+    return replace(result, values=values, parts=rows(result.parts), extra=rows(result.extra))
 
 
 _MISSING = object()
-
-
-def _table(value: object) -> dict[str, Any]:
-    if not isinstance(value, dict) or len(value) > MAX_NAMES:
-        raise ValueError("not a table")
-    return value
-
-
-def _checked(key: str) -> str:
-    return _checked_name(key, {}, "a name")
-
-
-def _numbers(row: object) -> tuple[float | None, ...]:
-    """JSON numbers or null, within range."""
-    if not isinstance(row, (list, tuple)):
-        raise TypeError("not a list")
-    return tuple(None if value is None else _finite([value])[0] for value in row)
-
-
-def _finite(row: Iterable[object]) -> tuple[float, ...]:
-    found = [as_number(value) for value in row]
-    if not isinstance(row, (list, tuple)) or None in found:
-        raise ValueError("not numbers")
-    return tuple(value for value in found if value is not None)
 
 
 def _listed(value: object) -> list[object] | None:
@@ -316,7 +264,7 @@ def _read_parts(
     names: dict[str, None] = {}
     for row in rows:
         for key in row:
-            names[_checked_name(key, names, "a part")] = None
+            names[checked_name(key, names, "a part")] = None
     parts: dict[str, tuple[float | None, ...]] = {}
     extra: dict[str, tuple[object, ...]] = {}
     for key in names:
@@ -324,11 +272,11 @@ def _read_parts(
         if all(value is None or isinstance(_scalar(value), NUMBERS) for value in column):
             parts[key] = tuple(as_number(value) for value in column)
         else:
-            extra[key] = tuple(_shown_value(value) for value in column)
+            extra[key] = tuple(shown_value(value) for value in column)
     return parts, extra
 
 
-def _checked_name(name: object, known: Mapping[str, object], what: str) -> str:
+def checked_name(name: object, known: Mapping[str, object], what: str) -> str:
     if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME:
         raise ValueError(f"{what}: the name must be a text of 1 to {MAX_NAME} characters")
     if encodable(name) != name:
@@ -369,7 +317,7 @@ def _scalar(value: object) -> object:
     return value
 
 
-def _shown_value(value: object) -> object:
+def shown_value(value: object) -> object:
     """The value as JSON holds it, texts cut to MAX_TEXT."""
     value = _scalar(value)
     if value is None or isinstance(value, bool):

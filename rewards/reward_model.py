@@ -12,15 +12,7 @@ from cohort.rewards.endpoint import Endpoint, unicode_text
 
 @per_completion
 class RewardModel:
-    """Scores each completion with a sequence classifier; the value is its logit.
-
-    base_url: of the server, as "http://host:8000", without /v1. model: its name there. activation:
-    the value is what the model's activation makes of the logit (a probability, for most) instead
-    of the logit. label: which class's value counts; needed where the model has more than one.
-    api_key_env: the environment variable with the key; name it in the function's `secrets` too, so
-    that it reaches this process. concurrency: requests at a time, of this reward worker. retries:
-    only of what may pass, by the client: no connection, 408, 409, 429 and 5xx, with growing waits.
-    timeout_s: for one request. deadline_s: for a whole group; keep it below rewards.timeout_s.
+    """Scores each completion with a sequence classifier; the score is its logit.
 
     Prompt and completion become one conversation in the reward model's own chat template. A prompt
     that is a plain text is joined with its completion as it is, as TRL does it, and gets the
@@ -28,6 +20,20 @@ class RewardModel:
 
     The same text is scored once, and remembered. A server that cannot be reached, an unknown model
     or a text beyond the model's context is an error with its cause, never a score.
+
+    Args:
+        base_url: Of the server, as "http://host:8000", without /v1.
+        model: Its name there.
+        activation: The score is what the model's activation makes of the logit (a probability, for
+            most) instead of the logit.
+        label: The class that counts; needed where the model has more than one.
+        api_key_env: The environment variable with the key; name it in the function's `secrets` too,
+            so that it reaches this process.
+        concurrency: Requests at a time, of this reward worker.
+        retries: By the client, of what may pass: no connection, 408, 409, 429 and 5xx, with growing
+            waits.
+        timeout_s: Seconds for one request.
+        deadline_s: Seconds for a whole group; keep it below rewards.timeout_s.
     """
 
     def __init__(
@@ -80,10 +86,10 @@ class RewardModel:
 
 def _text(prompt: Any, completion: str) -> dict[str, Any]:
     """What is to be scored, as the server takes it."""
-    said = unicode_text(completion)
+    text = unicode_text(completion)
     if isinstance(prompt, str):
-        return {"input": unicode_text(prompt) + said}
+        return {"input": unicode_text(prompt) + text}
     *before, last = prompt
     if last["role"] == "assistant":  # the beginning of the answer
-        return {"messages": [*before, {**last, "content": last["content"] + said}]}
-    return {"messages": [*prompt, {"role": "assistant", "content": said}]}
+        return {"messages": [*before, {**last, "content": last["content"] + text}]}
+    return {"messages": [*prompt, {"role": "assistant", "content": text}]}

@@ -40,9 +40,14 @@ LONGEST_LITERAL = 1_000_000
 def read_texts(values: dict[str, object], prompt: str, names: Collection[str], where: str) -> None:
     """Put lists and objects in place of columns that hold them as text, in JSON or as Python.
 
-    prompt: the column with the prompt; only messages are taken out of its text. names: columns that
-    are looked into by a dotted path. Raises TaskError for a text that begins like one of these and
-    cannot be read.
+    Args:
+        values: The row, changed in place.
+        prompt: The column with the prompt; of its text, only messages are read.
+        names: Columns that are looked into by a dotted path.
+        where: The row's place, named in errors.
+
+    Raises:
+        TaskError: A text begins like one of these and cannot be read.
     """
     text = values.get(prompt)
     if type(text) is str and BEGINS.match(text) and len(KEY.findall(text)) > 1:
@@ -93,7 +98,11 @@ def _literal(text: str) -> object:
 class RowOptions:
     """The options of the dataset task that say how a row is read; see `DatasetTask`.
 
-    fields: the columns that the template names.
+    Attributes:
+        fields: The columns that the template names.
+
+    Raises:
+        TaskError: An option has a value that it cannot have.
     """
 
     columns: Columns
@@ -107,7 +116,6 @@ class RowOptions:
     json_texts: bool
 
     def __post_init__(self) -> None:
-        """Raises TaskError for a value that an option cannot have."""
         if not isinstance(self.columns, Mapping):
             raise TaskError(
                 f"task.options.columns must be a mapping of ours: theirs, got {self.columns!r}"
@@ -156,7 +164,15 @@ def template_fields(template: str | None) -> tuple[str, ...]:
 
 
 def checked_prompt(content: Any, where: str) -> str | Messages:
-    """The prompt of a row, if it is a text or messages; raises TaskError that names the place."""
+    """The prompt of a row, if it is a text or messages.
+
+    Args:
+        content: The row's prompt.
+        where: The row's place, named in errors.
+
+    Raises:
+        TaskError: It is something else.
+    """
     if problem := _problem(content):
         raise TaskError(f"{where}: {problem}")
     return content
@@ -228,7 +244,7 @@ def content_of(
 
 
 def prompt_digest(prompt: str | Messages) -> bytes:
-    """The same for texts that differ in whitespace only, and in how the answer is begun."""
+    """A digest, the same for prompts that differ only in whitespace or in how the answer begins."""
     messages = [{"content": prompt}] if isinstance(prompt, str) else prompt
     if len(messages) > 1 and messages[-1].get("role") == "assistant":
         messages = messages[:-1]

@@ -1,4 +1,4 @@
-"""A row as the dataset task takes it apart: its prompt, its columns under our names, its source."""
+"""A row as the dataset task reads it: its prompt, its columns under our names, its source."""
 
 from __future__ import annotations
 
@@ -22,7 +22,12 @@ SHOWN = "demonstration"
 
 
 class RowReader:
-    """Takes rows apart by the layout that the first one has."""
+    """Splits rows into prompt and columns, by the layout that the first one has.
+
+    Args:
+        first: The first row.
+        how: The options of the task.
+    """
 
     def __init__(self, first: Record, how: RowOptions) -> None:
         self._how, self._first = how, first
@@ -39,9 +44,13 @@ class RowReader:
         self._continued = 0
 
     def read(self, record: Record) -> tuple[str | Messages | None, dict[str, object], str | None]:
-        """The row's prompt (None: it is made of columns), its columns under our names, its source.
+        """The parts of a row.
 
-        Raises TaskError with the row's place.
+        Returns:
+            Its prompt (None: it is made of columns), its columns under our names, its source.
+
+        Raises:
+            TaskError: The row is wrong; with its place.
         """
         values, how, where = self._read_texts(record), self._how, record.where
         self._see(values)
@@ -81,10 +90,17 @@ class RowReader:
         return prompt, values, source if isinstance(source, str) else None
 
     def require_names(self, key: str, rest: Iterator[Record]) -> None:
-        """Raise TaskError for a name in columns or layout that no row has, `rest` included.
+        """Check that some row has each name in columns or layout.
 
-        Such a name is a mistake, and explains other errors; where only some rows have it, others
-        get None.
+        A name that no row has is a mistake, and explains other errors; where only some rows have
+        it, others get None.
+
+        Args:
+            key: The config key of the data.
+            rest: The rows that were not read yet.
+
+        Raises:
+            TaskError: No row has a name.
         """
         while self._unseen and (record := next(rest, None)) is not None:
             self._see(self._read_texts(record))
@@ -95,12 +111,20 @@ class RowReader:
             )
 
     def finish(self, key: str, rows: int) -> None:
-        """Say what can only be said of all rows together; raises TaskError."""
+        """Check what depends on all rows together, once they are read.
+
+        Args:
+            key: The config key of the data.
+            rows: How many there are.
+
+        Raises:
+            TaskError: As from `require_names`.
+        """
         self.require_names(key, iter(()))
         if self._continued:
             logger.warning(
-                "%d of %d rows of %s end in the assistant's words, which the model goes on from; "
-                "task.options.final_assistant=demonstration takes them off the prompt",
+                "%d of %d rows of %s end in a message of the assistant, which the model continues; "
+                "task.options.final_assistant=demonstration removes them from the prompt",
                 self._continued,
                 rows,
                 key,
@@ -130,14 +154,14 @@ class RowReader:
         return "trl"
 
     def _begun(self, prompt: Messages, values: dict[str, object], record: Record) -> Messages:
-        """A prompt that ends in the assistant's words, by task.options.final_assistant."""
+        """A prompt that ends in a message of the assistant, by task.options.final_assistant."""
         how = self._how.final_assistant
         if how == "auto" and self._prompt.rpartition(".")[2] != "prompt":
             raise TaskError(
                 f"{record.where}: the last message of '{self._prompt}' is the assistant's. Say "
                 "what it is: task.options.final_assistant=demonstration for an answer, which is "
-                "taken off the prompt, or =continue for the beginning of one, which the model goes "
-                "on from"
+                "removed from the prompt, or =continue for the beginning of one, which the model "
+                "continues"
             )
         if how != "demonstration":
             self._continued += 1

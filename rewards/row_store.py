@@ -14,7 +14,7 @@ from typing import Any
 
 # So many bytes stay in memory: small data need no file.
 KEPT_BYTES = 32 << 20
-# Much faster than JSON, and for one's own eyes only. The last version in which equal values have
+# Much faster than JSON, and read by this process only. The last version in which equal values have
 # equal bytes.
 VERSION = 2
 # What half a surrogate looks like in it; lengths and numbers may look like this too.
@@ -34,8 +34,10 @@ class RowStore:
     def append(self, value: Any) -> None:
         """Add a value after the others.
 
-        Raises UnicodeEncodeError for half a surrogate, ValueError for a value too deep, OSError
-        where the folder for temporary files is full.
+        Raises:
+            UnicodeEncodeError: It holds half a surrogate.
+            ValueError: It is nested too deep.
+            OSError: The folder for temporary files is full.
         """
         data = marshal.dumps(value, VERSION)
         if b"\xed" in data and SURROGATE.search(data):

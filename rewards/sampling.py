@@ -16,7 +16,7 @@ from cohort.rewards.task import Curriculum, Row, Task, TaskError
 
 @lru_cache(maxsize=64)
 def row_order(seed: int, epoch: int, size: int) -> Sequence[int]:
-    """The numbers 0 to size - 1 in the order of an epoch."""
+    """The numbers 0 to size - 1 in the order of an epoch; a pure function of its arguments."""
     order = array("q", range(size))  # 8 bytes a row
     random.Random(derive_seed(seed, "epoch", epoch)).shuffle(order)
     return order
@@ -30,8 +30,18 @@ def sample_rows(
     A pure function of (seed, cursor), and of the pass rates when the task is a Curriculum. Other
     tasks get epochs that hold every row once, each epoch in an order of its own.
 
+    Args:
+        task: Where the rows are from.
+        seed: The run's.
+        cursor: The first position, from 0.
+        count: How many rows.
+        rates: For a Curriculum.
+
     Returns:
         (epoch, row) of each position; epochs count from 0.
+
+    Raises:
+        TaskError: The task has no training rows.
     """
     size = task.train_size()
     if size < 1:
@@ -48,7 +58,15 @@ def sample_rows(
 def split_overlong(
     prompts: Sequence[Prompt], limit: int | None
 ) -> tuple[list[Prompt], list[Prompt]]:
-    """(prompts of at most `limit` tokens, longer ones), each in the given order."""
+    """Part prompts by length.
+
+    Args:
+        prompts: Rendered prompts.
+        limit: Tokens; None: no limit.
+
+    Returns:
+        Prompts of at most `limit` tokens, and longer ones, each in the given order.
+    """
     if limit is None:
         return list(prompts), []
     fitting = [prompt for prompt in prompts if len(prompt.token_ids) <= limit]
@@ -58,7 +76,13 @@ def split_overlong(
 
 @dataclass(frozen=True)
 class SampledPrompts:
-    """Prompts for a step, those left out because they are too long, and the cursor after both."""
+    """Prompts for a step.
+
+    Attributes:
+        prompts: Those that fit.
+        overlong: Those left out because they are too long.
+        cursor: The position after both.
+    """
 
     prompts: tuple[Prompt, ...]
     overlong: tuple[Prompt, ...]
@@ -73,9 +97,17 @@ def sample_prompts(
     count: int,
     rates: PassRates = NO_RATES,
 ) -> SampledPrompts:
-    """The next `count` training prompts from `cursor` on that are not too long.
+    """The next training prompts that are not too long.
 
     A pure function of (seed, cursor, rates), so that a resumed run gets the same ones.
+
+    Args:
+        task: Where the rows are from.
+        renderer: Makes prompts of them.
+        seed: The run's.
+        cursor: The first position, from 0.
+        count: How many prompts.
+        rates: For a Curriculum.
 
     Raises:
         TaskError: A whole epoch's worth of rows without a prompt that fits, a prompt that is too

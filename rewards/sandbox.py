@@ -35,25 +35,28 @@ from cohort.rewards.usage import ControlGroup, clear_left_groups, user_threads
 __all__ = ["ProgramResult", "Sandbox", "SandboxError", "SandboxLimits"]
 
 REAPER = reaper.__file__
-# For the trial: a program's own deadline may be too short on a busy machine.
-PROBE_S = 20.0
 NOBODY = 65534
 SYSTEM_FOLDERS = ("bin", "sbin", "lib", "lib32", "lib64")
 PATH = "/usr/local/bin:/usr/bin:/bin"
+# For the trial, and for the start of a program: its own deadline may be too short for these.
 PROBE_S = 10.0
 
 
 class SandboxError(RuntimeError):
-    """No sandbox can be had on this machine; the message says what to install or to set."""
+    """This machine has no sandbox; the message says what to install or to set."""
 
 
 class Sandbox:
-    """Runs programs, isolated by bubblewrap, or (mode "none") only limited.
+    """Runs programs, isolated by bubblewrap or only limited.
 
-    control_groups: whether to bound memory by a control group where one can be made; else, and
-    without, the program is looked at every few milliseconds.
+    Args:
+        mode: "bwrap", or "none": only limited.
+        limits: On each program.
+        control_groups: Bound memory by a control group where one can be made; elsewhere the memory
+            is measured every few milliseconds.
 
-    Raises SandboxError when bubblewrap is wanted and not there, or not allowed to work.
+    Raises:
+        SandboxError: bubblewrap is wanted and missing, or not allowed to work.
     """
 
     def __init__(
@@ -83,9 +86,15 @@ class Sandbox:
     def run(
         self, command: Sequence[str], files: Mapping[str, str], stdin: str = ""
     ) -> ProgramResult:
-        """Run a command in an empty folder that holds `files` (name -> text), read-only.
+        """Run a command in an empty folder.
 
-        Raises SandboxError when the sandbox, not the program, failed.
+        Args:
+            command: The program and its arguments.
+            files: Name -> text, read-only in the folder.
+            stdin: What the program reads.
+
+        Raises:
+            SandboxError: The sandbox, not the program, failed.
         """
         limits = self.limits
         bounded = [
@@ -124,11 +133,11 @@ class Sandbox:
         stdin: str,
         group: ControlGroup | None,
     ) -> ProgramResult:
-        status, told = os.pipe()
+        status, report_end = os.pipe()
         waits, gate = os.pipe()
-        passed = [told, waits]
+        passed = [report_end, waits]
         wrapped = [str(self._bwrap), *self._namespaces()]
-        wrapped += ["--json-status-fd", str(told), "--block-fd", str(waits)]
+        wrapped += ["--json-status-fd", str(report_end), "--block-fd", str(waits)]
         if (filter_ := refused_calls()) is not None:
             passed.append(in_memory(filter_))
             wrapped += ["--seccomp", str(passed[-1])]
@@ -138,21 +147,21 @@ class Sandbox:
             passed.append(in_memory(text.encode(errors="replace")))
             wrapped += ["--ro-bind-data", str(passed[-1]), f"/work/{name}"]
         wrapped += ["--remount-ro", "/", "--chdir", "/work", "--", *command]
-        said = b""
+        report = b""
 
         def first_process(_: int) -> int | None:
-            nonlocal said
+            nonlocal report
             if select.select([status], [], [], PROBE_S)[0]:
-                said = os.read(status, 1 << 12)
-            found = re.search(rb'"child-pid": *(\d+)', said)
+                report = os.read(status, 1 << 12)
+            found = re.search(rb'"child-pid": *(\d+)', report)
             return int(found[1]) if found else None
 
         start = Start(wrapped, gate, False, passed, self._user, "/", {}, first_process)
         with os.fdopen(status, "rb") as file:
             outcome = supervise(start, stdin.encode(errors="replace"), self.limits, group)
-            said += file.read()
-        # A sandbox that did not start is no fault of the program.
-        if not outcome.stopped and b"exit-code" not in said:
+            report += file.read()
+        # The sandbox did not start the program.
+        if not outcome.stopped and b"exit-code" not in report:
             words = outcome.stderr.decode(errors="replace").strip()
             raise SandboxError(
                 f"bwrap could not start a program: {words[:300] or 'no reason given'}"

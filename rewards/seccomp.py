@@ -44,7 +44,14 @@ NUMBER, ARCH, FIRST_ARGUMENT = 0, 4, 16  # offsets in struct seccomp_data
 
 
 def refused_calls(machine: str | None = None) -> bytes | None:
-    """The filter as a program of classic BPF; None for a machine that it is not written for."""
+    """The filter as a program of classic BPF.
+
+    Args:
+        machine: As `platform.machine` names it; by default this one.
+
+    Returns:
+        The program; None for a machine that it is not written for.
+    """
     machine = machine or platform.machine()
     if machine not in REFUSED:
         return None

@@ -12,15 +12,20 @@ from cohort.rewards.config import RewardFunctionConfig, RewardsConfig
 from cohort.rewards.loading import resolve_path, reward_path
 from cohort.rewards.tasks import Task, TaskError
 
+# What an environment gives is listed beside the functions under this name.
+ENVIRONMENT = "environment"
 # Metrics of the totals; a function of such a name would overwrite them.
-TOTAL_METRICS = frozenset({"mean", "std", "zero_variance_fraction", "error_rate"})
+TOTAL_METRICS = frozenset({"mean", "std", "zero_variance_fraction", "error_rate", ENVIRONMENT})
 
 
 @dataclass(frozen=True)
 class RewardSpec:
-    """A reward function: a unique name for metrics, where to load it, its factor in the total.
+    """A reward function of a run; attributes that are not listed are as in RewardFunctionConfig.
 
-    The rest is as in RewardFunctionConfig.
+    Attributes:
+        name: Unique, for metrics.
+        path: Where to load it.
+        weight: Its factor in the total.
     """
 
     name: str
@@ -34,14 +39,25 @@ class RewardSpec:
     whole_group: bool | None = None
 
 
-def reward_specs(task: Task, config: RewardsConfig, base: Path | None = None) -> list[RewardSpec]:
+def reward_specs(
+    task: Task, config: RewardsConfig, base: Path | None = None, environment: bool = False
+) -> list[RewardSpec]:
     """The functions that score this run: the config's, else the task's own.
 
-    Names are the last part of the paths, numbered where they repeat. Relative files are made
-    absolute from `base` (default: the current folder). Raises TaskError when there is no function,
-    or none that counts.
+    Names are the last part of the paths, numbered where they repeat.
+
+    Args:
+        task: Of the run.
+        config: The section `rewards`.
+        base: Where relative files are looked for; by default the current folder.
+        environment: The task has an environment, whose rewards may be all there are.
+
+    Raises:
+        TaskError: There is no function, or none with a weight other than 0.
     """
     chosen = task.rewards if config.functions is None else config.functions
+    if not chosen and environment:
+        return []
     if not chosen:
         raise TaskError(
             f"no reward function: set rewards.functions ({type(task).__name__} has none of its "

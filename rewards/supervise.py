@@ -31,8 +31,12 @@ Stopped = Literal["", "time", "output", "memory", "processes"]
 class SandboxLimits:
     """Bounds on one program with all that it starts.
 
-    seconds: by the clock. memory_bytes: of all its processes together, files in memory included.
-    Bytes of output: stdout and stderr, each.
+    Attributes:
+        seconds: By the clock.
+        memory_bytes: Of all its processes together, files in memory included.
+        file_bytes: Of one file that it writes, and of its /tmp.
+        output_bytes: Of stdout, and of stderr.
+        processes: At a time.
     """
 
     seconds: float = 5.0
@@ -44,7 +48,15 @@ class SandboxLimits:
 
 @dataclass(frozen=True)
 class ProgramResult:
-    """How a program ended. returncode: None when it was killed for `stopped`."""
+    """How a program ended.
+
+    Attributes:
+        returncode: None when it was killed.
+        stdout: Its output.
+        stderr: Its output of errors.
+        seconds: That it ran, by the clock.
+        stopped: The limit for which it was killed; "" for none.
+    """
 
     returncode: int | None
     stdout: bytes
@@ -57,9 +69,16 @@ class ProgramResult:
 class Start:
     """A command that waits at a gate until it may go on.
 
-    gate: where a byte lets it go on; closed by `supervise`. ends_with_gate: the command ends itself
-    and what it started when the gate closes. passed: descriptors that it inherits; closed once it
-    has them. to_bound: the process that the program will come from, known while it waits.
+    Attributes:
+        command: The program and its arguments.
+        gate: A byte written here lets it go on; closed by `supervise`.
+        ends_with_gate: The command ends itself and what it started when the gate closes.
+        passed: Descriptors that it inherits; closed once it has them.
+        user: Its user id; None: this process's.
+        folder: Where it starts.
+        environment: All of its variables.
+        to_bound: The process that the program will come from, known while it waits; its argument is
+            the command's process.
     """
 
     command: Sequence[str]
@@ -84,7 +103,14 @@ def in_memory(content: bytes) -> int:
 def supervise(
     start: Start, stdin: bytes, limits: SandboxLimits, group: ControlGroup | None
 ) -> ProgramResult:
-    """Run a command until it ends, or is killed for exceeding a limit; nothing of it is left."""
+    """Run a command until it ends, or is killed for exceeding a limit; nothing of it is left.
+
+    Args:
+        start: The command.
+        stdin: What the program reads.
+        limits: On the program.
+        group: The control group that bounds it, if there is one.
+    """
     began = time.monotonic()
     given = in_memory(stdin)
     gate = start.gate

@@ -1,4 +1,4 @@
-"""What a task knows of its rows before they are made and rendered: sizes and sources."""
+"""What a task knows of its rows before it makes them: sizes and sources."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ UNKNOWN = -1
 class Survey:
     """Sizes and sources of a task's rows.
 
-    train_bytes, eval_bytes: of each row's prompt in UTF-8, UNKNOWN where the task does not say.
-    sources: of all rows; None where the task does not say.
+    Attributes:
+        train_bytes: int64, one for each training row: its prompt's bytes in UTF-8, or UNKNOWN.
+        eval_bytes: The same of the held-out rows.
+        sources: Of all rows; None where the task does not say.
     """
 
     train_bytes: np.ndarray
@@ -27,14 +29,14 @@ class Survey:
 
 @runtime_checkable
 class Surveys(Protocol):
-    """A task that knows the sizes of its rows: where not all are rendered, the longest are."""
+    """A task that knows the sizes of its rows, so that only the longest need rendering."""
 
     def survey(self) -> Survey:
-        """See Survey."""
+        """The sizes and sources of its rows."""
 
 
 def survey_of(task: Task) -> Survey:
-    """The task's own survey; one that knows nothing for a task without."""
+    """The task's own survey, or one in which everything is unknown."""
     if isinstance(task, Surveys):
         return task.survey()
     train, held_out = (

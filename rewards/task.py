@@ -132,4 +132,12 @@ class Measures(Protocol):
     """A task with metrics of its own, which `cohort eval` reports."""
 
     def metrics(self, rows: Sequence[Row], completions: Sequence[str]) -> dict[str, float]:
-        """Metrics by name over held-out rows; one completion for each row, rows may repeat."""
+        """Metrics over held-out rows.
+
+        Args:
+            rows: One for each completion; rows may repeat.
+            completions: What the model wrote.
+
+        Returns:
+            Metrics by name.
+        """

@@ -64,6 +64,10 @@ def load_task(config: TaskConfig, seed: int) -> Task:
 
     A class of one's own is called as `Class(seed=seed, **task.options)`.
 
+    Args:
+        config: The section `task`.
+        seed: The run's.
+
     Raises:
         TaskError: An unknown name or option, a missing data file, a bad row (with file and line), a
             class that raises or is not a Task, a split without rows.

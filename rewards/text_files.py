@@ -33,7 +33,7 @@ Rows = Iterator[tuple[str, object]]
 
 
 def as_utf8(stream: io.BufferedReader) -> io.BufferedReader:
-    """The same, where a mark at the start says that the text is in UTF-16 or UTF-32."""
+    """The stream in UTF-8, where a mark at its start tells that it is in UTF-16 or UTF-32."""
     start = stream.peek(4)[:4]
     for mark, encoding in OTHER_MARKS.items():
         if start.startswith(mark):
@@ -43,6 +43,11 @@ def as_utf8(stream: io.BufferedReader) -> io.BufferedReader:
 
 
 def json_lines(stream: io.BufferedReader, file: Path) -> Rows:
+    """One JSON value a line; blank lines are skipped.
+
+    Raises:
+        TaskError: A line is not JSON.
+    """
     for number, line in enumerate(stream, start=1):
         if line.startswith(UTF8_MARK):
             line = line[len(UTF8_MARK) :]
@@ -63,7 +68,11 @@ def _not_utf8(error: UnicodeDecodeError) -> str:
 
 
 def json_rows(stream: io.BufferedReader, file: Path) -> Rows:
-    """A list of objects; or JSON lines, which many files of this name hold."""
+    """A list of objects; or JSON lines, which many files of this name hold.
+
+    Raises:
+        TaskError: The file is neither.
+    """
     start = stream.peek(1000).removeprefix(UTF8_MARK).lstrip()
     if not start.startswith(b"["):
         yield from json_lines(stream, file)
@@ -122,7 +131,11 @@ def _skip(text: str, at: int) -> int:
 
 
 def csv_rows(stream: io.BufferedReader, file: Path) -> Rows:
-    """Rows with the names of the first line; every value is a text."""
+    """Rows with the names of the first line; every value is a text.
+
+    Raises:
+        TaskError: The file is not CSV, or a row has another number of fields.
+    """
     with io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
         reader = csv.reader(text, strict=True)
         try:

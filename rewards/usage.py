@@ -28,10 +28,17 @@ _numbers = itertools.count()
 
 
 class ControlGroup:
-    """A control group of each version that bounds one program; `close` ends all that is in it."""
+    """A control group of each version that bounds one program; `close` ends all that is in it.
+
+    Args:
+        memory_bytes: Of all its processes together.
+        processes: At a time.
+
+    Raises:
+        OSError: No group that bounds memory can be made here.
+    """
 
     def __init__(self, memory_bytes: int, processes: int) -> None:
-        """Raises OSError when no group that bounds memory can be made here."""
         self._folders: list[Path] = []
         self.bounds_memory = self.bounds_processes = False
         name = f"{PREFIX}{os.getpid()}-{next(_numbers)}"
@@ -63,9 +70,9 @@ class ControlGroup:
 
     def ran_out(self) -> bool:
         """Whether the kernel has killed a process here because memory ran out."""
-        told = [_read(folder / "memory.events") for folder in self._folders]
-        told += [_read(folder / "memory.oom_control") for folder in self._folders]
-        return any(int(found) for text in told for found in COUNT.findall(text))
+        events = [_read(folder / "memory.events") for folder in self._folders]
+        events += [_read(folder / "memory.oom_control") for folder in self._folders]
+        return any(int(found) for text in events for found in COUNT.findall(text))
 
     def close(self) -> None:
         """Kill every process in the group, and remove it."""
@@ -139,16 +146,25 @@ def _remove(folder: Path, give_up: float) -> None:
 
 @dataclass(frozen=True)
 class Look:
-    """What a process and all that it started hold at one moment."""
+    """What a process and all that it started hold at one moment.
+
+    Attributes:
+        processes: How many they are.
+        memory_bytes: Of all together.
+    """
 
     processes: int
     memory_bytes: int
 
 
 def look(pid: int, most_bytes: int, most_processes: int) -> Look:
-    """Add up a process and its descendants; with more processes than `most_processes` not all.
+    """Add up a process and its descendants.
 
-    Pages that forked processes share count once, where that decides about `most_bytes`.
+    Args:
+        pid: The process.
+        most_bytes: The limit; pages that forked processes share count once where that decides about
+            it.
+        most_processes: The limit; above it not all are counted.
     """
     pids = descendants(pid, most_processes)
     memory = sum(_resident(each) for each in pids)
@@ -158,9 +174,11 @@ def look(pid: int, most_bytes: int, most_processes: int) -> Look:
 
 
 def descendants(pid: int, most: int) -> list[int]:
-    """A process and all below it, parents first; some more than `most` when there are more.
+    """A process and all below it, parents first.
 
-    To follow a tree that grows faster than it can be read would take for ever.
+    Args:
+        pid: The process.
+        most: Processes after which it stops: a tree may grow faster than it can be read.
     """
     found = [pid]
     if not LISTS_CHILDREN.exists():

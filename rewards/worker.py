@@ -1,4 +1,4 @@
-"""RewardWorker: judges groups in a child process that can be killed, each call under a deadline."""
+"""RewardWorker: scores groups in a child process that can be killed, each call with a deadline."""
 
 from __future__ import annotations
 
@@ -11,32 +11,47 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeAlias
 
 from cohort.actors.process import MARKER, start_watcher
 from cohort.actors.records import Failure, Group, ScoredGroup, ScoreMeta
 from cohort.rewards.base import RewardLoadError, combine, out_of_range
 from cohort.rewards.environment import hide_environment, scrubbed_environment
+from cohort.rewards.environments.scores import environment_scores, turn_rewards
 from cohort.rewards.process import KILL_TIMEOUT_S, Child
-from cohort.rewards.results import RewardResult, error_tail, failed, from_json, merged, reordered
-from cohort.rewards.specs import RewardSpec
+from cohort.rewards.result_json import from_json
+from cohort.rewards.results import RewardResult, error_tail, failed, merged, reordered
+from cohort.rewards.specs import ENVIRONMENT, RewardSpec
 
-# Loading a function may import torch or read a model; it is not a hang before this.
+# Loading a function may import torch or read a model.
 START_TIMEOUT_S = 120.0
-# A completion that is judged alone gets at least this (or the whole deadline, if that is less).
+# A completion that is scored alone gets at least this (or the whole deadline, if that is less).
 ALONE_S = 1.0
+# Of one function: its result, and the seconds that it took for each completion.
+Timed: TypeAlias = tuple[RewardResult, tuple[float, ...]]
 
 
 @dataclass(frozen=True)
 class ScoredPart:
-    """What functions said of some completions of a group, and the seconds each took them."""
+    """Scores of some completions of a group.
+
+    Attributes:
+        ids: Of these completions.
+        results: By the name of the function.
+    """
 
     ids: tuple[str, ...]
-    results: dict[str, tuple[RewardResult, tuple[float, ...]]]
+    results: dict[str, Timed]
 
 
 def longest_score_s(timeout_s: float, functions: int, group_size: int) -> float:
-    """Seconds within which `RewardWorker.score` answers, however its functions behave."""
+    """Seconds within which `RewardWorker.score` answers, however its functions behave.
+
+    Args:
+        timeout_s: Seconds for one call of a function.
+        functions: How many there are.
+        group_size: Completions of a group.
+    """
     alone = 2 * max(timeout_s, group_size * ALONE_S)
     return functions * (2 * timeout_s + alone + START_TIMEOUT_S + 3 * KILL_TIMEOUT_S)
 
@@ -44,27 +59,33 @@ def longest_score_s(timeout_s: float, functions: int, group_size: int) -> float:
 class RewardWorker:
     """Scores groups with a list of reward functions. To be wrapped by `ray.remote`.
 
-    Of all methods but `ping`, one may run at a time: there is one child process, and it judges one
-    call at a time. The child runs the functions on its main thread (so signal.alarm works), in a
-    session and process group of its own, with an environment of harmless variables, its output
-    thrown away, its memory bounded to `memory_bytes`. A function that exceeds `timeout_s` in a call
-    is ended by SIGKILL of the child and all that it started, whatever session that is in, and a new
+    One method may run at a time, and `ping` beside it. One child process runs the functions, on its
+    main thread (so signal.alarm works), in a session and process group of its own, with an
+    environment of harmless variables and without output. A function that exceeds `timeout_s` in a
+    call is ended by SIGKILL of the child and of all that it started, in whatever session, and a new
     child takes over; so is a child that died. The kernel ties the child's life to the thread that
-    created it: use the actor from one thread. A watcher ends what a killed actor leaves behind.
+    created it: use the worker from one thread. A watcher ends what a killed worker leaves behind.
 
-    Completions may be judged before their group is complete: `judge`, then `score` with what it
-    said. That is for functions which say that they judge each completion by itself
+    Completions may be scored before their group is complete: call `score_part`, then `score` with
+    the results. That is for functions that score each completion by itself
     (`cohort.rewards.base.per_completion`, or `whole_group` False in their spec); others may
     compare, and get the whole group.
 
     A call that hangs, dies or raises is repeated for each completion alone, so that one completion
-    costs only its own score; where it may compare, those that could be judged alone are then judged
-    together, without the others. All of these share as much time again, each at most `timeout_s`;
-    see `longest_score_s`. A function of `whole_group` True is never called with part of a group.
+    costs only its own score. Where the function may compare, the completions that it could score
+    alone are then scored together, without the others. All of these calls share as much time again,
+    each at most `timeout_s`; see `longest_score_s`. A function with `whole_group` True is never
+    called with part of a group.
 
-    max_steps: of the run, for functions that ask for TRL's `trainer_state`.
+    Args:
+        specs: The functions.
+        timeout_s: Seconds for one call of a function.
+        start_timeout_s: Seconds for loading the functions.
+        memory_bytes: Of the child process; None: no bound.
+        max_steps: Of the run, for functions that ask for TRL's `trainer_state`.
 
-    Raises RewardLoadError from the constructor when a function cannot be loaded.
+    Raises:
+        RewardLoadError: A function cannot be loaded.
     """
 
     def __init__(
@@ -80,12 +101,12 @@ class RewardWorker:
         self._start_timeout_s = start_timeout_s
         self._memory_bytes = memory_bytes
         self._max_steps = max_steps
-        # What every process that the child starts inherits, and who looks for it.
+        # In the environment of all that the child starts; the watcher looks for it.
         self._marker = uuid.uuid4().hex
         self._watcher: IO[bytes] | None = None
         self._doing = ""
         self._since = time.monotonic()
-        # The child could read it in /proc.
+        # The child could read this process's environment in /proc.
         hide_environment()
         self._child: Child | None = self._start()
         self._streams = tuple(
@@ -95,22 +116,26 @@ class RewardWorker:
 
     @property
     def streams(self) -> tuple[bool, ...]:
-        """For each function, whether it judges completions as they come."""
+        """For each function, whether it scores completions as they come."""
         return self._streams
 
     @property
     def specs(self) -> list[RewardSpec]:
-        """The functions, with `whole_group` as they say where it was left to them."""
+        """The functions; `whole_group` is filled in for those that declare it themselves."""
         return [
             replace(spec, whole_group=False) if streams else spec
             for spec, streams in zip(self._specs, self._streams, strict=True)
         ]
 
-    def judge(self, *parts: Group) -> tuple[Failure | None, ScoredPart | None]:
-        """Judge completions of a group as soon as they exist; for num_returns=2.
+    def score_part(self, *parts: Group) -> tuple[Failure | None, ScoredPart | None]:
+        """Score completions of a group as soon as they exist; for num_returns=2.
 
-        parts: groups of one. Functions that may compare completions are left to `score`. The
-        Failure is as there.
+        Args:
+            parts: Groups of one completion.
+
+        Returns:
+            (None, the scores), without those of functions that may compare completions; or a
+            Failure as from `score`, and None.
         """
         part = replace(parts[0], completions=sum((p.completions for p in parts), ()))
         alone = [index for index, streams in enumerate(self._streams) if streams]
@@ -120,46 +145,59 @@ class RewardWorker:
         return None, ScoredPart(tuple(completion.id for completion in part.completions), found)
 
     def score(
-        self, group: Group, *judged: ScoredPart
+        self, group: Group, *scored_parts: ScoredPart
     ) -> tuple[ScoreMeta | Failure, ScoredGroup | None]:
-        """Judge a group with every function; for num_returns=2.
+        """Score a group with every function; for num_returns=2.
 
-        judged: what `judge` said of its completions; a function that has said something of every
-        one is not called again. Mistakes of reward functions are errors inside the result. A
-        Failure is "data" when the group cannot be pickled, "infra" when no child process can be
-        started.
+        Args:
+            group: The group.
+            scored_parts: Results of `score_part`. Functions with scores of every completion are not
+                called again.
+
+        Returns:
+            What the driver may see, and the scored group; mistakes of reward functions are errors
+            inside. Or a Failure and None: of kind "data" when the group cannot be pickled, "infra"
+            when no child process can be started.
         """
         started = time.monotonic()
         ids = [completion.id for completion in group.completions]
-        known = joined(judged, ids)
+        known = joined(scored_parts, ids)
         others = [index for index, spec in enumerate(self._specs) if spec.name not in known]
         found = self._results(group, others)
         if isinstance(found, Failure):
             return found, None
         known |= found
         results = {spec.name: known[spec.name][0] for spec in self._specs}
-        times = tuple(map(sum, zip(*(seconds for _, seconds in known.values()), strict=True)))
+        times = tuple(
+            sum(seconds[place] for _, seconds in known.values()) for place in range(len(ids))
+        )
         by_function = {name: result.values for name, result in results.items()}
         weights = {spec.name: spec.weight for spec in self._specs}
         errors = tuple(error for result in results.values() for error in result.errors)
         errors += tuple(out_of_range(ids, by_function, weights))
+        given, failures = environment_scores(group)
+        if given:
+            by_function[ENVIRONMENT], weights[ENVIRONMENT] = given, 1.0
+            errors += failures
         totals = combine(ids, by_function, weights, errors)
         parts = {f"{f}/{key}": row for f, v in results.items() for key, row in v.parts.items()}
         extra = {f"{f}/{key}": row for f, v in results.items() for key, row in v.extra.items()}
         logged = {f"{f}/{key}": row for f, v in results.items() for key, row in v.metrics.items()}
         took = time.monotonic() - started
         scored = ScoredGroup(group, by_function, totals, errors, took, parts, extra, times)
-        meta = ScoreMeta(group.id, totals, by_function, errors, took, parts, logged, times)
+        meta = ScoreMeta(
+            group.id, totals, by_function, errors, took, parts, logged, times, turn_rewards(group)
+        )
         return meta, scored
 
     def ping(self) -> str:
-        """A sign of life that says where the actor runs and what it is doing; any thread's."""
+        """Where the worker runs and what it is doing; from any thread."""
         doing, seconds = self._doing, time.monotonic() - self._since
         at = f", {seconds:.1f} s into {doing}" if doing else ""
-        return f"reward actor {os.getpid()} on {platform.node()}{at}"
+        return f"reward worker {os.getpid()} on {platform.node()}{at}"
 
     def pids(self) -> tuple[int, int | None]:
-        """The process ids of the actor and of its child; None while it has no child."""
+        """The process ids of the worker and of its child; None while it has no child."""
         return os.getpid(), None if self._child is None else self._child.pid
 
     def close(self) -> None:
@@ -201,12 +239,10 @@ class RewardWorker:
     def _at(self, doing: str) -> None:
         self._doing, self._since = doing, time.monotonic()
 
-    def _results(
-        self, group: Group, indices: Sequence[int]
-    ) -> dict[str, tuple[RewardResult, tuple[float, ...]]] | Failure:
-        """What these functions say about a group, and the seconds each completion took them."""
+    def _results(self, group: Group, indices: Sequence[int]) -> dict[str, Timed] | Failure:
+        """The scores of these functions for a group."""
         what, n = f"score {group.id}", len(group.completions)
-        found: dict[str, tuple[RewardResult, tuple[float, ...]]] = {}
+        found: dict[str, Timed] = {}
         try:
             payload = _pickled(group) if indices else b""
             for index in indices:
@@ -225,29 +261,29 @@ class RewardWorker:
     def _score_function(
         self, index: int, group: Group, payload: bytes
     ) -> tuple[RewardResult, Sequence[float]]:
-        """The result of function `index`, and the seconds that judging each completion took."""
+        """The result of function `index`, and its seconds for each completion."""
         result, seconds = self._call(index, group, payload, self._timeout_s)
         n = len(group.completions)
         if not result.broke or n == 1 or self._specs[index].whole_group:
             return result, [seconds] * n
         alone, times = self._score_alone(index, group)
-        well = [place for place, item in enumerate(alone) if not item.broke]
-        if not self._streams[index] and len(well) > 1:
+        good = [place for place, item in enumerate(alone) if not item.broke]
+        if not self._streams[index] and len(good) > 1:
             # Alone, a function that compares has nothing to compare with.
-            rest = replace(group, completions=tuple(group.completions[place] for place in well))
+            rest = replace(group, completions=tuple(group.completions[place] for place in good))
             result, more = self._call(index, rest, _pickled(rest), self._timeout_s)
-            for place in well:
+            for place in good:
                 times[place] += more
-            ill = [place for place in range(n) if place not in well]
-            order = [*well, *ill]
-            whole = merged([result, *(alone[place] for place in ill)])
+            bad = [place for place in range(n) if place not in good]
+            order = [*good, *bad]
+            whole = merged([result, *(alone[place] for place in bad)])
             result = reordered(whole, [order.index(place) for place in range(n)])
         else:
             result = merged(alone)
         return result, [seconds + more for more in times]
 
     def _score_alone(self, index: int, group: Group) -> tuple[list[RewardResult], list[float]]:
-        """A result for each completion, scored one after the other in what time is left."""
+        """A result for each completion, scored one after the other, and its seconds."""
         n = len(group.completions)
         left = max(self._timeout_s, n * ALONE_S)
         give_up = time.monotonic() + 2 * left
@@ -259,13 +295,13 @@ class RewardWorker:
             if time.monotonic() > give_up:
                 # New children are slow to start here.
                 message = (
-                    f"{name}: no time was left to judge it alone "
+                    f"{name}: no time was left to score it alone "
                     f"(rewards.timeout_s={self._timeout_s:g})"
                 )
                 result, seconds = failed(name, alone, "timeout", message, broke=True), 0.0
             else:
-                share = min(self._timeout_s, max(ALONE_S, left / (n - done)))
-                result, seconds = self._call(index, alone, _pickled(alone), share)
+                seconds_each = min(self._timeout_s, max(ALONE_S, left / (n - done)))
+                result, seconds = self._call(index, alone, _pickled(alone), seconds_each)
             left -= seconds
             results.append(result)
             times.append(seconds)
@@ -275,8 +311,7 @@ class RewardWorker:
         self, index: int, group: Group, payload: bytes, timeout_s: float
     ) -> tuple[RewardResult, float]:
         """One call of function `index` in the child, and how long it took."""
-        # A child that died between two groups, or said something that nobody asked for, is no fault
-        # of this one.
+        # This group must not fail because of what the child did after its last call.
         if self._child is not None and not self._child.is_ready():
             self._end_child()
         if self._child is None:
@@ -298,11 +333,11 @@ class RewardWorker:
             self._child = self._start()
             key = "(rewards.timeout_s)"
             if timeout_s < self._timeout_s:
-                key = f"of its own, judged alone (rewards.timeout_s={self._timeout_s:g})"
+                key = f"for this completion alone (rewards.timeout_s={self._timeout_s:g})"
             message = f"{name}: no answer within {timeout_s:.3g} s {key}"
             return failed(name, group, "timeout", message, broke=True), seconds
         except (EOFError, OSError, ValueError, TypeError, RecursionError, MemoryError) as error:
-            # OSError: broken pipe. The others: a reply that is not ours.
+            # OSError: broken pipe. The others: a forged reply.
             seconds = time.monotonic() - began
             ending = self._end_child()
             self._child = self._start()
@@ -313,22 +348,27 @@ class RewardWorker:
 
 
 class _NotPickled(Exception):
-    """A group that cannot be handed to a child process."""
+    """A group cannot be sent to the child process."""
 
 
-def joined(
-    judged: Sequence[ScoredPart], ids: Sequence[str]
-) -> dict[str, tuple[RewardResult, tuple[float, ...]]]:
-    """One result a function out of what was said of single completions, in the order of `ids`;
-    of the functions that said something of each."""
-    arrived = [name for part in judged for name in part.ids]
-    if not judged or set(arrived) != set(ids):
+def joined(scored_parts: Sequence[ScoredPart], ids: Sequence[str]) -> dict[str, Timed]:
+    """The scores of a group from those of its parts.
+
+    Args:
+        scored_parts: Results of `RewardWorker.score_part`.
+        ids: All completions of the group, in order.
+
+    Returns:
+        By the name of the function; {} when a completion is missing.
+    """
+    arrived = [name for part in scored_parts for name in part.ids]
+    if not scored_parts or set(arrived) != set(ids):
         return {}
     order = [arrived.index(name) for name in ids]
     found = {}
-    for name in judged[0].results:
-        whole = merged([part.results[name][0] for part in judged])
-        seconds = [second for part in judged for second in part.results[name][1]]
+    for name in scored_parts[0].results:
+        whole = merged([part.results[name][0] for part in scored_parts])
+        seconds = [second for part in scored_parts for second in part.results[name][1]]
         found[name] = reordered(whole, order), tuple(seconds[place] for place in order)
     return found
 
@@ -341,14 +381,14 @@ def _pickled(group: Group) -> bytes:
         raise _NotPickled(f"cannot pickle the group: {error_tail(error, 300)}") from error
 
 
-def watched_actor_class(actor_class: type[RewardWorker]) -> Any:
-    """A class of reward workers for Ray that answers `ping` while it scores."""
+def watched_worker_class(worker_class: type[RewardWorker]) -> Any:
+    """The class for `ray.remote` calls of a reward worker that answers `ping` while it scores."""
     import ray
 
     @ray.method(concurrency_group="health")
     def ping(self: RewardWorker) -> str:
-        return str(actor_class.ping(self))
+        return str(worker_class.ping(self))
 
-    watched = type(actor_class.__name__, (actor_class,), {"ping": ping})
+    watched = type(worker_class.__name__, (worker_class,), {"ping": ping})
     # Ray's types do not know this option.
     return ray.remote(concurrency_groups={"health": 1})(watched)  # type: ignore[call-overload]

@@ -22,6 +22,7 @@ DOCUMENTS = (
     "README.md",
     "docs/configuration.md",
     "docs/rewards-and-data.md",
+    "docs/environments.md",
     "docs/algorithms.md",
     "docs/warm-up.md",
     "docs/run-directory.md",
@@ -63,6 +64,7 @@ PLACES: dict[str, Where] = {
     "python examples/grpo_loop.py": "examples",
     "python examples/custom_reward.py": "examples",
     "python examples/custom_task.py": "examples",
+    "python examples/guess_number.py": "examples",
     # What is left needs machines, or would reach beyond the tests: `ray start` and `ray stop` act
     # on every cluster of the machine. tests/deploy checks the files that these name.
     "ray start": "elsewhere",

@@ -23,6 +23,8 @@ from cohort.cluster.config import Config
 from cohort.cluster.errors import RunError
 from cohort.cluster.launch import launch
 from cohort.cluster.observe.console import Console
+from cohort.cluster.observe.metrics import episode_metrics
+from cohort.cluster.observe.stats import mean
 from cohort.cluster.prepare import Prepared, passing_logs, prepare
 from cohort.cluster.ray_start import check_start
 from cohort.cluster.signals import Signals
@@ -48,7 +50,7 @@ class Evaluation:
         sampled_reward: Mean reward of sampled completions.
         pass_at: k -> unbiased estimate of pass@k.
         failed_scores: Scores that failed, which count as unsolved.
-        task_greedy: The task's own metrics of greedy completions; empty for a task without any.
+        task_greedy: The task's own metrics of greedy completions, and those of episodes.
         task_sampled: The same of sampled completions.
     """
 
@@ -140,13 +142,19 @@ async def _evaluate(
                 for kind in ("greedy", "sampled")
             ]
             tasks = await actors.pool.generate(requests)
-            judged = await asyncio.gather(*(_score(actors.rewards, task) for task in tasks))
-    greedy, sampled = judged[0::2], judged[1::2]
+            scored = await asyncio.gather(*(_score(actors.rewards, task) for task in tasks))
+    greedy, sampled = scored[0::2], scored[1::2]
     return replace(
-        _report(config, [s for s, _ in greedy], [s for s, _ in sampled], samples),
-        task_greedy=task_metrics(task, rows, [texts for _, texts in greedy]),
-        task_sampled=task_metrics(task, rows, [texts for _, texts in sampled]),
+        _report(config, [one.scores for one in greedy], [one.scores for one in sampled], samples),
+        task_greedy=_more(task, rows, greedy),
+        task_sampled=_more(task, rows, sampled),
     )
+
+
+def _more(task: Task, rows: Sequence[Row], scored: Sequence[_Scored]) -> dict[str, float]:
+    """The task's own metrics, and those of episodes."""
+    own = task_metrics(task, rows, [one.texts for one in scored])
+    return own | episode_metrics([one.meta for one in scored])
 
 
 def fitting_rows(
@@ -196,16 +204,26 @@ def task_metrics(
         raise RunError(f"{type(task).__name__}.metrics failed:\n{error_tail(error)}") from error
 
 
+@dataclass(frozen=True)
+class _Scored:
+    """A group that was generated and scored, with the texts of its completions."""
+
+    meta: GroupMeta
+    scores: ScoreMeta
+    texts: list[str]
+
+
 async def _score(
     rewards: RewardPool, generating: Awaitable[tuple[GroupMeta | Failure, ObjectRef[Group] | None]]
-) -> tuple[ScoreMeta, list[str]]:
+) -> _Scored:
     meta, group = await generating
     if isinstance(meta, Failure) or group is None:
         raise RunError(str(meta))
     scores, _ = await rewards.score(group)
     if isinstance(scores, Failure):
         raise RunError(str(scores))
-    return scores, [completion.text for completion in (await group).completions]
+    texts = [completion.text for completion in (await group).completions]
+    return _Scored(meta, scores, texts)
 
 
 def _report(
@@ -222,13 +240,9 @@ def _report(
         model=config.model.path,
         prompts=len(greedy),
         samples=samples,
-        greedy_reward=_mean([t for t in greedy_totals if t is not None]),
-        greedy_solved=_mean([float(t is not None and t >= bar) for t in greedy_totals]),
-        sampled_reward=_mean([t for t in sampled_totals if t is not None]),
-        pass_at={k: _mean([pass_at_k(samples, c, k) for c in solved]) for k in ks},
+        greedy_reward=mean(greedy_totals),
+        greedy_solved=mean(t is not None and t >= bar for t in greedy_totals),
+        sampled_reward=mean(sampled_totals),
+        pass_at={k: mean(pass_at_k(samples, c, k) for c in solved) for k in ks},
         failed_scores=sum(len(item.errors) for item in (*greedy, *sampled)),
     )
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else math.nan

@@ -6,28 +6,36 @@ import asyncio
 from contextlib import AsyncExitStack
 
 import psutil
+from pydantic import JsonValue
 
 from cohort.cluster.config import Config, compact, dump_config, expand
-from cohort.cluster.continuing import Saved, compare, planned_saves, where_to_go_on, write_config
+from cohort.cluster.continuing import (
+    NEW_RUN,
+    Saved,
+    compare,
+    planned_saves,
+    where_to_go_on,
+    write_config,
+)
 from cohort.cluster.errors import RunError
 from cohort.cluster.fingerprint import fingerprint
 from cohort.cluster.launch import Services, launch
 from cohort.cluster.loop import train
-from cohort.cluster.making import draw_from, rate_history
 from cohort.cluster.observe.console import Console
 from cohort.cluster.observe.metrics import Counters
-from cohort.cluster.observe.rollout_writer import RolloutWriter
+from cohort.cluster.observe.rollouts import RolloutWriter
 from cohort.cluster.observe.tracking import Tracker
-from cohort.cluster.placement import checkpoint_bytes, plan, this_machine
+from cohort.cluster.placement import checkpoint_bytes
 from cohort.cluster.prepare import Prepared, prepare
 from cohort.cluster.publishing import Publisher
-from cohort.cluster.ray_start import check_start, ray_address
-from cohort.cluster.recording import Recorder
-from cohort.cluster.run import Progress, Run, Saves
+from cohort.cluster.ray_start import check_start
+from cohort.cluster.run import Progress, Recorder, Run, Saves
 from cohort.cluster.run_dir import RunDir, claim_run_dir
 from cohort.cluster.signals import Signals, Stopped
 from cohort.cluster.stream import GroupStream
 from cohort.learner.checkpoint import Checkpoints
+from cohort.rewards.rates import RateHistory
+from cohort.rewards.tasks import Curriculum
 
 GOODBYE_S = 30
 # Without these nothing that a Ray of our own runs goes on.
@@ -49,20 +57,18 @@ async def run_training(config: Config) -> int:
         try:
             prepared = prepare(config)
             # What can be known to fail is said before anything is written.
-            check_start(config)
-            if ray_address(config) is None:
-                plan(config, this_machine(), prepared.parameters)
+            check_start(config, prepared.parameters)
             signals.check()
             with (
                 claim_run_dir(config) as run_dir,
                 Console(config.run.steps, config.tracking.console) as console,
             ):
-                console.header(
+                console.note(
                     f"cohort: {run_dir.path}\n{compact(config)}\n"
                     "every other key has its default; config.yaml there has them all"
                 )
-                if prepared.overlong:
-                    console.note(f"{prepared.overlong} prompts are too long and left out")
+                if overlong := prepared.lengths.overlong:
+                    console.note(f"{overlong} prompts are too long and left out")
                 signals.check()
                 return await signals.cancel(_train_in(prepared, run_dir, console, signals))
         except Stopped as stopped:
@@ -150,49 +156,52 @@ def assemble(
     """The run, ready to train. From here on the folder holds this run; what was in its way is
     moved aside."""
     config, folder = prepared.config, run_dir.path
-    state = saved.state if saved else None
+    state = saved.state if saved else NEW_RUN
     write_config(folder / "config.yaml", dump_config(config), run_dir.aside)
-    tracker = Tracker(
-        folder,
-        config,
-        state["tracking"] if state else None,
-        first_step=saves.step,
-        aside=run_dir.aside,
-    )
+    tracker = Tracker(folder, config, state["tracking"], first_step=saves.step, aside=run_dir.aside)
     console.note(tracker.describe())
     if replaced := run_dir.aside.describe():
         console.note(replaced)
     writer = RolloutWriter(
-        folder / "rollouts", config.tracking.samples_per_step, config.tracking.table_every, tracker
+        folder / "rollouts",
+        config.tracking.samples_per_step,
+        config.tracking.table_every,
+        tracker.table,
     )
-    counters = (
-        Counters.resumed(state["counters"], config.task.group_size)
-        if state
-        else Counters(group_size=config.task.group_size)
-    )
-    cursor = state["cursor"] if state else 0
+    counters = Counters.resumed(state["counters"], config.task.group_size)
     return Run(
         config=config,
         actors=actors,
-        publisher=Publisher.of(prepared, actors.learner, actors.pool),
+        publisher=Publisher.of(prepared, actors),
         stream=GroupStream(
             config,
-            draw_from(prepared),
+            prepared.draw,
             actors.pool,
             actors.rewards,
             saves.step,
-            cursor,
-            rate_history(prepared, state["pass_rates"] if state else None),
+            state["cursor"],
+            rate_history(prepared, state["pass_rates"]),
         ),
         recorder=Recorder(tracker, writer, console),
         saves=saves,
-        progress=Progress(saves.step, cursor, counters),
+        progress=Progress(saves.step, state["cursor"], counters),
     )
 
 
+def rate_history(prepared: Prepared, saved: dict[str, JsonValue] | None) -> RateHistory | None:
+    """The pass rates for a task that chooses its rows by them; None for other tasks.
+
+    saved: those of a checkpoint.
+    """
+    if not isinstance(prepared.task, Curriculum):
+        return None
+    delay = prepared.config.actors.max_staleness
+    return RateHistory.resumed(saved, delay) if saved else RateHistory(delay)
+
+
 def stop(run: Run, signals: Signals) -> None:
-    """The first signal during training: finish what is in hand, save, leave."""
-    run.console.note(f"{signals.name()}: saving, then leaving; once more leaves at once")
+    """The first signal during training: finish the step, save, leave."""
+    run.console.note(f"{signals.name()}: saving, then leaving; a second signal leaves at once")
     run.stop.set()
 
 

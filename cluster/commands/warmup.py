@@ -31,9 +31,8 @@ from cohort.cluster.config import SECTIONS, Config, ConfigError, compact
 from cohort.cluster.config_file import parse_overrides
 from cohort.cluster.launch import launch
 from cohort.cluster.observe.console import Console, duration
-from cohort.cluster.placement import plan, this_machine
 from cohort.cluster.prepare import Prepared, passing_logs, prepare
-from cohort.cluster.ray_start import check_start, ray_address
+from cohort.cluster.ray_start import check_start
 from cohort.cluster.signals import Signals, Stopped
 from cohort.learner.checkpoint import new_folder, require_free
 from cohort.learner.config import AlgorithmConfig
@@ -169,19 +168,11 @@ def _as_group(prompt: Prompt, token_ids: tuple[int, ...], text: str) -> ScoredRe
         weight_versions=(0, 0),
         text=text,
     )
-    meta = GroupMeta(
-        group_id=prompt.id,
-        prompt_tokens=len(prompt.token_ids),
-        completion_ids=(completion.id,),
-        completion_tokens=(len(token_ids),),
-        truncated=(False,),
-        weight_versions=(0, 0),
-        actor="demonstration",
-        seconds=0.0,
-    )
+    group = Group(prompt.id, prompt, (completion,))
     # Cross-entropy does not use the reward's value; completions without a reward are not trained.
-    group = ScoredGroup(Group(prompt.id, prompt, (completion,)), {}, totals=(1.0,))
-    return ScoredRef(meta, ScoreMeta(prompt.id, group.totals, {}, (), 0.0), group)
+    scored = ScoredGroup(group, {}, totals=(1.0,))
+    scores = ScoreMeta(prompt.id, scored.totals, {}, (), 0.0)
+    return ScoredRef(GroupMeta.of(group, "demonstration", 0.0), scores, scored)
 
 
 def _none_there(prepared: Prepared) -> TaskError:
@@ -203,15 +194,13 @@ async def run_warmup(config: Config, given: WarmUp, out: Path) -> int:
     prepared = prepare(config)
     batches = demonstrations(prepared, given.examples)
     first = list(islice(batches, given.batch_size))  # what is wrong with a task shows here
-    check_start(config)
-    if ray_address(config) is None:
-        plan(config, this_machine(), prepared.parameters)
+    check_start(config, prepared.parameters)
     with (
         Signals() as signals,
         passing_logs("warmup") as log_dir,
         Console(given.steps, "plain") as console,
     ):
-        console.header(f"cohort warmup: {out}\n{compact(config)}")
+        console.note(f"cohort warmup: {out}\n{compact(config)}")
         try:
             return await signals.cancel(
                 _warm_up(prepared, given, first, batches, out, log_dir, console, signals)
@@ -237,7 +226,7 @@ async def _warm_up(
 
         def leave() -> None:
             console.note(
-                f"{signals.name()}: leaving after the step in hand; once more leaves at once"
+                f"{signals.name()}: stopping after this step; a second signal stops at once"
             )
             stop.set()
 

@@ -2,7 +2,7 @@
 
 - `metrics`: from what happened in a step to the numbers that describe it
 - `stats`: means and quantiles of values some of which may be missing
-- `rollouts`, `rollout_writer`: every completion with its scores, and the actor that writes them
+- `rollouts`: every completion with its scores, and the actor that writes them
 - `metrics_file`: the keys of a row, metrics.jsonl
 - `wandb_run`: the same on Weights & Biases
 - `tracking`: the three of them as one

@@ -8,7 +8,6 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from statistics import fmean
-from types import TracebackType
 from typing import IO, Literal, TextIO
 
 from rich.console import Console as RichConsole
@@ -116,7 +115,7 @@ class Console:
 
     Example:
         with Console(100) as console:
-            console.header("cohort: runs/addition")
+            console.note("cohort: runs/addition")
             console.stage("starting 1 engine(s)")
             console.step(metrics)
     """
@@ -148,17 +147,8 @@ class Console:
     def __enter__(self) -> Console:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
-
-    def header(self, text: str) -> None:
-        """Print what is about to run; may have several lines."""
-        self._print(text)
 
     def stage(self, text: str) -> None:
         """Show what start-up (or the end) is busy with, and the seconds it has taken so far."""
@@ -189,7 +179,7 @@ class Console:
             discard_output(self._stream)
 
     def note(self, text: str) -> None:
-        """Print something worth a line of its own: a warning, a restart, a checkpoint."""
+        """Print something worth a line of its own, or several: a warning, a restart."""
         self._print(text)
 
     def close(self) -> None:

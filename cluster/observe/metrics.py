@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import pstdev
 
+from cohort.actors.records import GroupMeta
 from cohort.cluster.observe.metrics_file import MetricRow
 from cohort.cluster.observe.stats import mean, quantile
 from cohort.cluster.stream import Batch
@@ -79,6 +81,14 @@ class StepTimes:
     reward: float
     train: float
     sync: float
+
+    @classmethod
+    def of(
+        cls, batch: Batch, train_s: float, sync_s: float = 0.0, step_s: float | None = None
+    ) -> StepTimes:
+        """The times of the step that trained `batch`; without a whole, the sum of its parts."""
+        parts = (batch.generate_s, batch.reward_s, train_s, sync_s)
+        return cls(sum(parts) if step_s is None else step_s, *parts)
 
     @property
     def wait(self) -> float:
@@ -179,7 +189,7 @@ def step_metrics(
         "samples/failed": counters.failed,
         "actors/restarts": restarts,
     }
-    metrics |= source_metrics(batch)
+    metrics |= source_metrics(batch) | episode_metrics([group.meta for group in batch.groups])
     for name in dict.fromkeys(name for g in batch.groups for name in g.scores.by_function):
         metrics[f"reward/{name}"] = mean(
             value for group in batch.groups for value in group.scores.by_function.get(name, ())
@@ -195,13 +205,38 @@ def source_metrics(batch: Batch) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for source in sorted({item.source for item in batch.outcomes if item.source is not None}):
         found = [item for item in batch.outcomes if item.source == source]
-        weighed = [(item.tries, item.reward) for item in found if item.reward is not None]
-        tries = sum(item.tries for item in found)
+        weighed = [(item.scored, item.reward) for item in found if item.reward is not None]
+        tries = sum(item.scored for item in found)
         metrics[f"source/{source}/groups"] = len(found)
         if tries:
             metrics[f"source/{source}/reward"] = sum(n * reward for n, reward in weighed) / tries
             metrics[f"source/{source}/solved"] = sum(item.solved for item in found) / tries
     return metrics
+
+
+def episode_metrics(metas: Sequence[GroupMeta]) -> dict[str, float]:
+    """Turns, tool calls, and why episodes ended; empty where there is no environment.
+
+    Means are over the episodes that did not fail. `episodes/stop/REASON` are fractions
+    of all episodes, `episodes/failed/KIND/STAGE` counts.
+    """
+    episodes = [episode for meta in metas for episode in meta.episodes]
+    if not episodes:
+        return {}
+    well = [episode for episode in episodes if episode.failure is None]
+    metrics = {
+        "episodes/turns": mean(episode.turns for episode in well),
+        "episodes/turns_total": float(sum(episode.turns for episode in episodes)),
+    }
+    for name in dict.fromkeys(name for episode in well for name in episode.metrics):
+        values = [episode.metrics[name] for episode in well if name in episode.metrics]
+        metrics[f"episodes/{name}"] = mean(values)
+    reasons = Counter(episode.stop_reason for episode in episodes)
+    for reason, count in reasons.items():
+        metrics[f"episodes/stop/{reason}"] = count / len(episodes)
+    failures = [episode.failure for episode in episodes if episode.failure is not None]
+    failed = Counter(f"episodes/failed/{one.kind}/{one.stage}" for one in failures)
+    return metrics | {name: float(count) for name, count in failed.items()}
 
 
 def logged_metrics(batch: Batch) -> dict[str, float]:

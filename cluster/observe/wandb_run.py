@@ -16,7 +16,7 @@ from cohort.actors.records import Messages
 from cohort.cluster.config import Config
 from cohort.cluster.files import write_atomically
 from cohort.cluster.observe.metrics_file import MetricRow
-from cohort.cluster.observe.rollouts import RolloutRow
+from cohort.cluster.observe.rollouts import RolloutRow, transcript
 
 if TYPE_CHECKING:
     from wandb import Run
@@ -195,7 +195,7 @@ def _log_table(run: Run, step: int, rows: Sequence[RolloutRow]) -> None:
                 row["step"],
                 row["weight_versions"][-1],
                 _prompt_text(row["prompt"]),
-                row["completion"],
+                transcript(row),
                 row["reward"],
                 *(row["by_function"].get(name) for name in functions),
                 row["tokens"],

@@ -15,7 +15,14 @@ from cohort.rewards.travel.world import Country, Hotel, Leg, Restaurant, Sight
 class BookedDay:
     """A day with its names looked up; None for a name that the world does not have.
 
-    leg: how the day's city is reached from the day before; None if it stays or no such way exists.
+    Attributes:
+        day: As the model wrote it.
+        city: Its name in the world.
+        hotel: Of the night after it.
+        meals: Restaurants.
+        sights: Sights.
+        leg: How the city is reached from the day before; None if it stays or no such way exists.
+        moves: Its city is not that of the day before.
     """
 
     day: Day
@@ -64,7 +71,17 @@ def book(query: Query, plan: Plan) -> Booking:
 def find_leg(
     country: Country, origin: str | None, destination: str | None, mode: str | None
 ) -> Leg | None:
-    """The listed way from one city to another with a mode, in either direction, or None."""
+    """The listed way from one city to another, in either direction.
+
+    Args:
+        country: With all ways.
+        origin: A city.
+        destination: A city.
+        mode: Of transport, as the model wrote it.
+
+    Returns:
+        The way; None where there is none.
+    """
     for leg in country.legs:
         ends = {*leg.cities} == {origin, destination}
         if ends and mode is not None and same_name(mode) == leg.mode:
@@ -84,11 +101,14 @@ def cost(query: Query, booking: Booking) -> int:
 
 
 def coverage(query: Query, booking: Booking) -> float:
-    """The share of the bookings that the trip needs which are real, in [0, 1].
+    """The fraction of the bookings that the trip needs which are real.
 
     Needed: on each asked day the meals and one sight, a hotel for each night, a way for each change
     of city. Real: in the world, in that day's city, not booked before. Bookings beyond what a day
     holds or beyond the asked days raise the denominator, so naming everything does not pay.
+
+    Returns:
+        A number in [0, 1].
     """
     needed = query.days * (query.meals_per_day + 1) + query.days - 1
     real = extra = 0

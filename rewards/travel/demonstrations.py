@@ -18,7 +18,12 @@ NOISE = (200, 100, 50, 20, 5, 0)
 def varied_plan(query: Query, rng: random.Random) -> Plan:
     """A random plan that breaks no rule: the cheapest one at wrong prices, with added sights.
 
-    Raises ValueError for a query that has no plan within its budget.
+    Args:
+        query: The customer's.
+        rng: Decides which plan.
+
+    Raises:
+        ValueError: The query has no plan within its budget.
     """
     for noise in NOISE:
         solution = cheapest(_with_noise(query, rng, noise))

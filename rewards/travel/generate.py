@@ -23,10 +23,19 @@ MAX_ATTEMPTS = 1000
 
 @dataclass(frozen=True)
 class Level:
-    """How hard a query is. Pairs are the least and the most.
+    """How hard a query is; pairs are the least and the most.
 
-    cities: in the tables; required: of them, must be visited. wishes: of room type, house rule,
-    cuisine, mode to avoid and first city. slack: the budget over the least possible cost, a share.
+    Attributes:
+        cities: In the tables.
+        days: Of the trip.
+        party: Persons.
+        sizes: What there is in a city.
+        interests: How many.
+        required: Cities that must be visited.
+        meals_per_day: Meals of each day.
+        max_sights: Of one day.
+        wishes: Of room type, house rule, cuisine, mode to avoid and first city.
+        slack: What the budget has over the least possible cost, as a fraction of it.
     """
 
     cities: int
@@ -54,7 +63,16 @@ def make_query(seed: int, level: int, split: Split, index: int) -> Query:
     """Query `index` of a split: a pure function of its arguments.
 
     A query belongs to one split by its content, whatever the seed and the wording, so no training
-    query of any seed is held out under another. Raises QueryError for a level that does not exist.
+    query of any seed is held out under another.
+
+    Args:
+        seed: The run's.
+        level: 1 to 5.
+        split: "train" or "eval".
+        index: From 0.
+
+    Raises:
+        QueryError: A level that does not exist.
     """
     shape = _level(level)
     for attempt in range(MAX_ATTEMPTS):
@@ -66,7 +84,7 @@ def make_query(seed: int, level: int, split: Split, index: int) -> Query:
 
 
 def split_of(query: Query) -> Split:
-    """The side a query is on: a fifth of all is held out, by a hash of all but the wording."""
+    """The split of a query: a fifth of all is held out, by a hash of all but the wording."""
     content = json.dumps(to_columns(dataclasses.replace(query, wording=0)), sort_keys=True)
     digest = hashlib.blake2b(content.encode(), digest_size=8).digest()
     return "eval" if int.from_bytes(digest, "big") % HOLD_OUT_EVERY == 0 else "train"
@@ -81,10 +99,20 @@ def trip(
     party: int = 1,
     seed: int = 0,
 ) -> Query:
-    """A query of one's own over a seeded world of the country: the required cities and two others.
+    """A query over a seeded world of a country: the required cities and two others.
 
-    Raises QueryError: a country, city or interest that does not exist, or a trip that cannot be
-    done for the budget (with the least that would do).
+    Args:
+        country: One of places.PLACES.
+        cities: That must be visited.
+        days: Of the trip.
+        budget: Dollars for the whole party.
+        interests: Tags of sights, or "culture".
+        party: Persons.
+        seed: Of the world.
+
+    Raises:
+        QueryError: A country, city or interest that does not exist, or a trip that is impossible
+            for the budget (with the least that is possible).
     """
     if country not in PLACES:
         raise QueryError(f"country {country!r} is unknown; there are {', '.join(PLACES)}")
@@ -115,7 +143,7 @@ def _level(level: int) -> Level:
 
 
 def _draw(rng: random.Random, seed: int, shape: Level, level: int) -> Query | None:
-    """A random query, or None for one that cannot be done."""
+    """A random query, or None for one that has no plan."""
     name = rng.choice(list(PLACES))
     names = rng.sample(list(PLACES[name].cities), shape.cities)
     country = make_world(seed, shape.sizes, (name,)).country(name).only(names)

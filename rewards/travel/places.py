@@ -21,8 +21,11 @@ MODES = ("train", "bus", "flight", "car")
 class CountryPlaces:
     """What is fixed of a country.
 
-    price_level: factor on all prices. cuisines: what its restaurants serve, the local one first.
-    cities: city -> ((sight, its tags), ...).
+    Attributes:
+        name: Of the country.
+        price_level: Factor on all prices.
+        cuisines: What its restaurants serve, the local one first.
+        cities: City -> ((sight, its tags), ...).
     """
 
     name: str

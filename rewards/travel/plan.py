@@ -27,7 +27,7 @@ OPTIONAL = ("travel", "hotel")
 
 
 class PlanError(ValueError):
-    """The text has no itinerary in the format; the message says where it leaves it."""
+    """The text has no itinerary in the format; the message names the first mistake."""
 
 
 @dataclass(frozen=True)
@@ -43,22 +43,28 @@ class Day:
 
 @dataclass(frozen=True)
 class Plan:
+    """An itinerary."""
+
     days: tuple[Day, ...]
 
 
 def parse_plan(text: str) -> Plan:
-    """The itinerary in a completion: the first JSON object of its final part (see
-    `cohort.rewards.extract.final_part`), also within a code fence.
+    """The itinerary in a completion: the first JSON object of its final part, also in a code fence.
 
-    Text before and after the object is allowed. Raises PlanError for everything that is not
-    in the format: another or a doubled key, a value of another type, NaN, an empty name, no days,
-    too long.
+    Text before and after the object is allowed. See `cohort.rewards.extract.final_part`.
+
+    Args:
+        text: The completion.
+
+    Raises:
+        PlanError: Anything is not in the format: another or a doubled key, a value of another type,
+            NaN, an empty name, no days, too long.
     """
-    said = final_part(text) or ""
-    start = said.find("{")
+    final = final_part(text) or ""
+    start = final.find("{")
     if start < 0:
         raise PlanError("no JSON object")
-    body = said[start : start + MAX_CHARACTERS]
+    body = final[start : start + MAX_CHARACTERS]
     decoder = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
     try:
         value, _ = decoder.raw_decode(body)
@@ -67,7 +73,7 @@ def parse_plan(text: str) -> Plan:
     except RecursionError as error:
         raise PlanError("the JSON is nested too deeply") from error
     except ValueError as error:  # bad JSON; also an integer of more than 4300 digits
-        cut = f" in its first {MAX_CHARACTERS} characters" if len(said) - start > len(body) else ""
+        cut = f" in its first {MAX_CHARACTERS} characters" if len(final) - start > len(body) else ""
         raise PlanError(f"no valid JSON{cut}: {error}") from error
     days = _keys(value, ("days",), (), "the plan")["days"]
     if not isinstance(days, list) or not days:

@@ -29,6 +29,7 @@ def messages(query: Query) -> list[dict[str, str]]:
 
 
 def prompt_text(query: Query) -> str:
+    """The sentence, the tables and the instructions."""
     return "\n".join([sentence(query), tables(query), instructions(query)])
 
 
@@ -36,7 +37,7 @@ def prompt_text(query: Query) -> str:
 
 
 def sentence(query: Query) -> str:
-    """What the customer says, in the paraphrase that `wording` chooses."""
+    """The customer's sentence, in the paraphrase that `wording` chooses."""
     place = query.country.name
     if not query.several_cities:
         place = f"{query.country.cities[0].name}, {place}"
@@ -102,7 +103,7 @@ def _count(number: int, thing: str) -> str:
 
 
 def tables(query: Query) -> str:
-    """All that may be booked, with what matters to this query: tokens are dear."""
+    """All that may be booked, with only the columns that matter to this query."""
     lines = []
     for city in query.country.cities:
         lines += _city(query, city)

@@ -1,6 +1,6 @@
 """A customer's query: what is asked for, and the closed world it may be booked from.
 
-The structured fields are what is judged; prompt.py turns them into words.
+The structured fields are what is scored; prompt.py turns them into words.
 """
 
 from __future__ import annotations
@@ -23,12 +23,23 @@ class QueryError(ValueError):
 class Query:
     """What a customer wants.
 
-    country: the tables of the prompt, and all that may be booked. party: persons. budget: dollars
-    for all of them. interests: tags of sights; "culture" stands for all of places.CULTURE.
-    cities: those that must be visited; only asked where the country has more than one. start: the
-    city of the first day. room: the type of every room. house_rule: what every hotel must allow.
-    cuisines: each to be eaten at least once. avoid: a mode of transport.
-    first_weekday: of day 1, 0 is Monday. wording: which paraphrase is used; it changes no rule.
+    Attributes:
+        country: The tables of the prompt, and all that may be booked.
+        days: Of the trip.
+        party: Persons.
+        budget: Dollars for all of them.
+        interests: Tags of sights; "culture" stands for all of places.CULTURE.
+        meals_per_day: Meals of each day.
+        max_sights: Of one day; at least one is needed.
+        first_weekday: Of day 1, 0 is Monday.
+        cities: Those that must be visited; only asked where the country has more than one.
+        start: The city of the first day.
+        room: The type of every room.
+        house_rule: What every hotel must allow.
+        cuisines: Each to be eaten at least once.
+        avoid: A mode of transport.
+        level: Of difficulty; 0: none.
+        wording: Which paraphrase is used; it changes no rule.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -56,10 +67,12 @@ class Query:
 
     @property
     def has_closing_days(self) -> bool:
+        """Whether some sight is closed on some day."""
         return any(sight.closed for city in self.country.cities for sight in city.sights)
 
     @property
     def several_cities(self) -> bool:
+        """Whether the tables have more than one city."""
         return len(self.country.cities) > 1
 
     @property
@@ -83,7 +96,11 @@ def to_columns(query: Query) -> dict[str, object]:
 
 
 def from_columns(columns: object) -> Query:
-    """The query of a dataset column. Raises QueryError when it is not one."""
+    """The query of a dataset column.
+
+    Raises:
+        QueryError: The column has no query.
+    """
     try:
         return _ADAPTER.validate_python(columns)
     except ValidationError as error:

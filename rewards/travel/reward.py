@@ -13,10 +13,15 @@ from cohort.rewards.travel.scores import evaluate
 def itinerary(
     completions: Sequence[object], query: Sequence[dict[str, object] | None], **_: object
 ) -> list[dict[str, float] | None]:
-    """Each plan's total as `score`, in [0, 1.5]; at least 1 exactly where it breaks no rule.
+    """The total of each plan, with the parts of its evaluation.
 
-    query: the column of the travel task; where a row has none, the reward does not apply. The other
-    entries are the parts of the evaluation, one for every rule that applies among them.
+    Args:
+        completions: Texts, or lists of messages.
+        query: The column of the travel task; None where a row has none.
+
+    Returns:
+        For each completion `score`, in [0, 1.5] and at least 1 exactly where the plan breaks no
+        rule, and the parts, with one for each rule that applies. None where the row has no query.
     """
     found: list[dict[str, float] | None] = []
     for text, columns in zip(completion_texts(completions), query, strict=True):

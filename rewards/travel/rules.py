@@ -24,7 +24,13 @@ Check = Callable[[Query, Booking], str | None]
 
 @dataclass(frozen=True)
 class Rule:
-    """check: the problem in words, or None where the rule holds."""
+    """One rule.
+
+    Attributes:
+        name: In the parts of the reward.
+        applies: Whether it applies to a query.
+        check: The problem in words, or None where the rule holds.
+    """
 
     name: str
     applies: Callable[[Query], bool]
@@ -33,7 +39,13 @@ class Rule:
 
 @dataclass(frozen=True)
 class Finding:
-    """What one rule said. problem: empty where it passed."""
+    """The result of one rule.
+
+    Attributes:
+        rule: Its name.
+        passed: It holds.
+        problem: In words; empty where it holds.
+    """
 
     rule: str
     passed: bool
@@ -41,7 +53,7 @@ class Finding:
 
 
 def apply_rules(rules: tuple[Rule, ...], query: Query, booking: Booking) -> tuple[Finding, ...]:
-    """What each rule that applies to the query says."""
+    """The findings of the rules that apply to the query."""
     findings = []
     for rule in rules:
         if rule.applies(query):

@@ -28,7 +28,12 @@ SightDays = tuple[tuple[Sight, ...], ...]
 
 @dataclass(frozen=True)
 class Solution:
-    """A plan that breaks no rule other than, maybe, the budget. cost: dollars."""
+    """A plan that breaks no rule other than, maybe, the budget.
+
+    Attributes:
+        plan: The plan.
+        cost: Dollars.
+    """
 
     plan: Plan
     cost: int
@@ -36,7 +41,15 @@ class Solution:
 
 @dataclass(frozen=True)
 class Fixed:
-    """The cheapest transport, hotels and meals of a route."""
+    """The cheapest transport, hotels and meals of a route.
+
+    Attributes:
+        route: (city, days) of each stay.
+        legs: Between the stays.
+        hotels: Of each stay; None where it has no night.
+        meals: Of each stay, in order.
+        cost: Dollars of all of these.
+    """
 
     route: Route
     legs: tuple[Leg, ...]
@@ -46,9 +59,11 @@ class Fixed:
 
 
 def cheapest(query: Query) -> Solution | None:
-    """The cheapest plan that keeps every rule but the budget; None where there is none.
+    """The cheapest plan that keeps every rule but the budget.
 
-    The cost is the exact minimum over all plans. Ties go to the first one in the tables' order.
+    Returns:
+        A plan with the exact minimum of the cost, the first one in the tables' order; None where
+        there is none.
     """
     search = Search(query)
     best: Solution | None = None
@@ -94,7 +109,7 @@ class Search:
         self.day_sights = lru_cache(None)(self._cheapest_days)
 
     def fixed(self, route: Route) -> Fixed | None:
-        """The cheapest legs, hotels and meals of a route, or None where a rule forbids it."""
+        """The cheapest legs, hotels and meals of a route; None where a rule forbids it."""
         query = self.query
         hotels: list[Hotel | None] = []
         cost = 0
@@ -172,7 +187,7 @@ class Search:
         return best
 
     def cheapest_sights(self, route: Route) -> SightDays | None:
-        """One open sight a day, each another one, at the least cost."""
+        """One open sight a day, no sight twice, at the least cost; None if impossible."""
         chosen: list[tuple[Sight, ...]] = []
         for city, days in route:
             stay = self.day_sights(city, len(chosen), days)
@@ -182,6 +197,7 @@ class Search:
         return tuple(chosen)
 
     def open_sights(self, city: str, day: int) -> list[Sight]:
+        """The sights of a city that are open on a day, the first one being day 0."""
         weekday = self.query.weekday(day)
         return [sight for sight in self.city_of[city].sights if weekday not in sight.closed]
 
@@ -208,10 +224,12 @@ def total_price(groups: Iterable[Iterable[Restaurant]] | Iterable[Iterable[Sight
 
 
 def sights_cost(query: Query, sights: SightDays) -> int:
+    """Dollars for the whole party."""
     return query.party * total_price(sights)
 
 
 def make_plan(query: Query, fixed: Fixed, sights: SightDays) -> Plan:
+    """The plan of a route with its bookings."""
     days: list[Day] = []
     for number, (city, length) in enumerate(fixed.route):
         meals = iter(fixed.meals[number])

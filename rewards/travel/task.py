@@ -17,10 +17,19 @@ from cohort.rewards.travel.scores import evaluate, travelplanner_metrics
 
 
 class TravelTask:
-    """Trips to plan. Options: level (1, the easiest, to 5), train_size (2000), eval_size (200).
+    """Trips to plan.
 
     A row is made when it is asked for, from the seed, the level, its split and its number; its only
     column is `query`. No query is in both splits, whatever the seeds.
+
+    Args:
+        seed: The run's.
+        level: 1, the easiest, to 5.
+        train_size: Training rows.
+        eval_size: Held-out rows.
+
+    Raises:
+        TaskError: An option is wrong.
     """
 
     rewards = (RewardFunctionConfig(path="itinerary"),)

@@ -30,7 +30,14 @@ ROOM_SLEEPS = 2
 
 @dataclass(frozen=True)
 class Hotel:
-    """price: dollars a room and night; a room sleeps two. bans: who or what may not stay."""
+    """A hotel.
+
+    Attributes:
+        price: Dollars a room and night; a room sleeps two.
+        room: Its type.
+        bans: Who or what may not stay.
+        min_nights: Of one stay.
+    """
 
     name: str
     city: str
@@ -42,7 +49,7 @@ class Hotel:
 
 @dataclass(frozen=True)
 class Restaurant:
-    """price: dollars a person and meal."""
+    """A restaurant; its price is in dollars a person and meal."""
 
     name: str
     city: str
@@ -52,7 +59,13 @@ class Restaurant:
 
 @dataclass(frozen=True)
 class Sight:
-    """price: dollars a person. closed: weekdays, 0 is Monday."""
+    """A sight.
+
+    Attributes:
+        price: Dollars a person.
+        tags: What it is, see places.TAGS.
+        closed: Weekdays, 0 is Monday.
+    """
 
     name: str
     city: str
@@ -63,7 +76,7 @@ class Sight:
 
 @dataclass(frozen=True)
 class Leg:
-    """A way between two cities, the same in both directions. price: dollars a person."""
+    """A way between two cities, the same in both directions; its price is in dollars a person."""
 
     cities: tuple[str, str]
     mode: str
@@ -72,6 +85,8 @@ class Leg:
 
 @dataclass(frozen=True)
 class City:
+    """What can be booked in a city."""
+
     name: str
     hotels: tuple[Hotel, ...]
     restaurants: tuple[Restaurant, ...]
@@ -87,7 +102,11 @@ class Country:
     legs: tuple[Leg, ...] = ()
 
     def city(self, name: str) -> City:
-        """Raises KeyError for a city that the country does not have."""
+        """The city of this name.
+
+        Raises:
+            KeyError: The country has no such city.
+        """
         for city in self.cities:
             if city.name == name:
                 return city
@@ -102,10 +121,16 @@ class Country:
 
 @dataclass(frozen=True)
 class World:
+    """All countries of a seed."""
+
     countries: tuple[Country, ...]
 
     def country(self, name: str) -> Country:
-        """Raises KeyError for a country that the world does not have."""
+        """The country of this name.
+
+        Raises:
+            KeyError: The world has no such country.
+        """
         for country in self.countries:
             if country.name == name:
                 return country
@@ -116,7 +141,11 @@ class World:
 class Sizes:
     """How much there is in a city.
 
-    plain: prices and tags only; no closing days, cuisines, room types, bans or minimum nights.
+    Attributes:
+        hotels: How many.
+        restaurants: How many.
+        sights: How many.
+        plain: Prices and tags only; no closing days, cuisines, room types, bans or minimum nights.
     """
 
     hotels: int = 3
@@ -131,9 +160,15 @@ DEFAULT_SIZES = Sizes()
 def make_world(
     seed: int, sizes: Sizes = DEFAULT_SIZES, countries: Iterable[str] | None = None
 ) -> World:
-    """The world of a seed; `countries` restricts it, by default it has all of them.
+    """The world of a seed.
 
-    Raises ValueError: an unknown country, more of something in a city than there are names for.
+    Args:
+        seed: Of all random choices.
+        sizes: How much there is in a city.
+        countries: Some of places.PLACES; by default all.
+
+    Raises:
+        ValueError: An unknown country, or more of something in a city than there are names for.
     """
     names = list(PLACES) if countries is None else list(countries)
     for name in names:

@@ -11,7 +11,8 @@ from ray.exceptions import ActorDiedError
 
 from cohort.actors.config import ActorsConfig
 from cohort.actors.machine import split_cores
-from cohort.actors.pool import MAX_RESTARTS, Probe, RolloutError, RolloutPool, probe_gap
+from cohort.actors.pool import MAX_RESTARTS, RolloutPool
+from cohort.actors.probe import Probe, probe_gap
 from cohort.actors.records import (
     Failure,
     GroupMeta,
@@ -22,6 +23,7 @@ from cohort.actors.records import (
     WeightsInfo,
 )
 from cohort.actors.rollout import RolloutActor
+from cohort.actors.slot import RolloutError
 from tests.harness import clock
 
 LEARNER = [-1.0, -2.0]

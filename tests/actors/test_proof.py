@@ -108,7 +108,11 @@ class Model:
         def fed(*names: str) -> list[Feed]:
             turned = [name == "conv" for name in names]
             return [
-                Feed(n, t, digest(self.tensors[n].t() if t else self.tensors[n]))
+                Feed(
+                    name=n,
+                    transposed=t,
+                    digest=digest(self.tensors[n].t() if t else self.tensors[n]),
+                )
                 for n, t in zip(names, turned, strict=True)
             ]
 

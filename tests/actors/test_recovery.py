@@ -23,9 +23,10 @@ from ray.exceptions import (
 
 from cohort.actors.config import ActorsConfig
 from cohort.actors.engine import EngineError
-from cohort.actors.pool import MAX_RESTARTS, Probe, RolloutError, RolloutPool
+from cohort.actors.pool import MAX_RESTARTS, RolloutPool
+from cohort.actors.probe import Probe
 from cohort.actors.records import Failure, GroupMeta, NotSynced
-from cohort.actors.watch import BUSY_FACTOR, Watch
+from cohort.actors.slot import BUSY_FACTOR, RolloutError, Watch
 from tests.actors.stand_ins import LEARNER, PROBE, Handle, StandInEngine, info, request
 from tests.harness import clock
 

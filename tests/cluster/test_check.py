@@ -15,10 +15,10 @@ from cohort.actors.records import Completion, Group, GroupMeta, Prompt
 from cohort.cluster.commands.check.rewards import Scorers, made_up
 from cohort.cluster.commands.check.rollout import Generated, check_completions
 from cohort.cluster.commands.check.run import check
-from cohort.cluster.commands.check.sheet import CheckReport
+from cohort.cluster.commands.check.stages import CheckReport
 from cohort.cluster.config import Config
 from cohort.rewards.answer import exact_number
-from cohort.rewards.base import judge as score
+from cohort.rewards.base import score_group
 from cohort.rewards.specs import RewardSpec
 from cohort.rewards.tasks import PromptRenderer, Row
 from tests.models import tiny_llama
@@ -390,7 +390,7 @@ def test_made_up_answers_come_after_thinking_that_the_prompt_opens() -> None:
         row = Row("r", [question, {"role": "assistant", "content": begun}], {"answer": 5})
         group = made_up(PromptRenderer(tokenizer).render(row, 0), None, tokenizer)
         texts[name] = {completion.id: completion.text for completion in group.completions}
-        assert score(exact_number, "f", group).values[0] == 1.0
+        assert score_group(exact_number, "f", group).values[0] == 1.0
     assert texts["none"]["answer"] == texts["closed"]["answer"] == "5"
     assert texts["open"]["answer in <answer>"] == "So</think>\n<answer>5</answer>"
     assert texts["open"]["nothing"] == ""

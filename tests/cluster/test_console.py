@@ -90,7 +90,7 @@ def test_sparkline() -> None:
 def test_plain_output_is_one_flushed_line_each() -> None:
     stream = Stream(terminal=False)
     with Console(3, "auto", stream) as console:
-        console.header("cohort\n  run  steps=3")
+        console.note("cohort\n  run  steps=3")
         console.stage("starting 1 engine ...")
         flushed = stream.flushes
         for step in range(3):

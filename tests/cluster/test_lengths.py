@@ -13,7 +13,7 @@ import cohort.cluster.lengths
 from cohort.cluster.commands.evaluate import fitting_rows
 from cohort.cluster.config import Config
 from cohort.cluster.config_file import load_config
-from cohort.cluster.lengths import Rendered, check_lengths, chosen, render_rows
+from cohort.cluster.lengths import Lengths, Rendered, check_lengths, chosen, render_rows
 from cohort.cluster.observe.console import Console
 from cohort.cluster.prepare import Prepared, RunError, first_probe, make_renderer
 from cohort.rewards.config import RewardFunctionConfig, TaskConfig
@@ -174,12 +174,12 @@ def test_the_probe_makes_only_the_rows_that_it_needs() -> None:
 
     made: list[int] = []
     task = Careful(5_000)
-    ready = Prepared(config(), "m", 1, task, [], PromptRenderer(TOKENIZER, 300), 64, 0)
+    ready = Prepared(config(), "m", 1, task, [], PromptRenderer(TOKENIZER, 300), Lengths(0, 64, 0))
     assert len(first_probe(ready)) == 32
     assert len(made) <= 32
     made.clear()
     task = Careful(1)
-    ready = Prepared(config(), "m", 1, task, [], PromptRenderer(TOKENIZER, 300), 64, 0)
+    ready = Prepared(config(), "m", 1, task, [], PromptRenderer(TOKENIZER, 300), Lengths(0, 64, 0))
     assert len(first_probe(ready)) >= 2
 
 
@@ -196,7 +196,9 @@ def test_eval_leaves_out_what_is_too_long_and_says_so() -> None:
 
     def ready(overlong: str) -> Prepared:
         renderer = PromptRenderer(TOKENIZER, 20)
-        return Prepared(config(f"task.overlong={overlong}"), "m", 1, Made(3), [], renderer, 28, 0)
+        return Prepared(
+            config(f"task.overlong={overlong}"), "m", 1, Made(3), [], renderer, Lengths(0, 28, 0)
+        )
 
     kept, prompts = fitting_rows(ready("drop"), rows, console)
     assert [row.id for row in kept] == ["a", "c"]

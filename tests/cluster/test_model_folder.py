@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from cohort.cluster import model_folder
 from cohort.cluster.commands.check.model import check_model
-from cohort.cluster.commands.check.sheet import CheckReport
+from cohort.cluster.commands.check.stages import CheckReport
 from cohort.cluster.config_file import load_config
 from cohort.cluster.errors import RunError
 from cohort.cluster.model_folder import inspect_model, load_tokenizer

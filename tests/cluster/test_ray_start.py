@@ -164,7 +164,7 @@ def test_the_longest_socket_is_that_of_this_ray(monkeypatch: pytest.MonkeyPatch)
     for length in range(1, 100):
         folder = "/" + "x" * length
         monkeypatch.setenv("RAY_TMPDIR", folder)
-        monkeypatch.setattr(cohort.cluster.ray_start, "_require_writable", lambda *_: None)
+        monkeypatch.setattr(cohort.cluster.ray_start, "require_writable", lambda *_: None)
         name = cohort.cluster.ray_start.SOCKET.format(pid=cohort.cluster.ray_start._longest_pid())
         try:
             validate_socket_filepath(f"{folder}/{name}")

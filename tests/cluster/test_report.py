@@ -19,7 +19,8 @@ from cohort.cluster.observe.report.completions import ReportLimits, spread
 from cohort.cluster.observe.report.curves import MAX_POINTS, choose_charts, curves, tiles
 from cohort.cluster.observe.report.page import render, write_report
 from cohort.cluster.observe.report.recorded import ReportedCompletion, Text, read_groups, shorten
-from cohort.learner.credit import advantages
+from cohort.learner.advantages import advantages
+from cohort.learner.checkpoint import MANIFEST
 from tests.cluster.runs import lively_run, metrics_row, scored_group, write_rollouts, write_run
 
 NOW = datetime(2026, 1, 2, 3, 4, tzinfo=UTC)
@@ -283,6 +284,7 @@ def test_where_the_run_is(tmp_path: Path) -> None:
         folder = run / "checkpoints" / f"step-{step}"
         folder.mkdir(parents=True)
         if complete:
+            (folder / MANIFEST).write_text("{}")
             (folder / "COMPLETE").touch()
     state = build(run, ReportLimits(), NOW).run
     assert (state.steps_done, state.steps_total, state.checkpoint) == (7, 10, 6)

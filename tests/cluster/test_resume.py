@@ -12,17 +12,18 @@ import pytest
 
 import cohort.cluster.commands.train
 import cohort.cluster.launch
-from cohort.cluster.changes import (
+from cohort.cluster.config import ConfigError, all_keys
+from cohort.cluster.config_file import load_config
+from cohort.cluster.continuing import (
     HARMLESS,
     NOT_COMPARED,
     RATE_KEYS,
+    Saved,
+    compare,
     differences,
-    split_allowed,
+    refused,
     table,
 )
-from cohort.cluster.config import ConfigError, all_keys
-from cohort.cluster.config_file import load_config
-from cohort.cluster.continuing import Saved, compare
 from cohort.cluster.errors import RunError
 from cohort.cluster.fingerprint import (
     BLOCK_BYTES,
@@ -338,7 +339,7 @@ def test_changed_reward_code_is_said(tmp_path: Path) -> None:
     file.write_text(REWARD.format(name="score") + "# another\n")
     found = differences(before, fingerprint(config, str(tmp_path), task, specs), 1)
     assert [item.key for item in found] == ["rewards.functions"] and str(file) in found[0].what
-    assert split_allowed(found, []) == ([], found)
+    assert refused(found, []) == []
     assert "mine.py" in table(found)
 
 

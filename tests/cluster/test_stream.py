@@ -71,7 +71,7 @@ class Pool:
 class Rewards:
     """A reward that is a function of the group's name, so that a wrong join shows."""
 
-    async def score(self, group: str, _judged: Any = ()) -> Any:
+    async def score(self, group: str, _parts: Any = ()) -> Any:
         await asyncio.sleep(random.random() * 0.01)
         name = group.removeprefix("tokens of ")
         value = float(name.rsplit("-", 1)[1])
@@ -131,7 +131,7 @@ def test_a_stream_chooses_by_pass_rates_and_resumes_with_what_was_seen(staleness
     def choosy(cursor: int, count: int, rates: PassRates) -> SampledPrompts:
         """Prompts whose numbers tell what was known."""
         solved = sum(rate.solved for rate in rates.sources.values())
-        tries = sum(rate.tries for rate in rates.rows.values())
+        tries = sum(rate.scored for rate in rates.rows.values())
         prompts = tuple(
             Prompt(f"0-{tries}.{solved}-{i}", (1,), "p", source="odd" if i % 2 else "even")
             for i in range(cursor, cursor + count)
@@ -195,8 +195,8 @@ def test_metrics_of_each_source() -> None:
 class OftenEqual(Rewards):
     """Only prompts whose number is a multiple of five get rewards that differ."""
 
-    async def score(self, group: str, judged: Any = ()) -> Any:
-        meta, name = await super().score(group, judged)
+    async def score(self, group: str, parts: Any = ()) -> Any:
+        meta, name = await super().score(group, parts)
         if int(meta.group_id.rsplit("-", 1)[1]) % 5:
             meta = replace(meta, totals=(1.0, 1.0))
         return meta, name
@@ -289,8 +289,8 @@ def test_a_group_is_scored_while_others_are_still_generated() -> None:
             return result
 
     class Noting(Rewards):
-        async def score(self, group: str, judged: Any = ()) -> Any:
-            result = await super().score(group, judged)
+        async def score(self, group: str, parts: Any = ()) -> Any:
+            result = await super().score(group, parts)
             scored.append(group.removeprefix("tokens of "))
             if len(scored) == 3:
                 done.set()
@@ -305,49 +305,49 @@ def test_a_group_is_scored_while_others_are_still_generated() -> None:
     assert scored[3] == "0:0-2"
 
 
-def test_completions_are_judged_while_their_group_is_generated() -> None:
+def test_completions_are_scored_while_their_group_is_generated() -> None:
     """Those of an attempt that was lost do not count."""
     handed: list[Any] = []
 
     class Early(Rewards):
-        def judge(self, name: str, part: Any) -> asyncio.Task[Any]:
-            async def said() -> Any:
-                judging.set()
-                return None if part == "c" else f"{part} judged, {name}"
+        def score_part(self, name: str, part: Any) -> asyncio.Task[Any]:
+            async def scored() -> Any:
+                scoring.set()
+                return None if part == "c" else f"{part} scored, {name}"
 
-            return asyncio.create_task(said())
+            return asyncio.create_task(scored())
 
-        async def score(self, group: str, judged: Any = ()) -> Any:
-            handed.append(judged)
-            return await super().score(group, judged)
+        async def score(self, group: str, parts: Any = ()) -> Any:
+            handed.append(parts)
+            return await super().score(group, parts)
 
     class Slow(Pool):
         async def _one(self, request: Any) -> Any:
             self.arrived(request.group_id, 0, "lost")
             for part in "abc":
                 self.arrived(request.group_id, 1, part)
-            await asyncio.wait_for(judging.wait(), 10)
+            await asyncio.wait_for(scoring.wait(), 10)
             return await super()._one(request)
 
     async def main() -> None:
-        nonlocal judging
-        judging = asyncio.Event()
+        nonlocal scoring
+        scoring = asyncio.Event()
         stream = stream_of(Slow(), Early(), config(task={"prompts_per_step": 1, "group_size": G}))
         await stream.admit(0)
         assert len((await stream.take(0)).groups) == 1
 
-    judging = asyncio.Event()
+    scoring = asyncio.Event()
     clock.run(main())
     name = "0:0-0 attempt 1"
-    assert handed == [[f"a judged, {name}", f"b judged, {name}"]]
+    assert handed == [[f"a scored, {name}", f"b scored, {name}"]]
 
 
 def test_an_error_is_shown_once_for_each_function_and_cause(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     class Failing(Rewards):
-        async def score(self, group: str, judged: Any = ()) -> Any:
-            meta, name = await super().score(group, judged)
+        async def score(self, group: str, parts: Any = ()) -> Any:
+            meta, name = await super().score(group, parts)
             errors = tuple(
                 RewardError("f", f"c/{i}", cause, f"Traceback of {cause}")
                 for cause in ("raised", "timeout")
@@ -371,8 +371,8 @@ def test_an_error_is_shown_once_for_each_function_and_cause(
 
 def test_what_functions_log_is_pooled_over_the_step() -> None:
     class Logging(Rewards):
-        async def score(self, group: str, judged: Any = ()) -> Any:
-            meta, name = await super().score(group, judged)
+        async def score(self, group: str, parts: Any = ()) -> Any:
+            meta, name = await super().score(group, parts)
             number = float(meta.group_id.rsplit("-", 1)[1])
             more: dict[str, Any] = {"f/late": (1.0, 1.0)} if number == 3 else {}
             return (

@@ -242,6 +242,7 @@ def test_rollouts_hold_every_completion(tmp_path: Path) -> None:
         "prompt_tokens": 3,
         "tokens": 2,
         "token_ids": [0, 1],
+        "episode": None,
     }
     assert rows[0]["errors"] == []
     assert returned == rows

@@ -24,6 +24,7 @@ from cohort.cluster.commands.warmup import (
 )
 from cohort.cluster.config import ConfigError
 from cohort.cluster.config_file import load_config
+from cohort.cluster.lengths import Lengths
 from cohort.cluster.prepare import Prepared, RunError
 from cohort.learner.checkpoint import CheckpointError, new_folder
 from cohort.rewards.tasks import AdditionTask, Demonstrates, PromptRenderer, Row, TaskError
@@ -64,7 +65,7 @@ class Mute:
 
 def prepared(task: Any, *overrides: str, longest: int | None = 500) -> Prepared:
     config = warmup_config(load_config(ADDITION, ["model.path=m", *overrides]), GIVEN)
-    return Prepared(config, "m", 1, task, [], PromptRenderer(TOKENIZER, longest), 64, 0)
+    return Prepared(config, "m", 1, task, [], PromptRenderer(TOKENIZER, longest), Lengths(0, 64, 0))
 
 
 def taken(given: Prepared, count: int, examples: int = 0) -> list[Any]:

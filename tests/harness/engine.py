@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import xxhash
 
+from cohort.actors.config import ActorsConfig
 from cohort.actors.engine import Engine, EngineSpec
 from cohort.actors.proof import digest
 from cohort.actors.rollout import RolloutActor
@@ -204,9 +205,7 @@ class Vllm:
 
     async def collective_rpc(self, method: str) -> list[Any]:
         """The one worker's answers; see `cohort.actors.shared_memory.WorkerExtension`."""
-        held = {
-            name: str(digest(tensor)) for name, tensor in policy.as_tensors(self.weights).items()
-        }
+        held = {name: digest(tensor) for name, tensor in policy.as_tensors(self.weights).items()}
         if method == "served_weights":
             return [held]
         assert method == "served_layout"
@@ -250,12 +249,7 @@ def engine_spec(model: Path, **fields: Any) -> EngineSpec:
         "dtype": "float32",
         "device": "cpu",
         "max_length": 64,
-        "max_concurrent": 256,
-        "kv_cache_gib": 1.0,
-        "gpu_memory": 0.85,
-        "tensor_parallel": 1,
-        "compile": False,
-        "quantization": "none",
+        "actors": ActorsConfig(),
         "seed": 0,
     }
     return EngineSpec(**usual | fields)
@@ -263,7 +257,7 @@ def engine_spec(model: Path, **fields: Any) -> EngineSpec:
 
 def start_engine(spec: EngineSpec, tokenizer: Any) -> Engine:
     """The product's Engine around a Vllm with the weights of the model folder."""
-    llm = Vllm(policy.initial(len(tokenizer)), spec.max_concurrent)
+    llm = Vllm(policy.initial(len(tokenizer)), spec.actors.max_concurrent)
     return Engine(llm, spec, [tokenizer.eos_token_id])
 
 

@@ -1,4 +1,4 @@
-"""Reward actors whose functions run in this process, and rewards that the stand-ins can earn."""
+"""Reward workers whose functions run in this process, and rewards that the stand-ins can earn."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Coroutine, Sequence
 from typing import Any
 
 from cohort.rewards.adapters import load_reward
-from cohort.rewards.base import is_per_completion, judge, per_completion
-from cohort.rewards.results import from_json, to_json
+from cohort.rewards.base import is_per_completion, per_completion, score_group
+from cohort.rewards.result_json import from_json, to_json
 from cohort.rewards.specs import RewardSpec
 from cohort.rewards.worker import RewardWorker
 from tests.harness.local_ray import current_actor, current_ray
 
-JUDGE_S = 0.02
+SCORE_S = 0.02
 
 
 @per_completion
@@ -43,16 +43,16 @@ class LocalRewardWorker(RewardWorker):
 
     def _call(self, index: int, group: Any, payload: bytes, timeout_s: float) -> Any:  # noqa: ARG002
         function, name, columns = self._loaded[index]
-        verdict = judge(function, name, group, _refuse, columns, self._max_steps)
-        return from_json(name, to_json(verdict), len(group.completions)), JUDGE_S
+        result = score_group(function, name, group, _refuse, columns, self._max_steps)
+        return from_json(name, to_json(result), len(group.completions)), SCORE_S
 
-    async def judge(self, *parts: Any) -> Any:  # type: ignore[override]
-        await asyncio.sleep(JUDGE_S * current_ray().slowness(current_actor().name))
-        return RewardWorker.judge(self, *parts)
+    async def score_part(self, *parts: Any) -> Any:  # type: ignore[override]
+        await asyncio.sleep(SCORE_S * current_ray().slowness(current_actor().name))
+        return RewardWorker.score_part(self, *parts)
 
-    async def score(self, group: Any, *judged: Any) -> Any:  # type: ignore[override]
-        await asyncio.sleep(JUDGE_S * current_ray().slowness(current_actor().name))
-        return RewardWorker.score(self, group, *judged)
+    async def score(self, group: Any, *scored_parts: Any) -> Any:  # type: ignore[override]
+        await asyncio.sleep(SCORE_S * current_ray().slowness(current_actor().name))
+        return RewardWorker.score(self, group, *scored_parts)
 
 
 class LoadedHere(RewardWorker):

@@ -59,7 +59,7 @@ def test_a_run_survives_random_faults(world: MakeWorld, seed: int) -> None:
     check_books(run, 40)
 
 
-@pytest.mark.parametrize("method", ["judge", "score"])
+@pytest.mark.parametrize("method", ["score_part", "score"])
 def test_a_reward_call_that_dies_is_made_again(world: MakeWorld, method: str) -> None:
     run = world(run__steps=3)
     run.on("call", lambda event: run.ray.kill(event.actor), what=method, nth=3)
@@ -75,7 +75,7 @@ def test_one_reward_worker_serves_every_call(world: MakeWorld) -> None:
     assert len([e for e in run.events("done", actor="reward-0") if e.what == "score"]) == 12
 
 
-def test_the_only_reward_actor_that_freezes_is_replaced_in_time(world: MakeWorld) -> None:
+def test_the_only_reward_worker_that_freezes_is_replaced_in_time(world: MakeWorld) -> None:
     run = world(run__steps=3, rewards__workers=1)
     run.on("call", lambda event: run.ray.freeze(event.actor), what="score", nth=5)
     assert run.train() == 0

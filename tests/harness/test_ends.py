@@ -18,7 +18,7 @@ import cohort.learner.checkpoint
 from cohort.actors.pool import RolloutPool
 from cohort.cluster.launch import Services
 from cohort.cluster.observe.metrics_file import MetricsFile
-from cohort.cluster.observe.rollout_writer import RolloutWriter
+from cohort.cluster.observe.rollouts import RolloutWriter
 from cohort.cluster.run_dir import RunDir
 from cohort.learner.checkpoint import Checkpoints, is_complete
 from cohort.learner.learner import Learner

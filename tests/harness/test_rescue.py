@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-import cohort.cluster.observe.rollout_writer
-from cohort.actors.pool import RolloutError, RolloutPool
+import cohort.cluster.observe.rollouts
+from cohort.actors.pool import RolloutPool
 from cohort.actors.records import Failure
+from cohort.actors.slot import RolloutError
 from cohort.cluster.failures import ProgramError, TrainingError, check_failures
 from cohort.cluster.observe.metrics_file import MetricsFile
 from cohort.cluster.stream import Batch
@@ -282,7 +283,7 @@ def test_completions_that_cannot_be_written_end_nothing(
     run = world(run__steps=4)
     fails(
         monkeypatch,
-        cohort.cluster.observe.rollout_writer,
+        cohort.cluster.observe.rollouts,
         "rollout_file",
         lambda call: call in (2, 3),
     )

@@ -80,7 +80,7 @@ def test_every_checkpoint_of_an_overlapped_run_holds_its_own_steps_cursor(
 STAGES = {
     "first publish": ("call", "publish", 1),
     "generation": ("call", "submit", 3),
-    "judging": ("call", "judge", 5),
+    "scoring a part": ("call", "score_part", 5),
     "training": ("call", "step", 4),
     "load of weights": ("call", "sync", 6),
     "save": ("call", "save", 2),

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from cohort.actors.pool import RolloutError
+from cohort.actors.slot import RolloutError
 from tests.harness.world import World
 
 MakeWorld = Callable[..., World]

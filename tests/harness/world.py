@@ -14,7 +14,7 @@ ones, and so are RolloutActor (its gate, versions, refusals), Engine and RewardW
 - vLLM (`engine.py`): prefix cache, pausing, weight updates and seeded sampling of a policy that
   fits into two numpy vectors (`policy.py`);
 - DeepSpeed (`learner.py`): ranks that hold these vectors and an optimizer with momentum;
-- the reward actor's child process (`rewards.py`);
+- the reward worker's child process (`rewards.py`);
 - time (`clock.py`): a loop that jumps to the next timer. `time.monotonic` follows it.
 
 A run writes its folder as a real one does, so `train` again with `run__resume=True` continues it.
@@ -46,8 +46,8 @@ from ray.exceptions import OutOfMemoryError
 import cohort.actors.rollout
 import cohort.cluster.commands.train
 import cohort.cluster.launch
-import cohort.cluster.making
 import cohort.cluster.prepare
+import cohort.cluster.ray_start
 from cohort.cluster.commands.train import run_training
 from cohort.cluster.config import Config
 from cohort.cluster.config_file import load_config
@@ -136,11 +136,11 @@ class World:
         with pytest.MonkeyPatch.context() as patch:
             install_vllm(patch)
             patch.setenv("WANDB_MODE", "disabled")
-            patch.setattr(cohort.cluster.commands.train, "this_machine", lambda: MACHINE)
+            patch.setattr(cohort.cluster.ray_start, "this_machine", lambda: MACHINE)
             patch.setattr(cohort.cluster.launch, "this_machine", lambda: MACHINE)
             patch.setattr(cohort.cluster.prepare, "RewardWorker", LoadedHere)
             self._shm.mkdir(parents=True, exist_ok=True)
-            patch.setattr(cohort.cluster.making, "SHM", self._shm)
+            patch.setattr(cohort.cluster.launch, "SHM", self._shm)
             patch.setattr(cohort.actors.rollout, "SHM", self._shm)
             real_train = cohort.cluster.commands.train.train
 

@@ -141,6 +141,7 @@ def scored_group(
 
 def metas(group: ScoredGroup) -> tuple[GroupMeta, ScoreMeta]:
     completions = group.group.completions
+    shapes = tuple(tuple(turn.shape for turn in c.turns) for c in completions)
     meta = GroupMeta(
         group_id=group.group.id,
         prompt_tokens=len(group.group.prompt.token_ids),
@@ -150,6 +151,7 @@ def metas(group: ScoredGroup) -> tuple[GroupMeta, ScoreMeta]:
         weight_versions=(0, 0),
         actor="a",
         seconds=0.0,
+        turns=shapes if any(shapes) else (),
     )
     return meta, ScoreMeta(group.group.id, group.totals, {}, (), 0.0)
 

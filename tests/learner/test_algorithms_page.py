@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from cohort.actors.records import GroupMeta, ScoreMeta
+from cohort.actors.turns import TurnShape
+from cohort.learner.batch import build_micro_batch
 from cohort.learner.config import AlgorithmConfig
 from cohort.learner.corrections import engine_weights, sequence_means
 from cohort.learner.credit import shaped_rewards
@@ -20,6 +22,7 @@ from cohort.learner.objectives import kl_penalty, token_objective
 from cohort.learner.packing import Packer, Segment
 from cohort.learner.plan import plan_step
 from cohort.learner.presets import PRESETS, Preset
+from tests.learner.episodes import episode_group, episode_metas
 
 PAGE = (Path(__file__).parents[2] / "docs" / "algorithms.md").read_text(encoding="utf-8")
 MAX_TOKENS = 10
@@ -181,10 +184,57 @@ def test_the_loss_of_every_token(preset: Preset) -> None:
     assert added == pytest.approx(loss, abs=1e-4)
 
 
+@cache
+def episodes(credit: str) -> dict[str, tuple[float, float]]:
+    """Of every turn of the example, (advantage, weight of a token), as the tensors have them."""
+    rows = table(sections()["credit: turn"], "turn")
+    shapes: dict[str, list[TurnShape]] = {}
+    own: dict[str, list[float]] = {}
+    functions: dict[str, float] = {}
+    for row in rows:
+        name = row["turn"].partition(".")[0]
+        turns = shapes.setdefault(name, [])
+        parent = len(turns) - 1 if turns else None
+        kept = turns[-1].end if turns else 1
+        turns.append(TurnShape(parent, kept, int(row["inserted"]), int(row["sampled"])))
+        own.setdefault(name, []).append(float(row["environment"]))
+        functions[name] = functions.get(name, 0.0) + float(row["functions"])
+    group = episode_group(
+        "C", [tuple(turns) for turns in shapes.values()], [*functions.values()], 1
+    )
+    plan = plan_step(
+        [episode_metas(group, [tuple(turns) for turns in own.values()])],
+        AlgorithmConfig(credit=credit),
+        Packer(ranks=1, micro_batch_tokens=8192),
+        max_tokens=MAX_TOKENS,
+    )
+    [[[batch]]] = plan.updates
+    tensors = build_micro_batch(batch, {"C": group})
+    pairs = list(zip(tensors.advantage_T.tolist(), tensors.weight_T.tolist(), strict=True))
+    found, start = {}, 0
+    for segment in batch.segments:
+        name = f"C{int(segment.completion_id.partition('/')[2]) + 1}"
+        for i, turn in enumerate(segment.turns):
+            [found[f"{name}.{i + 1}"]] = set(pairs[start : start + turn.sampled])
+            start += turn.sampled
+    return found
+
+
+def test_the_turns_of_episodes() -> None:
+    rows = table(sections()["credit: turn"], "turn")
+    assert [row["turn"] for row in rows] == sorted(episodes("turn"))
+    for row in rows:
+        assert near(row["reward"]) == float(row["environment"]) + float(row["functions"])
+        advantage, weight = episodes("turn")[row["turn"]]
+        assert advantage == near(row["advantage"])
+        assert weight == near(row["weight of a token"])
+        assert episodes("episode")[row["turn"]] == (near(row["by episode"]), weight)
+
+
 def test_what_is_to_be_computed_by_hand_comes_out() -> None:
     """Every line `expression = number` of the blocks that are Python."""
     names = {"exp": math.exp, "sqrt": math.sqrt, "min": min, "max": max}
-    for preset in PRESETS:
+    for preset in (*PRESETS, "credit: turn"):
         blocks = re.findall(r"```python\n(.*?)```", sections()[preset], re.DOTALL)
         lines = [line.partition("#")[0] for block in blocks for line in block.splitlines()]
         lines = [line.rpartition(" = ") for line in lines if " = " in line]

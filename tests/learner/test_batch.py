@@ -15,7 +15,7 @@ from cohort.learner.config import AlgorithmConfig
 from cohort.learner.credit import informative, zero_variance
 from cohort.learner.packing import MicroBatch, Packer, RowCost, Segment
 from cohort.learner.plan import StepPlan, plan_step, score_batches
-from cohort.learner.shapes import RowShape
+from cohort.learner.shapes import Join, RowShape
 from tests.learner.helpers import metas, scored_group
 
 
@@ -94,6 +94,9 @@ def test_without_a_mask_long_rows_are_no_more_work() -> None:
     cost = RowCost(quadratic=0.5, masked=False)
     # 3 * 3 / 2 pairs within the prompt, 3 * 6 to it, (2 * 2 + 4 * 4) / 2 within completions.
     assert cost(RowShape(3, (2, 4))) == 9 + 0.5 * (4.5 + 18 + 10)
+    # 2 * 2 pairs to what the first branch continues, 4 * 4 to what the second does.
+    tree = RowShape(3, (2, 4), (Join(None, 2), Join(0, 4)))
+    assert cost(tree) == 9 + 0.5 * (4.5 + 20 + 10)
 
 
 def test_advantages_belong_to_their_completions() -> None:

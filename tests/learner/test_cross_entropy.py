@@ -12,9 +12,9 @@ import torch
 from torch.nn import functional
 
 from cohort.actors.records import ScoredGroup
+from cohort.learner.advantages import group_advantages
 from cohort.learner.batch import build_micro_batch
 from cohort.learner.config import CROSS_ENTROPY_NEEDS, AlgorithmConfig
-from cohort.learner.credit import group_advantages
 from cohort.learner.grpo import LossInputs, LossStats, policy_loss
 from cohort.learner.logprobs import PolicyModel
 from cohort.learner.packing import Packer

@@ -106,6 +106,21 @@ def group_of(rank: Rank, **algorithm: Any) -> Learner:
     return Learner(spec, Ranks([rank], 60.0), ModelFacts(1, 1e-3, True, True))
 
 
+@pytest.mark.parametrize(
+    ("keys", "whole"),
+    [
+        ({}, False),
+        ({"preset": "gspo"}, True),
+        ({"sequence_mask": (0.9, 1.1)}, True),
+        ({"negative_mask": 0.5}, True),
+    ],
+)
+def test_completions_are_kept_whole_where_their_loss_needs_it(
+    keys: dict[str, Any], whole: bool
+) -> None:
+    assert group_of(Rank(), **keys).packer.whole_completions == whole
+
+
 def test_a_kl_in_the_reward_comes_off_after_the_filter() -> None:
     """Its noise makes no equal rewards differ, and it is reported."""
     kl = {"a/0": 0.02, "a/1": 0.03, "b/0": 0.5, "b/1": -0.5, "b/2": 0.0}

@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from cohort.learner.config import AlgorithmConfig
-from cohort.learner.corrections import engine_weights, negative_mask, sequence_means
-from cohort.learner.credit import (
+from cohort.learner.advantages import (
     advantages,
     all_equal,
     group_advantages,
     overlong_penalty,
     standard_deviation,
-    token_weights,
 )
+from cohort.learner.config import AlgorithmConfig
+from cohort.learner.corrections import engine_weights, negative_mask, sequence_means
+from cohort.learner.credit import token_weights
 from cohort.learner.grpo import LossInputs, LossStats, policy_loss
 from cohort.learner.objectives import (
     cispo_objective,

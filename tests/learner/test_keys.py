@@ -22,12 +22,14 @@ from cohort.learner.optimizer import lr_at
 from cohort.learner.packing import Packer
 from cohort.learner.plan import plan_step
 from cohort.learner.presets import PRESETS
+from tests.learner.episodes import CHAIN, episode_group, episode_metas
 from tests.learner.helpers import metas, scored_group
 
 # For every key, values other than any preset's.
 CHANGES: dict[str, list[Any]] = {
     "baseline": ["mean", "leave_one_out", "none"],
     "scale": ["group", "batch", "none"],
+    "credit": ["episode", "turn"],
     "drop_zero_variance": [True, False],
     "overlong_buffer": [0.7],
     "mask_truncated": [True],
@@ -78,8 +80,13 @@ def what_it_computes(algorithm: AlgorithmConfig) -> list[Any]:
     ]
     on = algorithm.kl_coef > 0
     kl = {c.id: 0.01 * len(c.token_ids) for g in groups for c in g.group.completions}
+    # The turns of an episode tell apart which of its rewards came first.
+    episodes = episode_group("dd", [CHAIN, CHAIN], [1.0, 0.2])
     plan = plan_step(
-        [metas(group) for group in groups],
+        [
+            *(metas(group) for group in groups),
+            episode_metas(episodes, [(0.0, 1.0, 0.0), (0.5, 0.0, 0.0)]),
+        ],
         algorithm,
         Packer(ranks=1, micro_batch_tokens=8192),
         max_tokens=32,

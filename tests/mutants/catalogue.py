@@ -14,10 +14,14 @@ POOL = "tests/actors/test_pool.py"
 WEIGHTS = "tests/harness/test_weights.py"
 BATCH = "tests/learner/test_batch.py"
 GRPO = "tests/learner/test_grpo.py"
+GROUP = "tests/learner/test_group.py"
+EPISODES = "tests/learner/test_episodes.py"
+TURN_CREDIT = "tests/learner/test_turn_credit.py"
 RESCUE = "tests/harness/test_rescue.py"
 RUN_DIR = "tests/cluster/test_run_dir.py"
 SAVED = "tests/learner/test_saved.py"
 TEMPLATES = "tests/rewards/test_templates.py"
+CONTINUATION = "tests/rewards/test_continuation.py"
 FINAL_PART = "tests/rewards/test_final_part.py"
 LAYOUTS = "tests/rewards/test_layouts.py"
 LENGTHS = "tests/cluster/test_lengths.py"
@@ -29,6 +33,7 @@ FOLDERS = "tests/cluster/test_model_folder.py"
 RAY_START = "tests/cluster/test_ray_start.py"
 LOST = "tests/harness/test_lost_groups.py"
 VALUES = "tests/cluster/test_values.py"
+ENVIRONMENTS = "tests/rewards/test_environments.py"
 
 MUTANTS = (
     Mutant(
@@ -155,8 +160,8 @@ MUTANTS = (
     ),
     Mutant(
         "actors/rollout.py",
-        "if self._version == UNSYNCED:",
-        "if False:",
+        "if self._version == UNSYNCED:\n                return",
+        "if False:\n                return",
         "nothing is generated before weights were pulled",
         (f"{POOL}::test_an_actor_refuses_to_generate_before_it_has_pulled_weights",),
     ),
@@ -180,9 +185,9 @@ MUTANTS = (
     # The learner.
     Mutant(
         "learner/credit.py",
-        "    by_task = group_advantages(task_rewards(meta, scores), algorithm, 1.0)",
-        "    longest = max(meta.completion_tokens)\n    by_task = group_advantages("
-        "shaped_rewards(meta, scores, algorithm, longest), algorithm, 1.0)",
+        "    by_task = _values(scores, task_rewards(meta, scores), algorithm, 1.0)",
+        "    longest = max(meta.completion_tokens)\n    by_task = _values("
+        "scores, shaped_rewards(meta, scores, algorithm, longest), algorithm, 1.0)",
         "a length penalty alone is no signal",
         (f"{BATCH}::test_a_length_penalty_is_no_signal",),
     ),
@@ -201,7 +206,7 @@ MUTANTS = (
         (f"{BATCH}::test_plan_invariants",),
     ),
     Mutant(
-        "learner/credit.py",
+        "learner/advantages.py",
         '    alone = algorithm.scale == "group" and all_equal(rewards)\n',
         "    alone = False\n",
         "a KL off equal rewards is not brought to full size",
@@ -223,10 +228,102 @@ MUTANTS = (
     ),
     Mutant(
         "learner/batch.py",
-        "            before[0] = first + prompt - 1\n",
-        "",
+        "                before[:1] = last[place.branch]\n",
+        "                pass\n",
         "a completion's first token is predicted by the prompt's last, wherever it lies in the row",
         (f"{BATCH}::test_tensors_against_brute_force",),
+    ),
+    # Episodes.
+    Mutant(
+        "learner/episodes.py",
+        "        if parent is not None and turn.kept == joins",
+        "        if False and parent is not None and turn.kept == joins",
+        "turns that extend each other are one branch",
+        (f"{EPISODES}::test_turns_that_extend_each_other_are_one_branch",),
+    ),
+    Mutant(
+        "learner/episodes.py",
+        "    return Join(branch, kept)\n",
+        "    return Join(branch, kept - (branch is not None))\n",
+        "a fork sees exactly the tokens that it kept",
+        (f"{EPISODES}::test_a_plan_conserves_tokens_and_every_token_sees_its_own_sequence",),
+    ),
+    Mutant(
+        "learner/shapes.py",
+        "        taken = min(tokens, stop - start)\n",
+        "        taken = min(tokens, stop)\n",
+        "a branch does not see what comes after its fork",
+        (f"{EPISODES}::test_every_sampled_token_is_scored_and_trained_as_in_its_own_sequence",),
+    ),
+    Mutant(
+        "learner/attention.py",
+        "        kept = [0, *row.kept()]\n",
+        "        kept = [0, *(row.prompt for _ in row.branches)]\n",
+        "a branch that is computed by itself attends causally behind what it continues",
+        (f"{EPISODES}::test_every_sampled_token_is_scored_and_trained_as_in_its_own_sequence",),
+    ),
+    Mutant(
+        "learner/attention.py",
+        "                for first, last in history:\n",
+        "                for first, last in [(0, row.prompt)]:\n",
+        "under a mask, a branch attends to the branches that it continues",
+        (f"{EPISODES}::test_every_sampled_token_is_scored_and_trained_as_in_its_own_sequence",),
+    ),
+    Mutant(
+        "learner/batch.py",
+        "self.position_ids.append(torch.arange(kept, kept + tokens))",
+        "self.position_ids.append(torch.arange(row.prompt_tokens, row.prompt_tokens + tokens))",
+        "positions count along a turn's own sequence",
+        (f"{EPISODES}::test_a_plan_conserves_tokens_and_every_token_sees_its_own_sequence",),
+    ),
+    Mutant(
+        "learner/batch.py",
+        "sequences.setdefault(s.completion_id, len(sequences)) for s in batch.segments",
+        "i for i, _ in enumerate(batch.segments)",
+        "an episode in several rows is one sequence",
+        (f"{TURN_CREDIT}::test_an_episode_has_one_ratio_and_one_kl",),
+    ),
+    Mutant(
+        "learner/step.py",
+        "before = found.get(segment.completion_id, 0.0)",
+        "before = 0.0",
+        "the KL of an episode is summed over all its rows",
+        (f"{TURN_CREDIT}::test_an_episode_has_one_ratio_and_one_kl",),
+    ),
+    Mutant(
+        "learner/packing.py",
+        "        if tokens := sum(segment.turns[place.turn].sampled for place in places):\n",
+        "        if tokens := segment.tokens:\n",
+        "without sharing, a row trains the tokens of its own branch only",
+        (f"{EPISODES}::test_a_plan_conserves_tokens_and_every_token_sees_its_own_sequence",),
+    ),
+    Mutant(
+        "learner/learner.py",
+        "            whole_completions=self.spec.algorithm.judges_completions,\n",
+        "            whole_completions=False,\n",
+        "ratios of whole completions see all rows of one",
+        (f"{GROUP}::test_completions_are_kept_whole_where_their_loss_needs_it",),
+    ),
+    Mutant(
+        "learner/advantages.py",
+        "tuple(accumulate(reversed(own)))[::-1]",
+        "tuple(accumulate(own))",
+        "a turn is credited with what comes after it",
+        (f"{TURN_CREDIT}::test_advantages_of_turns_the_long_way",),
+    ),
+    Mutant(
+        "learner/credit.py",
+        "            rest = reward - (own if valid(own) else 0.0)\n",
+        "            rest = reward\n",
+        "the environment's rewards count once",
+        (f"{TURN_CREDIT}::test_what_is_not_the_environments_counts_to_the_last_turn",),
+    ),
+    Mutant(
+        "learner/credit.py",
+        "all_equal(_flat(turn_rewards(scores, rewards)))",
+        "False",
+        "a KL off equal turn rewards is not brought to full size",
+        (f"{TURN_CREDIT}::test_a_kl_off_equal_turn_rewards_keeps_its_size",),
     ),
     Mutant(
         "learner/weights.py",
@@ -331,7 +428,7 @@ MUTANTS = (
         (f"{RESCUE}::test_lost_groups_count_with_all_their_completions",),
     ),
     Mutant(
-        "cluster/observe/rollout_writer.py",
+        "cluster/observe/rollouts.py",
         "                self._replace()\n",
         "                break\n",
         "a rollout writer that died is replaced",
@@ -346,10 +443,31 @@ MUTANTS = (
     ),
     Mutant(
         "rewards/rendering.py",
-        'return self._tokens(self._header(messages) + messages[-1]["content"], special=False)',
-        'return self._tokens(self._header(messages) + messages[-1]["content"].strip(), False)',
+        'return self._header(messages) + messages[-1]["content"]',
+        'return self._header(messages) + messages[-1]["content"].strip()',
         "a prompt ends with exactly the words that begin the answer",
         (f"{TEMPLATES}::test_an_answer_that_the_prompt_begins_is_continued",),
+    ),
+    Mutant(
+        "rewards/continuation.py",
+        "return Extension(tuple(appended), len(old), messages, None, False)",
+        "return Extension(tuple(rendered[0][1]), 0, messages, None, False)",
+        "sampled ids are never rendered again",
+        (f"{CONTINUATION}::test_ids_that_are_not_those_of_their_text_stay",),
+    ),
+    Mutant(
+        "rewards/continuation.py",
+        "(ids[0] == end or self._closes)",
+        "ids[0] == end",
+        "a turn ends once",
+        (f"{CONTINUATION}::test_a_turn_ends_once",),
+    ),
+    Mutant(
+        "rewards/continuation.py",
+        "if appended is not None and ours in theirs:",
+        "if appended is not None:",
+        "what a template rewrites is reported, and forks where the user wants it",
+        (f"{CONTINUATION}::test_thinking_that_the_prompt_opened_forks_or_stays",),
     ),
     Mutant(
         "rewards/extract.py",
@@ -398,34 +516,34 @@ MUTANTS = (
             "tests/rewards/test_bounded.py::test_waiting_for_a_core_on_a_busy_machine_is_not_too_much",
         ),
     ),
-    # Reward actors.
+    # Reward workers.
     Mutant(
         "rewards/pool.py",
         "        for _ in range(MAX_ATTEMPTS):\n            worker = await self._idle_worker()",
         "        for _ in range(1):\n            worker = await self._idle_worker()",
-        "a reward call whose actor died is made again",
+        "a reward call whose worker died is made again",
         (f"{CHAOS}::test_a_reward_call_that_dies_is_made_again",),
     ),
     Mutant(
         "rewards/pool.py",
-        "        worker.restarts = 0\n        await self._take_back(worker)\n",
+        "        worker.restarts = 0\n        await self._make_idle(worker)\n",
         "        worker.restarts = 0\n",
-        "a reward actor is idle again after a call",
+        "a reward worker is idle again after a call",
         (f"{CHAOS}::test_one_reward_worker_serves_every_call",),
     ),
     Mutant(
         "rewards/pool.py",
         "            elif time.monotonic() - heard > self._frozen_s:\n",
         "            elif False:\n",
-        "a frozen reward actor is found by its silence",
-        (f"{REWARD_POOL}::test_a_frozen_actor_is_replaced_by_its_silence",),
+        "a frozen reward worker is found by its silence",
+        (f"{REWARD_POOL}::test_a_frozen_worker_is_replaced",),
     ),
     Mutant(
         "rewards/pool.py",
-        "            call[1].add_done_callback(lambda _: self._no_longer_waiting(name, parts))\n",
+        "            call.add_done_callback(lambda _: self._closed(name, parts))\n",
         "",
-        "judging that is cancelled leaves nothing",
-        (f"{REWARD_POOL}::test_judging_that_is_cancelled_leaves_nothing",),
+        "scoring that is cancelled leaves nothing",
+        (f"{REWARD_POOL}::test_scoring_that_is_cancelled_leaves_nothing",),
     ),
     Mutant(
         "rewards/worker.py",
@@ -456,9 +574,9 @@ MUTANTS = (
         (f"{NUMBERS}::test_nothing_that_a_function_starts_outlives_it",),
     ),
     Mutant(
-        "cluster/changes.py",
-        "refused = [item for item in found if item.breaks and item.key not in allowed]",
-        "refused = []",
+        "cluster/continuing.py",
+        "return [item for item in found if item.breaks and item.key not in allowed]",
+        "return []",
         "a resumed run with other rows, schedule or objective is refused",
         (
             f"{RESUMED}::test_what_changes_rows_schedule_or_objective_is_refused_before_anything_starts",
@@ -479,7 +597,7 @@ MUTANTS = (
         (f"{RESUMED}::test_a_changed_group_size_adds_up_even_when_a_group_is_lost",),
     ),
     Mutant(
-        "cluster/changes.py",
+        "cluster/continuing.py",
         'elif key == "run.steps" and not (_ends_with_run(saved) or _ends_with_run(now)):',
         'elif key == "run.steps":',
         "the steps of a run with a schedule do not change unseen",
@@ -570,10 +688,52 @@ MUTANTS = (
         (f"{WEIGHTS}::test_an_update_that_an_engine_ignores_ends_the_run_at_that_update",),
     ),
     Mutant(
-        "actors/watch.py",
+        "actors/slot.py",
         "moved = progress != self.progress",
         "moved = True",
         "an engine that stands still is noticed",
         (f"{RECOVERY}::test_one_that_stands_still_is_replaced_soon",),
+    ),
+    Mutant(
+        "actors/play.py",
+        "        made, turns = [], []\n",
+        "        pass\n",
+        "nothing of an episode that failed is trained",
+        (f"{ENVIRONMENTS}::test_an_environment_that_fails_costs_its_own_episode",),
+    ),
+    Mutant(
+        "actors/play.py",
+        'alone = not name.endswith("/0")',
+        "alone = False",
+        "an environment that ends its process does not take others with it twice",
+        (f"{ENVIRONMENTS}::test_an_environment_that_fails_costs_its_own_episode",),
+    ),
+    Mutant(
+        "rewards/environments/scores.py",
+        "rewards.append(None if end is None or end.failure is not None else end.reward)",
+        "rewards.append(None if end is None else end.reward or 0.0)",
+        "an episode that failed has no reward, not 0",
+        (f"{ENVIRONMENTS}::test_an_environment_that_fails_costs_its_own_episode",),
+    ),
+    Mutant(
+        "rewards/environments/episode.py",
+        'text = text.replace(token, f"{token[0]} {token[1:]}")',
+        "pass",
+        "a tool cannot speak as the model",
+        (f"{ENVIRONMENTS}::test_control_tokens_in_a_message_are_text",),
+    ),
+    Mutant(
+        "rewards/environments/episode.py",
+        "if turn + 1 >= self._limits.max_turns:",
+        "if turn > self._limits.max_turns:",
+        "an episode has no more turns than the config allows",
+        (f"{ENVIRONMENTS}::test_an_episode_ends_at_a_limit_with_what_it_has_earned",),
+    ),
+    Mutant(
+        "rewards/environments/host.py",
+        "    if not math.isfinite(found):\n",
+        "    if False:\n",
+        "a reward that is not finite fails its episode",
+        (f"{ENVIRONMENTS}::test_an_environment_that_fails_costs_its_own_episode",),
     ),
 )

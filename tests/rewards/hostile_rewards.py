@@ -1,4 +1,4 @@
-"""Reward functions that misbehave in every way the reward actor must survive."""
+"""Reward functions that misbehave in every way that a reward worker must survive."""
 
 from __future__ import annotations
 

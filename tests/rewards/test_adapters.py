@@ -10,7 +10,7 @@ import pytest
 
 from cohort.actors.records import Completion, Group, Prompt
 from cohort.rewards.adapters import from_openrlhf, from_verl, load_reward
-from cohort.rewards.base import is_per_completion, judge
+from cohort.rewards.base import is_per_completion, score_group
 from cohort.rewards.config import RewardFunctionConfig, RewardsConfig
 from cohort.rewards.specs import reward_specs
 from cohort.rewards.tasks import TaskError
@@ -66,12 +66,12 @@ def verl(tmp_path: Path) -> Path:
 def test_verl_numbers_dicts_and_exceptions(verl: Path) -> None:
     function = load_reward(f"{verl}:compute_score", "verl", {"bonus": 1})
     group = make_group("4", "5", "crash", ground_truth="4", data_source="gsm8k")
-    verdict = judge(function, "f", group)
-    assert verdict.values == (2.0, 1.0, None)
-    assert verdict.parts == {"acc": (1.0, 0.0, None)}
-    assert verdict.extra == {"pred": ("4", "5", None)}
-    assert [(e.completion_id, e.cause) for e in verdict.errors] == [("c2", "raised")]
-    assert "what is that" in verdict.errors[0].message
+    result = score_group(function, "f", group)
+    assert result.values == (2.0, 1.0, None)
+    assert result.parts == {"acc": (1.0, 0.0, None)}
+    assert result.extra == {"pred": ("4", "5", None)}
+    assert [(e.completion_id, e.cause) for e in result.errors] == [("c2", "raised")]
+    assert "what is that" in result.errors[0].message
 
 
 def test_verl_rows_of_its_own_layout_stay_unchanged(verl: Path) -> None:
@@ -82,21 +82,21 @@ def test_verl_rows_of_its_own_layout_stay_unchanged(verl: Path) -> None:
     }
     group = make_group("4", "5", **columns)
     function = load_reward(f"{verl}:compute_score", "verl", {})
-    assert judge(function, "f", group).values == (1.0, 0.0)
+    assert score_group(function, "f", group).values == (1.0, 0.0)
     assert columns["extra_info"] == {"index": 1}
 
 
 def test_verl_async(verl: Path) -> None:
     function = load_reward(f"{verl}:compute_score_async", "verl", {})
-    verdict = judge(function, "f", make_group("4", "crash", "5", ground_truth="4"))
-    assert verdict.values == (1.0, None, 0.0)
-    assert verdict.errors[0].cause == "raised"
+    result = score_group(function, "f", make_group("4", "crash", "5", ground_truth="4"))
+    assert result.values == (1.0, None, 0.0)
+    assert result.errors[0].cause == "raised"
 
 
 def test_verl_without_a_right_answer_says_which_key_to_set() -> None:
-    verdict = judge(from_verl(lambda **_: 1.0), "f", make_group("4", answer="4"))
-    assert "columns: {ground_truth: COLUMN}" in verdict.errors[0].message
-    renamed = judge(
+    result = score_group(from_verl(lambda **_: 1.0), "f", make_group("4", answer="4"))
+    assert "columns: {ground_truth: COLUMN}" in result.errors[0].message
+    renamed = score_group(
         from_verl(lambda ground_truth, **_: float(ground_truth)),
         "f",
         make_group("4", answer="4"),
@@ -109,11 +109,11 @@ def test_openrlhf_gets_the_rendered_prompt_and_its_logs_are_kept(tmp_path: Path)
     file = tmp_path / "openrlhf_reward.py"
     file.write_text(OPENRLHF)
     function = load_reward(f"{file}:reward_func", "openrlhf", {})
-    verdict = judge(function, "f", make_group("4", "15", label="4"))
-    assert verdict.errors == ()
-    assert verdict.values == (1.0, 0.0)
-    assert verdict.parts == {"scores": (0.5, 0.0), "length": (1.0, 2.0)}
-    assert verdict.metrics == {"accuracy": (0.5,)}
+    result = score_group(function, "f", make_group("4", "15", label="4"))
+    assert result.errors == ()
+    assert result.values == (1.0, 0.0)
+    assert result.parts == {"scores": (0.5, 0.0), "length": (1.0, 2.0)}
+    assert result.metrics == {"accuracy": (0.5,)}
 
 
 def test_openrlhf_arguments_as_lists_and_tensors() -> None:
@@ -125,20 +125,20 @@ def test_openrlhf_arguments_as_lists_and_tensors() -> None:
         return torch.tensor([0.5, 1.5])
 
     group = make_group("a", "b", answer=4)
-    mapped = judge(from_openrlhf(reward_func), "f", group, columns={"labels": "answer"})
+    mapped = score_group(from_openrlhf(reward_func), "f", group, columns={"labels": "answer"})
     assert mapped.values == (0.5, 1.5)
     assert seen == {
         "queries": ["<user>2 + 2?<assistant>a", "<user>2 + 2?<assistant>b"],
         "prompts": ["<user>2 + 2?<assistant>"] * 2,
         "labels": [4, 4],
     }
-    judge(from_openrlhf(reward_func), "f", group)
+    score_group(from_openrlhf(reward_func), "f", group)
     assert seen["labels"] == ["", ""]
 
 
 def test_a_prompt_without_its_text_cannot_be_given_to_openrlhf() -> None:
-    verdict = judge(from_openrlhf(lambda **_: [1.0]), "f", make_group("a", text=None))
-    assert "needs the rendered prompt" in verdict.errors[0].message
+    result = score_group(from_openrlhf(lambda **_: [1.0]), "f", make_group("a", text=None))
+    assert "needs the rendered prompt" in result.errors[0].message
 
 
 def test_the_config_reaches_the_adapter_in_the_child(verl: Path) -> None:
@@ -220,10 +220,10 @@ partial = functools.partial(open_ended, flag=1)
         "partial",
     ],
 )
-def test_verl_functions_of_every_form_judge_each_completion(tmp_path: Path, name: str) -> None:
+def test_verl_functions_of_every_form_score_each_completion(tmp_path: Path, name: str) -> None:
     file = tmp_path / "conventions.py"
     file.write_text(CONVENTIONS)
     function = load_reward(f"{file}:{name}", "verl", {})
-    verdict = judge(function, "f", make_group("4", "5", ground_truth="4"))
-    assert (verdict.values, verdict.errors) == ((1.0, 0.0), ())
+    result = score_group(function, "f", make_group("4", "5", ground_truth="4"))
+    assert (result.values, result.errors) == ((1.0, 0.0), ())
     assert is_per_completion(function)

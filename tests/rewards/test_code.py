@@ -22,12 +22,12 @@ ADD = ["assert add(1, 2) == 3", "assert add(2, 2) == 4"]
 
 
 @pytest.fixture(scope="module", params=[pytest.param("bwrap", marks=needs.bubblewrap), "none"])
-def judge(request: pytest.FixtureRequest) -> CodeTests:
+def code_tests(request: pytest.FixtureRequest) -> CodeTests:
     return CodeTests(sandbox=request.param, seconds=1, memory_mb=256)
 
 
-def score(judge: CodeTests, code: str, tests: Any = None) -> Any:
-    return judge([f"Here:\n```python\n{code}\n```\n"], [SUM if tests is None else tests])[0]
+def score(code_tests: CodeTests, code: str, tests: Any = None) -> Any:
+    return code_tests([f"Here:\n```python\n{code}\n```\n"], [SUM if tests is None else tests])[0]
 
 
 @pytest.mark.parametrize(
@@ -52,8 +52,8 @@ def score(judge: CodeTests, code: str, tests: Any = None) -> Any:
         ("print('٧')", SUM, 0.0),
     ],
 )
-def test_tests_decide(judge: CodeTests, code: str, tests: Any, passed: float) -> None:
-    found = score(judge, code, tests)
+def test_tests_decide(code_tests: CodeTests, code: str, tests: Any, passed: float) -> None:
+    found = score(code_tests, code, tests)
     # Without score="share" it ends at the first failure, so that the share is a lower bound.
     assert found["score"] == float(passed == 1.0)
     assert found["passed"] <= passed
@@ -64,15 +64,15 @@ def test_tests_decide(judge: CodeTests, code: str, tests: Any, passed: float) ->
 @pytest.mark.parametrize(
     "text", ["", "print(7)", "```python\nprint(7)", "```python\n```", "x" * 10**6, "```" * 10**5]
 )
-def test_no_code_scores_nothing(judge: CodeTests, text: str) -> None:
-    assert judge([text], [SUM]) == [{"score": 0.0, "passed": 0.0}]
+def test_no_code_scores_nothing(code_tests: CodeTests, text: str) -> None:
+    assert code_tests([text], [SUM]) == [{"score": 0.0, "passed": 0.0}]
 
 
-def test_no_tests_and_wrong_tests(judge: CodeTests) -> None:
-    assert judge(["```python\nx\n```"], [None]) == [None]
+def test_no_tests_and_wrong_tests(code_tests: CodeTests) -> None:
+    assert code_tests(["```python\nx\n```"], [None]) == [None]
     for tests in ([], "", [{"input": "1"}], [3], {"input": 1, "output": "1"}):
         with pytest.raises(ValueError, match="test"):
-            judge(["```python\nx\n```"], [tests])
+            code_tests(["```python\nx\n```"], [tests])
 
 
 @pytest.mark.parametrize(
@@ -90,9 +90,9 @@ def test_no_tests_and_wrong_tests(judge: CodeTests) -> None:
         "open('big', 'wb').write(b'x' * 100_000_000)",
     ],
 )
-def test_bombs_end_in_bound(judge: CodeTests, code: str) -> None:
+def test_bombs_end_in_bound(code_tests: CodeTests, code: str) -> None:
     started = time.monotonic()
-    assert score(judge, code)["score"] == 0.0
+    assert score(code_tests, code)["score"] == 0.0
     assert time.monotonic() - started < 5
 
 
@@ -175,9 +175,9 @@ def test_without_a_sandbox_it_is_refused_with_what_to_do(
 def test_a_sandbox_that_breaks_later_is_an_error_not_a_zero(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    judge = CodeTests(seconds=2)
-    monkeypatch.setattr(judge._sandbox, "_bwrap", shutil.which("false"))
-    found = score(judge, "print(7)")
+    code_tests = CodeTests(seconds=2)
+    monkeypatch.setattr(code_tests._sandbox, "_bwrap", shutil.which("false"))
+    found = score(code_tests, "print(7)")
     assert isinstance(found, SandboxError)
     assert "could not start" in str(found)
 
@@ -191,8 +191,8 @@ def test_bad_options(options: dict[str, Any]) -> None:
         CodeTests(**{"sandbox": "none", **options})
 
 
-def test_no_descriptor_is_left_open(judge: CodeTests) -> None:
+def test_no_descriptor_is_left_open(code_tests: CodeTests) -> None:
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(3):
-        score(judge, "print(7)", SUM[:1])
+        score(code_tests, "print(7)", SUM[:1])
     assert len(os.listdir("/proc/self/fd")) == before

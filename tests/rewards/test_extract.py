@@ -71,7 +71,7 @@ def test_last_code(text: str, code: str | None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "known", "same"),
+    ("given", "known", "same"),
     [
         ("12", "12.0", True),
         ("1,234", "1234", True),
@@ -85,8 +85,8 @@ def test_last_code(text: str, code: str | None) -> None:
         ("1e1", "10", False),
     ],
 )
-def test_same_text(said: str, known: str, same: bool) -> None:
-    assert same_text(said, known) is same
+def test_same_text(given: str, known: str, same: bool) -> None:
+    assert same_text(given, known) is same
 
 
 SPRAY = " ".join(f"\\boxed{{{n}}}" for n in range(20))

@@ -1,4 +1,4 @@
-"""What a completion only thinks does not earn, whichever function judges it."""
+"""What a completion only thinks does not earn, whichever function scores it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from cohort.actors.records import Completion, Group, Prompt
 from cohort.actors.text import completion_text, prefill_of
 from cohort.rewards.answer import boxed_answer, exact_number, tagged_answer
-from cohort.rewards.base import judge
+from cohort.rewards.base import score_group
 from cohort.rewards.code import CodeTests
 from cohort.rewards.extract import final_part
 from cohort.rewards.format import number_only, tagged_think_answer
@@ -154,10 +154,10 @@ def test_r1s_rewards_through_a_real_template(name: str) -> None:
     ids = tokenizer(wrote, add_special_tokens=False)["input_ids"]
     group = one(prompt, completion_text(tokenizer, [*ids, tokenizer.eos_token_id]))
     for function in (tagged_think_answer, tagged_answer):
-        assert judge(function, "f", group).values == (1.0,)
+        assert score_group(function, "f", group).values == (1.0,)
     closed_only = one(prompt, "<answer>5</answer>")
     for function in (tagged_think_answer, tagged_answer):
-        assert judge(function, "f", closed_only).values == (0.0,)
+        assert score_group(function, "f", closed_only).values == (0.0,)
 
 
 def test_a_reward_model_reads_one_answer() -> None:

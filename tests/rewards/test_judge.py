@@ -121,7 +121,7 @@ def test_a_failure_is_not_remembered_and_costs_no_other(server: Server) -> None:
         grade(None),
     ],
 )
-def test_a_reply_without_a_verdict_is_an_error(server: Server, reply: Reply) -> None:
+def test_a_reply_without_a_grade_is_an_error(server: Server, reply: Reply) -> None:
     server.reply = lambda *_: reply
     (error,) = ask(make(server), "a")
     assert isinstance(error, ValueError)

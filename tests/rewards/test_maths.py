@@ -27,12 +27,12 @@ def boxed() -> MathAnswer:
     return MathAnswer(timeout_s=1)
 
 
-def score(judge: MathAnswer, text: str, answer: Any = "12", question: Any = QUESTION) -> Any:
-    return judge([question], [text], [answer])[0]
+def score(maths: MathAnswer, text: str, answer: Any = "12", question: Any = QUESTION) -> Any:
+    return maths([question], [text], [answer])[0]
 
 
 @pytest.mark.parametrize(
-    ("said", "answer"),
+    ("given", "answer"),
     [
         ("12", 12),
         ("12.0", "12"),
@@ -52,8 +52,8 @@ def score(judge: MathAnswer, text: str, answer: Any = "12", question: Any = QUES
         ("7", r"so \boxed{7}"),
     ],
 )
-def test_right(boxed: MathAnswer, said: str, answer: Any) -> None:
-    assert score(boxed, f"so \\boxed{{{said}}}", answer) == 1.0
+def test_right(boxed: MathAnswer, given: str, answer: Any) -> None:
+    assert score(boxed, f"so \\boxed{{{given}}}", answer) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -103,14 +103,14 @@ def test_an_ordered_pair_keeps_its_order(boxed: MathAnswer) -> None:
 
 
 def test_tags_and_rows_without_an_answer() -> None:
-    judge = MathAnswer(answer_in="tags")
-    assert score(judge, r"<think>\boxed{3}</think><answer>$\frac{24}{2}$</answer>") == 1.0
-    assert score(judge, r"<answer>\boxed{12}</answer>") == 1.0
-    assert score(judge, r"\boxed{12}") == 0.0
-    assert score(judge, "<answer>12</answer>", None) is None
+    maths = MathAnswer(answer_in="tags")
+    assert score(maths, r"<think>\boxed{3}</think><answer>$\frac{24}{2}$</answer>") == 1.0
+    assert score(maths, r"<answer>\boxed{12}</answer>") == 1.0
+    assert score(maths, r"\boxed{12}") == 0.0
+    assert score(maths, "<answer>12</answer>", None) is None
     messages = [{"role": "user", "content": QUESTION}]
     reply = [{"role": "assistant", "content": "<answer>12</answer>"}]
-    assert judge([messages], [reply], ["12"]) == [1.0]
+    assert maths([messages], [reply], ["12"]) == [1.0]
 
 
 HUGE = [
@@ -120,12 +120,12 @@ HUGE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("said", HUGE)
-def test_what_takes_too_much_is_wrong(boxed: MathAnswer, said: str) -> None:
+@pytest.mark.parametrize("given", HUGE)
+def test_what_takes_too_much_is_wrong(boxed: MathAnswer, given: str) -> None:
     started = time.perf_counter()
-    assert score(boxed, f"\\boxed{{{said}}}") == 0.0
+    assert score(boxed, f"\\boxed{{{given}}}") == 0.0
     assert time.perf_counter() - started < 10
-    # The next one is judged as before.
+    # The next one is scored as before.
     assert score(boxed, r"\boxed{\frac{24}{2}}") == 1.0
 
 
@@ -137,10 +137,10 @@ def test_a_rows_own_answer_that_takes_too_long_is_an_error(boxed: MathAnswer) ->
 
 
 def test_a_whole_group_of_endless_answers_takes_seconds() -> None:
-    judge = MathAnswer(timeout_s=1)
+    maths = MathAnswer(timeout_s=1)
     texts = ["\\boxed{100000000!}"] * 4 + [r"\boxed{\frac{24}{2}}"]
     started = time.perf_counter()
-    assert judge([QUESTION] * 5, texts, ["12"] * 5) == [0.0] * 4 + [1.0]
+    assert maths([QUESTION] * 5, texts, ["12"] * 5) == [0.0] * 4 + [1.0]
     assert time.perf_counter() - started < 20
 
 

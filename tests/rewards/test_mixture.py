@@ -91,7 +91,7 @@ def group_of(row: Row, *texts: str) -> Group:
     return Group("g", Prompt("0-r", (1,), row.content, row.columns, source=row.source), completions)
 
 
-def test_a_row_is_judged_by_its_own_parts_functions_only(tmp_path: Path) -> None:
+def test_a_row_is_scored_by_its_own_parts_functions_only(tmp_path: Path) -> None:
     data = tmp_path / "a.jsonl"
     data.write_text(
         "".join(json.dumps({"prompt": f"Say {n}", "word": str(n)}) + "\n" for n in range(9))
@@ -190,7 +190,7 @@ def test_a_part_keeps_its_metrics() -> None:
 # Pass rates
 
 
-def test_an_outcome_counts_what_was_judged() -> None:
+def test_an_outcome_counts_scored_completions() -> None:
     assert outcome("r", "s", [1.0, None, 0.5, 2.0], 1.0) == PromptOutcome("r", "s", 3, 2, 3.5 / 3)
     assert outcome("r", None, [None], 1.0) == PromptOutcome("r", None, 0, 0, None)
 
@@ -199,10 +199,10 @@ def test_an_outcome_counts_what_was_judged() -> None:
 def test_what_a_step_sees_is_what_was_known_so_many_steps_before(delay: int) -> None:
     history = RateHistory(delay)
     for step in range(8):
-        tries = history.before(step).rows.get("r", Rate(0, 0, 0.0)).tries
-        assert tries == 4 * max(0, step - delay)
+        count = history.before(step).rows.get("r", Rate(0, 0, 0.0)).scored
+        assert count == 4 * max(0, step - delay)
         # A step further ahead, as an overlapped run admits it.
-        ahead = history.before(step + delay).sources.get("s", Rate(0, 0, 0.0)).tries
+        ahead = history.before(step + delay).sources.get("s", Rate(0, 0, 0.0)).scored
         assert ahead == 4 * step
         saved = json.loads(json.dumps(history.as_dict()))
         assert RateHistory.resumed(saved, delay).before(step) == history.before(step)

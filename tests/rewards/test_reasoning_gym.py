@@ -21,7 +21,7 @@ def make(name: str, seed: int = 0, **options: Any) -> Task:
     return load_task(TaskConfig(name="reasoning_gym", options={"name": name, **options}), seed)
 
 
-def judged(row: Row, *texts: str, answer_in: str = "tags") -> list[Any]:
+def scored(row: Row, *texts: str, answer_in: str = "tags") -> list[Any]:
     # As a reward child gets it.
     columns = pickle.loads(pickle.dumps(row.columns))
     n = len(texts)
@@ -29,7 +29,7 @@ def judged(row: Row, *texts: str, answer_in: str = "tags") -> list[Any]:
 
 
 def scores(row: Row, *texts: str, answer_in: str = "tags") -> list[float]:
-    return [item["score"] for item in judged(row, *texts, answer_in=answer_in)]
+    return [item["score"] for item in scored(row, *texts, answer_in=answer_in)]
 
 
 SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
@@ -88,7 +88,7 @@ def test_what_scorers_evaluate_is_no_program(name: str, monkeypatch: Any) -> Non
     row = make(name).train_row(0)
     # A name without brackets calls nothing: lists of names are left to the scorer.
     programs = [text for text in PROGRAMS if text != "open" or "[^" not in EVALUATED[name].pattern]
-    for result in judged(row, *(f"<answer>{text}</answer>" for text in programs)):
+    for result in scored(row, *(f"<answer>{text}</answer>" for text in programs)):
         assert result["unreadable"] == 1.0
         assert result["score"] <= 0.05
 
@@ -108,9 +108,9 @@ def test_the_known_answer_passes_the_guard(name: str, monkeypatch: Any) -> None:
         assert scores(row, str(row.columns["answer"]), answer_in="text") == [1.0]
 
 
-def test_a_scorer_that_cannot_read_an_answer_says_wrong_not_failed() -> None:
+def test_an_answer_that_the_scorer_cannot_read_is_wrong() -> None:
     row = make("prime_factorization").train_row(0)
-    (result,) = judged(row, "a b c", answer_in="text")
+    (result,) = scored(row, "a b c", answer_in="text")
     assert result == {"score": 0.0, "unreadable": 1.0}
     broken = {**row.columns["entry"], "metadata": {}, "answer": "nonsense"}
     (error,) = score(["a b c"], [broken], [row.columns["dataset"]], answer_in="text")
@@ -154,7 +154,7 @@ def test_datasets_whose_questions_depend_on_the_hash_seed(monkeypatch: Any) -> N
     assert make("ransom_note").train_row(0)
 
 
-def test_too_few_questions_are_said(monkeypatch: Any) -> None:
+def test_too_few_questions_are_an_error(monkeypatch: Any) -> None:
     monkeypatch.setattr("cohort.rewards.reasoning_gym._is_held_out", lambda _: True)
     task = make("chain_sum", train_size=2)
     assert task.eval_row(0)
@@ -162,12 +162,12 @@ def test_too_few_questions_are_said(monkeypatch: Any) -> None:
         task.train_row(0)
 
 
-@pytest.mark.parametrize("said", ["9**9**9**9", "x**9**9**9**9", "(" * 90 + "9**9**9" + ")" * 90])
-def test_an_answer_without_end_is_wrong(said: str) -> None:
+@pytest.mark.parametrize("given", ["9**9**9**9", "x**9**9**9**9", "(" * 90 + "9**9**9" + ")" * 90])
+def test_an_answer_without_end_is_wrong(given: str) -> None:
     """It is evaluated where it can be ended; the next answer is scored as before."""
     made_by = {"name": "simple_integration", "config": {}}
     entry = reasoning_gym.create_dataset("simple_integration", seed=0, size=1)[0]
-    texts = [f"<answer>{said}</answer>", f"<answer>{entry['answer'].replace('+ C', '')}</answer>"]
+    texts = [f"<answer>{given}</answer>", f"<answer>{entry['answer'].replace('+ C', '')}</answer>"]
     started = time.perf_counter()
     wrong, right = score(texts, [entry] * 2, [made_by] * 2)
     assert time.perf_counter() - started < 20

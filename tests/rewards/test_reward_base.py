@@ -1,4 +1,4 @@
-"""Loading reward functions, what they receive, and how their results become verdicts."""
+"""Loading reward functions, what they receive, and what may be returned."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import pytest
 
 from cohort.actors.records import Completion, Group, Prompt, RewardError
 from cohort.rewards.addition import AdditionTask
-from cohort.rewards.base import RewardLoadError, combine, judge, load_function, resolve_path
+from cohort.rewards.base import RewardLoadError, combine, load_function, resolve_path, score_group
 from cohort.rewards.config import RewardsConfig
 from cohort.rewards.loading import BUILT_IN, load_attribute
-from cohort.rewards.results import from_json, to_json
+from cohort.rewards.result_json import from_json, to_json
 from cohort.rewards.specs import reward_specs
 from tests.shown import ROOT
 
@@ -50,7 +50,7 @@ def test_string_prompts_give_string_completions_and_repeated_columns() -> None:
         seen.update(arguments)
         return [0.0] * 3
 
-    judge(reward, "reward", make_group("Q", answer=7, level="easy"))
+    score_group(reward, "reward", make_group("Q", answer=7, level="easy"))
     # As in TRL, functions that log are among the arguments.
     assert callable(seen.pop("log_extra"))
     assert callable(seen.pop("log_metric"))
@@ -72,23 +72,23 @@ def test_message_prompts_give_message_completions() -> None:
             for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
         ]
 
-    assert judge(reward, "reward", make_group(messages)).values == (1.0, 1.0, 1.0)
+    assert score_group(reward, "reward", make_group(messages)).values == (1.0, 1.0, 1.0)
 
 
 def test_only_named_arguments_are_passed() -> None:
     def reward(completion_ids: list[list[int]], answer: list[int], scale: int = 10) -> list[int]:
         return [scale * ids[0] + a for ids, a in zip(completion_ids, answer, strict=True)]
 
-    assert judge(reward, "reward", make_group(answer=1, unused=2)).values == (1.0, 11.0, 21.0)
+    assert score_group(reward, "reward", make_group(answer=1, unused=2)).values == (1.0, 11.0, 21.0)
 
 
 def test_missing_column_is_named() -> None:
     def reward(completions: list[str], solution: list[str]) -> list[float]:
         return [0.0] * len(completions + solution)
 
-    verdict = judge(reward, "reward", make_group(answer=1))
-    assert verdict.errors[0].cause == "raised"
-    assert "no column solution; their columns: answer" in verdict.errors[0].message
+    result = score_group(reward, "reward", make_group(answer=1))
+    assert result.errors[0].cause == "raised"
+    assert "no column solution; their columns: answer" in result.errors[0].message
 
 
 # What a function returns
@@ -105,17 +105,17 @@ def test_missing_column_is_named() -> None:
     ],
 )
 def test_values(returned: Any, values: tuple[float | None, ...]) -> None:
-    verdict = judge(lambda: returned, "reward", make_group())
-    assert verdict.values == values
-    assert verdict.errors == ()
-    assert all(value is None or type(value) is float for value in verdict.values)
+    result = score_group(lambda: returned, "reward", make_group())
+    assert result.values == values
+    assert result.errors == ()
+    assert all(value is None or type(value) is float for value in result.values)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), "1.0", [1.0], 10**400, 1j, object()])
 def test_a_bad_value_fails_only_its_completion(bad: Any) -> None:
-    verdict = judge(lambda: [1.0, bad, None], "reward", make_group())
-    assert verdict.values == (1.0, None, None)
-    (error,) = verdict.errors
+    result = score_group(lambda: [1.0, bad, None], "reward", make_group())
+    assert result.values == (1.0, None, None)
+    (error,) = result.errors
     assert (error.function, error.completion_id, error.cause) == ("reward", "c1", "wrong_type")
 
 
@@ -132,10 +132,10 @@ def test_a_bad_value_fails_only_its_completion(bad: Any) -> None:
     ],
 )
 def test_a_bad_result_fails_every_completion(returned: Any, cause: str) -> None:
-    verdict = judge(lambda: returned, "reward", make_group())
-    assert verdict.values == (None, None, None)
-    assert [error.completion_id for error in verdict.errors] == ["c0", "c1", "c2"]
-    assert {error.cause for error in verdict.errors} == {cause}
+    result = score_group(lambda: returned, "reward", make_group())
+    assert result.values == (None, None, None)
+    assert [error.completion_id for error in result.errors] == ["c0", "c1", "c2"]
+    assert {error.cause for error in result.errors} == {cause}
 
 
 @pytest.mark.parametrize("error", [ValueError("no such key"), SystemExit("no such key")])
@@ -143,32 +143,32 @@ def test_an_exception_is_an_error_with_its_traceback(error: BaseException) -> No
     def broken_reward() -> list[float]:
         raise error
 
-    verdict = judge(broken_reward, "reward", make_group())
-    assert verdict.values == (None, None, None)
-    assert {item.cause for item in verdict.errors} == {"raised"}
-    assert "broken_reward" in verdict.errors[0].message
-    assert verdict.errors[0].message.endswith("no such key")
+    result = score_group(broken_reward, "reward", make_group())
+    assert result.values == (None, None, None)
+    assert {item.cause for item in result.errors} == {"raised"}
+    assert "broken_reward" in result.errors[0].message
+    assert result.errors[0].message.endswith("no such key")
 
 
 def test_messages_are_bounded() -> None:
     def reward() -> list[float]:
         raise ValueError("x" * 10_000_000)
 
-    assert len(judge(reward, "reward", make_group()).errors[0].message) <= 2000
+    assert len(score_group(reward, "reward", make_group()).errors[0].message) <= 2000
 
 
 def test_async_function() -> None:
     async def reward(completions: list[str]) -> list[float]:
         return [float(len(completion)) for completion in completions]
 
-    assert judge(reward, "reward", make_group()).values == (6.0, 6.0, 6.0)
+    assert score_group(reward, "reward", make_group()).values == (6.0, 6.0, 6.0)
 
 
 # Parts and logs
 
 
 def test_a_dict_of_lists_gives_values_and_parts() -> None:
-    verdict = judge(
+    result = score_group(
         lambda: {
             "score": np.array([1.0, 0.0, 0.5]),
             "format": [True, False, None],
@@ -178,33 +178,33 @@ def test_a_dict_of_lists_gives_values_and_parts() -> None:
         "reward",
         make_group(),
     )
-    assert verdict.errors == ()
-    assert verdict.values == (1.0, 0.0, 0.5)
-    assert verdict.parts == {"format": (1.0, 0.0, None), "late": (0.5, None, 1.0)}
-    assert verdict.extra == {"found": ("a", None, 3.0)}
+    assert result.errors == ()
+    assert result.values == (1.0, 0.0, 0.5)
+    assert result.parts == {"format": (1.0, 0.0, None), "late": (0.5, None, 1.0)}
+    assert result.extra == {"found": ("a", None, 3.0)}
 
 
 def test_a_list_of_dicts_gives_values_and_parts() -> None:
     results = [{"score": 1.0, "acc": True, "pred": "7"}, None, {"score": None, "acc": False}]
-    verdict = judge(lambda: results, "reward", make_group())
-    assert verdict.values == (1.0, None, None)
-    assert verdict.parts == {"acc": (1.0, None, 0.0)}
-    assert verdict.extra == {"pred": ("7", None, None)}
+    result = score_group(lambda: results, "reward", make_group())
+    assert result.values == (1.0, None, None)
+    assert result.parts == {"acc": (1.0, None, 0.0)}
+    assert result.extra == {"pred": ("7", None, None)}
     assert results[0] == {"score": 1.0, "acc": True, "pred": "7"}
 
 
 def test_exceptions_in_the_list_fail_their_completions_only() -> None:
-    verdict = judge(
-        lambda: [1.0, TimeoutError("too slow"), ValueError("no judge")], "f", make_group()
+    result = score_group(
+        lambda: [1.0, TimeoutError("too slow"), ValueError("no score")], "f", make_group()
     )
-    assert verdict.values == (1.0, None, None)
-    assert [(e.completion_id, e.cause) for e in verdict.errors] == [
+    assert result.values == (1.0, None, None)
+    assert [(e.completion_id, e.cause) for e in result.errors] == [
         ("c1", "timeout"),
         ("c2", "raised"),
     ]
-    assert "too slow" in verdict.errors[0].message
-    # The call gave an answer: there is nothing to gain from judging one by one.
-    assert not verdict.broke
+    assert "too slow" in result.errors[0].message
+    # The call gave an answer: nothing is gained by scoring one by one.
+    assert not result.broke
 
 
 @pytest.mark.parametrize(
@@ -221,9 +221,9 @@ def test_exceptions_in_the_list_fail_their_completions_only() -> None:
     ],
 )
 def test_dicts_that_are_wrong(result: Any, cause: str, words: str) -> None:
-    verdict = judge(lambda: result, "reward", make_group())
-    assert (verdict.errors[0].cause, verdict.values[0]) == (cause, None)
-    assert words in verdict.errors[0].message
+    scored = score_group(lambda: result, "reward", make_group())
+    assert (scored.errors[0].cause, scored.values[0]) == (cause, None)
+    assert words in scored.errors[0].message
 
 
 def test_log_extra_and_log_metric() -> None:
@@ -234,10 +234,10 @@ def test_log_extra_and_log_metric() -> None:
             log_metric("tries", np.float32(index))
         return [1.0] * len(completions)
 
-    verdict = judge(reward, "reward", make_group())
-    assert verdict.errors == ()
-    assert verdict.extra == {"solution": ("x" * 2000, None, "{1: 2}"), "index": (0, 1, 2)}
-    assert verdict.metrics == {"tries": (0.0, 1.0, 2.0)}
+    result = score_group(reward, "reward", make_group())
+    assert result.errors == ()
+    assert result.extra == {"solution": ("x" * 2000, None, "{1: 2}"), "index": (0, 1, 2)}
+    assert result.metrics == {"tries": (0.0, 1.0, 2.0)}
 
 
 @pytest.mark.parametrize(
@@ -255,9 +255,9 @@ def test_logs_that_are_wrong_fail_loudly(call: Any, words: str) -> None:
         call(SimpleNamespace(log_extra=log_extra, log_metric=log_metric))
         return [1.0] * 3
 
-    verdict = judge(reward, "reward", make_group())
-    assert verdict.values == (None,) * 3
-    assert words in verdict.errors[0].message
+    result = score_group(reward, "reward", make_group())
+    assert result.values == (None,) * 3
+    assert words in result.errors[0].message
 
 
 @pytest.mark.parametrize(
@@ -284,14 +284,14 @@ def test_a_forged_reply_is_refused(reply: Any) -> None:
         from_json("f", reply, 3)
 
 
-def test_a_verdict_survives_json() -> None:
+def test_a_result_survives_json() -> None:
     def reward(log_extra: Any, log_metric: Any) -> dict[str, Any]:
         log_extra("shown", ["a", None, 1])
         log_metric("tries", 2)
         return {"score": [1.0, None, "x"], "part": [1, None, 0.5]}
 
-    verdict = judge(reward, "f", make_group())
-    assert from_json("f", json.loads(json.dumps(to_json(verdict))), 3) == verdict
+    result = score_group(reward, "f", make_group())
+    assert from_json("f", json.loads(json.dumps(to_json(result))), 3) == result
 
 
 # Options and columns
@@ -313,14 +313,14 @@ def test_options_are_given_and_win_over_columns(tmp_path: Path) -> None:
         "        raise OSError('no sandbox here')\n"
     )
     function = load_function(f"{file}:reward", {"scale": 3})
-    assert judge(function, "f", make_group(answer=2, scale=100)).values == (6.0,) * 3
-    renamed = judge(function, "f", make_group(gold=5), columns={"answer": "gold"})
+    assert score_group(function, "f", make_group(answer=2, scale=100)).values == (6.0,) * 3
+    renamed = score_group(function, "f", make_group(gold=5), columns={"answer": "gold"})
     assert renamed.values == (15.0,) * 3
-    lost = judge(function, "f", make_group(gold=5), columns={"answer": "golden"})
+    lost = score_group(function, "f", make_group(gold=5), columns={"answer": "golden"})
     assert "no column golden; their columns: gold" in lost.errors[0].message
     one = load_function(f"{file}:Reward", {"base": 5})
-    assert judge(one, "f", make_group()).values == (6.0,) * 3
-    assert judge(one, "f", make_group()).values == (7.0,) * 3
+    assert score_group(one, "f", make_group()).values == (6.0,) * 3
+    assert score_group(one, "f", make_group()).values == (7.0,) * 3
     for path, options, words in [
         ("Reward", {}, "option 'base' is required"),
         ("Reward", {"base": 1, "stepp": 2}, "unknown option 'stepp'; did you mean step?"),

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cohort.rewards.base import RewardLoadError, judge, load_function, per_completion
+from cohort.rewards.base import RewardLoadError, load_function, per_completion, score_group
 from cohort.rewards.results import RewardResult
 from cohort.rewards.specs import RewardSpec
 from cohort.rewards.worker import RewardWorker
@@ -37,9 +37,9 @@ def write(folder: Path, **files: str) -> Path:
 
 
 def values(path: str, options: dict[str, Any] | None = None, **columns: Any) -> Any:
-    verdict = judge(load_function(path, options), "f", make_group("a", "bb", **columns))
-    assert verdict.errors == (), verdict.errors[0].message
-    return verdict.values
+    result = score_group(load_function(path, options), "f", make_group("a", "bb", **columns))
+    assert result.errors == (), result.errors[0].message
+    return result.values
 
 
 LENGTHS = "def reward(completions):\n    return [len(text) for text in completions]\n"
@@ -98,7 +98,7 @@ def test_relative_imports_of_a_package(tmp_path: Path) -> None:
         (other / folder / "__init__.py").touch()
     function = load_function(f"{other}/mine/judges/my.py:reward")
     assert function.__module__ == "mine.judges.my"
-    assert judge(function, "f", make_group("a", "bb")).values == (20.0, 40.0)
+    assert score_group(function, "f", make_group("a", "bb")).values == (20.0, 40.0)
 
 
 def test_a_package_with_the_name_of_another(tmp_path: Path) -> None:
@@ -151,19 +151,19 @@ def run(method, texts):
         return list(pool.map(one, texts))
 
 def spawn(completions):
-    return judged(run("spawn", completions))
+    return scored(run("spawn", completions))
 
 def forkserver(completions):
-    return judged(run("forkserver", completions))
+    return scored(run("forkserver", completions))
 
 def fork(completions):
-    return judged(run("fork", completions))
+    return scored(run("fork", completions))
 
 def pool(completions):
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return judged(pool.map(one, completions))
+        return scored(pool.map(one, completions))
 
-def judged(found):
+def scored(found):
     assert os.getpid() not in {pid for _, pid, _ in found}
     assert {file for _, _, file in found} == {__file__}
     return [score for score, _, _ in found]
@@ -179,9 +179,9 @@ def test_process_pools_of_any_start_method(tmp_path: Path, place: str) -> None:
     if place == "package":
         (file.parent / "__init__.py").touch()
     names = ("spawn", "forkserver", "fork", "pool")
-    actor = RewardWorker([RewardSpec(name, f"{file}:{name}") for name in names], 60)
-    meta, _ = actor.score(make_group("a", "bb"))
-    actor.close()
+    worker = RewardWorker([RewardSpec(name, f"{file}:{name}") for name in names], 60)
+    meta, _ = worker.score(make_group("a", "bb"))
+    worker.close()
     assert meta.errors == (), meta.errors[0].message  # type: ignore[union-attr]
     assert meta.by_function == dict.fromkeys(names, (1.0, 2.0))  # type: ignore[union-attr]
 
@@ -252,7 +252,7 @@ def test_arguments_by_place(tmp_path: Path) -> None:
     assert values(f"{tmp_path}/kinds.py:by_place", answer=10, other=1) == (11.0, 12.0)
 
 
-def test_what_does_not_say_its_arguments_is_refused(tmp_path: Path) -> None:
+def test_a_function_without_a_signature_is_refused(tmp_path: Path) -> None:
     write(tmp_path, kinds=KINDS)
     with pytest.raises(RewardLoadError, match="does not say which arguments it takes"):
         load_function(f"{tmp_path}/kinds.py:constant")
@@ -269,20 +269,20 @@ def test_a_column_with_the_name_of_a_bound_argument(tmp_path: Path, name: str) -
         return [float(columns[name][0])] * len(completions)
 
     group = make_group("a", **{name: 5})
-    assert judge(plain, "f", group).values == (5.0,)
+    assert score_group(plain, "f", group).values == (5.0,)
     bound: Any = functools.partial(open_ended, 1)
     if name == "self":
         bound = load_function(f"{tmp_path}/kinds.py:instance")
-    verdict: RewardResult = judge(bound, "f", group)
-    assert f"the column {name} has the name of an argument" in verdict.errors[0].message
+    result: RewardResult = score_group(bound, "f", group)
+    assert f"the column {name} has the name of an argument" in result.errors[0].message
     if name == "self":
         method = load_function(f"{tmp_path}/kinds.py:method")
-        assert "the column self has" in judge(method, "f", group).errors[0].message
+        assert "the column self has" in score_group(method, "f", group).errors[0].message
 
 
 def test_our_own_classes_take_a_column_named_self() -> None:
     function = load_function("cohort.rewards.maths:MathAnswer")
-    assert judge(function, "f", make_group(r"\boxed{7}", answer="7", self=1)).values == (1.0,)
+    assert score_group(function, "f", make_group(r"\boxed{7}", answer="7", self=1)).values == (1.0,)
 
 
 def test_trl_trainer_state() -> None:
@@ -291,20 +291,20 @@ def test_trl_trainer_state() -> None:
 
     group = make_group("a")
     object.__setattr__(group, "id", "3:0-17")
-    assert judge(reward, "f", group, max_steps=20).values == (23.0,)
+    assert score_group(reward, "f", group, max_steps=20).values == (23.0,)
 
     def needs_more(environments: Any) -> list[float]:
         return [float(len(environments))]
 
-    assert "there are no environments here" in judge(needs_more, "f", group).errors[0].message
+    assert "there are no environments here" in score_group(needs_more, "f", group).errors[0].message
 
 
 def test_a_function_of_verls_under_the_wrong_kind_says_so() -> None:
     def compute_score(data_source: str, solution_str: str, ground_truth: str) -> float:
         return float(data_source == solution_str == ground_truth)
 
-    verdict = judge(compute_score, "f", make_group("a"))
-    assert "set kind: verl on it" in verdict.errors[0].message
+    result = score_group(compute_score, "f", make_group("a"))
+    assert "set kind: verl on it" in result.errors[0].message
 
 
 # Who may be called as completions come
@@ -337,13 +337,13 @@ def mistaken(completions):
 """
 
 
-def both_ways(actor: RewardWorker, *texts: str) -> Any:
-    """The scores of a group whose completions were judged as they came."""
+def both_ways(worker: RewardWorker, *texts: str) -> Any:
+    """The scores of a group whose completions were scored as they came."""
     from dataclasses import replace
 
     group = make_group(*texts)
-    singles = [actor.judge(replace(group, completions=(c,)))[1] for c in group.completions]
-    meta, _ = actor.score(group, *(single for single in singles if single is not None))
+    singles = [worker.score_part(replace(group, completions=(c,)))[1] for c in group.completions]
+    meta, _ = worker.score(group, *(single for single in singles if single is not None))
     return meta
 
 
@@ -360,8 +360,8 @@ def test_functions_get_the_whole_group_unless_they_say_otherwise(tmp_path: Path)
         RewardSpec("made", f"{path}:make", options={"flag": 1}),
         RewardSpec("ours", "cohort.rewards.format:number_only"),
     ]
-    actor = RewardWorker(specs, 20)
-    meta = both_ways(actor, "a", "bb")
+    worker = RewardWorker(specs, 20)
+    meta = both_ways(worker, "a", "bb")
     assert meta.by_function == {
         "compare": (-0.5, 0.5),
         "told": (0.0, 0.0),
@@ -372,14 +372,14 @@ def test_functions_get_the_whole_group_unless_they_say_otherwise(tmp_path: Path)
         "made": (1.0, 1.0),
         "ours": (0.0, 0.0),
     }
-    assert actor.streams == (False, True, True, False, True, True, True, True)
-    assert [spec.whole_group for spec in actor.specs] == [
+    assert worker.streams == (False, True, True, False, True, True, True, True)
+    assert [spec.whole_group for spec in worker.specs] == [
         *(None, False, False, True, False, False, False, False)
     ]
-    actor.close()
+    worker.close()
 
 
-def test_every_built_in_function_is_judged_as_it_comes() -> None:
+def test_every_built_in_function_scores_completions_as_they_come() -> None:
     for path in (
         *("cohort.rewards.answer:exact_number", "cohort.rewards.answer:boxed_answer"),
         *("cohort.rewards.answer:tagged_answer", "cohort.rewards.format:number_only"),
@@ -398,8 +398,8 @@ def test_every_built_in_function_is_judged_as_it_comes() -> None:
 
 def test_after_a_mistake_the_others_are_still_compared_with_each_other(tmp_path: Path) -> None:
     write(tmp_path, compare=COMPARE)
-    actor = RewardWorker([RewardSpec("f", f"{tmp_path}/compare.py:mistaken")], 20)
-    meta = both_ways(actor, "a", "bad", "bb", "ccc")
-    actor.close()
+    worker = RewardWorker([RewardSpec("f", f"{tmp_path}/compare.py:mistaken")], 20)
+    meta = both_ways(worker, "a", "bad", "bb", "ccc")
+    worker.close()
     assert [error.completion_id for error in meta.errors] == ["c1"]
     assert meta.totals == (-1.0, None, 0.0, 1.0)

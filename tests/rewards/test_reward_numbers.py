@@ -18,11 +18,12 @@ import torch
 from pydantic import ValidationError
 
 from cohort.actors.records import Completion, Group, Prompt, ScoreMeta
+from cohort.learner.advantages import group_advantages
 from cohort.learner.config import AlgorithmConfig
-from cohort.learner.credit import group_advantages
-from cohort.rewards.base import combine, judge, out_of_range
+from cohort.rewards.base import combine, out_of_range, score_group
 from cohort.rewards.config import RewardFunctionConfig
-from cohort.rewards.results import MAX_SCORE, from_json, to_json
+from cohort.rewards.result_json import from_json, to_json
+from cohort.rewards.results import MAX_SCORE
 from cohort.rewards.specs import RewardSpec
 from cohort.rewards.worker import RewardWorker
 
@@ -71,8 +72,8 @@ def forge(completions, kind):
     elif kind[0] == "length":
         connection.sendall(b"\\xff" * 8)
     elif kind[0] != "none":
-        said = body(kind[0], call)
-        connection.sendall(struct.pack(">Q", len(said)) + said)
+        reply = body(kind[0], call)
+        connection.sendall(struct.pack(">Q", len(reply)) + reply)
     return [1.0] * len(completions)
 """
 KINDS = (
@@ -103,14 +104,12 @@ def make_group(n: int = 3, **columns: Any) -> Group:
 
 def value_of(returned: Any) -> tuple[float | None, str | None]:
     """The value of an entry, and what its error says, after the way through JSON."""
-    verdict = judge(lambda: [returned, 1.0, 1.0], "f", make_group())
-    verdict = from_json("f", json.loads(json.dumps(to_json(verdict))), 3, set(IDS))
-    assert verdict.values[1:] == (1.0, 1.0)
-    errors = [error for error in verdict.errors if error.completion_id == "c0"]
-    assert (
-        len(errors) == len(verdict.errors) == (verdict.values[0] is None and returned is not None)
-    )
-    return verdict.values[0], errors[0].message if errors else None
+    result = score_group(lambda: [returned, 1.0, 1.0], "f", make_group())
+    result = from_json("f", json.loads(json.dumps(to_json(result))), 3, set(IDS))
+    assert result.values[1:] == (1.0, 1.0)
+    errors = [error for error in result.errors if error.completion_id == "c0"]
+    assert len(errors) == len(result.errors) == (result.values[0] is None and returned is not None)
+    return result.values[0], errors[0].message if errors else None
 
 
 @pytest.mark.parametrize(
@@ -154,10 +153,10 @@ def test_numbers_of_every_kind(returned: Any, value: float | None) -> None:
     ids=lambda value: type(value).__name__,
 )
 def test_out_of_range(returned: Any) -> None:
-    value, said = value_of(returned)
+    value, message = value_of(returned)
     assert value is None
-    assert said is not None
-    assert "out of range" in said or "not a finite number" in said
+    assert message is not None
+    assert "out of range" in message or "not a finite number" in message
 
 
 @pytest.mark.parametrize(
@@ -187,9 +186,9 @@ def test_out_of_range(returned: Any) -> None:
     ids=lambda value: type(value).__name__,
 )
 def test_what_is_no_number(returned: Any) -> None:
-    value, said = value_of(returned)
+    value, message = value_of(returned)
     assert value is None
-    assert said
+    assert message
 
 
 @pytest.mark.parametrize("error", [SystemExit(2), StopIteration(), RecursionError()], ids=repr)
@@ -197,8 +196,8 @@ def test_whatever_is_raised_is_an_error(error: BaseException) -> None:
     def reward() -> list[float]:
         raise error
 
-    verdict = judge(reward, "f", make_group())
-    assert [item.cause for item in verdict.errors] == ["raised"] * 3
+    result = score_group(reward, "f", make_group())
+    assert [item.cause for item in result.errors] == ["raised"] * 3
 
 
 def test_words_that_no_file_can_hold() -> None:
@@ -206,32 +205,32 @@ def test_words_that_no_file_can_hold() -> None:
         log_extra("shown", ["\ud800"] * 3)
         return [1.0, ValueError("\udfff"), {"score": 1.0, "part": "\ud83d"}]
 
-    verdict = judge(reward, "f", make_group())
-    verdict = from_json("f", json.loads(json.dumps(to_json(verdict))), 3)
-    said = json.dumps(to_json(verdict), ensure_ascii=False)
-    assert "\\udfff" in said.encode().decode()
+    result = score_group(reward, "f", make_group())
+    result = from_json("f", json.loads(json.dumps(to_json(result))), 3)
+    written = json.dumps(to_json(result), ensure_ascii=False)
+    assert "\\udfff" in written.encode().decode()
 
     def bad_name(log_metric: Any) -> list[float]:
         log_metric("\ud800", 1)
         return [1.0] * 3
 
-    assert "half a surrogate" in judge(bad_name, "f", make_group()).errors[0].message
+    assert "half a surrogate" in score_group(bad_name, "f", make_group()).errors[0].message
 
 
 @pytest.mark.parametrize(
     "values", [np.full(3, 0.5), (0.5,) * 3, torch.full((3,), 0.5), [torch.tensor(0.5)] * 3]
 )
 def test_lists_of_every_kind(values: Any) -> None:
-    assert judge(lambda: values, "f", make_group()).values == (0.5,) * 3
+    assert score_group(lambda: values, "f", make_group()).values == (0.5,) * 3
 
 
 def test_generators_and_series() -> None:
     pandas = pytest.importorskip("pandas")
     series = pandas.Series([0.5] * 3, index=[7, 8, 9])
-    assert judge(lambda: series, "f", make_group()).values == (0.5,) * 3
-    made = judge(lambda completions: (0.5 for _ in completions), "f", make_group())
+    assert score_group(lambda: series, "f", make_group()).values == (0.5,) * 3
+    made = score_group(lambda completions: (0.5 for _ in completions), "f", make_group())
     assert made.values == (0.5,) * 3
-    endless = judge(lambda: iter(int, 1), "f", make_group())
+    endless = score_group(lambda: iter(int, 1), "f", make_group())
     assert endless.errors[0].cause == "wrong_length"
 
 
@@ -264,9 +263,9 @@ def test_the_largest_scores_have_advantages() -> None:
 def forger(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RewardWorker]:
     file = tmp_path_factory.mktemp("forger") / "forger.py"
     file.write_text(FORGER)
-    actor = RewardWorker([RewardSpec("forge", f"{file}:forge", whole_group=True)], 20)
-    yield actor
-    actor.close()
+    worker = RewardWorker([RewardSpec("forge", f"{file}:forge", whole_group=True)], 20)
+    yield worker
+    worker.close()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -317,18 +316,18 @@ def test_nothing_that_a_function_starts_outlives_it(tmp_path: Path, how: str, en
     file = tmp_path / "leaves.py"
     file.write_text(LEAVES)
     timeout_s = 1.0 if ending == "timeout" else 20.0
-    actor = RewardWorker([RewardSpec("f", f"{file}:daemon", whole_group=True)], timeout_s)
-    child = psutil.Process(actor.pids()[1])
+    worker = RewardWorker([RewardSpec("f", f"{file}:daemon", whole_group=True)], timeout_s)
+    child = psutil.Process(worker.pids()[1])
     try:
-        meta, _ = actor.score(make_group(1, how=how))
+        meta, _ = worker.score(make_group(1, how=how))
         assert meta.totals == (1.0,)  # type: ignore[union-attr]
         left = child.children(recursive=True)
         assert [process.status() == psutil.STATUS_ZOMBIE for process in left] == [False]
         if ending == "timeout":
             child.suspend()
-            meta, _ = actor.score(make_group(1, how=how))
+            meta, _ = worker.score(make_group(1, how=how))
             assert [error.cause for error in meta.errors] == ["timeout"]  # type: ignore[union-attr]
     finally:
-        actor.close()
+        worker.close()
     for process in left:
         assert not process.is_running() or process.status() == psutil.STATUS_ZOMBIE

@@ -146,17 +146,17 @@ def test_nothing_that_a_program_started_is_left(run: Run, leaving: str, ending: 
 
 
 @pytest.mark.parametrize("mode", [pytest.param("bwrap", marks=needs.bubblewrap), "none"])
-def test_nothing_is_left_when_the_judging_process_is_killed(mode: str, grouped: bool) -> None:
+def test_nothing_is_left_when_the_scoring_process_is_killed(mode: str, grouped: bool) -> None:
     mark = str(uuid.uuid4().int % 10**9 + 10**9)
     started = f"subprocess.Popen(['/bin/sleep', '{mark}'], start_new_session=True)"
     program = f"import subprocess\n{started}.wait()"
-    judge = (
+    caller = (
         "import sys; from cohort.rewards.sandbox import *\n"
         f"sandbox = Sandbox({mode!r}, SandboxLimits(seconds=60), control_groups={grouped})\n"
         f"sandbox.run(['/usr/bin/python3', '-I', 'main.py'], {{'main.py': {program!r}}})"
     )
     root = Path(__file__).resolve().parents[2]
-    process = subprocess.Popen([sys.executable, "-c", judge], cwd=root)
+    process = subprocess.Popen([sys.executable, "-c", caller], cwd=root)
     deadline = time.monotonic() + 20
     while not alive(mark) and time.monotonic() < deadline:
         time.sleep(0.05)

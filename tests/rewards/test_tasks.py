@@ -137,7 +137,7 @@ def test_jsonl_eval_data(tmp_path: Path) -> None:
     assert split_ids(task) == (["line1", "line2"], ["eval-line1"])
 
 
-def test_rows_with_a_held_out_prompt_are_not_trained_on_and_said(
+def test_rows_with_a_held_out_prompt_are_left_out_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = write_rows(
@@ -411,7 +411,7 @@ class Lengths:
         raise IndexError(index)
 
 
-def test_take_prompts_skips_and_counts_overlong_rows_and_resumes(tokenizer: Any) -> None:
+def test_overlong_prompts_are_skipped_and_counted_also_after_a_resume(tokenizer: Any) -> None:
     task, renderer = Lengths(1, 9, 2, 9, 3), PromptRenderer(tokenizer, 5)
     first = sample_prompts(task, renderer, 0, 0, 4)
     second = sample_prompts(task, renderer, 0, first.cursor, 4)
@@ -424,7 +424,7 @@ def test_take_prompts_skips_and_counts_overlong_rows_and_resumes(tokenizer: Any)
     assert {prompt.id.split("-")[1] for prompt in both.overlong} <= {"r1", "r3"}
 
 
-def test_take_prompts_stops_when_nothing_fits(tokenizer: Any) -> None:
+def test_prompts_that_are_all_overlong_are_an_error(tokenizer: Any) -> None:
     words = r"all 3 prompts are longer than 5 tokens \(the shortest has 8\)"
     with pytest.raises(TaskError, match=words):
         sample_prompts(Lengths(7, 8, 9), PromptRenderer(tokenizer, 5), 0, 0, 2)

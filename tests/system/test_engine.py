@@ -22,6 +22,7 @@ import xxhash
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from cohort.actors.config import ActorsConfig
 from cohort.actors.engine import EngineSpec
 from cohort.actors.records import (
     Failure,
@@ -110,12 +111,7 @@ def start(*folders: Path, quantization: Literal["none", "fp8"] = "none") -> list
             dtype="float32",
             device="cpu",
             max_length=512,
-            max_concurrent=64,
-            kv_cache_gib=0.25,
-            gpu_memory=0.5,
-            tensor_parallel=1,
-            compile=False,
-            quantization=quantization,
+            actors=ActorsConfig(max_concurrent=64, kv_cache_gib=0.25, quantization=quantization),
             seed=0,
         )
         actors.append(remote.remote(f"engine-test-{index}", spec, str(folder.parent / "logs")))

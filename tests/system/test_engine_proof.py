@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from cohort.actors.config import ActorsConfig
 from cohort.actors.engine import EngineSpec
 from cohort.actors.records import Failure, WeightsInfo
 from cohort.actors.rollout import RolloutActor
@@ -101,9 +102,8 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Serv
     made, waiting = {}, []
     for index, (kind, make) in enumerate(MAKERS.items()):
         folder = make(tmp_path_factory.mktemp(kind) / "model", dtype=torch.bfloat16)
-        spec = EngineSpec(
-            str(folder), "bfloat16", "cpu", 512, 64, 0.25, 0.5, 1, False, "none", seed=0
-        )
+        limits = ActorsConfig(max_concurrent=64, kv_cache_gib=0.25)
+        spec = EngineSpec(str(folder), "bfloat16", "cpu", 512, limits, seed=0)
         actor = remote.remote(f"proof-{kind}", spec, str(folder.parent / "logs"))
         waiting.append(actor.start.remote((cores[index % len(cores)],)))
         made[kind] = Served(actor, folder)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.system.conftest import Cohort
+from tests.system.runs import rollouts, rows
 
 pytestmark = pytest.mark.system
 
@@ -40,6 +41,33 @@ def test_the_loop_learns_addition(cohort: Cohort, nothing_left: Callable[[], Non
     rewards = [float(found) for found in re.findall(r"^step \d+  reward ([\d.]+)", printed, re.M)]
     assert len(rewards) == 9
     assert statistics.mean(rewards[-3:]) > statistics.mean(rewards[:3]) + 0.1, rewards
+    nothing_left()
+
+
+def test_a_game_of_several_turns(
+    cohort: Cohort, tiny_model: Path, nothing_left: Callable[[], None]
+) -> None:
+    """Every token that is trained was sampled, with the log-prob that the learner finds too."""
+    folder = cohort.folder / "game"
+    keys = (f"run.dir={folder}", "run.steps=3", f"model.path={tiny_model}", "model.dtype=float32")
+    more = ("actors.kv_cache_gib=0.25", "learner.learning_rate=1e-3", "environments.max_turns=3")
+    printed = run("guess_number.py", *keys, *more, mark=cohort.mark)
+    assert "done: 3 steps" in printed
+    for step, row in enumerate(rows(folder)):
+        assert row["episodes/turns"] > 1
+        assert row["mismatch/logprob_abs_max"] < 1e-3
+        assert row["samples/failed"] == 0
+        for sample in rollouts(folder, step):
+            episode = sample["episode"]
+            turns = episode["turns"]
+            assert sum(turn["tokens"] for turn in turns) == len(sample["token_ids"])
+            said = [m for m in episode["messages"] if m["role"] == "assistant"]
+            assert len(said) == len(turns)
+            # Each turn continues the whole of the one before.
+            at = sample["prompt_tokens"]
+            for turn in turns:
+                assert turn["kept"] == at
+                at += len(turn["inserted_ids"]) + turn["tokens"]
     nothing_left()
 
 

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from cohort.actors.config import ActorsConfig
 from cohort.actors.engine import EngineSpec
-from cohort.actors.pool import Probe, RolloutPool
+from cohort.actors.pool import RolloutPool
+from cohort.actors.probe import Probe
 from cohort.actors.records import GroupMeta, Prompt, Request, SamplingSpec
 from cohort.actors.rollout import RolloutActor
 from cohort.learner.weights import WeightFiles, gather_named_weights, weight_specs
@@ -40,14 +41,15 @@ class Run:
 
     def __init__(self, folder: Path, **options: Any) -> None:
         model = tiny_llama(folder / "model")
-        spec = EngineSpec(str(model), "float32", "cpu", 1024, 256, 0.25, 0.5, 1, False, "none", 0)
+        config = ActorsConfig(kv_cache_gib=0.25, **options)
+        spec = EngineSpec(str(model), "float32", "cpu", 1024, config, seed=0)
         self.notes: list[str] = []
 
         def make(name: str) -> Any:
             remote = ray.remote(RolloutActor).options(num_cpus=0.1, max_concurrency=1000)
             return remote.remote(name, spec, str(folder / "logs"))
 
-        self.pool = RolloutPool(make, ActorsConfig(**options), self.notes.append)
+        self.pool = RolloutPool(make, config, self.notes.append)
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         self.files = WeightFiles(folder / "published")
         self.version = -1

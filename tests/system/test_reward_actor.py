@@ -1,4 +1,4 @@
-"""The reward actor inside real Ray: correct scores, real deadlines, nothing left behind."""
+"""The reward worker inside real Ray: correct scores, real deadlines, nothing left behind."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ import ray
 
 from cohort.actors.records import Completion, Group, Prompt, ScoredGroup, ScoreMeta
 from cohort.rewards.config import RewardsConfig, TaskConfig
+from cohort.rewards.handle import RewardHandle
 from cohort.rewards.pool import RewardPool
 from cohort.rewards.specs import RewardSpec, reward_specs
 from cohort.rewards.tasks import load_task
-from cohort.rewards.worker import RewardWorker, longest_score_s, watched_actor_class
+from cohort.rewards.worker import RewardWorker, longest_score_s, watched_worker_class
 
 pytestmark = pytest.mark.system
 
@@ -115,7 +116,7 @@ def test_known_right_answers_score_through_the_real_actor(hang_file: Path) -> No
     meta, scored = score(actor, group)
     assert meta.totals == scored.totals == (1.5, 0.5, 0.5)
     assert meta.by_function["exact_number"] == (1.0, 0.0, 0.0)
-    assert "reward actor" in ray.get(actor.ping.remote(), timeout=30)
+    assert "reward worker" in ray.get(actor.ping.remote(), timeout=30)
     ray.kill(actor)
 
 
@@ -138,7 +139,7 @@ def test_a_hang_is_ended_and_no_process_is_left(hang_file: Path) -> None:
 def test_a_hundred_hanging_samples_on_four_workers(hang_file: Path) -> None:
     """Groups of five, all hanging, among groups that do not; every worker lives on."""
     actors = [make_actor([RewardSpec("hang", f"{hang_file}:hang_each")], 0.5) for _ in range(4)]
-    pool = RewardPool(actors, longest_score_s(0.5, 1, 5))
+    pool = RewardPool([RewardHandle(actor) for actor in actors], longest_score_s(0.5, 1, 5))
 
     async def main() -> list[Any]:
         await pool.check(60)
@@ -197,25 +198,27 @@ def leaves_a_daemon(completions):
 def make_pool(file: Path, function: str, workers: int, timeout_s: float = 20) -> RewardPool:
     """As a run makes it, with less patience."""
     specs = [RewardSpec(function, f"{file}:{function}")]
-    actor_class = watched_actor_class(RewardWorker)
+    actor_class = watched_worker_class(RewardWorker)
 
-    def make() -> Any:
-        return actor_class.options(num_cpus=0, max_restarts=-1).remote(specs, timeout_s)
+    def make() -> RewardHandle:
+        return RewardHandle(
+            actor_class.options(num_cpus=0, max_restarts=-1).remote(specs, timeout_s)
+        )
 
     return RewardPool(
         [make() for _ in range(workers)],
         longest_score_s(timeout_s, 1, 4) + 30,
         timeout_key=f"rewards.timeout_s={timeout_s:g}",
-        pings_while_judging=True,
+        pings_while_scoring=True,
         streams=False,
-        make_actor=make,
+        make_worker=make,
         frozen_s=4,
         restart_s=60,
     )
 
 
 async def pids_of(pool: RewardPool) -> list[tuple[int, int]]:
-    return [await worker.handle.pids.remote() for worker in pool._workers]
+    return [await worker.handle._actor.pids.remote() for worker in pool._workers]
 
 
 @pytest.fixture
@@ -299,8 +302,8 @@ def test_killed_actors_cost_no_group(sleepy_file: Path) -> None:
 
 
 async def pids_of_any(pool: RewardPool) -> list[tuple[int, int]]:
-    """Of the first actor; it may be judging, so it is asked behind its call."""
-    return [await pool._workers[0].handle.pids.remote()]
+    """Of the first actor; it may be scoring, so it is asked behind its call."""
+    return [await pool._workers[0].handle._actor.pids.remote()]
 
 
 def test_no_daemon_of_a_function_outlives_a_killed_actor(sleepy_file: Path) -> None:

@@ -1,7 +1,7 @@
 """`cohort check`: what can go wrong with a run, found before anything expensive starts.
 
 - `run`: the stages in their order
-- `sheet`: what a stage prints, and what is concluded
+- `stages`: what a stage prints, and what is concluded
 - `model`, `prompts`, `machine`, `rewards`, `rollout`: the stages themselves
 - `estimate`: their arithmetic
 """

@@ -5,16 +5,18 @@ from __future__ import annotations
 import shutil
 
 from cohort.actors.process import SHM
-from cohort.cluster.commands.check.estimate import activation_bytes, kv_bytes_per_token, logit_bytes
-from cohort.cluster.commands.check.model import Model
-from cohort.cluster.commands.check.sheet import Stage
+from cohort.cluster.commands.check.estimate import (
+    Architecture,
+    activation_bytes,
+    kv_bytes_per_token,
+    logit_bytes,
+)
+from cohort.cluster.commands.check.stages import Stage
 from cohort.cluster.config import Config, expand
-from cohort.cluster.lengths import Lengths
 from cohort.cluster.placement import (
     GIB,
     RANK_OVERHEAD,
     WIDTH,
-    Placement,
     Resources,
     checkpoint_bytes,
     learner_state,
@@ -23,55 +25,59 @@ from cohort.cluster.placement import (
     plan,
     published_bytes,
 )
+from cohort.cluster.prepare import Prepared
 from cohort.learner.checkpoint import nearest_existing
 
 
 def check_machine(
-    config: Config, model: Model, lengths: Lengths, have: Resources, here: bool, stage: Stage
-) -> Placement:
+    prepared: Prepared,
+    architecture: Architecture | None,
+    have: Resources,
+    here: bool,
+    stage: Stage,
+) -> None:
     """Compare what the run needs with what there is. here: it runs on this machine alone."""
+    config = prepared.config
     where = "this machine" if here else f"the cluster at {config.cluster.address or '$RAY_ADDRESS'}"
     stage.say(
         f"{where}: {have.cpus:g} cores, {have.gpus:g} GPUs, {have.memory / GIB:.1f} GiB of memory"
         + (f" (limited to {have.limited})" if have.limited else "")
     )
     cuda = config.cluster.device == "cuda" or (config.cluster.device == "auto" and have.gpus > 0)
-    step = _step_bytes(config, model, lengths)
+    step = None if architecture is None else _step_bytes(prepared, architecture)
     if cuda:
-        _gpu_memory(config, model, step, stage)
+        _gpu_memory(config, prepared.parameters, step, stage)
     else:
-        _host_memory(config, model, step, have, stage)
-        _check_cache(config, model, lengths, stage)
+        _host_memory(config, prepared.parameters, step, have, stage)
+        _check_cache(prepared, architecture, stage)
     if here:
-        _check_folders(config, model.parameters, have, stage)
+        _check_folders(config, prepared.parameters, have, stage)
     else:
         stage.say("shared memory and disks of the cluster's nodes cannot be seen from here")
-    return plan(config, have, model.parameters)
+    plan(config, have, prepared.parameters)
 
 
-def _step_bytes(config: Config, model: Model, lengths: Lengths) -> int | None:
+def _step_bytes(prepared: Prepared, architecture: Architecture) -> int:
     """Activations and outputs of a rank's largest forward and backward pass, estimated."""
-    if model.architecture is None:
-        return None
+    config, longest = prepared.config, prepared.lengths.longest
     learner, task, completion = config.learner, config.task, config.actors.max_tokens
-    longest = lengths.longest + completion
     groups = task.prompts_per_step // learner.workers
     tokens = min(
-        max(learner.micro_batch_tokens, longest),
-        groups * (lengths.longest + task.group_size * completion),
+        max(learner.micro_batch_tokens, longest + completion),
+        groups * (longest + task.group_size * completion),
     )
     width = WIDTH[config.model.dtype]
     outputs = min(learner.logit_chunk_tokens, tokens)
     return activation_bytes(
-        model.architecture, width, tokens, learner.gradient_checkpointing
-    ) + logit_bytes(model.architecture, width, outputs)
+        architecture, width, tokens, learner.gradient_checkpointing
+    ) + logit_bytes(architecture, width, outputs)
 
 
 def _host_memory(
-    config: Config, model: Model, step: int | None, have: Resources, stage: Stage
+    config: Config, parameters: int, step: int | None, have: Resources, stage: Stage
 ) -> None:
-    need = memory_needed(config, model.parameters)
-    state = learner_state(config, model.parameters)
+    need = memory_needed(config, parameters)
+    state = learner_state(config, parameters)
     kinds = ", ".join(f"{kind} {size / GIB:.1f}" for kind, size in state.items())
     details = {
         "engines": f"{config.actors.count} x (weights twice, key-value cache "
@@ -101,12 +107,13 @@ def _host_memory(
         )
 
 
-def _check_cache(config: Config, model: Model, lengths: Lengths, stage: Stage) -> None:
+def _check_cache(prepared: Prepared, architecture: Architecture | None, stage: Stage) -> None:
     """How many completions fit into an engine's key-value cache at once."""
-    if model.architecture is None:
+    config, lengths = prepared.config, prepared.lengths
+    if architecture is None:
         stage.say("key-value cache and activations: not estimated for this architecture")
         return
-    token = kv_bytes_per_token(model.architecture, WIDTH[config.model.dtype])
+    token = kv_bytes_per_token(architecture, WIDTH[config.model.dtype])
     room = int(config.actors.kv_cache_gib * GIB) // token
     group = config.task.group_size
     ahead = config.actors.max_staleness + 1
@@ -137,22 +144,19 @@ def _round_up(size: int) -> float:
     return -(-size * 4 // GIB) / 4
 
 
-def _gpu_memory(config: Config, model: Model, step: int | None, stage: Stage) -> None:
+def _gpu_memory(config: Config, parameters: int, step: int | None, stage: Stage) -> None:
     """What one GPU of a rank and one of an engine need."""
-    state = learner_state(config, model.parameters)
+    state = learner_state(config, parameters)
     if config.learner.offload != "none":
         state["optimizer"] = 0
     if config.learner.offload == "all":
         state["weights"] = 0
-    width = WIDTH[config.model.dtype]
-    reference = width * model.parameters if config.algorithm.kl_coef > 0 else 0
-    if config.learner.zero_stage >= 3:
-        reference //= config.learner.workers
-    rank = sum(state.values()) + reference + (step or 0)
+    reference = memory_needed(config, parameters)["reference"] // config.learner.workers
     parts = {**state, "reference": reference, "activations": step or 0}
+    rank = sum(parts.values())
     kinds = ", ".join(f"{kind} {size / GIB:.1f}" for kind, size in parts.items())
     stage.say(f"GPU memory of a learner rank, estimated: {rank / GIB:.1f} GiB ({kinds})")
-    engine = width * model.parameters // config.actors.tensor_parallel
+    engine = WIDTH[config.model.dtype] * parameters // config.actors.tensor_parallel
     stage.say(
         f"GPU memory of an engine: weights {engine / GIB:.1f} GiB, the rest of "
         f"actors.gpu_memory={config.actors.gpu_memory:g} is key-value cache"

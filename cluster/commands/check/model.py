@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cohort.actors.engine import stop_token_ids
 from cohort.cluster.commands.check.estimate import Architecture
-from cohort.cluster.commands.check.sheet import Stage
+from cohort.cluster.commands.check.stages import Stage
 from cohort.cluster.config import Config
 from cohort.cluster.continuing import Saved
-from cohort.cluster.errors import RunError
+from cohort.cluster.files import require_writable
 from cohort.cluster.model_folder import inspect_model, load_tokenizer
 from cohort.cluster.run_dir import find_run_dir
 from cohort.cluster.weight_files import weight_files
-from cohort.learner.checkpoint import HF_FOLDER, latest, nearest_existing
+from cohort.learner.checkpoint import latest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True)
-class Resumed:
-    """Where a run continues; `cursor` is its place in the sequence of training prompts."""
-
-    saved: Saved
-    step: int
-    cursor: int
-
-    @property
-    def model_path(self) -> str:
-        return str(self.saved.checkpoint / HF_FOLDER)
 
 
 @dataclass(frozen=True)
@@ -54,25 +40,20 @@ class Model:
     architecture: Architecture | None
 
 
-def check_run_dir(config: Config, stage: Stage) -> Resumed | None:
+def check_run_dir(config: Config, stage: Stage) -> Saved | None:
     """Whether training may use run.dir, and the checkpoint it would go on from."""
     folder = find_run_dir(config)
-    try:
-        # Writes without leaving anything behind.
-        tempfile.TemporaryFile(dir=nearest_existing(folder)).close()
-    except OSError as error:
-        raise RunError(f"run.dir={folder} cannot be written: {error.strerror}") from error
+    require_writable(folder, f"run.dir={folder}")
     checkpoint = latest(folder / "checkpoints") if config.run.resume else None
     if checkpoint is None:
         new = "has no complete checkpoint: starts at step 0" if config.run.resume else "can be used"
         stage.say(f"{folder} {new}")
         return None
     saved = Saved.load(checkpoint)
-    resumed = Resumed(saved, saved.step, saved.state["cursor"])
-    stage.say(f"{folder} goes on after step {resumed.step} of {config.run.steps}")
-    if resumed.step >= config.run.steps:
-        stage.warn(f"nothing is left to do: raise run.steps above {resumed.step}")
-    return resumed
+    stage.say(f"{folder} goes on after step {saved.step} of {config.run.steps}")
+    if saved.step >= config.run.steps:
+        stage.warn(f"nothing is left to do: raise run.steps above {saved.step}")
+    return saved
 
 
 def check_model(config: Config, stage: Stage) -> Model:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from cohort.actors.records import Prompt
 from cohort.cluster.commands.check.estimate import histogram_lines
 from cohort.cluster.commands.check.model import Model
-from cohort.cluster.commands.check.sheet import Stage
+from cohort.cluster.commands.check.stages import Stage
 from cohort.cluster.config import Config
-from cohort.cluster.lengths import Lengths, check_lengths, render_rows
+from cohort.cluster.lengths import check_lengths, render_rows
 from cohort.cluster.observe.stats import quantile
 from cohort.cluster.prepare import Prepared, longest_prompt, make_renderer
 from cohort.rewards.specs import RewardSpec, reward_specs
@@ -23,24 +23,27 @@ LONGEST_COLUMN = 120
 def check_task(config: Config, stage: Stage) -> tuple[Task, list[RewardSpec]]:
     """The task's rows and the functions that will score them, not loaded yet."""
     task = load_task(config.task, config.run.seed)
-    specs = reward_specs(task, config.rewards)
+    specs = reward_specs(task, config.rewards, environment=config.task.environment is not None)
     rows, need = task.train_size(), config.run.steps * config.task.prompts_per_step
     stage.say(
         f"{config.task.name}: {rows:,} training rows, {task.eval_size():,} held out; "
         f"{config.run.steps:,} steps of {config.task.prompts_per_step} prompts see each row "
         f"{need / rows:.1f} times"
     )
-    stage.say("rewards: " + ", ".join(f"{spec.name} x {spec.weight:g}" for spec in specs))
+    scores = [f"{spec.name} x {spec.weight:g}" for spec in specs]
+    if config.task.environment is not None:
+        scores.append(f"what {config.task.environment} gives")
+    stage.say("rewards: " + ", ".join(scores))
     return task, specs
 
 
 def check_prompts(
     config: Config, model: Model, task: Task, specs: Sequence[RewardSpec], stage: Stage
-) -> tuple[Prepared, list[Prompt], Lengths]:
+) -> tuple[Prepared, list[Prompt]]:
     """Show the first two prompts of the run, and the lengths against the limits.
 
     Returns:
-        What training would prepare, the training prompts that were rendered, and their lengths.
+        What training would prepare, and the training prompts that were rendered.
     """
     renderer = make_renderer(config, model.tokenizer, model.context)
     limit = longest_prompt(config, model.context)
@@ -76,17 +79,8 @@ def check_prompts(
             f"the others are rendered when they are sampled: the run has room for "
             f"{found.longest:,} tokens"
         )
-    prepared = Prepared(
-        config=config,
-        model_path=model.path,
-        parameters=model.parameters,
-        task=task,
-        rewards=list(specs),
-        renderer=renderer,
-        max_length=found.max_length,
-        overlong=found.overlong,
-    )
-    return prepared, rendered.train, found
+    ready = Prepared(config, model.path, model.parameters, task, list(specs), renderer, found)
+    return ready, rendered.train
 
 
 def _check_leakage(train: list[Prompt], held_out: list[Prompt], stage: Stage) -> None:

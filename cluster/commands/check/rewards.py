@@ -12,14 +12,15 @@ import numpy as np
 
 from cohort.actors.records import Completion, Failure, Group, Prompt, ScoreMeta
 from cohort.actors.text import completion_text
-from cohort.cluster.commands.check.sheet import Stage
+from cohort.cluster.commands.check.stages import Stage
 from cohort.cluster.config import Config
 from cohort.cluster.errors import RunError
 from cohort.cluster.observe.console import number
 from cohort.cluster.observe.stats import mean
 from cohort.rewards.base import combine
+from cohort.rewards.environments.scores import environment_scores
 from cohort.rewards.extract import left_open
-from cohort.rewards.specs import RewardSpec
+from cohort.rewards.specs import ENVIRONMENT, RewardSpec
 from cohort.rewards.tasks import Demonstrates, Task
 from cohort.rewards.worker import RewardWorker
 
@@ -95,8 +96,18 @@ class Scorers:
                 raise RunError(str(meta))
             metas[name] = meta
         by_function = {name: meta.by_function[name] for name, meta in metas.items()}
-        errors = tuple(error for meta in metas.values() for error in meta.errors)
+        # Each worker says what the environment gave as well.
+        errors = tuple(
+            error
+            for meta in metas.values()
+            for error in meta.errors
+            if error.function != ENVIRONMENT
+        )
         weights = {spec.name: spec.weight for spec in self.specs}
+        given, failures = environment_scores(group)
+        if given:
+            by_function[ENVIRONMENT], weights[ENVIRONMENT] = given, 1.0
+            errors += failures
         ids = [completion.id for completion in group.completions]
         totals = combine(ids, by_function, weights, errors)
         seconds = {name: meta.seconds for name, meta in metas.items()}
@@ -116,8 +127,8 @@ class Scorers:
             alone: list[float | None] = []
             for completion in group.completions:
                 part = replace(group, completions=(completion,))
-                _, said = self._workers[spec.name].judge(part)
-                alone.extend(said.results[spec.name][0].values if said else ())
+                _, found_alone = self._workers[spec.name].score_part(part)
+                alone.extend(found_alone.results[spec.name][0].values if found_alone else ())
             if tuple(alone) != scored.scores.by_function[spec.name]:
                 found.append(spec.name)
         return found
@@ -142,6 +153,9 @@ def check_rewards(
 ) -> None:
     """Score made-up completions of the first rows: the reference answer, a demonstration, the
     prompt again, nothing."""
+    if not scorers.specs:
+        stage.say("no reward functions: all rewards are the environment's")
+        return
     pairs = zip(prompts[:ROWS], demonstrations(task), strict=True)
     groups = [made_up(prompt, text, tokenizer) for prompt, text in pairs]
     scored = [scorers.score(group) for group in groups]
@@ -150,7 +164,7 @@ def check_rewards(
     width = max(len(kind) for kind in kinds)
     columns = [max(len(name), 9) for name in (*names, "total")]
     stage.say(
-        f"mean over {len(groups)} rows of what completions would earn that are"
+        f"mean scores of made-up completions over {len(groups)} rows"
         f"\n  {'':<{width}}  {_row((*names, 'total'), columns)}"
     )
     totals: dict[str, float] = {}
@@ -222,7 +236,7 @@ def _compare(config: Config, totals: dict[str, float], stage: Stage) -> None:
     known = {kind: total for kind, total in totals.items() if not math.isnan(total)}
     if not known:
         stage.warn(
-            "no function gave a value for any of these: see below whether they do for what the "
+            "no function gave a value for any of these: see below whether they score what the "
             "model writes"
         )
         return
@@ -236,9 +250,9 @@ def _compare(config: Config, totals: dict[str, float], stage: Stage) -> None:
     cheap = max((known[kind] for kind in (ECHO, NOTHING) if kind in known), default=-math.inf)
     if answers and max(answers.values()) <= cheap:
         stage.warn(
-            "the row's own answer earns no more than the prompt again or nothing, in none of the "
-            "forms above: look whether the functions read the right column (columns: of "
-            "rewards.functions) and which form of answer they want"
+            "the row's own answer earns no more than the prompt again or nothing, in any of the "
+            "forms above: check that the functions read the right column (columns: of "
+            "rewards.functions), and which form of answer they want"
         )
 
 

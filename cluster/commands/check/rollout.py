@@ -18,7 +18,7 @@ from cohort.cluster.commands.check.estimate import (
 )
 from cohort.cluster.commands.check.prompts import bounded
 from cohort.cluster.commands.check.rewards import CheckedGroup, Scorers, report_errors
-from cohort.cluster.commands.check.sheet import Stage
+from cohort.cluster.commands.check.stages import Stage
 from cohort.cluster.config import Config
 from cohort.cluster.launch import launch
 from cohort.cluster.observe.console import Console, number
@@ -125,6 +125,10 @@ def _show(group: Group, scored: CheckedGroup, stage: Stage) -> None:
             f"  reward {number(totals[place]):>5}  {len(completion.token_ids):>5} tokens{truncated}"
             f"  {text}"
         )
+        if completion.end is not None:
+            for message in completion.end.messages:
+                stage.say(f"    [{message['role']}] {bounded(str(message['content']), 200)}")
+            stage.say(f"    [end] {completion.end.stop_reason}")
 
 
 def _check_lengths(config: Config, generated: Generated, stage: Stage) -> None:
@@ -151,7 +155,7 @@ def _check_lengths(config: Config, generated: Generated, stage: Stage) -> None:
 def _functions(scorers: Scorers, scored: Sequence[CheckedGroup], stage: Stage) -> None:
     """Each function by itself: what it gave, and how long it took."""
     completions = sum(len(item.scores.totals) for item in scored)
-    width = max(len(spec.name) for spec in scorers.specs)
+    width = max((len(spec.name) for spec in scorers.specs), default=0)
     stage.say(f"rewards of the {completions} completions:")
     for spec in scorers.specs:
         values = [value for item in scored for value in item.scores.by_function[spec.name]]

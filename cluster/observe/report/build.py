@@ -5,7 +5,6 @@ Of long runs a part is chosen, files are read line by line, and the run may stil
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,7 +19,6 @@ from cohort.cluster.config import ConfigError, ModelConfig, RunConfig
 from cohort.cluster.config_file import read_tree
 from cohort.cluster.observe.metrics_file import MetricRow, read_metrics, step_of
 from cohort.cluster.observe.report.completions import (
-    Advantages,
     Completions,
     ReportLimits,
     choose_completions,
@@ -34,10 +32,9 @@ from cohort.cluster.observe.report.curves import (
     numeric,
     tiles,
 )
+from cohort.learner.checkpoint import latest
 from cohort.learner.config import AlgorithmConfig
-from cohort.rewards.config import TaskConfig
-
-STEP_FOLDER = re.compile(r"step-(\d{1,15})")
+from cohort.rewards.config import EnvironmentsConfig, TaskConfig
 
 Section = TypeVar("Section", bound=BaseModel)
 
@@ -101,9 +98,13 @@ def build(run_dir: Path, limits: ReportLimits, now: datetime) -> Report:
     actors = _section(tree, "actors", ActorsConfig, problems)
     algorithm = _section(tree, "algorithm", AlgorithmConfig, problems)
 
-    advantages = Advantages(algorithm, actors.max_tokens) if algorithm and actors else None
-    completions = choose_completions(run_dir / "rollouts", limits, advantages)
+    environments = _section(tree, "environments", EnvironmentsConfig, problems)
+    max_tokens = actors.max_tokens if actors else None
+    if actors and environments and task and task.environment is not None:
+        max_tokens = actors.max_tokens * environments.max_turns
+    completions = choose_completions(run_dir / "rollouts", limits, algorithm, max_tokens)
     drawn = curves(rows)
+    last = latest(run_dir / "checkpoints")
     return Report(
         run=RecordedRun(
             name=run_dir.resolve().name,
@@ -113,19 +114,19 @@ def build(run_dir: Path, limits: ReportLimits, now: datetime) -> Report:
             preset=algorithm.preset if algorithm else None,
             steps_done=step_of(rows[-1]) + 1 if rows else 0,
             steps_total=run.steps if run else None,
-            checkpoint=_checkpoint(run_dir / "checkpoints"),
+            checkpoint=int(last.name.removeprefix("step-")) if last else None,
             seconds=sum(numeric(row, "time/step") or 0.0 for row in rows),
             written=_time(written),
             made=_time(now),
         ),
-        tiles=tiles(rows, actors.max_tokens if actors else None),
+        tiles=tiles(rows, max_tokens),
         curves=drawn,
         charts=choose_charts([series.key for series in drawn.series]),
         completions=completions,
         notes=(
             *problems,
             *_curve_notes(drawn, len(rows)),
-            *_completion_notes(completions, limits, algorithm if advantages else None),
+            *_completion_notes(completions, limits, algorithm if actors else None),
         ),
     )
 
@@ -167,15 +168,6 @@ def _section(
             f"depends on its section {name} is left out."
         )
         return None
-
-
-def _checkpoint(folder: Path) -> int | None:
-    done = [
-        int(match[1])
-        for mark in folder.glob("step-*/COMPLETE")
-        if (match := STEP_FOLDER.fullmatch(mark.parent.name))
-    ]
-    return max(done, default=None)
 
 
 def _time(moment: datetime) -> str:

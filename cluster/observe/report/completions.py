@@ -98,14 +98,6 @@ class Completions:
     unread: int = 0
 
 
-@dataclass(frozen=True)
-class Advantages:
-    """What advantages are computed from, besides the rewards of a step."""
-
-    algorithm: AlgorithmConfig
-    max_tokens: int
-
-
 def spread(items: Sequence[T], count: int) -> list[T]:
     """At most `count` of the items, evenly spread: the last one, and from two on the first one."""
     if len(items) <= count:
@@ -116,9 +108,9 @@ def spread(items: Sequence[T], count: int) -> list[T]:
 
 
 def choose_completions(
-    folder: Path, limits: ReportLimits, advantages: Advantages | None
+    folder: Path, limits: ReportLimits, algorithm: AlgorithmConfig | None, max_tokens: int | None
 ) -> Completions:
-    """Read rollouts/ as far as needed; without `advantages` these are left out."""
+    """Read rollouts/ as far as needed. Advantages need the algorithm and actors.max_tokens."""
     files = _step_files(folder)
     visits = _recurring(files, limits) if limits.prompts else {}
     chosen = spread(list(files), limits.steps)
@@ -139,8 +131,8 @@ def choose_completions(
         except FileNotFoundError:
             continue  # a resumed run removes the steps that it does again
         unread += damaged
-        if advantages is not None:
-            raw = with_advantages(raw, advantages.algorithm, advantages.max_tokens)
+        if algorithm is not None and max_tokens is not None:
+            raw = with_advantages(raw, algorithm, max_tokens)
         wanted = set(spread(range(len(raw)), limits.groups)) if step in chosen else set()
         missing = set(again.get(step, ()))
         shown = []

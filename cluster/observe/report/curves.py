@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from cohort.cluster.observe.metrics_file import PHASES, Metrics, step_of
+from cohort.cluster.observe.stats import mean
 
 MAX_POINTS = 500
 """A longer run is shown in parts of equally many steps, each as one point."""
@@ -155,13 +156,10 @@ def choose_charts(keys: Sequence[str]) -> tuple[Chart, ...]:
     )
 
 
-def _mean(rows: Rows, key: str) -> float | None:
-    values = [value for row in rows if (value := numeric(row, key)) is not None]
-    return fmean(values) if values else None
-
-
-def _shown(value: float | None, pattern: str, unit: str = "") -> str:
-    return "–" if value is None else f"{format(value, pattern)} {unit}".rstrip()
+def _shown(rows: Rows, key: str, pattern: str, unit: str = "") -> str:
+    """The mean of a metric over these rows, as a text."""
+    value = mean(numeric(row, key) for row in rows)
+    return "–" if math.isnan(value) else f"{format(value, pattern)} {unit}".rstrip()
 
 
 def tiles(rows: Rows, max_tokens: int | None) -> tuple[Tile, ...]:
@@ -169,42 +167,26 @@ def tiles(rows: Rows, max_tokens: int | None) -> tuple[Tile, ...]:
     if not rows:
         return ()
     first, recent = rows[:RECENT_STEPS], rows[-RECENT_STEPS:]
+
+    def then_and_now(label: str, key: str, pattern: str) -> Tile:
+        before = f"last {len(recent)} steps; first {len(first)}: {_shown(first, key, pattern)}"
+        return Tile(label, _shown(recent, key, pattern), before)
+
     limit = "" if max_tokens is None else f"; limit {max_tokens:,}"
-    split = " · ".join(
-        f"{phase} {_shown(_mean(recent, f'time/{phase}'), '.1f')}" for phase in PHASES
+    split = " · ".join(f"{phase} {_shown(recent, f'time/{phase}', '.1f')}" for phase in PHASES)
+    speed = _shown(recent, "rollout/tokens_per_s", ",.0f", "tokens/s generated")
+    trained, filtered, failed = (
+        _shown(rows[-1:], f"samples/{name}", ",.0f") for name in ("trained", "filtered", "failed")
     )
-    speed = _shown(_mean(recent, "rollout/tokens_per_s"), ",.0f", "tokens/s generated")
-    counts = {
-        name: _shown(numeric(rows[-1], f"samples/{name}"), ",.0f")
-        for name in ("trained", "filtered", "failed")
-    }
-    zero, truncated = "reward/zero_variance_fraction", "rollout/truncated_fraction"
-    then = f"last {len(recent)} steps; first {len(first)}: "
     return (
-        Tile(
-            "Reward",
-            _shown(_mean(recent, "reward/mean"), ".3f"),
-            then + _shown(_mean(first, "reward/mean"), ".3f"),
-        ),
-        Tile(
-            "Groups without signal",
-            _shown(_mean(recent, zero), ".0%"),
-            then + _shown(_mean(first, zero), ".0%"),
-        ),
+        then_and_now("Reward", "reward/mean", ".3f"),
+        then_and_now("Groups without signal", "reward/zero_variance_fraction", ".0%"),
         Tile(
             "Completion length",
-            _shown(_mean(recent, "rollout/completion_tokens"), ",.1f", "tokens"),
+            _shown(recent, "rollout/completion_tokens", ",.1f", "tokens"),
             f"last {len(recent)} steps{limit}",
         ),
-        Tile(
-            "Truncated",
-            _shown(_mean(recent, truncated), ".0%"),
-            then + _shown(_mean(first, truncated), ".0%"),
-        ),
-        Tile("Step", _shown(_mean(recent, "time/step"), ",.1f", "s"), f"{split} s"),
-        Tile(
-            "Trained completions",
-            counts["trained"],
-            f"{counts['filtered']} filtered · {counts['failed']} failed · {speed}",
-        ),
+        then_and_now("Truncated", "rollout/truncated_fraction", ".0%"),
+        Tile("Step", _shown(recent, "time/step", ",.1f", "s"), f"{split} s"),
+        Tile("Trained completions", trained, f"{filtered} filtered · {failed} failed · {speed}"),
     )

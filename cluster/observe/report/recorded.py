@@ -12,6 +12,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, NonNegativeInt
 
 from cohort.actors.records import GroupMeta, ScoreMeta
+from cohort.cluster.observe.rollouts import transcript
 from cohort.learner.config import AlgorithmConfig
 from cohort.learner.credit import assign_credit
 
@@ -114,8 +115,11 @@ def read_rows(file: Path) -> Iterator[RecordedRow | None]:
         for line in lines:
             try:
                 # Not validate_json: a text may hold half a surrogate pair.
-                yield RecordedRow.model_validate(json.loads(line.decode("utf-8", "replace")))
-            except (ValueError, RecursionError):
+                found = json.loads(line.decode("utf-8", "replace"))
+                if found.get("episode"):
+                    found["completion"] = transcript(found)
+                yield RecordedRow.model_validate(found)
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
                 yield None
 
 
@@ -168,8 +172,11 @@ def with_advantages(
     """All groups of one step with the advantages that the learner gives their completions.
 
     The learner's own functions decide. What they do not know here is a KL in the reward, which the
-    learner takes off the reward of each completion: that needs the reference model.
+    learner takes off the reward of each completion: that needs the reference model. Where each turn
+    has an advantage of its own, a completion has none.
     """
+    if algorithm.credit == "turn":
+        return list(groups)
     pairs = []
     for place, group in enumerate(groups):
         meta = GroupMeta(

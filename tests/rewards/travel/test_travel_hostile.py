@@ -191,7 +191,7 @@ def junk(rng: random.Random, names: list[str], depth: int = 0) -> Any:
             return {key: junk(rng, names, depth + 1) for key in chosen}
 
 
-def test_any_json_is_judged_within_bounds() -> None:
+def test_any_json_is_scored_within_bounds() -> None:
     rng = random.Random(0)
     query = make_query(21, 3, "train", 0)
     days = honest(query)
@@ -206,7 +206,7 @@ def test_any_json_is_judged_within_bounds() -> None:
             assert (found.total >= 1) == found.passed
 
 
-def test_any_text_is_judged() -> None:
+def test_any_text_is_scored() -> None:
     rng = random.Random(1)
     query = make_query(21, 2, "train", 0)
     text = json.dumps({"days": honest(query)})

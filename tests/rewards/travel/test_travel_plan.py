@@ -6,7 +6,7 @@ import json
 import time
 
 import pytest
-from travel_trips import PLAN, judge
+from travel_trips import PLAN, evaluated
 
 from cohort.rewards.travel.plan import Day, Plan, PlanError, parse_plan, to_json
 
@@ -79,7 +79,7 @@ def test_there_and_back() -> None:
 def test_everything_else_is_a_clear_error(text: str, message: str) -> None:
     with pytest.raises(PlanError, match=message):
         parse_plan(text)
-    found = judge(text)
+    found = evaluated(text)
     assert (found.total, found.cost, found.delivered) == (0, None, False)
 
 
@@ -97,11 +97,11 @@ def test_everything_else_is_a_clear_error(text: str, message: str) -> None:
 )
 def test_a_megabyte_is_an_error_in_no_time(text: str) -> None:
     start = time.perf_counter()
-    assert judge(text).total == 0
+    assert evaluated(text).total == 0
     assert time.perf_counter() - start < 0.2
 
 
 def test_a_lone_surrogate_is_only_an_unknown_name() -> None:
-    found = judge(TEXT.replace('"A"', r'"\ud800"'))
+    found = evaluated(TEXT.replace('"A"', r'"\ud800"'))
     assert found.delivered and not found.passed
     assert all(finding.problem.isascii() for finding in found.commonsense)

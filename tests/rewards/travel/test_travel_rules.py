@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from travel_trips import COST, PLAN, QUERY, failed, judge, plan
+from travel_trips import COST, PLAN, QUERY, evaluated, failed, plan
 
 from cohort.rewards.travel.query import Query
 from cohort.rewards.travel.rules import COMMONSENSE, HARD
@@ -23,11 +23,11 @@ def changed(change: Callable[[Days], Any]) -> dict[str, Any]:
 
 
 def test_the_right_plan_breaks_no_rule_and_every_rule_applies() -> None:
-    found = judge(PLAN)
+    found = evaluated(PLAN)
     assert found.passed and found.delivered and found.coverage == 1
     assert {f.rule for f in found.commonsense} == {rule.name for rule in COMMONSENSE}
     assert {f.rule for f in found.hard} == HARD_NAMES
-    assert (found.commonsense_share, found.hard_share) == (1, 1)
+    assert (found.commonsense_fraction, found.hard_fraction) == (1, 1)
     assert found.cost == COST
     assert found.total == 1 + 0.5 * found.soft.mean
 
@@ -56,14 +56,14 @@ BREAKS: list[tuple[str, Callable[[Days], Any]]] = [
 
 @pytest.mark.parametrize(("rule", "change"), BREAKS)
 def test_a_change_breaks_its_rule_alone(rule: str, change: Callable[[Days], Any]) -> None:
-    found = judge(changed(change))
+    found = evaluated(changed(change))
     assert failed(found) == {rule}
     assert not found.passed
     assert found.total < 1
     assert found.soft.mean == 0
 
 
-# Where these fail, the hard rules are not judged at all, as in TravelPlanner.
+# Where these fail, the hard rules are not applied at all, as in TravelPlanner.
 GATES: list[tuple[str, Callable[[Days], Any]]] = [
     ("within_world", lambda d: d[1].update(meals=["Alba Knife"])),
     ("within_world", lambda d: d[1].update(hotel="Alba Cup")),
@@ -78,12 +78,12 @@ GATES: list[tuple[str, Callable[[Days], Any]]] = [
 
 
 @pytest.mark.parametrize(("rule", "change"), GATES)
-def test_a_plan_with_gaps_or_inventions_is_not_judged_by_hard_rules(
+def test_hard_rules_are_not_applied_to_a_plan_with_gaps_or_inventions(
     rule: str, change: Callable[[Days], Any]
 ) -> None:
-    found = judge(changed(change))
+    found = evaluated(changed(change))
     assert failed(found) - {"transport"} == {rule} | HARD_NAMES
-    assert found.hard_share == 0
+    assert found.hard_fraction == 0
     assert 0.125 < found.total < 0.125 + 0.25
 
 
@@ -91,9 +91,9 @@ def test_too_many_sights_in_a_day() -> None:
     query = dataclasses.replace(QUERY, first_weekday=2)
     sights = [sight.name for sight in query.country.cities[0].sights]
     value = changed(lambda d: (d[0].update(sights=sights), d[1].update(sights=sights[:1])))
-    assert failed(judge(value, query)) >= {"complete"}
+    assert failed(evaluated(value, query)) >= {"complete"}
     value = changed(lambda d: d[0].update(sights=sights[::2]))
-    assert judge(value, query).passed
+    assert evaluated(value, query).passed
 
 
 def test_route() -> None:
@@ -102,13 +102,13 @@ def test_route() -> None:
     back["days"][2].update(city="Alba", hotel="Alba Inn", meals=["Alba Fork"])
     back["days"][2].update(sights=["Alba Park"])
     back["days"][3]["travel"] = "train"
-    assert failed(judge(back, dataclasses.replace(QUERY, budget=5000))) == {"route"}
+    assert failed(evaluated(back, dataclasses.replace(QUERY, budget=5000))) == {"route"}
     elsewhere = dataclasses.replace(QUERY, start="Bern")
-    assert failed(judge(PLAN, elsewhere)) == {"route"}
+    assert failed(evaluated(PLAN, elsewhere)) == {"route"}
 
 
 def test_a_hired_car_goes_all_the_way() -> None:
-    assert judge(changed(lambda d: d[2].update(travel="car"))).passed
+    assert evaluated(changed(lambda d: d[2].update(travel="car"))).passed
     # A third city, reached by train after the first leg by car.
     country = QUERY.country
     cora = dataclasses.replace(country.cities[1], name="Cora")
@@ -130,9 +130,9 @@ def test_a_hired_car_goes_all_the_way() -> None:
         "meals": ["C Bern Cup"],
         "sights": ["C Bern Castle"],
     }
-    assert judge(value, query).passed
+    assert evaluated(value, query).passed
     value["days"][2]["travel"] = "car"
-    assert failed(judge(value, query)) == {"transport"}
+    assert failed(evaluated(value, query)) == {"transport"}
 
 
 def test_days_and_cities() -> None:
@@ -142,26 +142,26 @@ def test_days_and_cities() -> None:
             d.append({"city": "Bern", "meals": ["Bern Spoon"], "sights": ["Bern Garden"]}),
         )
     )
-    assert failed(judge(longer, dataclasses.replace(QUERY, budget=5000))) == {"days"}
+    assert failed(evaluated(longer, dataclasses.replace(QUERY, budget=5000))) == {"days"}
     more = dataclasses.replace(QUERY, cities=("Alba", "Bern", "Cora"))
-    assert failed(judge(PLAN, more)) == {"cities"}
+    assert failed(evaluated(PLAN, more)) == {"cities"}
 
 
 def test_the_budget_is_a_bound_that_may_be_reached() -> None:
-    assert judge(PLAN, dataclasses.replace(QUERY, budget=COST)).passed
-    assert failed(judge(PLAN, dataclasses.replace(QUERY, budget=COST - 1))) == {"budget"}
+    assert evaluated(PLAN, dataclasses.replace(QUERY, budget=COST)).passed
+    assert failed(evaluated(PLAN, dataclasses.replace(QUERY, budget=COST - 1))) == {"budget"}
 
 
 def test_cost_counts_rooms_for_two() -> None:
     def cost(party: int) -> int | None:
-        return judge(PLAN, dataclasses.replace(QUERY, party=party)).cost
+        return evaluated(PLAN, dataclasses.replace(QUERY, party=party)).cost
 
     assert cost(1) == 290 + 102
     assert cost(3) == 2 * 290 + 3 * 102
 
 
 def rules_of(query: Query) -> set[str]:
-    found = judge(PLAN, query)
+    found = evaluated(PLAN, query)
     return {finding.rule for finding in (*found.commonsense, *found.hard)}
 
 
@@ -191,11 +191,11 @@ def test_rules_that_a_query_does_not_have_are_not_counted() -> None:
 
 
 def test_a_missing_way_lowers_the_coverage_and_hides_its_price() -> None:
-    found = judge(changed(lambda d: d[2].pop("travel")))
+    found = evaluated(changed(lambda d: d[2].pop("travel")))
     assert found.cost == COST - 60
     assert found.coverage == 11 / 12
     # All hard rules hold, but the unpaid journey must not earn for staying in the budget.
-    assert found.hard_passed and found.hard_share == 0
+    assert found.hard_passed and found.hard_fraction == 0
 
 
 COVERAGE: list[tuple[Callable[[Days], Any], float]] = [
@@ -217,12 +217,12 @@ COVERAGE: list[tuple[Callable[[Days], Any], float]] = [
 @pytest.mark.parametrize(("change", "expected"), COVERAGE)
 def test_coverage_by_hand(change: Callable[[Days], Any], expected: float) -> None:
     # Four days of a meal and a sight, three nights, one journey: twelve bookings.
-    assert judge(changed(change)).coverage == expected
+    assert evaluated(changed(change)).coverage == expected
 
 
 def test_names_are_compared_without_case_width_and_spaces() -> None:
     wide = "".join(chr(ord(c) + 0xFEE0) if c != " " else c for c in "Alba Cup")
-    assert judge(changed(lambda d: d[0].update(meals=[wide], city=" ALBA "))).passed
+    assert evaluated(changed(lambda d: d[0].update(meals=[wide], city=" ALBA "))).passed
     for name in (wide, "alba  cup", "ALBA CUP"):
         again = changed(lambda d, name=name: d[1].update(meals=[name]))
-        assert failed(judge(again)) == {"diverse_restaurants"}
+        assert failed(evaluated(again)) == {"diverse_restaurants"}

@@ -85,7 +85,7 @@ def plan() -> dict[str, Any]:
     return copy.deepcopy(PLAN)
 
 
-def judge(value: Any, query: Query = QUERY) -> Evaluation:
+def evaluated(value: Any, query: Query = QUERY) -> Evaluation:
     return evaluate(query, value if isinstance(value, str) else json.dumps(value))
 
 

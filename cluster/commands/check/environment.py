@@ -1,0 +1,49 @@
+"""The stage of the environment: its tools, and what the chat template makes of several turns."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cohort.actors.engine import stop_token_ids
+from cohort.cluster.commands.check.stages import Stage
+from cohort.cluster.config import Config
+from cohort.rewards.environments.specs import find_tools
+from cohort.rewards.prefix_proof import prove
+from cohort.rewards.tool_messages import supports_tools
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LONGEST_DIFFERENCE = 160
+
+
+def check_environment(
+    config: Config, model_path: str, tokenizer: PreTrainedTokenizerBase, stage: Stage
+) -> None:
+    """Load the environment's class; say how its messages become tokens, and in which cases."""
+    tools = find_tools(config.task)
+    names = ", ".join(tool["function"]["name"] for tool in tools)
+    stage.say(f"{config.task.environment}: " + (f"tools {names}" if tools else "no tools"))
+    arguments = config.model.template_arguments
+    if tools and not supports_tools(tokenizer, arguments):
+        stage.say(
+            "the model's chat template knows no tools: they are described in the system message, "
+            "and results are messages of the user"
+        )
+    lines = prove(tokenizer, tools, arguments, stop_token_ids(model_path, tokenizer.eos_token_id))
+    exact = [line.case for line in lines if line.result == "exact"]
+    stage.say(f"appended exactly as the chat template writes it: {', '.join(exact) or 'nothing'}")
+    for line in lines:
+        why = (line.why or "")[:LONGEST_DIFFERENCE]
+        if line.result == "rewritten":
+            stage.say(
+                f"the template rewrites {line.case}: {why}; task.history={config.task.history} "
+                + ("appends all the same" if config.task.history == "append" else "forks there")
+            )
+        elif line.result == "refused":
+            stage.warn(f"the template cannot continue {line.case}: {why}")
+    limits = config.environments
+    stage.say(
+        f"an episode has at most {limits.max_turns} turns of {config.actors.max_tokens} tokens and "
+        f"{limits.max_tool_calls} tool calls (environments.max_turns, environments.max_tool_calls)"
+    )

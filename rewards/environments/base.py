@@ -1,0 +1,117 @@
+"""What an environment is: a class of the user, one instance an episode.
+
+Two kinds. One has `reset` and `step` (`Env` shows both):
+
+    class Guess:
+        def reset(self, row, seed):
+            self.number = random.Random(seed).randint(1, 9)
+            return "I think of a number from 1 to 9."
+
+        def step(self, reply):
+            if reply.text.strip() == str(self.number):
+                return Step("Right.", reward=1.0, done=True)
+            return Step("No.", reward=0.0)
+
+The other has tools: its public methods, see `cohort.rewards.environments.tools`. Methods may be
+`async`; the others run in a thread each, so that a slow one holds up its own episode alone.
+
+This module is what an environment's process imports: it must stay light.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from cohort.actors.errors import CohortError
+
+Message = dict[str, Any]
+
+
+class EnvironmentLoadError(CohortError):
+    """The environment cannot be loaded; the message names the key or the line to change."""
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """One call of a tool, as the model wrote it.
+
+    Attributes:
+        name: Of the tool.
+        arguments: By name.
+        id: "call_0", "call_1", ... within the episode; for templates that print it.
+        error: Why it cannot be made (its JSON is broken); None: it can.
+    """
+
+    name: str
+    arguments: Mapping[str, Any]
+    id: str
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the model said in a turn.
+
+    Attributes:
+        text: All of it, special tokens included, end and padding left out.
+        tool_calls: Those found in the text; `content` is what is left of it.
+        content: The text without tool calls.
+        token_ids: As sampled.
+        stop_reason: "stop", or "length" where it was longer than actors.max_tokens.
+    """
+
+    text: str
+    tool_calls: Sequence[ToolCall] = ()
+    content: str = ""
+    token_ids: Sequence[int] = ()
+    stop_reason: str = "stop"
+
+
+@dataclass
+class Step:
+    """What an environment answers.
+
+    Attributes:
+        messages: New messages, or a text that becomes one of the user. Empty: nothing was said; the
+            model goes on with an empty message of the user.
+        reward: For this turn; None: nothing to say about it.
+        done: Whether the episode ends here.
+        metrics: Numbers by name; the last of each name counts.
+        failure: A text that says why the episode is worth nothing (a service was down): it is
+            counted and not trained. Never a reward of 0.
+    """
+
+    messages: Sequence[Message] | str = ()
+    reward: float | None = None
+    done: bool = False
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    failure: str | None = None
+
+
+class Env:
+    """An environment with turns of its own. To inherit from it is not needed.
+
+    Example:
+        See the top of this module.
+    """
+
+    async def reset(self, row: Mapping[str, Any], seed: int) -> Sequence[Message] | str | None:
+        """Begin an episode.
+
+        Args:
+            row: The columns of the dataset's row, and `prompt`.
+            seed: The same for all episodes of a group.
+
+        Returns:
+            Messages that follow the row's own prompt (a text becomes one of the user), or None.
+        """
+        raise NotImplementedError
+
+    async def step(self, reply: Reply) -> Step:
+        """Answer a reply of the model."""
+        raise NotImplementedError
+
+    async def close(self) -> None:
+        """End the episode, however it ended."""

@@ -1,0 +1,225 @@
+"""The process in which environments run: many episodes at once, each an instance of its own.
+
+It talks to its worker over one socket. Frames are a length (8 bytes, big-endian) and a body. In:
+pickled calls (number, episode, what to do, arguments). Out: JSON only, because the parent must not
+unpickle what foreign code may forge; an answer has the number of its call. Methods that are not
+`async` run in a thread each.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import json
+import math
+import os
+import pickle
+import signal
+import socket
+import struct
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from cohort.rewards.child import bound_memory, die_with_parent, discard_output
+from cohort.rewards.environments.base import EnvironmentLoadError, Message, Reply, Step
+from cohort.rewards.environments.loading import Playable, load_class, make
+from cohort.rewards.results import error_tail
+
+# Calls of environments that are not `async` and run at one time.
+THREADS = 512
+# Of the public attributes of an environment, as JSON.
+MAX_STATE = 1 << 16
+LENGTH = struct.Struct(">Q")
+
+
+class Host:
+    """Runs the episodes of one process."""
+
+    def __init__(self, hello: Mapping[str, Any]) -> None:
+        self._factory = load_class(hello["path"], Path(hello["stubs"]))
+        self._options = hello["options"]
+        self._longest = hello["message_chars"]
+        self._threads = ThreadPoolExecutor(THREADS)
+        self._episodes: dict[str, tuple[Playable, object]] = {}
+
+    async def answer(self, episode: str, what: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """What an environment says to a call, as JSON can hold it."""
+        if what == "ping":
+            return {}
+        if what == "close":
+            return await self._close(episode)
+        if what == "reset":
+            playable = make(self._factory, self._options, self._run)
+            self._episodes[episode] = playable, None
+            found = await playable.reset(arguments["row"], arguments["seed"])
+            messages, cut = as_messages(found, self._longest)
+            return {"messages": messages, "cut": cut}
+        playable, _ = self._episodes[episode]
+        step = await playable.step(Reply(**arguments["reply"]))
+        return as_json(step, self._longest)
+
+    async def _close(self, episode: str) -> dict[str, Any]:
+        playable, _ = self._episodes.pop(episode, (None, None))
+        if playable is None:
+            return {"reward": None, "state": {}}
+        final = getattr(playable, "final_reward", None)
+        reward = None if final is None else await final()
+        state = public_state(getattr(playable, "_instance", None))
+        await playable.close()
+        return {"reward": number(reward, "get_reward returned"), "state": state}
+
+    async def _run(self, function: Any, *args: Any, **named: Any) -> Any:
+        """Call a function of the environment; in a thread, unless it is `async`."""
+        if inspect.iscoroutinefunction(function):
+            return await function(*args, **named)
+        loop = asyncio.get_running_loop()
+        result = await loop.run_in_executor(self._threads, lambda: function(*args, **named))
+        return await result if inspect.isawaitable(result) else result
+
+
+def as_messages(found: object, longest: int) -> tuple[list[Message], int]:
+    """What an environment says, as messages, and how many of them were cut at `longest` letters.
+
+    Raises:
+        TypeError: It is no text and no list of messages.
+    """
+    if found is None:
+        return [], 0
+    if isinstance(found, str):
+        found = [{"role": "user", "content": found}]
+    if not isinstance(found, Sequence) or isinstance(found, bytes):
+        raise TypeError(f"messages must be a text or a list, not a {type(found).__name__}")
+    messages, cut = [], 0
+    for message in found:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise TypeError(f"a message must have role and content, got {str(message)[:200]}")
+        if message["role"] == "assistant":
+            raise TypeError("an environment cannot speak as the assistant")
+        content = message.get("content")
+        if not isinstance(content, str):
+            raise TypeError(f"a message's content must be a text, not a {type(content).__name__}")
+        if len(content) > longest:
+            left_out = len(content) - longest
+            content = f"{content[:longest]}\n[{left_out} more characters were left out]"
+            cut += 1
+        # A lone surrogate has no UTF-8.
+        content = content.encode(errors="replace").decode()
+        kept = {key: message[key] for key in ("name", "tool_call_id") if key in message}
+        messages.append({"role": message["role"], **kept, "content": content})
+    return messages, cut
+
+
+def as_json(step: object, longest: int) -> dict[str, Any]:
+    """A step as JSON can hold it.
+
+    Raises:
+        TypeError: It is no `Step`, or a part of it has another type than it should.
+        ValueError: A reward or a metric that is not finite.
+    """
+    if not isinstance(step, Step):
+        raise TypeError(f"step must return a Step, not a {type(step).__name__}")
+    if step.failure is not None and not isinstance(step.failure, str):
+        raise TypeError("Step.failure must be a text that says why")
+    messages, cut = as_messages(step.messages, longest)
+    metrics = {
+        str(name): number(value, f"metrics[{name}] is") for name, value in step.metrics.items()
+    }
+    return {
+        "messages": messages,
+        "cut": cut,
+        "reward": number(step.reward, "the reward is"),
+        "done": bool(step.done),
+        "metrics": metrics,
+        "failure": step.failure,
+    }
+
+
+def number(value: Any, what: str) -> float | None:
+    """A finite float, or None.
+
+    Raises:
+        TypeError: It is no number.
+        ValueError: It is not finite.
+    """
+    if value is None:
+        return None
+    try:
+        found = float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise TypeError(f"{what} {str(value)[:100]!r}, which is not a number") from None
+    if not math.isfinite(found):
+        raise ValueError(f"{what} {found}")
+    return found
+
+
+def public_state(instance: object) -> dict[str, Any]:
+    """The public attributes of an environment that JSON can hold, as far as they are small."""
+    found: dict[str, Any] = {}
+    room = MAX_STATE
+    for name, value in getattr(instance, "__dict__", {}).items():
+        if name.startswith("_"):
+            continue
+        try:
+            text = json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError, RecursionError):
+            continue
+        if len(text) <= room:
+            room -= len(text)
+            found[name] = json.loads(text)
+    return found
+
+
+async def serve(connection: socket.socket) -> None:
+    """Answer calls until the connection closes."""
+    reader, writer = await asyncio.open_connection(sock=connection)
+
+    async def frame() -> bytes:
+        (size,) = LENGTH.unpack(await reader.readexactly(LENGTH.size))
+        return await reader.readexactly(size)
+
+    def reply(body: Mapping[str, Any]) -> None:
+        data = json.dumps(body).encode()
+        writer.write(LENGTH.pack(len(data)) + data)
+
+    hello = json.loads(await frame())
+    bound_memory(hello["memory_bytes"])
+    try:
+        host = Host(hello)
+    except EnvironmentLoadError as error:
+        reply({"error": str(error)})
+        await writer.drain()
+        return
+    reply({"ready": True})
+    await writer.drain()
+    discard_output()
+
+    async def call(number: int, episode: str, what: str, arguments: dict[str, Any]) -> None:
+        try:
+            body = await host.answer(episode, what, arguments)
+        # A boundary to code of others: whatever it raises becomes a value.
+        except (Exception, SystemExit) as error:  # noqa: BLE001
+            kind = "load" if isinstance(error, EnvironmentLoadError) else "raised"
+            body = {"failed": error_tail(error), "kind": kind}
+        reply({"call": number} | body)
+
+    running: set[asyncio.Task[None]] = set()
+    while True:
+        task = asyncio.create_task(call(*pickle.loads(await frame())))
+        running.add(task)
+        task.add_done_callback(running.discard)
+
+
+def main(descriptor: int, parent: int) -> None:
+    """Serve the worker whose process is `parent` on socket `descriptor` until it closes."""
+    die_with_parent(parent)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    connection = socket.socket(fileno=descriptor)
+    connection.set_inheritable(False)
+    connection.setblocking(False)
+    with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+        asyncio.run(serve(connection))
+    # Without waiting for threads: one may hang.
+    os._exit(0)

@@ -1,0 +1,86 @@
+"""An environment's class by its path, and how an instance of it is played."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from cohort.rewards.environments.base import EnvironmentLoadError, Message, Reply, Step
+from cohort.rewards.environments.tools import Run, ToolEnv, accepted, has_step, tool_names
+from cohort.rewards.loading import RewardLoadError, load_attribute
+from cohort.rewards.results import error_tail
+
+
+class Playable(Protocol):
+    """An instance of an environment as its process plays it."""
+
+    async def reset(self, row: Mapping[str, Any], seed: int) -> Any: ...
+
+    async def step(self, reply: Reply) -> Step: ...
+
+    async def close(self) -> None: ...
+
+
+class StepEnv:
+    """Plays an instance that has `step`, whether or not its methods are `async`."""
+
+    def __init__(self, instance: Any, run: Run) -> None:
+        self._instance = instance
+        self._run = run
+
+    async def reset(self, row: Mapping[str, Any], seed: int) -> list[Message] | str | None:
+        reset = self._instance.reset
+        found: list[Message] | str | None = await self._run(
+            reset, **accepted(reset, {"row": dict(row), "seed": seed})
+        )
+        return found
+
+    async def step(self, reply: Reply) -> Step:
+        step: Step = await self._run(self._instance.step, reply)
+        return step
+
+    async def close(self) -> None:
+        close = getattr(self._instance, "close", None)
+        if close is not None:
+            await self._run(close)
+
+
+def load_class(path: str, stubs: Path | None = None) -> Callable[..., Any]:
+    """The class, or function that makes environments, which `task.environment` names.
+
+    Args:
+        path: module:Class or path.py:Class.
+        stubs: See `cohort.rewards.loading.load_function`.
+
+    Raises:
+        EnvironmentLoadError: There is no such thing, or it is no environment.
+    """
+    try:
+        factory = load_attribute(path, stubs)
+    except RewardLoadError as error:
+        raise EnvironmentLoadError(f"task.environment: {error}") from error
+    if not callable(factory):
+        raise EnvironmentLoadError(f"task.environment={path} is not a class or a function")
+    if inspect.isclass(factory) and not has_step(factory) and not tool_names(factory):
+        raise EnvironmentLoadError(
+            f"task.environment={path} has neither a method `step` nor a public method to be a tool"
+        )
+    return factory
+
+
+def make(factory: Callable[..., Any], options: Mapping[str, Any], run: Run) -> Playable:
+    """A new environment for one episode.
+
+    Raises:
+        EnvironmentLoadError: The class cannot be constructed with `task.environment_options`.
+    """
+    try:
+        instance = factory(**options)
+    except Exception as error:
+        raise EnvironmentLoadError(
+            f"task.environment could not be constructed with task.environment_options: "
+            f"{error_tail(error, 1000)}"
+        ) from error
+    return StepEnv(instance, run) if has_step(instance) else ToolEnv(instance, run)

@@ -1,0 +1,61 @@
+"""From the config to what a worker of environments needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from cohort.rewards.config import EnvironmentsConfig, TaskConfig
+from cohort.rewards.environments.episode import Limits
+from cohort.rewards.environments.loading import load_class
+from cohort.rewards.environments.tools import has_step, tool_schemas
+from cohort.rewards.environments.worker import EnvironmentSpec
+from cohort.rewards.loading import resolve_path
+
+
+def find_tools(task: TaskConfig, base: Path | None = None) -> list[dict[str, Any]]:
+    """The schemas of the environment's tools; empty where it has `step` of its own, or is a
+    function.
+
+    Raises:
+        EnvironmentLoadError: It cannot be loaded, or a tool cannot be described.
+    """
+    assert task.environment is not None
+    factory = load_class(resolve_path(task.environment, base or Path.cwd()))
+    if has_step(factory):
+        # One that answers itself may say which tools it knows.
+        return list(getattr(factory, "tools", ()))
+    return tool_schemas(factory)
+
+
+def environment_spec(
+    task: TaskConfig,
+    config: EnvironmentsConfig,
+    *,
+    model_path: str,
+    template_arguments: dict[str, Any],
+    max_length: int,
+    base: Path | None = None,
+) -> EnvironmentSpec:
+    """What every worker gets. max_length: tokens of the longest sequence."""
+    assert task.environment is not None
+    limits = Limits(
+        config.max_turns,
+        config.max_tool_calls,
+        config.step_timeout_s,
+        config.episode_timeout_s,
+        max_length,
+    )
+    return EnvironmentSpec(
+        path=resolve_path(task.environment, base or Path.cwd()),
+        options=task.environment_options,
+        tools=find_tools(task, base),
+        model_path=model_path,
+        template_arguments=template_arguments,
+        history=task.history,
+        tool_parser=config.tool_parser,
+        limits=limits,
+        message_chars=config.message_chars,
+        memory_bytes=config.memory_bytes,
+        secrets=tuple(config.secrets),
+    )

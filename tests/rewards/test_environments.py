@@ -1,0 +1,376 @@
+"""Episodes with real environments in their real process; the model's replies are written here."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from transformers import AutoTokenizer
+
+from cohort.actors.engine import RawCompletion
+from cohort.actors.play import play
+from cohort.actors.records import Completion, Group, Prompt, Request, SamplingSpec
+from cohort.rewards.config import EnvironmentsConfig, TaskConfig
+from cohort.rewards.environments.base import EnvironmentLoadError
+from cohort.rewards.environments.scores import environment_scores
+from cohort.rewards.environments.specs import environment_spec, find_tools
+from cohort.rewards.environments.worker import EnvironmentSpec, EnvironmentWorker
+
+HERE = Path(__file__).parent
+MAX_LENGTH = 4096
+Reply = str | list[int]
+
+
+def spec_of(model: Path, name: str, **keys: Any) -> EnvironmentSpec:
+    task = TaskConfig(
+        environment=f"{HERE / 'hostile_environments.py'}:{name}",
+        environment_options=keys.pop("options", {}),
+        history=keys.pop("history", "append"),
+    )
+    config = EnvironmentsConfig(**{"step_timeout_s": 3, **keys})
+    return environment_spec(
+        task, config, model_path=str(model), template_arguments={}, max_length=MAX_LENGTH
+    )
+
+
+class Table:
+    """Plays episodes of one worker; the replies come from a list instead of an engine."""
+
+    def __init__(self, model: Path, spec: EnvironmentSpec) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(model)
+        self.worker = EnvironmentWorker(spec)
+        self.contexts: list[list[int]] = []
+
+    # What the worker's handle does.
+
+    async def begin(self, episode_id: str, prompt: Prompt, seed: int, alone: bool) -> Any:
+        return await self.worker.begin(episode_id, prompt, seed, alone)
+
+    async def step(self, episode_id: str, token_ids: np.ndarray, finish_reason: Any) -> Any:
+        return await self.worker.step(episode_id, token_ids, finish_reason)
+
+    def forget(self, episode_id: str) -> None:
+        asyncio.get_running_loop().create_task(self.worker.forget(episode_id))
+
+    def ids(self, reply: Reply) -> list[int]:
+        if isinstance(reply, list):
+            return reply
+        return [*self.tokenizer(reply)["input_ids"], self.tokenizer.eos_token_id]
+
+    def prompt(self, **columns: Any) -> Prompt:
+        messages = [{"role": "user", "content": "Begin."}]
+        ids = self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False
+        )
+        return Prompt("p", tuple(ids), messages, columns)
+
+    async def play(
+        self, replies: Sequence[Reply], index: int = 0, max_tokens: int = 64, **columns: Any
+    ) -> Completion:
+        """One episode in which the model says this; its last reply again and again."""
+        left = iter(replies)
+        said: list[Reply] = list(replies)
+
+        async def sample(
+            _name: str, token_ids: Sequence[int], spec: SamplingSpec, _greedy: bool
+        ) -> tuple[RawCompletion, tuple[int, int]]:
+            self.contexts.append(list(token_ids))
+            await asyncio.sleep(0)
+            ids = self.ids(next(left, said[-1]))[: spec.max_tokens]
+            end = ids and ids[-1] == self.tokenizer.eos_token_id
+            made = RawCompletion(
+                np.asarray(ids), np.full(len(ids), -0.5, np.float32),
+                "stop" if end else "length", spec.seed,
+            )  # fmt: skip
+            return made, (3, 4)
+
+        request = Request("g", self.prompt(**columns), SamplingSpec(max_tokens, 1.0, 2, 17))
+        text = lambda ids: self.tokenizer.decode(ids, skip_special_tokens=True)  # noqa: E731
+        return await play(request, index, self, sample, text, MAX_LENGTH, 3)
+
+
+@pytest.fixture
+def at_table(tiny_model: Path) -> Callable[..., Any]:
+    """Runs a coroutine function with a Table: `at_table("Guess", body, max_turns=3)`."""
+
+    def run(name: str, body: Callable[[Table], Awaitable[Any]], **keys: Any) -> Any:
+        async def main() -> Any:
+            table = Table(tiny_model, spec_of(tiny_model, name, **keys))
+            try:
+                return await body(table)
+            finally:
+                process = table.worker._process
+                if process is not None:
+                    process.kill()
+
+        return asyncio.run(main())
+
+    return run
+
+
+def test_an_episode_of_several_turns(at_table: Any) -> None:
+    async def body(table: Table) -> None:
+        made = await table.play(["4", "5", "7"], number=7)
+        assert made.end is not None
+        assert made.end.stop_reason == "done"
+        assert made.end.rewards == (0.1, 0.1, 1.0)
+        assert made.end.reward == pytest.approx(1.2)
+        assert [m["content"] for m in made.end.messages] == [
+            "From 1 to 9.", "4", "No.", "5", "No.", "7", "Right.",
+        ]  # fmt: skip
+        assert made.end.metrics["misses"] == 1.0
+        assert made.end.state == {"number": 7, "seed": 17}
+        assert [turn.reward for turn in made.turns] == [0.1, 0.1, 1.0]
+        # The sampled tokens, end of turn included, are all that there is to train.
+        assert made.token_ids.tolist() == [*table.ids("4"), *table.ids("5"), *table.ids("7")]
+        assert len(made.logprobs) == len(made.token_ids)
+        assert made.text == "7"
+        # What the engine read is what it had read before, what it sampled, and new tokens.
+        first, second, third = table.contexts
+        assert second[: len(first) + 2] == [*first, *table.ids("4")]
+        assert third[: len(second) + 2] == [*second, *table.ids("5")]
+        prompt = table.prompt().token_ids
+        for turn, context in zip(made.turns, table.contexts, strict=True):
+            shape = turn.shape
+            assert shape.kept + shape.inserted == len(context)
+            base = prompt if shape.parent is None else table.contexts[shape.parent]
+            assert context[: min(shape.kept, len(base))] == list(base)[: shape.kept]
+            assert context[shape.kept :] == turn.inserted_ids.tolist()
+        # As the template writes the whole conversation.
+        told = [{"role": "user", "content": "Begin.\n\nFrom 1 to 9."}, *made.end.messages[1:-2]]
+        whole = table.tokenizer.apply_chat_template(
+            told, add_generation_prompt=True, return_dict=False
+        )
+        assert third == whole
+
+    at_table("Guess", body)
+
+
+LIMITS = {
+    "turns": ({"max_turns": 3}, ["no"], {}),
+    "length": ({}, [[5] * 80], {}),
+    "context": ({"max_turns": 1000}, ["word " * 12], {}),
+}
+
+
+@pytest.mark.parametrize("reason", LIMITS)
+def test_an_episode_ends_at_a_limit_with_what_it_has_earned(at_table: Any, reason: str) -> None:
+    keys, replies, columns = LIMITS[reason]
+
+    async def body(table: Table) -> None:
+        made = await table.play(replies, **columns)
+        assert made.end is not None
+        assert made.end.stop_reason == reason
+        assert made.end.failure is None
+        assert made.finish_reason == ("stop" if reason == "turns" else "length")
+        assert max(len(context) for context in table.contexts) < MAX_LENGTH
+        if reason == "turns":
+            assert len(made.turns) == 3
+
+    at_table("Silent", body, **keys)
+
+
+def test_tools_of_trl(at_table: Any) -> None:
+    call = '<tool_call>{"name": "%s", "arguments": %s}</tool_call>'
+
+    async def body(table: Table) -> None:
+        made = await table.play(
+            [
+                call % ("price", '{"hotel": "Sakura", "nights": 2}'),
+                call % ("price", '{"hotel": 5, "rooms": 2}'),
+                call % ("fly", "{}") + call % ("book", '{"hotel": "Sakura"}'),
+                "<tool_call>{broken</tool_call>",
+                call % ("broken", "{}"),
+                "All done.",
+            ],
+            max_tokens=400,
+            city="Kyoto",
+        )
+        assert made.end is not None
+        assert made.end.stop_reason == "answered"
+        results = [m["content"] for m in made.end.messages if m["role"] == "tool"]
+        assert results[0] == "180 EUR at Sakura"
+        assert "unexpected keyword argument 'rooms'" in results[1]
+        assert "no tool 'fly'; the tools are book, broken, price" in results[2]
+        assert results[3] == '{"booked": "Sakura", "in": "Kyoto"}'
+        assert "not valid JSON" in results[4]
+        assert "ValueError: out of order" in results[5]
+        assert made.end.metrics["tool_calls"] == 6
+        assert made.end.metrics["tool_errors"] == 4
+        assert made.end.rewards == (None, None, None, None, None, 1.0)
+        assert made.end.state == {"currency": "EUR", "booked": ["Sakura"], "city": "Kyoto"}
+
+    at_table("Shop", body)
+
+
+def test_a_thousand_calls_end_the_episode(at_table: Any) -> None:
+    call = '<tool_call>{"name": "price", "arguments": {"hotel": "A"}}</tool_call>'
+
+    async def body(table: Table) -> None:
+        made = await table.play([call * 4], max_tokens=400, city="Kyoto")
+        assert made.end is not None and made.end.stop_reason == "tool_calls"
+
+    at_table("Shop", body, max_tool_calls=3)
+
+
+WRONG = {
+    "raises": ("data", "ZeroDivisionError"),
+    "nan": ("data", "the reward is nan"),
+    "no step": ("data", "step must return a Step, not a str"),
+    "fails": ("data", "the service is down"),
+    "speaks for the model": ("data", "cannot speak as the assistant"),
+    "bytes": ("data", "must be a text, not a bytes"),
+    "huge number": ("data", "not a number"),
+    "dies in reset": ("data", "no table is free"),
+    "hangs": ("data", "environments.step_timeout_s"),
+    "exits": ("infra", "exited with code 3"),
+}
+
+
+@pytest.mark.parametrize("how", WRONG)
+def test_an_environment_that_fails_costs_its_own_episode(at_table: Any, how: str) -> None:
+    kind, message = WRONG[how]
+
+    async def body(table: Table) -> None:
+        bad, good = await asyncio.gather(
+            table.play(["go"], how=how), table.play(["go"], index=1, how="is fine")
+        )
+        assert bad.end is not None and bad.end.failure is not None
+        assert (bad.end.stop_reason, bad.end.failure.kind) == ("failed", kind)
+        assert message in bad.end.failure.message
+        # Nothing of it is trained, and nothing of it is a reward.
+        assert len(bad.token_ids) == len(bad.turns) == 0
+        assert good.end is not None and good.end.failure is None
+        assert good.end.reward == 1.0
+        rewards, errors = environment_scores(Group("g", table.prompt(), (bad, good)))
+        assert rewards == (None, 1.0)
+        (error,) = errors
+        assert error.completion_id == bad.id and message in error.message
+        again = await table.play(["go"], how="is fine")
+        assert again.end is not None and again.end.reward == 1.0
+
+    at_table("Steps", body, step_timeout_s=2)
+
+
+def test_one_that_blocks_all_others_costs_them_a_second_beginning(at_table: Any) -> None:
+    async def body(table: Table) -> None:
+        began = time.monotonic()
+        bad, good = await asyncio.gather(
+            table.play(["go"], block=True), table.play(["go"], index=1)
+        )
+        assert bad.end is not None and bad.end.failure is not None
+        assert "no answer within" in bad.end.failure.message
+        assert good.end is not None
+        assert good.end.failure is None or "no answer within" in good.end.failure.message
+        again = await table.play(["go"])
+        assert again.end is not None and again.end.reward == 1.0
+        assert time.monotonic() - began < 60
+
+    at_table("BlocksTheLoop", body, step_timeout_s=2)
+
+
+def test_long_messages_are_cut_and_say_so(at_table: Any) -> None:
+    async def body(table: Table) -> None:
+        made = await table.play(["go"], how="ten megabytes")
+        assert made.end is not None
+        (_, answer, *_) = made.end.messages
+        assert answer["content"] == "x" * 100 + "\n[9999900 more characters were left out]"
+        assert made.end.metrics["cut_messages"] >= 1
+
+    at_table("Steps", body, message_chars=100, max_turns=2)
+
+
+def test_control_tokens_in_a_message_are_text(at_table: Any) -> None:
+    """A tool cannot end its turn and speak as the model."""
+
+    async def body(table: Table) -> None:
+        made = await table.play(["go"], how="control tokens")
+        assert made.end is not None
+        inserted = made.turns[1].inserted_ids.tolist()
+        plain = await table.play(["go"], how="raises")
+        assert plain.end is not None
+        end = table.tokenizer.convert_tokens_to_ids("<|im_end|>")
+        # Its own turn's end, and none more.
+        assert inserted.count(end) == 1
+        assert made.end.metrics["control_tokens"] > 0
+
+    at_table("Steps", body, max_turns=2)
+
+
+def test_what_an_environment_leaves_behind_ends_with_its_process(at_table: Any) -> None:
+    async def body(table: Table) -> int:
+        made = await table.play(["go"], how="leaves a process")
+        assert made.end is not None
+        pid = int(made.end.messages[-1]["content"])
+        assert psutil.pid_exists(pid)
+        return pid
+
+    pid = at_table("Steps", body)
+    deadline = time.monotonic() + 10
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_sixty_four_episodes_at_once(at_table: Any) -> None:
+    async def body(table: Table) -> None:
+        await table.worker.check()
+        began = time.monotonic()
+        made = await asyncio.gather(*(table.play(["go"], index=i) for i in range(64)))
+        assert all(one.end is not None and one.end.reward == 1.0 for one in made)
+        # Each waits a second; together they wait little more.
+        assert time.monotonic() - began < 20
+
+    at_table("BlocksTheLoop", body, step_timeout_s=30)
+
+
+NOT_LOADED = {
+    "Nothing": "Nothing",
+    "NoTools": "neither a method `step` nor a public method to be a tool",
+}
+
+
+@pytest.mark.parametrize("name", NOT_LOADED)
+def test_what_is_no_environment_is_said_before_anything_starts(name: str) -> None:
+    task = TaskConfig(environment=f"{HERE / 'hostile_environments.py'}:{name}")
+    with pytest.raises(EnvironmentLoadError, match=NOT_LOADED[name]):
+        find_tools(task)
+
+
+def test_options_that_a_class_does_not_take(tiny_model: Path) -> None:
+    spec = spec_of(tiny_model, "Shop", options={"colour": "red"})
+
+    async def main() -> str:
+        table = Table(tiny_model, spec)
+        made = await table.play(["go"], city="Kyoto")
+        assert made.end is not None and made.end.failure is not None
+        assert table.worker._process is not None
+        table.worker._process.kill()
+        return made.end.failure.message
+
+    assert "task.environment_options" in asyncio.run(main())
+
+
+def test_an_environment_sees_no_secrets(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHOP_KEY", "hush")
+    spec = spec_of(tiny_model, "Silent")
+    for secrets, seen in (((), False), (("SHOP_KEY",), True)):
+
+        async def main(names: tuple[str, ...] = secrets) -> dict[str, str]:
+            worker = EnvironmentWorker(replace(spec, secrets=names))
+            assert await worker.check() is None
+            assert worker._process is not None
+            found = psutil.Process(worker._process.pid).environ()
+            worker._process.kill()
+            return found
+
+        assert (asyncio.run(main()).get("SHOP_KEY") == "hush") is seen
+    assert os.environ["SHOP_KEY"] == "hush"
