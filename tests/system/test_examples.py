@@ -44,18 +44,17 @@ def test_the_loop_learns_addition(cohort: Cohort, nothing_left: Callable[[], Non
     nothing_left()
 
 
-def test_a_game_of_several_turns(
-    cohort: Cohort, tiny_model: Path, nothing_left: Callable[[], None]
-) -> None:
+def test_a_game_of_several_turns(cohort: Cohort, nothing_left: Callable[[], None]) -> None:
     """Every token that is trained was sampled, with the log-prob that the learner finds too."""
     folder = cohort.folder / "game"
-    keys = (f"run.dir={folder}", "run.steps=3", f"model.path={tiny_model}", "model.dtype=float32")
-    more = ("actors.kv_cache_gib=0.25", "learner.learning_rate=1e-3", "environments.max_turns=3")
-    printed = run("guess_number.py", *keys, *more, mark=cohort.mark)
-    assert "done: 3 steps" in printed
+    # The real model: a made-up one seldom ends a reply.
+    keys = (f"run.dir={folder}", "run.steps=2", "model.dtype=float32", "environments.max_turns=3")
+    few = ("task.prompts_per_step=2", "task.group_size=4", "learner.learning_rate=1e-4")
+    printed = run("guess_number.py", *keys, *few, mark=cohort.mark)
+    assert "done: 2 steps" in printed
     for step, row in enumerate(rows(folder)):
         assert row["episodes/turns"] > 1
-        assert row["mismatch/logprob_abs_max"] < 1e-3
+        assert row["mismatch/logprob_abs_max"] < 5e-3
         assert row["samples/failed"] == 0
         for sample in rollouts(folder, step):
             episode = sample["episode"]
