@@ -45,7 +45,7 @@ test: setup
 	$(BIN)/pytest -n 2 $(ARGS)
 
 test-fast: $(STAMP)
-	$(BIN)/pytest -n 2 -m "not system and not exhaustive" $(ARGS)
+	$(BIN)/pytest -n 2 -m "not system and not slow and not exhaustive" $(ARGS)
 
 exhaustive: setup
 	$(BIN)/python -m tests.exhaustive $(ARGS)

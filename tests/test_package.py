@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("actors", "cluster", "learner", "rewards")
 HEAVY = "torch.*,transformers.*,ray.*,deepspeed.*,vllm.*,numpy.*"

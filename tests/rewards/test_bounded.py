@@ -15,6 +15,8 @@ import pytest
 
 from cohort.rewards.bounded import Bounded, TooMuch
 
+pytestmark = pytest.mark.slow
+
 calls: list[str] = []
 
 

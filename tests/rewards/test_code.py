@@ -17,6 +17,8 @@ from cohort.rewards.specs import RewardSpec
 from cohort.rewards.worker import RewardWorker
 from tests import needs
 
+pytestmark = pytest.mark.slow
+
 SUM = [{"input": "3 4\n", "output": "7"}, {"input": "1 1\n", "output": "2\n"}]
 ADD = ["assert add(1, 2) == 3", "assert add(2, 2) == 4"]
 

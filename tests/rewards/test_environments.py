@@ -24,6 +24,8 @@ from cohort.rewards.environments.scores import environment_scores
 from cohort.rewards.environments.specs import environment_spec, find_tools
 from cohort.rewards.environments.worker import EnvironmentSpec, EnvironmentWorker
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 MAX_LENGTH = 4096
 Reply = str | list[int]

@@ -21,6 +21,8 @@ from cohort.rewards.environment import scrubbed_environment
 from cohort.rewards.specs import RewardSpec
 from cohort.rewards.worker import RewardWorker, longest_score_s
 
+pytestmark = pytest.mark.slow
+
 HOSTILE = Path(__file__).parent / "hostile_rewards.py"
 MakeWorker = Callable[..., RewardWorker]
 

@@ -19,6 +19,8 @@ from cohort.rewards.seccomp import refused_calls
 from cohort.rewards.usage import ControlGroup, descendants, look
 from tests import needs
 
+pytestmark = pytest.mark.slow
+
 MIB = 1 << 20
 Run = Callable[..., ProgramResult]
 
