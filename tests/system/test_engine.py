@@ -168,8 +168,15 @@ def served(
 
 def engine_processes(actor: Any) -> list[psutil.Process]:
     """vLLM's processes below an actor that compute."""
-    below = psutil.Process(ray.get(actor.place.remote()).pid).children(recursive=True)
-    return [p for p in below if " ".join(p.cmdline()).startswith("VLLM::EngineCore")]
+    here = psutil.Process(ray.get(actor.place.remote()).pid)
+    # A process that writes its title meanwhile is seen without one.
+    for _ in range(20):
+        below = here.children(recursive=True)
+        found = [p for p in below if " ".join(p.cmdline()).startswith("VLLM::EngineCore")]
+        if found:
+            break
+        time.sleep(0.1)
+    return found
 
 
 def perturbed(model: Any, seed: int) -> Any:
