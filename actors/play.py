@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -24,18 +24,11 @@ class Sample(Protocol):
     ) -> Awaitable[tuple[RawCompletion, tuple[int, int]]]: ...
 
 
-async def play(
-    request: Request,
-    index: int,
-    host: EpisodeHost,
-    sample: Sample,
-    text: Callable[[np.ndarray], str],
-    max_length: int,
-    version: int,
-) -> Completion:
-    """Play one episode of a group to its end.
+@dataclass(frozen=True)
+class Player:
+    """Plays one episode of a group.
 
-    Args:
+    Attributes:
         request: The group's.
         index: Of the episode in its group.
         host: Where the environment runs.
@@ -43,87 +36,95 @@ async def play(
         text: Tokens as rewards read them.
         max_length: Tokens of the longest sequence that the engine takes.
         version: Of the weights as the episode begins.
-
-    Returns:
-        The episode; one that failed has `end.failure`, and what it sampled is left out.
     """
-    for attempt in range(ATTEMPTS):
-        name = f"{request.group_id}/{index}/{attempt}"
-        try:
-            made = await _play(name, request, index, host, sample, text, max_length, version)
-        finally:
-            host.forget(name)
-        assert made.end is not None
-        if made.end.failure is None or made.end.failure.kind != "infra":
-            break
-    return made
 
+    request: Request
+    index: int
+    host: EpisodeHost
+    sample: Sample
+    text: Callable[[np.ndarray], str]
+    max_length: int
+    version: int
 
-async def _play(
-    name: str,
-    request: Request,
-    index: int,
-    host: EpisodeHost,
-    sample: Sample,
-    text: Callable[[np.ndarray], str],
-    max_length: int,
-    version: int,
-) -> Completion:
-    prompt = np.asarray(request.prompt.token_ids, dtype=np.int64)
-    seed = request.sampling.seed + index
-    sequences: list[np.ndarray] = []
-    made: list[RawCompletion] = []
-    turns: list[Turn] = []
-    # An environment that ends its process must not take others with it twice.
-    alone = not name.endswith("/0")
-    answer = await host.begin(name, request.prompt, request.sampling.seed, alone)
-    while isinstance(answer, NextTurn):
-        parent = prompt if answer.parent is None else sequences[answer.parent]
-        context = np.concatenate([parent[: answer.kept], answer.inserted_ids])
-        number = len(turns)
-        spec = replace(
-            request.sampling,
-            n=1,
-            max_tokens=min(request.sampling.max_tokens, max_length - len(context)),
-            # The first turn's is that of a completion without an environment.
-            seed=derive_seed(seed, "turn", number) if number else seed,
+    async def play(self) -> Completion:
+        """The episode at its end; of one that failed, what was sampled is left out."""
+        for attempt in range(ATTEMPTS):
+            name = f"{self._id}/{attempt}"
+            # One that came to its own end is forgotten already.
+            forget = True
+            try:
+                made, turns, end = await self._turns(name, alone=attempt > 0)
+                forget = end.failure is not None
+            finally:
+                if forget:
+                    self.host.forget(name)
+            if end.failure is None or end.failure.kind != "infra":
+                break
+        return self._completion(made, turns, end)
+
+    async def _turns(
+        self, name: str, alone: bool
+    ) -> tuple[list[RawCompletion], list[Turn], EpisodeEnd]:
+        """Turn by turn to the end. alone: an environment that ends its process must not take
+        others with it twice."""
+        sampling, prompt = self.request.sampling, self.request.prompt
+        start = np.asarray(prompt.token_ids, dtype=np.int64)
+        sequences: list[np.ndarray] = []
+        made: list[RawCompletion] = []
+        turns: list[Turn] = []
+        answer = await self.host.begin(name, prompt, sampling.seed, alone)
+        while isinstance(answer, NextTurn):
+            parent = start if answer.parent is None else sequences[answer.parent]
+            context = np.concatenate([parent[: answer.kept], answer.inserted_ids])
+            number = len(turns)
+            spec = replace(
+                sampling,
+                n=1,
+                max_tokens=min(sampling.max_tokens, self.max_length - len(context)),
+                # The first turn's is that of a completion without an environment.
+                seed=derive_seed(self._seed, "turn", number) if number else self._seed,
+            )
+            raw, versions = await self.sample(
+                f"{name}/{number}", context.tolist(), spec, self.request.greedy
+            )
+            made.append(raw)
+            sequences.append(np.concatenate([context, raw.token_ids]))
+            inserted, sampled = len(answer.inserted_ids), len(raw.token_ids)
+            shape = TurnShape(answer.parent, answer.kept, inserted, sampled)
+            turns.append(Turn(shape, answer.inserted_ids, versions, raw.finish_reason))
+            answer = await self.host.step(name, raw.token_ids, raw.finish_reason)
+        return made, turns, answer
+
+    @property
+    def _id(self) -> str:
+        return f"{self.request.group_id}/{self.index}"
+
+    @property
+    def _seed(self) -> int:
+        return self.request.sampling.seed + self.index
+
+    def _completion(
+        self, made: list[RawCompletion], turns: list[Turn], end: EpisodeEnd
+    ) -> Completion:
+        if end.failure is not None:
+            made, turns = [], []
+        rewarded = [
+            replace(turn, reward=reward)
+            for turn, reward in zip(turns, end.rewards, strict=bool(turns))
+        ]
+        none = np.zeros(0, dtype=np.int64)
+        return Completion(
+            id=self._id,
+            prompt_id=self.request.prompt.id,
+            token_ids=np.concatenate([none, *(one.token_ids for one in made)]),
+            logprobs=np.concatenate([none.astype(np.float32), *(one.logprobs for one in made)]),
+            finish_reason="length" if end.stop_reason in CUT else "stop",
+            seed=self._seed,
+            weight_versions=(
+                min((turn.weight_versions[0] for turn in turns), default=self.version),
+                max((turn.weight_versions[1] for turn in turns), default=self.version),
+            ),
+            text=self.text(made[-1].token_ids) if made else "",
+            turns=tuple(rewarded),
+            end=end,
         )
-        raw, versions = await sample(f"{name}/{number}", context.tolist(), spec, request.greedy)
-        made.append(raw)
-        sequences.append(np.concatenate([context, raw.token_ids]))
-        shape = TurnShape(answer.parent, answer.kept, len(answer.inserted_ids), len(raw.token_ids))
-        turns.append(Turn(shape, answer.inserted_ids, versions, raw.finish_reason))
-        answer = await host.step(name, raw.token_ids, raw.finish_reason)
-    return _completion(request, index, made, turns, answer, text, version)
-
-
-def _completion(
-    request: Request,
-    index: int,
-    made: list[RawCompletion],
-    turns: list[Turn],
-    end: EpisodeEnd,
-    text: Callable[[np.ndarray], str],
-    version: int,
-) -> Completion:
-    if end.failure is not None:
-        made, turns = [], []
-    rewarded = [
-        replace(turn, reward=reward) for turn, reward in zip(turns, end.rewards, strict=bool(turns))
-    ]
-    none = np.zeros(0, dtype=np.int64)
-    return Completion(
-        id=f"{request.group_id}/{index}",
-        prompt_id=request.prompt.id,
-        token_ids=np.concatenate([none, *(one.token_ids for one in made)]),
-        logprobs=np.concatenate([none.astype(np.float32), *(one.logprobs for one in made)]),
-        finish_reason="length" if end.stop_reason in CUT else "stop",
-        seed=request.sampling.seed + index,
-        weight_versions=(
-            min((turn.weight_versions[0] for turn in turns), default=version),
-            max((turn.weight_versions[1] for turn in turns), default=version),
-        ),
-        text=text(made[-1].token_ids) if made else "",
-        turns=tuple(rewarded),
-        end=end,
-    )

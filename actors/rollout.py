@@ -21,7 +21,7 @@ from cohort.actors.engine import (
     stop_token_ids,
 )
 from cohort.actors.machine import usable_cores
-from cohort.actors.play import play
+from cohort.actors.play import Player
 from cohort.actors.process import (
     SHM,
     cpu_seconds,
@@ -305,8 +305,9 @@ class RolloutActor:
 
     async def _play(self, request: Request, index: int, host: EpisodeHost) -> Completion:
         """One episode of a group; each of its turns is a request of its own."""
-        spec, version = self._spec, self._version
-        return await play(request, index, host, self._sample, self._text, spec.max_length, version)
+        length, version = self._spec.max_length, self._version
+        player = Player(request, index, host, self._sample, self._text, length, version)
+        return await player.play()
 
     def _text(self, token_ids: np.ndarray) -> str:
         assert self._tokenizer is not None, "made together with the engine"

@@ -16,7 +16,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from cohort.actors.engine import RawCompletion
-from cohort.actors.play import play
+from cohort.actors.play import Player
 from cohort.actors.records import Completion, Group, Prompt, Request, SamplingSpec
 from cohort.rewards.config import EnvironmentsConfig, TaskConfig
 from cohort.rewards.environments.base import EnvironmentLoadError
@@ -96,7 +96,7 @@ class Table:
 
         request = Request("g", self.prompt(**columns), SamplingSpec(max_tokens, 1.0, 2, 17))
         text = lambda ids: self.tokenizer.decode(ids, skip_special_tokens=True)  # noqa: E731
-        return await play(request, index, self, sample, text, MAX_LENGTH, 3)
+        return await Player(request, index, self, sample, text, MAX_LENGTH, 3).play()
 
 
 @pytest.fixture
