@@ -6,26 +6,19 @@ import json
 import os
 import secrets
 import select
-import signal
 import socket
 import struct
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping
 from typing import Any
 
 from cohort.actors.process import MARKER, end_tree
+from cohort.rewards.booting import boot, ending, last_output
 from cohort.rewards.child import CALL_BYTES, receive, send
 from cohort.rewards.loading import RewardLoadError
 
-KILL_TIMEOUT_S = 10.0
 MAX_REPLY = 64 << 20
-BOOT = (
-    "import sys; sys.path[:] = sys.argv[3:]; "
-    "from cohort.rewards.child import main; main(int(sys.argv[1]), int(sys.argv[2]))"
-)
 
 
 class Child:
@@ -51,34 +44,15 @@ class Child:
         self._marker = environment[MARKER]
         self._socket, theirs = socket.socketpair()
         # What the child prints before it is ready explains why it never was.
-        with theirs, tempfile.TemporaryFile() as printed:
-            paths = [entry or os.getcwd() for entry in sys.path]
-            # -P and the explicit path: the child imports what this process imports, and the
-            # current folder comes last, so that nothing in it shadows a module.
-            here = [] if os.getcwd() in paths else [os.getcwd()]
-            self._process = subprocess.Popen(
-                [
-                    *(sys.executable, "-P", "-c", BOOT),
-                    *(str(theirs.fileno()), str(os.getpid()), *paths, *here),
-                ],
-                stdin=subprocess.DEVNULL,
-                stdout=printed,
-                stderr=printed,
-                env=dict(environment),
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-            )
-            theirs.close()
+        with tempfile.TemporaryFile() as printed:
+            self._process = boot("cohort.rewards.child", theirs, environment, printed)
             try:
                 send(self._socket, json.dumps(hello).encode(), deadline)
                 reply = _read(receive(self._socket, deadline, self.alive, MAX_REPLY))
                 self.per_completion = _flags(reply, len(hello["functions"]))
             except (EOFError, OSError, ValueError) as error:
-                ending = self.kill()
-                printed.seek(max(0, printed.seek(0, os.SEEK_END) - 2000))
-                output = printed.read().decode(errors="replace").strip()
+                how = self.kill()
                 paths_shown = ", ".join(function["path"] for function in hello["functions"])
-                how = ending
                 if isinstance(error, RewardLoadError):
                     raise
                 if isinstance(error, TimeoutError):
@@ -86,7 +60,7 @@ class Child:
                 elif isinstance(error, ValueError):
                     how = f"sent an invalid reply ({error})"
                 raise RewardLoadError(
-                    f"the process that loads {paths_shown} {how}: {output or 'without any output'}"
+                    f"the process that loads {paths_shown} {how}: {last_output(printed)}"
                 ) from error
 
     @property
@@ -143,13 +117,7 @@ class Child:
         if self._process.returncode is None:
             end_tree(self.pid, self._marker)
         self._socket.close()
-        try:
-            code = self._process.wait(KILL_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            return f"did not end within {KILL_TIMEOUT_S:g} s of SIGKILL"
-        if code >= 0:
-            return f"exited with code {code}"
-        return f"was killed by {signal.Signals(-code).name}"
+        return ending(self._process)
 
 
 def _read(frame: bytes) -> dict[str, Any]:

@@ -15,13 +15,15 @@ from typing import IO, Any, TypeAlias
 
 from cohort.actors.process import MARKER, start_watcher
 from cohort.actors.records import Failure, Group, ScoredGroup, ScoreMeta
+from cohort.actors.turns import ENVIRONMENT
 from cohort.rewards.base import RewardLoadError, combine, out_of_range
+from cohort.rewards.booting import KILL_TIMEOUT_S
 from cohort.rewards.environment import hide_environment, scrubbed_environment
 from cohort.rewards.environments.scores import environment_scores, turn_rewards
-from cohort.rewards.process import KILL_TIMEOUT_S, Child
+from cohort.rewards.process import Child
 from cohort.rewards.result_json import from_json
 from cohort.rewards.results import RewardResult, error_tail, failed, merged, reordered
-from cohort.rewards.specs import ENVIRONMENT, RewardSpec
+from cohort.rewards.specs import RewardSpec
 
 # Loading a function may import torch or read a model.
 START_TIMEOUT_S = 120.0

@@ -1,9 +1,8 @@
 """The process in which environments run: many episodes at once, each an instance of its own.
 
-It talks to its worker over one socket. Frames are a length (8 bytes, big-endian) and a body. In:
-pickled calls (number, episode, what to do, arguments). Out: JSON only, because the parent must not
-unpickle what foreign code may forge; an answer has the number of its call. Methods that are not
-`async` run in a thread each.
+It talks to its worker over one socket, in frames. In: pickled calls (number, episode, what to do,
+arguments). Out: JSON only, because the parent must not unpickle what foreign code may forge; an
+answer has the number of its call. Methods that are not `async` run in a thread each.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import os
 import pickle
 import signal
 import socket
-import struct
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +23,7 @@ from typing import Any
 
 from cohort.rewards.child import bound_memory, die_with_parent, discard_output
 from cohort.rewards.environments.base import EnvironmentLoadError, Message, Reply, Step
+from cohort.rewards.environments.frames import read_frame, write_frame
 from cohort.rewards.environments.loading import Playable, load_class, make
 from cohort.rewards.results import error_tail
 
@@ -32,7 +31,6 @@ from cohort.rewards.results import error_tail
 THREADS = 512
 # Of the public attributes of an environment, as JSON.
 MAX_STATE = 1 << 16
-LENGTH = struct.Struct(">Q")
 
 
 class Host:
@@ -43,7 +41,7 @@ class Host:
         self._options = hello["options"]
         self._longest = hello["message_chars"]
         self._threads = ThreadPoolExecutor(THREADS)
-        self._episodes: dict[str, tuple[Playable, object]] = {}
+        self._episodes: dict[str, Playable] = {}
 
     async def answer(self, episode: str, what: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """What an environment says to a call, as JSON can hold it."""
@@ -53,21 +51,19 @@ class Host:
             return await self._close(episode)
         if what == "reset":
             playable = make(self._factory, self._options, self._run)
-            self._episodes[episode] = playable, None
+            self._episodes[episode] = playable
             found = await playable.reset(arguments["row"], arguments["seed"])
             messages, cut = as_messages(found, self._longest)
             return {"messages": messages, "cut": cut}
-        playable, _ = self._episodes[episode]
-        step = await playable.step(Reply(**arguments["reply"]))
+        step = await self._episodes[episode].step(Reply(**arguments["reply"]))
         return as_json(step, self._longest)
 
     async def _close(self, episode: str) -> dict[str, Any]:
-        playable, _ = self._episodes.pop(episode, (None, None))
+        playable = self._episodes.pop(episode, None)
         if playable is None:
             return {"reward": None, "state": {}}
-        final = getattr(playable, "final_reward", None)
-        reward = None if final is None else await final()
-        state = public_state(getattr(playable, "_instance", None))
+        reward = await playable.final_reward()
+        state = public_state(playable.instance)
         await playable.close()
         return {"reward": number(reward, "get_reward returned"), "state": state}
 
@@ -176,15 +172,10 @@ async def serve(connection: socket.socket) -> None:
     """Answer calls until the connection closes."""
     reader, writer = await asyncio.open_connection(sock=connection)
 
-    async def frame() -> bytes:
-        (size,) = LENGTH.unpack(await reader.readexactly(LENGTH.size))
-        return await reader.readexactly(size)
-
     def reply(body: Mapping[str, Any]) -> None:
-        data = json.dumps(body).encode()
-        writer.write(LENGTH.pack(len(data)) + data)
+        write_frame(writer, json.dumps(body).encode())
 
-    hello = json.loads(await frame())
+    hello = json.loads(await read_frame(reader))
     bound_memory(hello["memory_bytes"])
     try:
         host = Host(hello)
@@ -201,13 +192,12 @@ async def serve(connection: socket.socket) -> None:
             body = await host.answer(episode, what, arguments)
         # A boundary to code of others: whatever it raises becomes a value.
         except (Exception, SystemExit) as error:  # noqa: BLE001
-            kind = "load" if isinstance(error, EnvironmentLoadError) else "raised"
-            body = {"failed": error_tail(error), "kind": kind}
+            body = {"failed": error_tail(error)}
         reply({"call": number} | body)
 
     running: set[asyncio.Task[None]] = set()
     while True:
-        task = asyncio.create_task(call(*pickle.loads(await frame())))
+        task = asyncio.create_task(call(*pickle.loads(await read_frame(reader))))
         running.add(task)
         task.add_done_callback(running.discard)
 

@@ -5,46 +5,33 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 from cohort.rewards.environments.base import EnvironmentLoadError, Message, Reply, Step
-from cohort.rewards.environments.tools import Run, ToolEnv, accepted, has_step, tool_names
+from cohort.rewards.environments.tools import Played, Run, ToolEnv, accepted, has_step, tool_names
 from cohort.rewards.loading import RewardLoadError, load_attribute
 from cohort.rewards.results import error_tail
 
 
-class Playable(Protocol):
-    """An instance of an environment as its process plays it."""
-
-    async def reset(self, row: Mapping[str, Any], seed: int) -> Any: ...
-
-    async def step(self, reply: Reply) -> Step: ...
-
-    async def close(self) -> None: ...
-
-
-class StepEnv:
+class StepEnv(Played):
     """Plays an instance that has `step`, whether or not its methods are `async`."""
 
-    def __init__(self, instance: Any, run: Run) -> None:
-        self._instance = instance
-        self._run = run
-
     async def reset(self, row: Mapping[str, Any], seed: int) -> list[Message] | str | None:
-        reset = self._instance.reset
+        reset = self.instance.reset
         found: list[Message] | str | None = await self._run(
             reset, **accepted(reset, {"row": dict(row), "seed": seed})
         )
         return found
 
     async def step(self, reply: Reply) -> Step:
-        step: Step = await self._run(self._instance.step, reply)
+        step: Step = await self._run(self.instance.step, reply)
         return step
 
-    async def close(self) -> None:
-        close = getattr(self._instance, "close", None)
-        if close is not None:
-            await self._run(close)
+    async def final_reward(self) -> None:
+        """Its steps have given all of it."""
+
+
+Playable: TypeAlias = StepEnv | ToolEnv
 
 
 def load_class(path: str, stubs: Path | None = None) -> Callable[..., Any]:

@@ -7,11 +7,8 @@ import contextlib
 import json
 import os
 import pickle
-import signal
 import socket
-import struct
 import subprocess
-import sys
 import tempfile
 import uuid
 from collections.abc import Mapping
@@ -20,16 +17,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from cohort.actors.process import MARKER, end_tree, start_watcher
+from cohort.rewards.booting import boot, ending, last_output
 from cohort.rewards.environments.base import EnvironmentLoadError
+from cohort.rewards.environments.frames import read_frame, write_frame
 
-LENGTH = struct.Struct(">Q")
 MAX_REPLY = 64 << 20
-KILL_TIMEOUT_S = 10.0
 EXIT_TICKS, TICK_S = 25, 0.02
-BOOT = (
-    "import sys; sys.path[:] = sys.argv[3:]; "
-    "from cohort.rewards.environments.host import main; main(int(sys.argv[1]), int(sys.argv[2]))"
-)
 
 
 class ProcessLost(Exception):
@@ -86,30 +79,15 @@ class HostProcess:
         watcher = start_watcher(marker, Path(stubs))
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
-        with theirs, tempfile.TemporaryFile() as words:
-            paths = [entry or os.getcwd() for entry in sys.path]
-            # -P and the explicit path: it imports what this process imports, and the current folder
-            # comes last, so that nothing in it shadows a module.
-            here = [] if os.getcwd() in paths else [os.getcwd()]
-            process = subprocess.Popen(
-                [
-                    *(sys.executable, "-P", "-c", BOOT),
-                    *(str(theirs.fileno()), str(os.getpid()), *paths, *here),
-                ],
-                stdin=subprocess.DEVNULL,
-                stdout=words,
-                stderr=words,
-                env={**environment, MARKER: marker},
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-            )
-            theirs.close()
+        with tempfile.TemporaryFile() as printed:
+            variables = {**environment, MARKER: marker}
+            process = boot("cohort.rewards.environments.host", theirs, variables, printed)
             streams = await asyncio.open_connection(sock=ours)
             self = cls(process, marker, watcher, *streams)
-            self._send(json.dumps({**hello, "stubs": stubs}).encode())
+            write_frame(self._writer, json.dumps({**hello, "stubs": stubs}).encode())
             try:
                 async with asyncio.timeout(start_timeout_s):
-                    reply = json.loads(await self._frame())
+                    reply = json.loads(await read_frame(self._reader, MAX_REPLY))
             except TimeoutError:
                 how = f"was not ready after {start_timeout_s:g} s"
             except (asyncio.IncompleteReadError, ConnectionError, ValueError):
@@ -121,11 +99,9 @@ class HostProcess:
                     raise EnvironmentLoadError(reply["error"])
             if how:
                 self.kill()
-                words.seek(max(0, words.seek(0, os.SEEK_END) - 2000))
-                said = words.read().decode(errors="replace").strip()
                 raise EnvironmentLoadError(
                     f"the process that loads task.environment={hello['path']} {how}: "
-                    f"{said or 'it said nothing'}"
+                    f"{last_output(printed)}"
                 )
         self._reading = asyncio.create_task(self._read())
         return self
@@ -155,7 +131,7 @@ class HostProcess:
         future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._waiting[number] = future
         try:
-            self._send(pickle.dumps((number, episode, what, dict(arguments))))
+            write_frame(self._writer, pickle.dumps((number, episode, what, dict(arguments))))
             async with asyncio.timeout(timeout_s):
                 reply = await future
         finally:
@@ -172,35 +148,18 @@ class HostProcess:
         """End the process and all below it; says how it ended. May run in any thread."""
         if self._process.returncode is None:
             end_tree(self._process.pid, self._marker)
-        try:
-            code = self._process.wait(KILL_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            return f"did not end within {KILL_TIMEOUT_S:g} s of SIGKILL"
-        return (
-            f"exited with code {code}"
-            if code >= 0
-            else f"was killed by {signal.Signals(-code).name}"
-        )
+        return ending(self._process)
 
     def _closed(self, how: str) -> None:
         self._writer.close()
         self._watcher.close()
         self._lose(ProcessLost(f"the process of environments {how}"))
 
-    def _send(self, body: bytes) -> None:
-        self._writer.write(LENGTH.pack(len(body)) + body)
-
-    async def _frame(self) -> bytes:
-        (size,) = LENGTH.unpack(await self._reader.readexactly(LENGTH.size))
-        if size > MAX_REPLY:
-            raise ValueError(f"an answer of {size} bytes")
-        return await self._reader.readexactly(size)
-
     async def _read(self) -> None:
         """Hand answers to the calls that wait for them, until the process ends."""
         try:
             while True:
-                reply = json.loads(await self._frame())
+                reply = json.loads(await read_frame(self._reader, MAX_REPLY))
                 future = self._waiting.get(reply["call"])
                 if future is not None and not future.done():
                     future.set_result(reply)

@@ -27,11 +27,11 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from cohort.rewards.environments.base import EnvironmentLoadError, Message, Reply, Step, ToolCall
+from cohort.rewards.loading import BY_NAME
 from cohort.rewards.results import error_tail
 
 # Public methods that are no tools.
 OURS = frozenset({"reset", "step", "close", "get_reward"})
-BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 Run = Callable[..., Awaitable[Any]]
 
@@ -78,8 +78,8 @@ def tool_schemas(factory: Any) -> list[dict[str, Any]]:
     return schemas
 
 
-class ToolEnv:
-    """Plays an episode of an instance whose public methods are tools.
+class Played:
+    """An instance of the user's class, as its process plays it.
 
     Args:
         instance: Of the user's class.
@@ -87,12 +87,31 @@ class ToolEnv:
     """
 
     def __init__(self, instance: Any, run: Run) -> None:
-        self._instance = instance
+        self.instance = instance
         self._run = run
+
+    async def final_reward(self) -> float | None:
+        """What `get_reward` gives at the end, if there is one."""
+        return await self._optional("get_reward")
+
+    async def close(self) -> None:
+        """Call the instance's own `close`, if there is one."""
+        await self._optional("close")
+
+    async def _optional(self, name: str) -> Any:
+        method = getattr(self.instance, name, None)
+        return None if method is None else await self._run(method)
+
+
+class ToolEnv(Played):
+    """Plays an episode of an instance whose public methods are tools."""
+
+    def __init__(self, instance: Any, run: Run) -> None:
+        super().__init__(instance, run)
         self._tools = set(tool_names(type(instance)))
 
     async def reset(self, row: Mapping[str, Any], seed: int) -> Sequence[Message] | str | None:
-        reset = getattr(self._instance, "reset", None)
+        reset = getattr(self.instance, "reset", None)
         if reset is None:
             return None
         found: Sequence[Message] | str | None = await self._run(
@@ -112,16 +131,6 @@ class ToolEnv:
             )
         return Step(messages, metrics={"tool_errors": float(wrong)})
 
-    async def final_reward(self) -> float | None:
-        """What `get_reward` says at the end, if there is one."""
-        get_reward = getattr(self._instance, "get_reward", None)
-        return None if get_reward is None else await self._run(get_reward)
-
-    async def close(self) -> None:
-        close = getattr(self._instance, "close", None)
-        if close is not None:
-            await self._run(close)
-
     async def _call(self, call: ToolCall) -> tuple[str, bool]:
         """What the model is told of a call, and whether the call was wrong."""
         if call.error is not None:
@@ -129,7 +138,7 @@ class ToolEnv:
         if call.name not in self._tools:
             known = ", ".join(sorted(self._tools))
             return f"error: there is no tool {call.name!r}; the tools are {known}", True
-        method = getattr(self._instance, call.name)
+        method = getattr(self.instance, call.name)
         try:
             inspect.signature(method).bind(**call.arguments)
         except TypeError as error:

@@ -118,15 +118,6 @@ class EnvironmentWorker:
         if episode is not None:
             await self._close(episode, tell=True)
 
-    async def ping(self) -> str:
-        """A sign of life that says where the worker runs and how many episodes it plays."""
-        where = f"{os.getpid()} on {platform.node()}"
-        return f"worker of environments {where}, {len(self._episodes)} episodes"
-
-    async def pids(self) -> tuple[int, int | None]:
-        """The process ids of the worker and of the process that takes new episodes."""
-        return os.getpid(), None if self._process is None else self._process.pid
-
     async def _after(
         self, episode: Episode, answer: NextTurn | EpisodeEnd
     ) -> NextTurn | EpisodeEnd:
