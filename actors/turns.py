@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+# The name under which what an environment gave is listed beside the reward functions.
+ENVIRONMENT = "environment"
 FinishReason = Literal["stop", "length"]
 FailureKind = Literal["infra", "data", "bug"]
 # done: the environment ended it. answered: a reply without a tool call. turns, tool_calls, time:

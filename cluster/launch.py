@@ -30,12 +30,13 @@ from cohort.cluster.placement import (
     plan,
     this_machine,
 )
-from cohort.cluster.prepare import Prepared, make_environment
+from cohort.cluster.prepare import Prepared
 from cohort.cluster.ray_start import connect
 from cohort.cluster.signals import Signals
 from cohort.learner.learner import Learner
 from cohort.learner.spec import LearnerSpec
 from cohort.rewards.environments.handle import EnvironmentHandle, EnvironmentPool
+from cohort.rewards.environments.specs import environment_spec
 from cohort.rewards.environments.worker import EnvironmentWorker
 from cohort.rewards.handle import RewardHandle
 from cohort.rewards.pool import RewardPool
@@ -207,10 +208,16 @@ def make_environments(prepared: Prepared, placement: Placement) -> EnvironmentPo
     """The workers of environments; Ray starts one again when it dies. None: there is none."""
     import ray
 
-    spec = make_environment(prepared.config, prepared.model_path, prepared.lengths.max_length)
-    if spec is None:
+    task, config = prepared.config.task, prepared.config.environments
+    if task.environment is None:
         return None
-    config = prepared.config.environments
+    spec = environment_spec(
+        task,
+        config,
+        model_path=prepared.model_path,
+        template_arguments=prepared.config.model.template_arguments,
+        max_length=prepared.lengths.max_length,
+    )
     return EnvironmentPool(
         [
             EnvironmentHandle(

@@ -19,8 +19,7 @@ from cohort.cluster.errors import RunError
 from cohort.cluster.lengths import Lengths, check_lengths, render_rows
 from cohort.cluster.model_folder import inspect_model, load_tokenizer
 from cohort.rewards.continuation import Continuation
-from cohort.rewards.environments.specs import environment_spec, find_tools
-from cohort.rewards.environments.worker import EnvironmentSpec
+from cohort.rewards.environments.specs import find_tools
 from cohort.rewards.rates import NO_RATES, PassRates
 from cohort.rewards.specs import RewardSpec, reward_specs
 from cohort.rewards.tasks import (
@@ -103,28 +102,6 @@ def longest_prompt(config: Config, context: int) -> int:
             "and leaves no room for a prompt"
         )
     return longest
-
-
-def make_environment(config: Config, model_path: str, max_length: int) -> EnvironmentSpec | None:
-    """What workers of environments get; None where the config names no environment.
-
-    Args:
-        config: The run's config.
-        model_path: The folder of the tokenizer.
-        max_length: Tokens of the longest sequence.
-
-    Raises:
-        EnvironmentLoadError: The environment cannot be loaded, or a tool cannot be described.
-    """
-    if config.task.environment is None:
-        return None
-    return environment_spec(
-        config.task,
-        config.environments,
-        model_path=model_path,
-        template_arguments=config.model.template_arguments,
-        max_length=max_length,
-    )
 
 
 def make_renderer(

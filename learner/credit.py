@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from cohort.actors.records import GroupMeta, ScoreMeta
+from cohort.actors.turns import ENVIRONMENT
 from cohort.learner.advantages import (
     ByTurn,
     all_equal,
@@ -24,12 +25,7 @@ from cohort.learner.advantages import (
     valid,
     without_kl,
 )
-from cohort.learner.config import (
-    Aggregation,
-    AlgorithmConfig,
-)  # The name under which an environment's rewards stand among those of the reward functions.
-
-ENVIRONMENT = "environment"
+from cohort.learner.config import Aggregation, AlgorithmConfig
 
 
 def token_weights(

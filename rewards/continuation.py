@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal
 
 from cohort.actors.text import prefill_of
@@ -332,6 +333,17 @@ class Continuation:
                 return ids[1:]
             return ids
         raise refusal or RenderError("the chat template does not print the assistant's words")
+
+
+def shared_prefix(first: Sequence[object], second: Sequence[object]) -> int:
+    """How many leading items two sequences share.
+
+    Example:
+        >>> shared_prefix([1, 2, 3], [1, 2, 4, 5])
+        2
+    """
+    pairs = takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))
+    return sum(1 for _ in pairs)
 
 
 def first_difference(ours: str, theirs: str) -> str:

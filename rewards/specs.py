@@ -8,12 +8,11 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
+from cohort.actors.turns import ENVIRONMENT
 from cohort.rewards.config import RewardFunctionConfig, RewardsConfig
 from cohort.rewards.loading import resolve_path, reward_path
 from cohort.rewards.tasks import Task, TaskError
 
-# What an environment gives is listed beside the functions under this name.
-ENVIRONMENT = "environment"
 # Metrics of the totals; a function of such a name would overwrite them.
 TOTAL_METRICS = frozenset({"mean", "std", "zero_variance_fraction", "error_rate", ENVIRONMENT})
 

@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from cohort.actors.turns import (
     Stage,
     StopReason,
 )
-from cohort.rewards.continuation import Continuation
+from cohort.rewards.continuation import Continuation, shared_prefix
 from cohort.rewards.environments.base import Message
 from cohort.rewards.environments.calls import Parser, tool_calls
 from cohort.rewards.environments.process import CallFailed, HostProcess, ProcessLost
@@ -143,7 +142,7 @@ class Episode:
             self._said += found["messages"]
             self._conversation = _joined(self._first, found["messages"])
             whole = self._rendered()
-            kept = _common(self._context, whole)
+            kept = shared_prefix(self._context, whole)
             self._context = whole
             if len(whole) >= self._limits.max_length:
                 return await self._ended("context")
@@ -262,12 +261,6 @@ class Episode:
 
 def _ids(token_ids: Sequence[int]) -> np.ndarray:
     return np.asarray(token_ids, dtype=np.int64)
-
-
-def _common(first: Sequence[int], second: Sequence[int]) -> int:
-    """Leading tokens that two sequences share."""
-    pairs = takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))
-    return sum(1 for _ in pairs)
 
 
 def _joined(first: list[Message], new: list[Message]) -> list[Message]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cohort.actors.records import Group, RewardError
-from cohort.rewards.specs import ENVIRONMENT
+from cohort.actors.turns import ENVIRONMENT
 
 
 def environment_scores(group: Group) -> tuple[tuple[float | None, ...], tuple[RewardError, ...]]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from cohort.actors.records import Completion, Failure, Group, Prompt, ScoreMeta
 from cohort.actors.text import completion_text
+from cohort.actors.turns import ENVIRONMENT
 from cohort.cluster.commands.check.stages import Stage
 from cohort.cluster.config import Config
 from cohort.cluster.errors import RunError
@@ -20,7 +21,7 @@ from cohort.cluster.observe.stats import mean
 from cohort.rewards.base import combine
 from cohort.rewards.environments.scores import environment_scores
 from cohort.rewards.extract import left_open
-from cohort.rewards.specs import ENVIRONMENT, RewardSpec
+from cohort.rewards.specs import RewardSpec
 from cohort.rewards.tasks import Demonstrates, Task
 from cohort.rewards.worker import RewardWorker
 
