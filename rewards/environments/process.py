@@ -20,6 +20,7 @@ from cohort.actors.process import MARKER, end_tree, start_watcher
 from cohort.rewards.booting import boot, ending, last_output
 from cohort.rewards.environments.base import EnvironmentLoadError
 from cohort.rewards.environments.frames import read_frame, write_frame
+from cohort.rewards.results import error_tail
 
 MAX_REPLY = 64 << 20
 EXIT_TICKS, TICK_S = 25, 0.02
@@ -123,15 +124,20 @@ class HostProcess:
         Raises:
             TimeoutError: It did not answer in time.
             ProcessLost: The process died.
-            CallFailed: The environment raised.
+            CallFailed: The environment raised, or the row cannot be handed to it.
         """
         if self._lost is not None:
             raise self._lost
+        try:
+            payload = pickle.dumps(dict(arguments))
+        # Columns may hold objects of foreign code, and anything may be nested too deep.
+        except Exception as error:
+            raise CallFailed(f"cannot pickle the row: {error_tail(error, 300)}") from error
         number = next(self._numbers)
         future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._waiting[number] = future
         try:
-            write_frame(self._writer, pickle.dumps((number, episode, what, dict(arguments))))
+            write_frame(self._writer, pickle.dumps((number, episode, what, payload)))
             async with asyncio.timeout(timeout_s):
                 reply = await future
         finally:

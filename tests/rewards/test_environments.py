@@ -279,6 +279,26 @@ def test_one_that_blocks_all_others_costs_them_a_second_beginning(at_table: Any)
     at_table("BlocksTheLoop", body, step_timeout_s=2)
 
 
+class Unpickled:
+    """Pickled here, and refused there."""
+
+    def __reduce__(self) -> Any:
+        return int, ("no number",)
+
+
+@pytest.mark.parametrize("value", [lambda: None, Unpickled()], ids=["there", "here"])
+def test_a_row_that_cannot_be_handed_over_costs_its_own_episode(at_table: Any, value: Any) -> None:
+    async def body(table: Table) -> None:
+        bad, good = await asyncio.gather(
+            table.play(["go"], how="is fine", more=value), table.play(["go"], 1, how="is fine")
+        )
+        assert bad.end is not None and bad.end.failure is not None
+        assert bad.end.failure.kind == "data"
+        assert good.end is not None and good.end.reward == 1.0
+
+    at_table("Steps", body)
+
+
 def test_long_messages_are_cut_and_say_so(at_table: Any) -> None:
     async def body(table: Table) -> None:
         made = await table.play(["go"], how="ten megabytes")
