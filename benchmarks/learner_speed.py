@@ -209,7 +209,8 @@ def parser_for(description: str | None, repeats: int) -> argparse.ArgumentParser
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--shape", choices=list(SHAPES), help="a random model of this size")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--attention", choices=["auto", "tree", "sdpa", "eager"], default="auto")
+    attentions = ["auto", "tree", "flex", "sdpa", "eager"]
+    parser.add_argument("--attention", choices=attentions, default="auto")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--repeats", type=int, default=repeats)
     return parser
