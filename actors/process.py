@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import IO, TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -49,6 +50,12 @@ def redirect_output(path: Path) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
+
+
+def running_ray() -> ModuleType | None:
+    """The module `ray`, in a process that has joined a cluster; it need not be installed."""
+    module = sys.modules.get("ray")
+    return module if module is not None and module.is_initialized() else None
 
 
 @contextlib.contextmanager

@@ -29,6 +29,8 @@ BLOCK = 128
 # The tokens of a forward pass are padded to a multiple of this. Never a single block: torch
 # compiles sizes of 1 by themselves.
 FLEX_MULTIPLE = 2 * BLOCK
+# One kernel for all lengths; None: the first length gets one of its own, False: every length.
+DYNAMIC: bool | None = True
 
 
 @dataclass(frozen=True)
@@ -159,9 +161,9 @@ def _listed(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @functools.cache
 def _compiled() -> Callable[..., torch.Tensor]:
-    # One kernel for all lengths. `fullgraph`: where it cannot be compiled (again), an error; left
-    # to itself torch would compute all L x L scores instead.
-    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
+    # `fullgraph`: an error where it cannot be compiled (again); left to itself torch would compute
+    # all L x L scores instead.
+    return torch.compile(flex_attention, dynamic=DYNAMIC, fullgraph=True)
 
 
 def flex_attention_forward(
