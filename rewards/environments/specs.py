@@ -7,21 +7,23 @@ from typing import Any
 
 from cohort.rewards.config import EnvironmentsConfig, TaskConfig
 from cohort.rewards.environments.episode import Limits
-from cohort.rewards.environments.loading import load_class
+from cohort.rewards.environments.loading import is_agent, load_class
 from cohort.rewards.environments.tools import has_step, tool_schemas
 from cohort.rewards.environments.worker import EnvironmentSpec
 from cohort.rewards.loading import resolve_path
 
 
 def find_tools(task: TaskConfig, base: Path | None = None) -> list[dict[str, Any]]:
-    """The schemas of the environment's tools; empty where it has `step` of its own, or is a
-    function.
+    """The schemas of the environment's tools; empty where it has `step` of its own, is an agent
+    (its requests bring them), or a function.
 
     Raises:
         EnvironmentLoadError: It cannot be loaded, or a tool cannot be described.
     """
     assert task.environment is not None
     factory = load_class(resolve_path(task.environment, base or Path.cwd()))
+    if is_agent(factory):
+        return []
     if has_step(factory):
         # One that answers itself may say which tools it knows.
         return list(getattr(factory, "tools", ()))
@@ -35,10 +37,13 @@ def environment_spec(
     model_path: str,
     template_arguments: dict[str, Any],
     max_length: int,
+    temperature: float = 1.0,
     base: Path | None = None,
 ) -> EnvironmentSpec:
-    """What every worker gets. max_length: tokens of the longest sequence."""
+    """What every worker gets. max_length: tokens of the longest sequence; temperature: that of the
+    rollouts."""
     assert task.environment is not None
+    path = resolve_path(task.environment, base or Path.cwd())
     limits = Limits(
         config.max_turns,
         config.max_tool_calls,
@@ -47,7 +52,7 @@ def environment_spec(
         max_length,
     )
     return EnvironmentSpec(
-        path=resolve_path(task.environment, base or Path.cwd()),
+        path=path,
         options=task.environment_options,
         tools=find_tools(task, base),
         model_path=model_path,
@@ -58,4 +63,6 @@ def environment_spec(
         message_chars=config.message_chars,
         memory_bytes=config.memory_bytes,
         secrets=tuple(config.secrets),
+        agent=is_agent(load_class(path)),
+        temperature=temperature,
     )
