@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,16 @@ from cohort.rewards.environments.worker import EnvironmentSpec
 from cohort.rewards.loading import resolve_path
 
 
+def load_environment(task: TaskConfig, base: Path | None = None) -> Callable[..., Any]:
+    """The class, or function, that `task.environment` names.
+
+    Raises:
+        EnvironmentLoadError: It cannot be loaded.
+    """
+    assert task.environment is not None
+    return load_class(resolve_path(task.environment, base or Path.cwd()))
+
+
 def find_tools(task: TaskConfig, base: Path | None = None) -> list[dict[str, Any]]:
     """The schemas of the environment's tools; empty where it has `step` of its own, is an agent
     (its requests bring them), or a function.
@@ -20,8 +31,7 @@ def find_tools(task: TaskConfig, base: Path | None = None) -> list[dict[str, Any
     Raises:
         EnvironmentLoadError: It cannot be loaded, or a tool cannot be described.
     """
-    assert task.environment is not None
-    factory = load_class(resolve_path(task.environment, base or Path.cwd()))
+    factory = load_environment(task, base)
     if is_agent(factory):
         return []
     if has_step(factory):
@@ -43,7 +53,6 @@ def environment_spec(
     """What every worker gets. max_length: tokens of the longest sequence; temperature: that of the
     rollouts."""
     assert task.environment is not None
-    path = resolve_path(task.environment, base or Path.cwd())
     limits = Limits(
         config.max_turns,
         config.max_tool_calls,
@@ -52,7 +61,7 @@ def environment_spec(
         max_length,
     )
     return EnvironmentSpec(
-        path=path,
+        path=resolve_path(task.environment, base or Path.cwd()),
         options=task.environment_options,
         tools=find_tools(task, base),
         model_path=model_path,
@@ -63,6 +72,6 @@ def environment_spec(
         message_chars=config.message_chars,
         memory_bytes=config.memory_bytes,
         secrets=tuple(config.secrets),
-        agent=is_agent(load_class(path)),
+        agent=is_agent(load_environment(task, base)),
         temperature=temperature,
     )

@@ -528,3 +528,26 @@ def test_logprobs_are_those_of_the_engine() -> None:
     reply = ChatReply("id", "5", (), "stop", 3, 1, [("5", float(np.float32(-0.25)))])
     (entry,) = reply.body()["choices"][0]["logprobs"]["content"]
     assert entry == {"token": "5", "logprob": -0.25, "bytes": [53], "top_logprobs": []}
+
+
+def test_an_agent_of_smolagents(at_table: Any) -> None:
+    """A real framework, unchanged: in a thread, with stops, and with a history that it rewrites."""
+    pytest.importorskip("smolagents", reason="smolagents is not installed (make setup)")
+
+    async def body(table: Table) -> None:
+        final = '<tool_call>{"name": "final_answer", "arguments": {"answer": "90 EUR"}}</tool_call>'
+        made = await table.play([CALL, final], max_tokens=400, answer="90 EUR")
+        assert state(made)["answer"] == "90 EUR"
+        assert made.end is not None
+        assert made.end.reward == 1.0
+        assert made.end.metrics["tool_calls"] == 2
+        assert table.specs[0].stop == ("Observation:", "Calling tools:")
+        first, second = (table.tokenizer.decode(context) for context in table.contexts)
+        assert "Price of a stay." in first
+        assert "90 EUR at Sakura" in second
+        # It tells the model of its call in words of its own.
+        assert made.end.metrics["forks"] == 1
+        assert made.turns[1].shape.kept >= len(table.contexts[0]) - 1
+        check_contexts(table, made)
+
+    at_table("Travel", body, file=AGENTS.with_name("smol_agent.py"))
