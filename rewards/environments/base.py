@@ -41,7 +41,7 @@ class ToolCall:
     Attributes:
         name: Of the tool.
         arguments: By name.
-        id: "call_0", "call_1", ... within the episode; for templates that print it.
+        id: "call00000", "call00001", ... within the episode; Mistral's templates want nine letters.
         error: Why it cannot be made (its JSON is broken); None: it can.
     """
 
