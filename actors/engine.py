@@ -150,7 +150,6 @@ class Engine:
             generation_config="vllm",
             logprobs_mode="processed_logprobs",
             enable_prefix_caching=True,
-            skip_tokenizer_init=True,
             disable_log_stats=True,
             worker_extension_cls="cohort.actors.shared_memory.WorkerExtension",
             weight_transfer_config=WeightTransferConfig(backend=shared_memory.BACKEND),

@@ -5,6 +5,7 @@ python examples/own_agent.py run.steps=40
 A framework of agents is used in the same way: it takes the address and the key that `run` is given.
 """
 
+import re
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -25,7 +26,7 @@ class SecondChance(cohort.Agent):
         for tries in range(TRIES):
             reply = await client.chat.completions.create(model="policy", messages=messages)
             said = reply.choices[0].message
-            if said.content.strip() == str(row["answer"]):
+            if re.findall(r"\d+", said.content)[-1:] == [str(row["answer"])]:
                 return 1.0 - tries / TRIES
             wrong = "That is wrong. Try again. Reply with the number only."
             messages += [said, {"role": "user", "content": wrong}]

@@ -93,7 +93,7 @@ class AgentEpisode(Hosted):
 
     async def begin(self, seed: int) -> NextTurn | EpisodeEnd:
         """Start the agent; what its first request continues."""
-        self._key = self._server.open(self)
+        self._key = self._server.issue(self)
         offered = {
             "row": self._row,
             "seed": seed,
@@ -161,7 +161,7 @@ class AgentEpisode(Hosted):
 
     def end(self) -> None:
         """Take the key back; requests that wait are refused."""
-        self._server.close(self._key)
+        self._server.revoke(self._key)
         for asked in (*self._waiting, *(self._open or ())[:1]):
             asked.refuse(ApiError("the episode of this key has ended", 401, "invalid_api_key"))
         self._waiting.clear()

@@ -66,13 +66,13 @@ class ChatServer:
         """Listen no more."""
         await self._runner.cleanup()
 
-    def open(self, session: Session) -> str:
-        """A new key, which is good until `close`."""
+    def issue(self, session: Session) -> str:
+        """A new key, which is good until `revoke`."""
         name, secret = secrets.token_hex(8), secrets.token_urlsafe(32)
         self._sessions[name] = (secret, session)
         return f"{name}.{secret}"
 
-    def close(self, key: str) -> None:
+    def revoke(self, key: str) -> None:
         """Take a key back."""
         self._sessions.pop(key.partition(".")[0], None)
 
