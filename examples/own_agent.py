@@ -38,7 +38,6 @@ if __name__ == "__main__":
         f"task.environment={__file__}:SecondChance",
         # The agent gives the reward; the task's own function would count the last reply as well.
         "rewards.functions=[]",
-        "actors.max_tokens=8",
         "run.dir=runs/own_agent",
     ]
     config = cohort.load_config("deploy/configs/addition.yaml", [*overrides, *sys.argv[1:]])

@@ -73,7 +73,7 @@ def test_a_game_of_several_turns(cohort: Cohort, nothing_left: Callable[[], None
 def test_an_agent_with_its_own_loop(cohort: Cohort, nothing_left: Callable[[], None]) -> None:
     """Its requests are the turns, and every token that is trained was sampled for one of them."""
     folder = cohort.folder / "agent"
-    keys = (f"run.dir={folder}", "run.steps=2", "model.dtype=float32")
+    keys = (f"run.dir={folder}", "run.steps=2", "model.dtype=float32", "actors.max_tokens=8")
     few = ("task.prompts_per_step=4", "task.group_size=8", "learner.learning_rate=1e-4")
     printed = run("own_agent.py", *keys, *few, mark=cohort.mark)
     assert "done: 2 steps" in printed
