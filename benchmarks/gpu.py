@@ -87,7 +87,7 @@ def child(part: str, options: argparse.Namespace, found: dict[str, Any], rows: P
             given = gpu_parts.Given(options.device, options.tiny, found.get("dynamic", True))
             for row in gpu_parts.PARTS[part](given):
                 emit(row)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - said, and the next part goes on
             traceback.print_exc()
             emit({"what": "the part", "error": f"{type(error).__name__}: {error}"[:300]})
             sys.exit(1)

@@ -149,6 +149,7 @@ def small_model(kind: str, dtype: torch.dtype = torch.float32) -> Any:
         return Qwen2ForCausalLM(Qwen2Config(**shape)).eval().to(dtype)
     if kind.startswith("mistral"):
         return MistralForCausalLM(MistralConfig(**shape, sliding_window=5)).eval().to(dtype)
+    shape |= {"hidden_size": 112}  # it must be a multiple of the heads
     config = Gemma3TextConfig(**shape, sliding_window=5, query_pre_attn_scalar=64)
     return Gemma3ForCausalLM(config).eval().to(dtype)
 
