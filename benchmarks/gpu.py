@@ -101,7 +101,7 @@ def run_part(
     with tempfile.TemporaryDirectory() as scratch:
         rows = Path(scratch) / "rows"
         rows.touch()
-        # Forked: what this process has imported need not be imported again.
+        # This process never imports torch: a fork could not use a driver that was started here.
         process = multiprocessing.get_context("fork").Process(
             target=child, args=(part, options, found, rows)
         )
@@ -159,13 +159,7 @@ def main() -> None:
     began = time.monotonic()
     options.out.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # The driver must not be started here: children that are forks could not use it.
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     os.environ["DS_ACCELERATOR"] = options.device
-    import torch
-    from transformers import Qwen2ForCausalLM  # noqa: F401 - read once, for all children
-
-    assert not torch.cuda.is_initialized()
     results: list[dict[str, Any]] = []
     found: dict[str, Any] = {}
     raw: dict[str, Any] = {"device": options.device, "tiny": options.tiny}
