@@ -63,10 +63,16 @@ class LearnerConfig(BaseModel):
         description="Matrix products of the linear layers in float8 (torchao), one scale for each "
         "tensor or each row. On CPUs it is emulated, for trying out.",
     )
-    attention: Literal["auto", "tree", "flex", "sdpa", "eager"] = Field(
+    attention: Literal["auto", "tree", "flash", "flex", "sdpa", "eager"] = Field(
         "auto",
-        description="auto: what skips the hidden parts of a shared-prompt row: tree on CPUs, flex "
-        "(GPUs only: torch's flex_attention, no mask of L x L) on GPUs; sdpa where that fails.",
+        description="auto: what skips the hidden parts of a shared-prompt row: tree on CPUs; flash "
+        "(torch's flash kernels, 16 bits) on GPUs, flex (GPUs only: torch's flex_attention) where "
+        "that fails or a window hides something; sdpa, with a mask of L x L, where both fail.",
+    )
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Compile decoder layers and token scores (torch.compile), once for all "
+        "lengths. auto: on GPUs, where ZeRO does not cut parameters up (zero_stage below 3).",
     )
     max_skipped_steps: int = Field(
         3, ge=1, description="Non-finite steps in a row after which the run stops."
@@ -91,6 +97,11 @@ class LearnerConfig(BaseModel):
                 )
             elif key == "zero_optimization" and "stage" in value:
                 problems.append("learner.deepspeed.zero_optimization.stage: use learner.zero_stage")
+        if self.compile == "on" and self.zero_stage == 3:
+            problems.append(
+                "learner.compile=on needs whole parameters: set learner.zero_stage to 2 or less, "
+                "or learner.compile to auto"
+            )
         usual = type(self).model_fields["lr_final"].default
         if self.lr_schedule == "constant" and self.lr_final != usual:
             problems.append(
@@ -98,6 +109,12 @@ class LearnerConfig(BaseModel):
                 f" set it to {usual:g}, or learner.lr_schedule to linear or cosine"
             )
         return problems
+
+    def compiles(self, device: str) -> bool:
+        """Whether decoder layers and token scores are compiled on this kind of device."""
+        return self.compile == "on" or (
+            self.compile == "auto" and device == "cuda" and self.zero_stage < 3
+        )
 
 
 OFFLOAD_STAGE = {"optimizer": 1, "all": 3}

@@ -128,10 +128,12 @@ def block_mask(intervals: Intervals, device: torch.device, window: int | None = 
     ) -> torch.Tensor:
         return (enter[k] <= enter[q]) & (enter[q] < leave[k])
 
+    bound = window or 0
+
     def visible_in_window(
         batch: torch.Tensor, head: torch.Tensor, q: torch.Tensor, k: torch.Tensor
     ) -> torch.Tensor:
-        return visible(batch, head, q, k) & (depth[q] - depth[k] < window)
+        return visible(batch, head, q, k) & (depth[q] - depth[k] < bound)
 
     mask_mod: Callable[..., torch.Tensor] = visible
     if window is not None:
@@ -177,7 +179,9 @@ def flex_attention_forward(
     **_: object,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface, for one row that holds all others under a block mask."""
-    attend = flex_attention if query.is_cpu else _compiled()
+    # Within a compiled layer it is compiled with the layer.
+    inside = torch.compiler.is_compiling()
+    attend: Callable[..., torch.Tensor] = flex_attention if query.is_cpu or inside else _compiled()
     out = attend(
         query,
         key,

@@ -6,9 +6,6 @@ logits of one part exist, in the forward and in the backward pass.
 
 from __future__ import annotations
 
-import logging
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -17,22 +14,30 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from cohort.learner import attention as tree_attention
-from cohort.learner import flex, norm
+from cohort.learner import flash, flex, norm
 from cohort.learner.attention import TREE, Tree, TreeAttention
 from cohort.learner.output_layer import LogitScale, TokenScores
-from cohort.learner.shapes import RowShape, padded_length
+from cohort.learner.shapes import LENGTH_MULTIPLE, padded_length
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
     from transformers import PreTrainedModel
-
-logger = logging.getLogger(__name__)
 
 # Rows up to this length: where a mask is needed on a CPU, plain matrix products beat the fused
 # kernel, whose strength is that it never writes the L x L scores.
 EAGER_ROW_LENGTH = 512
 # The output layer is run on a multiple of this many tokens.
 SCORE_MULTIPLE = 64
+Kernel = Literal["tree", "flash", "flex", "masked"]
+# What `learner.attention` may become, best first; "masked" where none can be used.
+KERNELS: dict[str, tuple[Kernel, ...]] = {
+    "tree": ("tree",), "flash": ("flash", "flex"), "flex": ("flex",)
+}  # fmt: skip
+# What auto is, by device; others: sdpa.
+AUTO = {"cpu": "tree", "cuda": "flash"}
+# A layer is compiled anew for gradients or none, for each kind of attention, of layer and of mask;
+# torch stops at eight, without an error.
+COMPILED_VARIANTS = 32
 
 
 class UnsupportedModel(Exception):
@@ -71,6 +76,7 @@ class PolicyModel(nn.Module):
 
     Attributes:
         can_tree: Whether `TreeAttention` may be used; `self_check` finds out.
+        can_flash: Whether `cohort.learner.flash` may be used; `self_check` finds out.
         can_flex: Whether `cohort.learner.flex` may be used; `self_check` finds out.
         shares_prompts: Whether several completions may follow one prompt; `self_check` finds out.
 
@@ -81,7 +87,7 @@ class PolicyModel(nn.Module):
     def __init__(
         self,
         model: PreTrainedModel,
-        attention: Literal["auto", "tree", "flex", "sdpa", "eager"] = "auto",
+        attention: Literal["auto", "tree", "flash", "flex", "sdpa", "eager"] = "auto",
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -90,7 +96,7 @@ class PolicyModel(nn.Module):
         config = model.config.get_text_config().to_dict()
         if config.get("attn_logit_softcapping") is not None:
             # The fused kernel leaves the cap of attention scores out; engines apply it.
-            if attention in ("tree", "flex", "sdpa"):
+            if attention in ("tree", "flash", "flex", "sdpa"):
                 raise UnsupportedModel(
                     f"{type(model).__name__} caps its attention scores, which "
                     f"learner.attention={attention} leaves out: use eager or auto"
@@ -103,9 +109,12 @@ class PolicyModel(nn.Module):
         )
         self.window: int | None = config.get("sliding_window")
         self.can_tree = self.attention in ("auto", "tree")
-        self.can_flex = self.attention in ("auto", "flex")
+        self.can_flash = self.attention in ("auto", "flash")
+        self.can_flex = self.attention in ("auto", "flash", "flex")
         self.shares_prompts = True
+        self.fuses_scores = False
         tree_attention.register()
+        flash.register()
         flex.register()
         norm.use_blocks(self.model)
         self.layer_types = frozenset(config.get("layer_types") or ())
@@ -149,7 +158,9 @@ class PolicyModel(nn.Module):
         padded_PH = nn.functional.pad(hidden_NH, (0, 0, 0, padding))
         # Padding and all: the gradient of a slice would be a copy of all logits.
         logits_PV = self.model.get_output_embeddings()(padded_PH)
-        logprobs_N, entropy_N = TokenScores.apply(logits_PV, target_N, self.scale, temperature)
+        logprobs_N, entropy_N = TokenScores.apply(
+            logits_PV, target_N, self.scale, temperature, self.fuses_scores
+        )
         return logprobs_N, entropy_N
 
     def hidden(self, inputs: ModelInputs) -> torch.Tensor:
@@ -157,29 +168,16 @@ class PolicyModel(nn.Module):
         input_ids_N, position_ids_N = inputs.input_ids_N, inputs.position_ids_N
         tree, predict_T = inputs.tree, inputs.predict_T
         device = input_ids_N.device
-        kernel = self.kernel(device)
-        if kernel == "flex":
-            length = padded_length(len(input_ids_N), flex.FLEX_MULTIPLE)
+        kernel = self.kernel(device, self._window_bites(position_ids_N))
+        if kernel != "masked":
+            multiple = LENGTH_MULTIPLE if kernel == "tree" else flex.FLEX_MULTIPLE
+            length = padded_length(len(input_ids_N), multiple)
             padding = (0, length - len(input_ids_N))
             ids_1N, position_1N = (
                 nn.functional.pad(x, padding)[None] for x in (input_ids_N, position_ids_N)
             )
-            hidden_1NH = self._base(
-                ids_1N,
-                flex.FLEX,
-                position_ids=position_1N,
-                attention_mask=self._block_masks(flex.Intervals.of(tree, length), device),
-            )
-            return hidden_1NH[0].index_select(0, predict_T)
-        if kernel == "tree" and not self._window_bites(position_ids_N):
-            padding = (0, padded_length(len(input_ids_N)) - len(input_ids_N))
-            ids_1N, position_1N = (
-                nn.functional.pad(x, padding)[None] for x in (input_ids_N, position_ids_N)
-            )
-            like = torch.empty(0, dtype=self._dtype(), device=device)
-            hidden_1NH = self._base(
-                ids_1N, TREE, position_ids=position_1N, tree=TreeAttention(tree, like)
-            )
+            name, how = self._attention(kernel, tree, length, device)
+            hidden_1NH = self._base(ids_1N, name, position_ids=position_1N, **how)
             return hidden_1NH[0].index_select(0, predict_T)
         # Padding is never looked at: lengths alone decide what counts.
         length = padded_length(tree.longest)
@@ -211,21 +209,46 @@ class PolicyModel(nn.Module):
     def _dtype(self) -> torch.dtype:
         return next(self.model.parameters()).dtype
 
-    def kernel(self, device: torch.device) -> Literal["tree", "flex", "masked"]:
+    def _attention(
+        self, kernel: Kernel, tree: Tree, length: int, device: torch.device
+    ) -> tuple[str, dict[str, object]]:
+        """The name that transformers knows it by, and what all layers have in common."""
+        if kernel == "flash":
+            parts = flash.Parts.of(tree, length, device)
+            return flash.FLASH, {"parts": (parts.places, parts.sizes)}
+        if kernel == "flex":
+            masks = self._block_masks(flex.Intervals.of(tree, length), device)
+            return flex.FLEX, {"attention_mask": masks}
+        like = torch.empty(0, dtype=self._dtype(), device=device)
+        return TREE, {"tree": TreeAttention(tree, like)}
+
+    def kernel(self, device: torch.device, window_bites: bool = False) -> Kernel:
         """How attention is computed on this device; "masked": under a mask of L x L.
 
-        Where a window hides something, "tree" falls back to a mask as well.
+        Where a window hides something, only flex leaves out what is hidden.
         """
-        wanted: str = self.attention
-        if wanted == "auto":
-            wanted = {"cpu": "tree", "cuda": "flex"}.get(device.type, "sdpa")
-        if wanted == "tree" and self.can_tree:
-            return "tree"
-        return "flex" if wanted == "flex" and self.can_flex else "masked"
+        wanted = AUTO.get(device.type, "sdpa") if self.attention == "auto" else self.attention
+        can = {"tree": self.can_tree, "flash": self.can_flash, "flex": self.can_flex}
+        for kernel in KERNELS.get(wanted, ()):
+            if can[kernel] and (kernel == "flex" or not window_bites):
+                return kernel
+        return "masked"
+
+    def compile_parts(self, backend: str = "inductor") -> None:
+        """Compile the decoder layers, once for all of them and all lengths, and fuse the scores.
+
+        Args:
+            backend: torch.compile's.
+        """
+        torch._dynamo.config.recompile_limit = COMPILED_VARIANTS
+        for layer in _decoder_layers(self.model):
+            layer.compile(dynamic=True, backend=backend)
+        self.fuses_scores = True
 
     def use_what_works_for(self, policy: PolicyModel) -> None:
         """Take over what `self_check` found out of a policy of the same architecture."""
         self.can_tree, self.can_flex = policy.can_tree, policy.can_flex
+        self.can_flash = policy.can_flash
         self.shares_prompts = policy.shares_prompts
 
     def _block_masks(
@@ -276,107 +299,15 @@ class PolicyModel(nn.Module):
         bias_B1LL = torch.zeros_like(mask_B1LL, dtype=self._dtype())
         return bias_B1LL.masked_fill_(~mask_B1LL, torch.finfo(bias_B1LL.dtype).min)
 
-    @torch.no_grad()
     def self_check(self, temperature: float) -> None:
-        """Score a shared-prompt row here and its second completion with the model's own forward.
-
-        Where they differ, the architecture does not take its attention from outside (state-space
-        models): its prompts are not shared.
-
-        Args:
-            temperature: Of the rollouts.
+        """See `cohort.learner.self_check`; also where the architecture takes no attention of ours.
 
         Raises:
-            UnsupportedModel: A row of its own is scored differently, too: the model transforms its
-                logits in a way that this class does not know.
+            UnsupportedModel: It cannot be scored as its own forward pass does.
         """
-        device = next(self.model.parameters()).device
-        vocabulary = int(self.model.get_output_embeddings().weight.shape[0])
-        prompt, first, second = 4, 3, 4
-        length = prompt + first + second
-        ids = (torch.arange(1, length + 1, device=device) * 7919) % vocabulary
-        position = torch.arange(length, device=device)
-        position[prompt + first :] -= first
-        target = ids[prompt + first :]
-        alone = torch.cat([ids[:prompt], target])
-        if self.attention == "eager":
-            self.model.set_attn_implementation("eager")
-        logits = self.model(input_ids=alone[None], use_cache=False).logits[0, prompt - 1 : -1]
-        theirs = (logits.float() / temperature).log_softmax(-1).gather(1, target[:, None])[:, 0]
-        # Log-probs of arbitrary tokens are around -10; bfloat16 keeps 8 bits of a logit.
-        precise = self._dtype() == torch.float32
-        limit = 1e-3 if precise else 0.5
+        from cohort.learner.self_check import self_check
 
-        def score(row: torch.Tensor, position: torch.Tensor, shape: RowShape) -> torch.Tensor:
-            predict = torch.arange(len(row) - second - 1, len(row) - 1, device=device)
-            predict[0] = prompt - 1
-            inputs = ModelInputs(row, position, Tree((shape,)), predict, target)
-            return self(inputs, temperature)[0]
-
-        def error(row: torch.Tensor, position: torch.Tensor, shape: RowShape) -> float:
-            try:
-                ours = score(row, position, shape)
-            except (torch.OutOfMemoryError, torch.AcceleratorError):
-                raise
-            except (TypeError, ValueError, RuntimeError):
-                return math.inf  # takes no positions, or no attention of ours
-            return float((ours - theirs).abs().max())
-
-        shared = RowShape(prompt, (first, second))
-        configured = self.attention
-        if self.can_tree:
-            self.attention = "tree"  # auto would not take it on a GPU
-            self.can_tree = error(ids, position, shared) <= limit
-            self.attention = configured
-        if configured == "tree" and not self.can_tree:
-            raise UnsupportedModel(
-                f"{type(self.model).__name__} does not take its attention from outside: "
-                "learner.attention=tree cannot be used; use auto"
-            )
-        if self.kernel(device) == "flex":
-            problem = self._try_flex(lambda: score(ids, position, shared), theirs, limit)
-            self.can_flex = problem is None
-            if configured == "flex" and problem is not None:
-                raise UnsupportedModel(
-                    f"learner.attention=flex cannot be used: {problem}; use auto"
-                )
-            if self.can_tree and problem is not None:
-                logger.warning("attention is computed under L x L masks (sdpa): flex %s", problem)
-        if configured != "tree":
-            self.shares_prompts = error(ids, position, shared) <= limit
-        if self.shares_prompts:
-            return
-        found = error(alone, torch.arange(len(alone), device=device), RowShape(prompt, (second,)))
-        if not found <= limit:
-            raise UnsupportedModel(
-                f"{type(self.model).__name__}: log-probs differ from the model's own by "
-                f"{found:.3g} (limit {limit}); this architecture scales its logits in a way the "
-                "learner does not support"
-            )
-
-    def _try_flex(
-        self, score: Callable[[], torch.Tensor], expected: torch.Tensor, limit: float
-    ) -> str | None:
-        """Score forward and backward, which compiles what training needs.
-
-        Returns:
-            None where the log-probs are the expected ones, else what is wrong, in a line.
-        """
-        if expected.is_cpu:
-            return "has no gradients on CPUs"
-        try:
-            with torch.enable_grad():
-                found = score()
-                weight = self.model.get_input_embeddings().weight
-                (gradient,) = torch.autograd.grad(found.sum(), weight)
-        except (torch.OutOfMemoryError, torch.AcceleratorError):
-            raise
-        except Exception as error:  # noqa: BLE001 - a compiler's errors have no common class
-            return f"failed with {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        difference = float((found - expected).abs().max())
-        if difference <= limit and bool(gradient.isfinite().all()):
-            return None
-        return f"differs from the model's own forward by {difference:.3g}"
+        self_check(self, temperature)
 
 
 def _enable_gradient_checkpointing(model: PreTrainedModel) -> None:
@@ -385,9 +316,12 @@ def _enable_gradient_checkpointing(model: PreTrainedModel) -> None:
     transformers checkpoints only layers in training mode; the flag is set on the layers themselves
     and not on what is inside them, where dropout is.
     """
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for layer in _decoder_layers(model):
+        layer.training = True
+
+
+def _decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.training = True
+    return [x for x in model.modules() if isinstance(x, GradientCheckpointingLayer)]

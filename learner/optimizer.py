@@ -51,7 +51,8 @@ LOSS_SCALING = {
 def deepspeed_config(learner: LearnerConfig, dtype: Dtype, device: str = "cpu") -> dict[str, Any]:
     """The DeepSpeed configuration of a run.
 
-    On GPUs gradients are reduced while the backward pass goes on; CPUs have no streams for that.
+    On GPUs gradients are reduced while the backward pass goes on, from stage 2 on: below, DeepSpeed
+    refuses it without a number of micro-batches that all steps have. CPUs have no streams for it.
 
     Master weights are float32 in every combination: the model itself in float32, a copy that
     DeepSpeed keeps in bfloat16 and float16.
@@ -68,7 +69,7 @@ def deepspeed_config(learner: LearnerConfig, dtype: Dtype, device: str = "cpu") 
         "steps_per_print": None,
         "zero_optimization": {
             "stage": stage,
-            "overlap_comm": device == "cuda",
+            "overlap_comm": device == "cuda" and stage >= 2,
             "reduce_bucket_size": REDUCE_BUCKET,
         },
     }

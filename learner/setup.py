@@ -51,12 +51,16 @@ def set_up(
         from cohort.learner.float8 import convert
 
         convert(policy.model, spec.learner.float8, device)
+    if spec.learner.compiles(spec.device):
+        policy.compile_parts()
     state = RankState(spec, device, folder, policy, _deepspeed_engine(spec, policy))
     if spec.algorithm.kl_coef > 0:
         from cohort.learner.reference import ReferencePolicy
 
         original = load_policy(spec, folder, device, gradient_checkpointing=False)
         original.use_what_works_for(policy)
+        if spec.learner.compiles(spec.device):
+            original.compile_parts()
         state.reference = ReferencePolicy(original, spec.learner.zero_stage, spec.dtype)
     return state, _facts(policy, device, parameters)
 
@@ -136,7 +140,7 @@ def _facts(policy: PolicyModel, device: torch.device, parameters: int) -> ModelF
         parameters=parameters,
         attention_work=attention / max(body, 1),
         masked_attention=kernel == "masked",
-        length_multiple=FLEX_MULTIPLE if kernel == "flex" else LENGTH_MULTIPLE,
+        length_multiple=FLEX_MULTIPLE if kernel in ("flash", "flex") else LENGTH_MULTIPLE,
         shares_prompts=policy.shares_prompts,
     )
 

@@ -34,8 +34,9 @@ def fetch(
     Returns:
         (the groups by id, the indices of those whose objects are gone).
     """
-    if all(isinstance(group, ScoredGroup) for group in groups):
-        return {group.group.id: group for group in groups}, ()
+    at_hand = [group for group in groups if isinstance(group, ScoredGroup)]
+    if len(at_hand) == len(groups):
+        return {group.group.id: group for group in at_hand}, ()
     import ray
     from ray.exceptions import GetTimeoutError, RayError
 

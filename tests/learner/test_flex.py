@@ -206,7 +206,13 @@ def test_no_tensor_of_all_pairs_is_made(window: int | None) -> None:
 def test_a_gpu_takes_it_and_a_cpu_refuses_it() -> None:
     policy = PolicyModel(tiny_model("llama-tied"))
     cuda = torch.device("cuda")
-    assert (policy.kernel(CPU), policy.kernel(cuda)) == ("tree", "flex")
+    assert (policy.kernel(CPU), policy.kernel(cuda)) == ("tree", "flash")
+    # The flash kernels are not given windows.
+    assert policy.kernel(cuda, window_bites=True) == "flex"
+    facts = _facts(policy, cuda, 1000)
+    assert (facts.masked_attention, facts.length_multiple) == (False, flex.FLEX_MULTIPLE)
+    policy.can_flash = False
+    assert policy.kernel(cuda) == "flex"
     facts = _facts(policy, cuda, 1000)
     assert (facts.masked_attention, facts.length_multiple) == (False, flex.FLEX_MULTIPLE)
     policy.can_flex = False

@@ -225,6 +225,24 @@ def test_deepspeed_never_averages(stage: Any, dtype: Any) -> None:
         assert (config["fp16"]["loss_scale"], config["fp16"]["hysteresis"]) == (0, 1)
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_deepspeed_takes_the_configuration(stage: Any, device: str) -> None:
+    """What DeepSpeed's engine asserts where steps have any number of micro-batches."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    config = deepspeed_config(LearnerConfig(zero_stage=stage), "bfloat16", device)
+    assert config["zero_optimization"]["overlap_comm"] == (device == "cuda" and stage >= 2)
+    engine = DeepSpeedEngine.__new__(DeepSpeedEngine)
+    torch.nn.Module.__init__(engine)
+    engine._config = DeepSpeedConfig(config)
+    engine.client_optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))])
+    engine.client_lr_scheduler = None
+    engine.pipeline_parallelism = False
+    engine._do_sanity_check()
+
+
 def test_memory_options_reach_deepspeed_and_change_nothing_else() -> None:
     plain = deepspeed_config(LearnerConfig(zero_stage=3), "bfloat16")
     del plain["zero_optimization"]["reduce_bucket_size"]
