@@ -22,23 +22,47 @@ MODEL: dict[str, Any] = dict(
 
 
 def golden(given: Any, attempt: Attempt) -> Iterator[Row]:
-    """Kernel, models, worker."""
+    """What is used by default: the flash kernel, compiled layers, fused scores, the worker."""
+    sizes = ((14, 2, 64), (12, 2, 128))
+    yield attempt(
+        "flash kernel, bfloat16", lambda: kernels(given.device, torch.bfloat16, "flash", sizes)
+    )
+    yield attempt("LearnerWorker, bfloat16, ZeRO 1", lambda: a_worker(given.device))
+    for attention in ("sdpa", "flex"):
+        yield attempt(
+            f"qwen2, {attention}, float32, layers and scores compiled, against transformers",
+            lambda attention=attention: against_transformers(
+                given.device, "qwen2", attention, compiled=True
+            ),
+        )
+    yield attempt("kernels at 8k, forward and backward", lambda: kernel_speed(given))
+
+
+def golden_flex(given: Any, attempt: Attempt) -> Iterator[Row]:
+    """The flex kernel, and models whose layers are not compiled."""
     from cohort.learner import flex
 
     # How the kernel is compiled: for all lengths at once, or, where that fails, for each.
     row: Row = {}
+    sizes = ((14, 2, 64),)
     for dynamic in (True, None):
         flex.DYNAMIC = dynamic
         flex._compiled.cache_clear()
         torch._dynamo.reset()
         how = "for all lengths" if dynamic else "by length"
-        row = attempt(f"kernel compiled {how}", lambda: kernels(given.device, torch.float32))
+        row = attempt(
+            f"flex kernel compiled {how}",
+            lambda: kernels(given.device, torch.float32, "flex", sizes),
+        )
         if row.get("pass"):
             row["found"] = {"dynamic": dynamic}
             yield row
             break
         yield row
-    yield attempt("kernel, bfloat16", lambda: kernels(given.device, torch.bfloat16))
+    yield attempt(
+        "flex kernel, bfloat16",
+        lambda: kernels(given.device, torch.bfloat16, "flex", ((12, 2, 128),)),
+    )
     for kind in ("qwen2", "mistral, window", "gemma3, windows"):
         for attention in ("flex", "tree", "sdpa"):
             yield attempt(
@@ -47,8 +71,6 @@ def golden(given: Any, attempt: Attempt) -> Iterator[Row]:
                     given.device, kind, attention
                 ),
             )
-    yield attempt("LearnerWorker, bfloat16, ZeRO 1", lambda: a_worker(given.device))
-    yield attempt("kernel at 8k, by length and for all lengths", lambda: kernel_speed(given))
 
 
 def trees() -> dict[str, Any]:
@@ -87,30 +109,45 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
-def kernels(device: str, dtype: torch.dtype) -> Row:
-    """The kernel's output and gradients against softmax in float64."""
+def attend(kernel: str, tree: Any, length: int, window: int | None, device: str) -> Any:
+    """The kernel of q, k, v as models lay them out; the tree is prepared."""
+    from cohort.learner import flash, flex
+
+    nothing = torch.nn.Identity()
+    if kernel == "flash":
+        parts = flash.Parts.of(tree, length, torch.device(device))
+        both = (parts.places, parts.sizes)
+        return lambda q, k, v: flash.flash_attention_forward(nothing, q, k, v, None, parts=both)[0]
+    mask = flex.block_mask(flex.Intervals.of(tree, length), torch.device(device), window)
+    return lambda q, k, v: flex.flex_attention_forward(nothing, q, k, v, mask)[0]
+
+
+def kernels(
+    device: str, dtype: torch.dtype, kernel: str, sizes: tuple[tuple[int, int, int], ...]
+) -> Row:
+    """The kernel's output and gradients against softmax in float64.
+
+    sizes: (heads, heads of keys, size) as the models below and Qwen2.5-1.5B have them.
+    """
     from cohort.learner import flex
     from cohort.learner.shapes import padded_length
 
     worst, seconds = {"output": 0.0, "gradients": 0.0}, []
-    # Heads as the models below and Qwen2.5-1.5B have them: every other shape is compiled anew.
-    heads, groups, size = (14, 2, 64) if dtype == torch.float32 else (12, 2, 128)
-    for tree in trees().values():
-        for window in (None, 50) if dtype == torch.float32 else (None,):
+    windows = (None, 50) if kernel == "flex" and dtype == torch.float32 else (None,)
+    for heads, groups, size in sizes:
+        for tree, window in ((tree, window) for tree in trees().values() for window in windows):
             used = sum(row.length for row in tree.rows)
             length = padded_length(used, flex.FLEX_MULTIPLE)
-            # Laid out as models do.
             q, k, v, slopes = (
                 torch.randn(1, length, n, size, device=device, dtype=dtype).transpose(1, 2)
                 for n in (heads, groups, groups, heads)
             )
             for x in (q, k, v):
                 x.requires_grad_()
-            intervals = flex.Intervals.of(tree, length)
-            mask = flex.block_mask(intervals, torch.device(device), window)
+            compute = attend(kernel, tree, length, window, device)
             began = time.monotonic()
-            out, _ = flex.flex_attention_forward(torch.nn.Identity(), q, k, v, mask)
-            out = out.transpose(1, 2)
+            # Padding is never looked at: flash lets it attend to padding before it.
+            out, slopes = (x[:, :, :used] for x in (compute(q, k, v).transpose(1, 2), slopes))
             gradients = torch.autograd.grad((out * slopes).sum(), (q, k, v))
             if device == "cuda":
                 torch.cuda.synchronize()
@@ -119,7 +156,7 @@ def kernels(device: str, dtype: torch.dtype) -> Row:
             keys, values = (x.repeat_interleave(heads // groups, 1) for x in exact[1:])
             scores = exact[0] @ keys.mT * size**-0.5
             hidden = all_pairs(tree, length, window, device)
-            expected = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ values
+            expected = (scores.masked_fill(hidden, -torch.inf).softmax(-1) @ values)[:, :, :used]
             wanted = torch.autograd.grad((expected * slopes).sum(), exact)
             worst["output"] = max(worst["output"], error(out, expected))
             for mine, theirs in zip(gradients, wanted, strict=True):
@@ -166,7 +203,7 @@ def groups_of_all_kinds() -> list[Any]:
     ]
 
 
-def against_transformers(device: str, kind: str, attention: str) -> Row:
+def against_transformers(device: str, kind: str, attention: str, compiled: bool = False) -> Row:
     """Log-probs and gradients of shared rows against single sequences, the tests' reference."""
     from cohort.learner.batch import build_micro_batch
     from cohort.learner.logprobs import PolicyModel
@@ -178,6 +215,8 @@ def against_transformers(device: str, kind: str, attention: str) -> Row:
     groups = groups_of_all_kinds()
     model = small_model(kind).to(device)
     policy = PolicyModel(model, attention)
+    if compiled:
+        policy.compile_parts("inductor" if device == "cuda" else "aot_eager")
     packer = Packer(ranks=1, micro_batch_tokens=10_000, cost=RowCost(quadratic=0.0))
     [[batch]] = score_batches([metas(group)[0] for group in groups], packer)
     tensors = build_micro_batch(batch, {group.group.id: group for group in groups})
@@ -264,7 +303,8 @@ def a_worker(device: str) -> Row:
         scored = float((torch.tensor(ours[-len(ids) :]) - plain).abs().max())
         norm_error = abs(result.grad_norm - wanted) / wanted
     return {
-        "attention": worker.state.policy.kernel(worker.state.device), "applied": result.applied,
+        "attention": worker.state.policy.kernel(worker.state.device),
+        "compiled": worker.state.policy.fuses_scores, "applied": result.applied,
         "gradient_norm_error": norm_error, "parameters_moved": moved,
         "published_is_read_back": equal and names, "log_probs": scored, "limit": 0.05,
         "pass": result.applied and equal and names and moved == 1.0
@@ -273,7 +313,9 @@ def a_worker(device: str) -> Row:
 
 
 def kernel_speed(given: Any) -> Row:
-    """Milliseconds of a layer's attention at 8k, forward and backward, against torch's flash."""
+    """Milliseconds of a layer's attention at 8k against torch's causal kernels."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
     from cohort.learner import flex
     from cohort.learner.attention import Tree
     from cohort.learner.shapes import RowShape, padded_length
@@ -283,38 +325,46 @@ def kernel_speed(given: Any) -> Row:
     heads, groups, width = (12, 2, 128) if given.device == "cuda" else (4, 2, 16)
     tree = Tree((RowShape(prompt, (size,) * count),))
     length = padded_length(tree.longest, flex.FLEX_MULTIPLE)
-    mask = flex.block_mask(flex.Intervals.of(tree, length), torch.device(given.device))
     q, k, v = (
-        torch.randn(
-            1, n, length, width, device=given.device, dtype=torch.bfloat16, requires_grad=True
-        )
+        torch.randn(1, length, n, width, device=given.device, dtype=torch.bfloat16)
+        .transpose(1, 2)
+        .requires_grad_()
         for n in (heads, groups, groups)
     )
 
-    def milliseconds(attend: Callable[[], torch.Tensor]) -> float:
+    def milliseconds(compute: Callable[[], torch.Tensor], backward: bool = True) -> float:
         seconds = []
         for _ in range(8):
             if given.device == "cuda":
                 torch.cuda.synchronize()
             began = time.monotonic()
-            attend().sum().backward()
+            out = compute()
+            if backward:
+                torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
             if given.device == "cuda":
                 torch.cuda.synchronize()
             seconds.append(time.monotonic() - began)
         return sorted(seconds[2:])[3] * 1e3
 
-    for dynamic, name in ((True, "all_lengths_ms"), (False, "by_length_ms")):
-        flex.DYNAMIC = dynamic
-        flex._compiled.cache_clear()
-        torch._dynamo.reset()
-        row[name] = milliseconds(
-            lambda: flex.flex_attention_forward(torch.nn.Identity(), q, k, v, mask)[0]
-        )
-    row["flash_causal_ms"] = milliseconds(
+    for kernel in ("flash", "flex"):
+        compute = attend(kernel, tree, length, None, given.device)
+        row[f"{kernel}_ms"] = milliseconds(lambda compute=compute: compute(q, k, v))
+        row[f"{kernel}_forward_ms"] = milliseconds(lambda compute=compute: compute(q, k, v), False)
+    for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION"):
+        try:
+            with sdpa_kernel(SDPBackend.__members__[name]):
+                row[f"causal {name} ms"] = milliseconds(
+                    lambda: torch.nn.functional.scaled_dot_product_attention(
+                        q, k, v, is_causal=True, enable_gqa=True
+                    )
+                )
+        except RuntimeError as error:
+            row[f"causal {name} ms"] = str(error)[:60]
+    row["causal, torch's choice, ms"] = milliseconds(
         lambda: torch.nn.functional.scaled_dot_product_attention(
             q, k, v, is_causal=True, enable_gqa=True
         )
     )
     causal = length * (length + 1) / 2
     pairs = prompt**2 / 2 + count * (size * prompt + size**2 / 2)
-    return row | {"blocks_left_out": f"{mask.sparsity():.0f} %", "pairs_of_causal": pairs / causal}
+    return row | {"pairs_of_causal": pairs / causal}

@@ -1,18 +1,20 @@
 """The parts of gpu.py: each yields rows, one a measurement; one that fails is a row with its error.
 
-- golden: the kernel of `learner.attention: flex` against softmax in float64; log-probs and
-  gradients of shared-prompt rows (trees of several levels, windows) against plain transformers on
-  single sequences, in float32; a step of the real LearnerWorker (bfloat16, ZeRO 1), its gradient
-  norm, and its published file read back.
-- speed: forward and backward of 8k tokens in each attention; shares are of the measured product.
+- golden: the kernel of `learner.attention: flash` against softmax in float64; compiled layers and
+  fused scores against plain transformers on single sequences, in float32; a step of the real
+  LearnerWorker (bfloat16, ZeRO 1), its gradient norm, and its published file read back.
+- golden_flex: the same of `learner.attention: flex`, also with windows; layers not compiled.
+- speed: forward and backward of 8k tokens, attention, compiled layers and fused scores one after
+  another; shares are of the measured product. Rows of 256 tokens say what launches cost.
 - sharing: eight completions behind a prompt that is 80 % of each sequence, in rows of 2k, 8k and
-  32k tokens; with the prompt shared, repeated, and repeated under transformers' own causal
-  attention (torch's flash kernel, no mask).
+  32k tokens; with the prompt shared, and repeated under transformers' own causal attention (no
+  mask). Layers and scores are compiled on both sides.
+- profile: the kernels of one pass, and how long the GPU was busy.
 - step: whole steps of a LearnerWorker (ZeRO 1, AdamW, published weights), memory against 18 bytes
   a parameter.
 - seven: 7B: a pass of all layers without optimizer, and whole steps of as many layers as fit with
   one. There is no LoRA yet.
-- float8: passes beside bfloat16.
+- float8: passes beside bfloat16, layers compiled.
 - ipc: packed weights to another process on the same GPU, by CUDA IPC and by our file in shared
   memory.
 """
@@ -40,6 +42,7 @@ from learner_speed import flops, inputs_of, measure_peak, random_model, synchron
 Row = dict[str, Any]
 Rows = tuple[int, int, int, int]  # as learner_speed.py has them
 GIB = 2**30
+CHUNK = 1024  # scored tokens whose logits exist at one time
 PROMPT_PARTS, COMPLETIONS = 4, 8  # a prompt is so many times as long as a completion
 
 
@@ -57,8 +60,25 @@ class Given:
 
     def row(self, length: int) -> Rows:
         """(prompt, completions, tokens of each, rows) of a shared row of about this length."""
-        size = (length // 32 if self.tiny else length) // (PROMPT_PARTS + COMPLETIONS)
+        size = max(1, (length // 32 if self.tiny else length) // (PROMPT_PARTS + COMPLETIONS))
         return PROMPT_PARTS * size, COMPLETIONS, size, 1
+
+
+@dataclass(frozen=True)
+class How:
+    """What is compiled, and whether layers are computed again in the backward pass."""
+
+    layers: bool = False
+    scores: bool = False
+    recompute: bool = False
+
+    def __str__(self) -> str:
+        said = {"layers compiled": self.layers, "scores fused": self.scores}
+        said["recomputing"] = self.recompute
+        return "".join(f", {name}" for name, used in said.items() if used)
+
+
+LAYERS, BOTH = How(layers=True), How(layers=True, scores=True)
 
 
 def attempt(what: str, measure: Callable[[], Row]) -> Row:
@@ -77,8 +97,7 @@ def attempt(what: str, measure: Callable[[], Row]) -> Row:
 
 def timed(policy: Any, batches: list[Any], work: float, repeats: int, device: str) -> Row:
     """Forward and backward over some micro-batches; the first pass is not counted."""
-    seconds, peaks, state = [], [], 0
-    chunk = 1024
+    seconds, launched, peaks, state = [], [], [], 0
     for repeat in range(repeats + 1):
         if repeat:
             peaks.append(measure_peak(device))
@@ -89,8 +108,9 @@ def timed(policy: Any, batches: list[Any], work: float, repeats: int, device: st
         synchronize(device)
         began = time.monotonic()
         for inputs in batches:
-            logprobs, _ = policy(inputs, 1.0, max(1, -(-len(inputs.target_T) // chunk)))
+            logprobs, _ = policy(inputs, 1.0, max(1, -(-len(inputs.target_T) // CHUNK)))
             logprobs.sum().backward()
+        launched.append(time.monotonic() - began)
         synchronize(device)
         seconds.append(time.monotonic() - began)
     tokens = sum(len(inputs.input_ids_N) for inputs in batches)
@@ -98,7 +118,8 @@ def timed(policy: Any, batches: list[Any], work: float, repeats: int, device: st
     peak = statistics.median(peaks)
     row: Row = {
         "tokens": tokens, "s": middle, "range_s": f"{min(seconds[1:]):.3f}-{max(seconds[1:]):.3f}",
-        "first_s": seconds[0], "tokens_per_s": tokens / middle, "tflops": work / middle / 1e12,
+        "first_s": seconds[0], "launched_s": statistics.median(launched[1:]),
+        "tokens_per_s": tokens / middle, "tflops": work / middle / 1e12,
         "product_tflops": peak / 1e3, "share": work / middle / 1e9 / peak,
     }  # fmt: skip
     if device == "cuda":
@@ -107,37 +128,30 @@ def timed(policy: Any, batches: list[Any], work: float, repeats: int, device: st
     return row
 
 
-def fuse(model: Any, device: str, also: tuple[str, ...] = ()) -> None:
-    """Compile what is made of many small operations: feed-forward layers and norms."""
-    backend = "inductor" if device == "cuda" else "aot_eager"
-    for module in model.modules():
-        kind = type(module).__name__
-        # Our norm on CPUs cannot be traced.
-        norm = "RMSNorm" in kind and device == "cuda"
-        if kind.endswith("MLP") or norm or kind in also:
-            module.compile(dynamic=True, backend=backend)
-
-
-def policy_of(model: Any, attention: str, checkpointing: bool = False) -> Any:
+def policy_of(model: Any, attention: str, how: How, device: str) -> Any:
     """The policy around a model, not checked as a learner's is: golden is the check here.
 
     attention: `learner.attention`, or "plain": transformers' own causal attention, without a mask.
     """
-    from cohort.learner.logprobs import PolicyModel
+    from cohort.learner.logprobs import PolicyModel, _decoder_layers
 
-    policy = PolicyModel(model, "sdpa" if attention == "plain" else attention, checkpointing)
+    for layer in _decoder_layers(model):
+        layer._compiled_call_impl = None  # as it was before another policy compiled it
+    policy = PolicyModel(model, "sdpa" if attention == "plain" else attention, how.recompute)
     if attention == "plain":
         policy.shares_prompts = False
         model.set_attn_implementation("sdpa")
+    if how.layers:
+        policy.compile_parts("inductor" if device == "cuda" else "aot_eager")
+    policy.fuses_scores = how.scores
     return policy
 
 
 def passes(
-    given: Given, model: Any, shapes: list[Rows], attention: str, repeats: int = 3,
-    checkpointing: bool = False,
-) -> Row:  # fmt: skip
+    given: Given, model: Any, shapes: list[Rows], attention: str, how: How, repeats: int = 3
+) -> Row:
     """Forward and backward over micro-batches of these shapes."""
-    policy = policy_of(model, attention, checkpointing)
+    policy = policy_of(model, attention, how, given.device)
     batches = [inputs_of(shape, model.config.vocab_size, given.device) for shape in shapes]
     parameters = sum(p.numel() for p in model.parameters())
     work = sum(flops(shape, model.config, parameters) for shape in shapes)
@@ -145,56 +159,84 @@ def passes(
 
 
 def speed(given: Given) -> Iterator[Row]:
-    """Forward and backward at 0.5B and 1.5B."""
-    shared = given.row(8192)
+    """Forward and backward at 1.5B."""
+    shared, short = given.row(8192), given.row(256)
     prompt, count, size, _ = shared
     single = (1, 1, prompt + count * size - 1, 1)
-    kinds = {shared: "8 behind one prompt", single: "one sequence"}
-    for name in ("1.5b", "0.5b"):
-        model = random_model(given.shape(name), given.device)
-        for attention, rows in [
-            ("flex", shared), ("flex", single), ("plain", single), ("sdpa", shared),
-            ("tree", shared),
-        ]:  # fmt: skip
-            yield attempt(
-                f"{name} {attention}, {kinds[rows]}",
-                partial(passes, given, model, [rows], attention),
-            )
-        fuse(model, given.device)
-        for rows, kind in kinds.items():
-            yield attempt(
-                f"{name} flex, feed-forward and norms compiled, {kind}",
-                partial(passes, given, model, [rows], "flex"),
-            )
-        del model
-        gc.collect()
+    kinds = {shared: "8 behind one prompt", single: "one sequence", short: "256 tokens"}
+    model = random_model(given.shape("1.5b"), given.device)
+    for attention, rows, how in [
+        ("flash", shared, How()), ("flash", short, How()),
+        ("flash", shared, LAYERS), ("flash", shared, BOTH), ("flash", short, BOTH),
+        ("flash", single, BOTH), ("plain", single, BOTH), ("plain", single, How()),
+        ("plain", short, How()), ("flex", shared, How()), ("flex", short, How()),
+        ("flex", shared, BOTH),
+    ]:  # fmt: skip
+        yield attempt(
+            f"1.5b {attention}{how}, {kinds[rows]}",
+            partial(passes, given, model, [rows], attention, how),
+        )
 
 
 def sharing(given: Given) -> Iterator[Row]:
     """The same completions with their prompt shared and repeated."""
     model = random_model(given.shape("1.5b"), given.device)
-    for length in (2048, 8192, 32768):
+    for length in (8192, 2048, 32768):
         prompt, count, size, _ = given.row(length)
         # Micro-batches of repeated prompts hold no more tokens than the shared row.
         fit = (prompt + count * size) // (prompt + size)
         repeated = [(prompt, 1, size, fit)] * (count // fit)
-        long = length > 8192
-        ways = {
-            "shared, flex": ("flex", [(prompt, count, size, 1)]),
-            "repeated, flex": ("flex", repeated),
-            "repeated, plain causal": ("plain", repeated),
-        }
+        how = How(layers=True, scores=True, recompute=length > 8192)
         shared_s = None
-        for way, (attention, shapes) in ways.items():
+        for way, attention, shapes in [
+            ("shared", "flash", [(prompt, count, size, 1)]),
+            ("repeated", "plain", repeated),
+        ]:  # fmt: skip
             row = attempt(
-                f"1.5b, row of {length}, {way}{', recomputing' if long else ''}",
-                partial(passes, given, model, shapes, attention, 1 if long else 3, long),
+                f"1.5b, row of {length}, {way}, {attention}{how}",
+                partial(passes, given, model, shapes, attention, how, 1 if how.recompute else 3),
             )
-            if attention == "flex" and shared_s is None:
+            if attention == "flash":
                 shared_s = row.get("s")
             elif shared_s is not None and "s" in row:
                 row["shared_is_faster"] = row["s"] / shared_s
             yield row
+
+
+def profile(given: Given) -> Iterator[Row]:
+    """Where the time of a pass goes."""
+    from torch.profiler import ProfilerActivity
+
+    model = random_model(given.shape("1.5b"), given.device)
+    policy = policy_of(model, "flash", BOTH, given.device)
+    inputs = inputs_of(given.row(8192), model.config.vocab_size, given.device)
+    cuda = given.device == "cuda"
+
+    def one() -> float:
+        policy.zero_grad(set_to_none=False)
+        synchronize(given.device)
+        began = time.monotonic()
+        logprobs, _ = policy(inputs, 1.0, max(1, -(-len(inputs.target_T) // CHUNK)))
+        logprobs.sum().backward()
+        synchronize(given.device)
+        return time.monotonic() - began
+
+    plain_s = [one() for _ in range(4)][-1]
+    activity = ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity]) as found:
+        profiled_s = one()
+    kernels = [
+        (e.self_device_time_total if cuda else e.self_cpu_time_total, e.count, e.key)
+        for e in found.key_averages()
+    ]
+    busy = sum(us for us, _, _ in kernels) / 1e6
+    yield {
+        "what": "1.5b flash, all compiled, 8 behind one prompt", "ms": plain_s * 1e3,
+        "profiled_ms": profiled_s * 1e3, "busy_ms": busy * 1e3, "busy_share": busy / plain_s,
+        "calls": sum(count for us, count, _ in kernels if us),
+    }  # fmt: skip
+    for us, count, name in sorted(kernels, reverse=True)[:12]:
+        yield {"what": name[:90], "ms": us / 1e3, "calls": count, "busy_share": us / 1e6 / busy}
 
 
 @contextlib.contextmanager
@@ -251,7 +293,8 @@ def seven(given: Given) -> Iterator[Row]:
 
     def whole() -> Row:
         model = random_model(given.shape("7b"), given.device)
-        return passes(given, model, [given.row(8192)], "flex", 2, checkpointing=True)
+        how = How(layers=True, scores=True, recompute=True)
+        return passes(given, model, [given.row(8192)], "flash", how, 1)
 
     yield attempt("7b, all 28 layers, a pass, recomputing, NO optimizer", whole)
     layers = None if given.tiny else 8
@@ -265,21 +308,16 @@ def float8(given: Given) -> Iterator[Row]:
     """Passes at 1.5B with the linear layers in float8."""
     from cohort.learner.float8 import convert
 
-    for recipe, compiled in [
-        ("off", True), ("tensorwise", True), ("rowwise", True), ("tensorwise", False)
-    ]:  # fmt: skip
+    for recipe in ("tensorwise", "off", "rowwise"):
 
-        def measure(recipe: Any = recipe, compiled: bool = compiled) -> Row:
+        def measure(recipe: Any = recipe) -> Row:
             torch._dynamo.reset()
             model = random_model(given.shape("1.5b"), given.device)
             if recipe != "off":
                 convert(model, recipe, torch.device(given.device))
-            if compiled:
-                fuse(model, given.device, ("Float8Linear",))
-            return passes(given, model, [given.row(8192)], "flex")
+            return passes(given, model, [given.row(8192)], "flash", BOTH)
 
-        compiled_says = ", compiled layers" if compiled else ""
-        yield attempt(f"1.5b, float8 {recipe}{compiled_says}", measure)
+        yield attempt(f"1.5b flash, float8 {recipe}{BOTH}", measure)
 
 
 def prepared(part: Callable[[Given], Iterator[Row]]) -> Callable[[Given], Iterator[Row]]:
@@ -311,8 +349,10 @@ PARTS = {
     name: prepared(part)
     for name, part in {
         "golden": lambda given: gpu_golden.golden(given, attempt),
+        "golden_flex": lambda given: gpu_golden.golden_flex(given, attempt),
         "speed": speed,
         "sharing": sharing,
+        "profile": profile,
         "step": step,
         "seven": seven,
         "float8": float8,

@@ -78,6 +78,8 @@ class TokenScores(torch.autograd.Function):
             ([N] float32, [N] float32).
         """
         if fused:
+            # Not a part of a longer tensor: another kind of argument for the compiler.
+            target_N = target_N.clone()
             logprobs_N, entropy_N, normaliser_N = _compiled(fused_forward)(
                 _any_length(outputs_PV), _any_length(target_N), scale, temperature
             )
@@ -108,10 +110,10 @@ class TokenScores(torch.autograd.Function):
         if gradient_N is None:
             gradient_N = torch.zeros_like(normaliser_N)
         if ctx.fused:
-            vectors = (target_N, normaliser_N, entropy_N, gradient_N, entropy_gradient_N)
+            gradients = (gradient_N, entropy_gradient_N)
             found_PV = _compiled(fused_backward)(
-                _any_length(outputs_PV),
-                *(None if x is None else _any_length(x) for x in vectors),
+                *map(_any_length, (outputs_PV, target_N, normaliser_N, entropy_N)),
+                *(None if x is None else _any_length(x.clone()) for x in gradients),
                 ctx.scale,
                 ctx.temperature,
             )

@@ -168,11 +168,11 @@ def test_layers_are_compiled_once_for_all_lengths(
     policy = PolicyModel(tiny_model("qwen2-untied"), "flash", gradient_checkpointing)
     policy.compile_parts(compilers)
     counts = []
-    for prompt, sizes in [(6, [3, 9]), (300, [20, 30, 400]), (9, [7, 100]), (40, [200])]:
+    for prompt, sizes in [(300, [20, 30, 400]), (6, [3, 9]), (9, [7, 100]), (40, [200])]:
         scored(policy, [scored_group("a", [1.0, 0.0, 0.5][: len(sizes)], sizes, prompt)])
         counts.append(compilers.frame_count)
-    assert 1 <= counts[0] <= counts[1] <= 2
-    assert counts[-1] == counts[1]
+    assert 1 <= counts[0] <= 2  # few for all layers, and none for other lengths
+    assert counts == counts[:1] * 4
 
 
 def test_windows_are_left_to_masks() -> None:
