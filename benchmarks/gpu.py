@@ -30,14 +30,15 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 # By worth, with the seconds that each may take, and those without which it is not begun.
 PARTS = {
-    "golden": (110, 40),
-    "speed": (130, 40),
-    "sharing": (80, 30),
-    "step": (75, 30),
-    "profile": (50, 20),
-    "float8": (90, 30),
-    "seven": (80, 35),
-    "ipc": (50, 20),
+    "golden": (130, 40),
+    "warm": (130, 40),
+    "speed": (120, 30),
+    "sharing": (75, 30),
+    "step": (70, 30),
+    "profile": (45, 15),
+    "float8": (80, 25),
+    "seven": (80, 30),
+    "ipc": (50, 15),
     "golden_flex": (150, 40),
 }
 

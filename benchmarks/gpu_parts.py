@@ -4,6 +4,7 @@
   fused scores against plain transformers on single sequences, in float32; a step of the real
   LearnerWorker (bfloat16, ZeRO 1), its gradient norm, and its published file read back.
 - golden_flex: the same of `learner.attention: flex`, also with windows; layers not compiled.
+- warm: compiles what the other parts measure into torch's cache on disk; may run beside golden.
 - speed: forward and backward of 8k tokens, attention, compiled layers and fused scores one after
   another; shares are of the measured product. Rows of 256 tokens say what launches cost.
 - sharing: eight completions behind a prompt that is 80 % of each sequence, in rows of 2k, 8k and
@@ -99,7 +100,7 @@ def timed(policy: Any, batches: list[Any], work: float, repeats: int, device: st
     """Forward and backward over some micro-batches; the first pass is not counted."""
     seconds, launched, peaks, state = [], [], [], 0
     for repeat in range(repeats + 1):
-        if repeat:
+        if repeat == 1 or (repeat and device == "cuda"):  # on CPUs it takes seconds
             peaks.append(measure_peak(device))
         if repeat == 1 and device == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -158,6 +159,33 @@ def passes(
     return timed(policy, batches, work, repeats, given.device)
 
 
+def warm(given: Given) -> Iterator[Row]:
+    """Two layers of every model that is compiled; all layers are compiled as one."""
+    from cohort.learner.float8 import convert
+
+    for name, attention, recipe in [
+        ("1.5b", "flash", "off"), ("1.5b", "plain", "off"), ("1.5b", "flash", "tensorwise"),
+        ("7b", "flash", "off"), ("1.5b", "flex", "off"), ("1.5b", "flash", "rowwise"),
+    ]:  # fmt: skip
+
+        def once(name: str = name, attention: str = attention, recipe: Any = recipe) -> Row:
+            torch._dynamo.reset()
+            began = time.monotonic()
+            model = random_model(given.shape(name), given.device, 2)
+            if recipe != "off":
+                convert(model, recipe, torch.device(given.device))
+            policy = policy_of(model, attention, BOTH, given.device)
+            for length, rows in ((8192, 1), (256, 2)):
+                prompt, count, size, _ = given.row(length)
+                count = 1 if attention == "plain" else count
+                shape = (prompt, count, size, rows)
+                inputs = inputs_of(shape, model.config.vocab_size, given.device)
+                policy(inputs, 1.0, 2)[0].sum().backward()
+            return {"s": time.monotonic() - began}
+
+        yield attempt(f"{name}, {attention}, float8 {recipe}", once)
+
+
 def speed(given: Given) -> Iterator[Row]:
     """Forward and backward at 1.5B."""
     shared, short = given.row(8192), given.row(256)
@@ -169,13 +197,13 @@ def speed(given: Given) -> Iterator[Row]:
         ("flash", shared, How()), ("flash", short, How()),
         ("flash", shared, LAYERS), ("flash", shared, BOTH), ("flash", short, BOTH),
         ("flash", single, BOTH), ("plain", single, BOTH), ("plain", single, How()),
-        ("plain", short, How()), ("flex", shared, How()), ("flex", short, How()),
-        ("flex", shared, BOTH),
+        ("flex", shared, How()), ("flex", short, How()), ("flex", shared, BOTH),
     ]:  # fmt: skip
         yield attempt(
             f"1.5b {attention}{how}, {kinds[rows]}",
             partial(passes, given, model, [rows], attention, how),
         )
+    yield attempt("kernels of a layer at 8k", lambda: gpu_golden.kernel_speed(given))
 
 
 def sharing(given: Given) -> Iterator[Row]:
@@ -190,13 +218,13 @@ def sharing(given: Given) -> Iterator[Row]:
         shared_s = None
         for way, attention, shapes in [
             ("shared", "flash", [(prompt, count, size, 1)]),
-            ("repeated", "plain", repeated),
+            ("repeated", "plain", repeated), ("repeated", "flash", repeated),
         ]:  # fmt: skip
             row = attempt(
                 f"1.5b, row of {length}, {way}, {attention}{how}",
                 partial(passes, given, model, shapes, attention, how, 1 if how.recompute else 3),
             )
-            if attention == "flash":
+            if way == "shared":
                 shared_s = row.get("s")
             elif shared_s is not None and "s" in row:
                 row["shared_is_faster"] = row["s"] / shared_s
@@ -228,6 +256,7 @@ def profile(given: Given) -> Iterator[Row]:
     kernels = [
         (e.self_device_time_total if cuda else e.self_cpu_time_total, e.count, e.key)
         for e in found.key_averages()
+        if not e.is_user_annotation
     ]
     busy = sum(us for us, _, _ in kernels) / 1e6
     yield {
@@ -350,6 +379,7 @@ PARTS = {
     for name, part in {
         "golden": lambda given: gpu_golden.golden(given, attempt),
         "golden_flex": lambda given: gpu_golden.golden_flex(given, attempt),
+        "warm": warm,
         "speed": speed,
         "sharing": sharing,
         "profile": profile,
