@@ -97,10 +97,12 @@ def test_half_precision_stays_close() -> None:
     q, k, v = (x.detach() for x in draw(length, 4, 2))
     parts = Parts.of(tree, length, CPU)
     exact, _ = tree_flash(q, k, v, parts.places, parts.sizes, 0.25)
-    rough = [x.bfloat16() for x in (q, k, v)]
+    rough = [x.bfloat16().requires_grad_() for x in (q, k, v)]
     found, lse = tree_flash(rough[0], rough[1], rough[2], parts.places, parts.sizes, 0.25)
     assert (found.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
     torch.testing.assert_close(found.float(), exact, atol=0.04, rtol=0.04)
+    every = (found, *rough, found, lse, parts.places, parts.sizes, 0.25)
+    assert {x.dtype for x in flash.tree_flash_backward(*every)} == {torch.bfloat16}
 
 
 def test_the_operators_are_what_torch_expects_of_operators() -> None:
@@ -183,7 +185,7 @@ def test_layers_are_compiled_once_for_all_lengths(
 def test_windows_are_left_to_masks() -> None:
     """On GPUs to flex: see test_flex.py."""
     model, groups = tiny_model("mistral-sliding"), mixed()
-    _, plain, wanted = scored(PolicyModel(model, "tree"), groups)
+    _, plain, wanted = scored(PolicyModel(model, "sdpa"), groups)
     policy = PolicyModel(model, "flash")
     policy.can_flex = False
     assert policy.kernel(CPU) == "flash"
