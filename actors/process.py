@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import IO, TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -49,6 +50,12 @@ def redirect_output(path: Path) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
+
+
+def running_ray() -> ModuleType | None:
+    """The module `ray`, in a process that has joined a cluster; it need not be installed."""
+    module = sys.modules.get("ray")
+    return module if module is not None and module.is_initialized() else None
 
 
 @contextlib.contextmanager
@@ -279,8 +286,18 @@ def _sweep() -> None:
     """Remove the files of this user's dead processes that Intel's OpenMP keeps in /dev/shm: one for
     each process, and SIGKILL gives it no time to clean up."""
     for left in Path("/dev/shm").glob(f"__KMP_REGISTERED_LIB_*_{os.getuid()}"):
-        if not Path("/proc", left.name.split("_")[-2]).exists():
+        if not _lives(int(left.name.split("_")[-2])):
             left.unlink(missing_ok=True)
+
+
+def _lives(pid: int) -> bool:
+    """Whether this is a process, neither one that only waits for its parent nor a thread's id."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    fields = dict(line.split(":\t", 1) for line in status.splitlines())
+    return fields["Tgid"] == str(pid) and fields["State"][0] not in "ZX"
 
 
 if __name__ == "__main__":

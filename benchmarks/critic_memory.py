@@ -96,7 +96,8 @@ def live_bytes() -> int:
     """Bytes of all tensor storages that Python can reach; each storage once."""
     storages = {}
     for item in gc.get_objects():
-        if isinstance(item, torch.Tensor) and item.layout == torch.strided:
+        # The exact types: what a compiler traced with has no memory.
+        if type(item) in (torch.Tensor, torch.nn.Parameter) and item.layout == torch.strided:
             storage = item.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())

@@ -35,23 +35,36 @@ ROWS = {
     "8 x (46 + 8 x 13)": (46, 8, 13, 8),
 }
 FLOAT8 = ("off", "tensorwise", "rowwise")
-# A random model of the size of Qwen2.5-1.5B.
+# Random models of the sizes of Qwen2.5, and a tiny one to try the scripts.
 SHAPES = {
+    "0.5b": dict(
+        vocab_size=151_936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
+        num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True,
+    ),
     "1.5b": dict(
         vocab_size=151_936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
         num_attention_heads=12, num_key_value_heads=2, tie_word_embeddings=True,
-    )
+    ),
+    "7b": dict(
+        vocab_size=152_064, hidden_size=3584, intermediate_size=18_944, num_hidden_layers=28,
+        num_attention_heads=28, num_key_value_heads=4, tie_word_embeddings=False,
+    ),
+    "tiny": dict(
+        vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
+    ),
 }  # fmt: skip
 
 
-def random_model(shape: str, device: str) -> Any:
-    """A model of this shape with random weights."""
+def random_model(shape: str, device: str, layers: int | None = None) -> Any:
+    """A bfloat16 model of this shape with random weights; layers: fewer or more than it has."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
+    settings = SHAPES[shape] | ({} if layers is None else {"num_hidden_layers": layers})
     with torch.device(device):
-        return Qwen2ForCausalLM(Qwen2Config(**SHAPES[shape])).bfloat16()
+        return Qwen2ForCausalLM(Qwen2Config(**settings)).bfloat16()
 
 
 def build(options: argparse.Namespace) -> Any:
@@ -209,7 +222,8 @@ def parser_for(description: str | None, repeats: int) -> argparse.ArgumentParser
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--shape", choices=list(SHAPES), help="a random model of this size")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--attention", choices=["auto", "tree", "sdpa", "eager"], default="auto")
+    attentions = ["auto", "tree", "flex", "sdpa", "eager"]
+    parser.add_argument("--attention", choices=attentions, default="auto")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--repeats", type=int, default=repeats)
     return parser

@@ -75,7 +75,7 @@ def measure(options: argparse.Namespace, stage: int, float8: str) -> dict[str, A
                 1,
                 options.micro_batch_tokens,
                 options.logit_chunk_tokens,
-                RowCost(facts.attention_work, facts.masked_attention),
+                RowCost(facts.attention_work, facts.masked_attention, facts.length_multiple),
                 facts.shares_prompts,
             ),
             max_tokens=options.completion,

@@ -219,6 +219,7 @@ def make_environments(prepared: Prepared, placement: Placement) -> EnvironmentPo
         model_path=prepared.model_path,
         template_arguments=prepared.config.model.template_arguments,
         max_length=prepared.lengths.max_length,
+        temperature=prepared.config.actors.temperature,
     )
     return EnvironmentPool(
         [

@@ -63,9 +63,10 @@ class LearnerConfig(BaseModel):
         description="Matrix products of the linear layers in float8 (torchao), one scale for each "
         "tensor or each row. On CPUs it is emulated, for trying out.",
     )
-    attention: Literal["auto", "tree", "sdpa", "eager"] = Field(
+    attention: Literal["auto", "tree", "flex", "sdpa", "eager"] = Field(
         "auto",
-        description="auto: on CPUs tree, which skips what a shared-prompt row hides, else sdpa.",
+        description="auto: what skips the hidden parts of a shared-prompt row: tree on CPUs, flex "
+        "(GPUs only: torch's flex_attention, no mask of L x L) on GPUs; sdpa where that fails.",
     )
     max_skipped_steps: int = Field(
         3, ge=1, description="Non-finite steps in a row after which the run stops."

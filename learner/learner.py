@@ -93,7 +93,9 @@ class Learner:
             ranks=self.spec.world_size,
             micro_batch_tokens=self.spec.learner.micro_batch_tokens,
             logit_chunk_tokens=self.spec.learner.logit_chunk_tokens,
-            cost=RowCost(self.facts.attention_work, self.facts.masked_attention),
+            cost=RowCost(
+                self.facts.attention_work, self.facts.masked_attention, self.facts.length_multiple
+            ),
             share_prompts=self.facts.shares_prompts,
             whole_completions=self.spec.algorithm.judges_completions,
         )

@@ -6,7 +6,9 @@ logits of one part exist, in the forward and in the backward pass.
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -14,13 +16,17 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from cohort.learner import norm
-from cohort.learner.attention import TREE, Tree, TreeAttention, register
+from cohort.learner import attention as tree_attention
+from cohort.learner import flex, norm
+from cohort.learner.attention import TREE, Tree, TreeAttention
 from cohort.learner.output_layer import LogitScale, TokenScores
 from cohort.learner.shapes import RowShape, padded_length
 
 if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
     from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 # Rows up to this length: where a mask is needed on a CPU, plain matrix products beat the fused
 # kernel, whose strength is that it never writes the L x L scores.
@@ -65,6 +71,7 @@ class PolicyModel(nn.Module):
 
     Attributes:
         can_tree: Whether `TreeAttention` may be used; `self_check` finds out.
+        can_flex: Whether `cohort.learner.flex` may be used; `self_check` finds out.
         shares_prompts: Whether several completions may follow one prompt; `self_check` finds out.
 
     Raises:
@@ -74,7 +81,7 @@ class PolicyModel(nn.Module):
     def __init__(
         self,
         model: PreTrainedModel,
-        attention: Literal["auto", "tree", "sdpa", "eager"] = "auto",
+        attention: Literal["auto", "tree", "flex", "sdpa", "eager"] = "auto",
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -83,7 +90,7 @@ class PolicyModel(nn.Module):
         config = model.config.get_text_config().to_dict()
         if config.get("attn_logit_softcapping") is not None:
             # The fused kernel leaves the cap of attention scores out; engines apply it.
-            if attention in ("tree", "sdpa"):
+            if attention in ("tree", "flex", "sdpa"):
                 raise UnsupportedModel(
                     f"{type(model).__name__} caps its attention scores, which "
                     f"learner.attention={attention} leaves out: use eager or auto"
@@ -96,8 +103,10 @@ class PolicyModel(nn.Module):
         )
         self.window: int | None = config.get("sliding_window")
         self.can_tree = self.attention in ("auto", "tree")
+        self.can_flex = self.attention in ("auto", "flex")
         self.shares_prompts = True
-        register()
+        tree_attention.register()
+        flex.register()
         norm.use_blocks(self.model)
         self.layer_types = frozenset(config.get("layer_types") or ())
         if gradient_checkpointing:
@@ -148,7 +157,21 @@ class PolicyModel(nn.Module):
         input_ids_N, position_ids_N = inputs.input_ids_N, inputs.position_ids_N
         tree, predict_T = inputs.tree, inputs.predict_T
         device = input_ids_N.device
-        if self._computes_in_parts(position_ids_N):
+        kernel = self.kernel(device)
+        if kernel == "flex":
+            length = padded_length(len(input_ids_N), flex.FLEX_MULTIPLE)
+            padding = (0, length - len(input_ids_N))
+            ids_1N, position_1N = (
+                nn.functional.pad(x, padding)[None] for x in (input_ids_N, position_ids_N)
+            )
+            hidden_1NH = self._base(
+                ids_1N,
+                flex.FLEX,
+                position_ids=position_1N,
+                attention_mask=self._block_masks(flex.Intervals.of(tree, length), device),
+            )
+            return hidden_1NH[0].index_select(0, predict_T)
+        if kernel == "tree" and not self._window_bites(position_ids_N):
             padding = (0, padded_length(len(input_ids_N)) - len(input_ids_N))
             ids_1N, position_1N = (
                 nn.functional.pad(x, padding)[None] for x in (input_ids_N, position_ids_N)
@@ -188,11 +211,38 @@ class PolicyModel(nn.Module):
     def _dtype(self) -> torch.dtype:
         return next(self.model.parameters()).dtype
 
-    def _computes_in_parts(self, position_ids_N: torch.Tensor) -> bool:
-        wanted = self.attention == "tree" or (
-            self.attention == "auto" and position_ids_N.device.type == "cpu"
-        )
-        return self.can_tree and wanted and not self._window_bites(position_ids_N)
+    def kernel(self, device: torch.device) -> Literal["tree", "flex", "masked"]:
+        """How attention is computed on this device; "masked": under a mask of L x L.
+
+        Where a window hides something, "tree" falls back to a mask as well.
+        """
+        wanted: str = self.attention
+        if wanted == "auto":
+            wanted = {"cpu": "tree", "cuda": "flex"}.get(device.type, "sdpa")
+        if wanted == "tree" and self.can_tree:
+            return "tree"
+        return "flex" if wanted == "flex" and self.can_flex else "masked"
+
+    def use_what_works_for(self, policy: PolicyModel) -> None:
+        """Take over what `self_check` found out of a policy of the same architecture."""
+        self.can_tree, self.can_flex = policy.can_tree, policy.can_flex
+        self.shares_prompts = policy.shares_prompts
+
+    def _block_masks(
+        self, intervals: flex.Intervals, device: torch.device
+    ) -> BlockMask | dict[str, BlockMask]:
+        """As `_masks`, for `cohort.learner.flex`."""
+        window = self.window
+        if window is None or int(intervals.depth_N.max()) < window:
+            return flex.block_mask(intervals, device)
+        sliding = flex.block_mask(intervals, device, window)
+        if not self.layer_types:
+            return sliding
+        masks = {
+            "full_attention": flex.block_mask(intervals, device),
+            "sliding_attention": sliding,
+        }
+        return {kind: masks[kind] for kind in sorted(self.layer_types)}
 
     def _masked_attention(self, device: torch.device, length: int) -> str:
         if self.attention in ("sdpa", "eager"):
@@ -257,12 +307,17 @@ class PolicyModel(nn.Module):
         precise = self._dtype() == torch.float32
         limit = 1e-3 if precise else 0.5
 
-        def error(row: torch.Tensor, position: torch.Tensor, shape: RowShape) -> float:
+        def score(row: torch.Tensor, position: torch.Tensor, shape: RowShape) -> torch.Tensor:
             predict = torch.arange(len(row) - second - 1, len(row) - 1, device=device)
             predict[0] = prompt - 1
+            inputs = ModelInputs(row, position, Tree((shape,)), predict, target)
+            return self(inputs, temperature)[0]
+
+        def error(row: torch.Tensor, position: torch.Tensor, shape: RowShape) -> float:
             try:
-                inputs = ModelInputs(row, position, Tree((shape,)), predict, target)
-                ours, _ = self(inputs, temperature)
+                ours = score(row, position, shape)
+            except (torch.OutOfMemoryError, torch.AcceleratorError):
+                raise
             except (TypeError, ValueError, RuntimeError):
                 return math.inf  # takes no positions, or no attention of ours
             return float((ours - theirs).abs().max())
@@ -278,6 +333,15 @@ class PolicyModel(nn.Module):
                 f"{type(self.model).__name__} does not take its attention from outside: "
                 "learner.attention=tree cannot be used; use auto"
             )
+        if self.kernel(device) == "flex":
+            problem = self._try_flex(lambda: score(ids, position, shared), theirs, limit)
+            self.can_flex = problem is None
+            if configured == "flex" and problem is not None:
+                raise UnsupportedModel(
+                    f"learner.attention=flex cannot be used: {problem}; use auto"
+                )
+            if self.can_tree and problem is not None:
+                logger.warning("attention is computed under L x L masks (sdpa): flex %s", problem)
         if configured != "tree":
             self.shares_prompts = error(ids, position, shared) <= limit
         if self.shares_prompts:
@@ -289,6 +353,30 @@ class PolicyModel(nn.Module):
                 f"{found:.3g} (limit {limit}); this architecture scales its logits in a way the "
                 "learner does not support"
             )
+
+    def _try_flex(
+        self, score: Callable[[], torch.Tensor], expected: torch.Tensor, limit: float
+    ) -> str | None:
+        """Score forward and backward, which compiles what training needs.
+
+        Returns:
+            None where the log-probs are the expected ones, else what is wrong, in a line.
+        """
+        if expected.is_cpu:
+            return "has no gradients on CPUs"
+        try:
+            with torch.enable_grad():
+                found = score()
+                weight = self.model.get_input_embeddings().weight
+                (gradient,) = torch.autograd.grad(found.sum(), weight)
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        except Exception as error:  # noqa: BLE001 - a compiler's errors have no common class
+            return f"failed with {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        difference = float((found - expected).abs().max())
+        if difference <= limit and bool(gradient.isfinite().all()):
+            return None
+        return f"differs from the model's own forward by {difference:.3g}"
 
 
 def _enable_gradient_checkpointing(model: PreTrainedModel) -> None:

@@ -48,8 +48,10 @@ LOSS_SCALING = {
 }
 
 
-def deepspeed_config(learner: LearnerConfig, dtype: Dtype) -> dict[str, Any]:
+def deepspeed_config(learner: LearnerConfig, dtype: Dtype, device: str = "cpu") -> dict[str, Any]:
     """The DeepSpeed configuration of a run.
+
+    On GPUs gradients are reduced while the backward pass goes on; CPUs have no streams for that.
 
     Master weights are float32 in every combination: the model itself in float32, a copy that
     DeepSpeed keeps in bfloat16 and float16.
@@ -66,7 +68,7 @@ def deepspeed_config(learner: LearnerConfig, dtype: Dtype) -> dict[str, Any]:
         "steps_per_print": None,
         "zero_optimization": {
             "stage": stage,
-            "overlap_comm": False,
+            "overlap_comm": device == "cuda",
             "reduce_bucket_size": REDUCE_BUCKET,
         },
     }

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-# Tokens whose float32 logits exist at one time.
+# Tokens whose float32 logits exist at one time on a CPU: what its caches hold. A GPU takes all
+# tokens at once: it waits for the launch of every operation on a block of these.
 SCORE_BLOCK = 32
 
 
@@ -67,8 +68,9 @@ class TokenScores(torch.autograd.Function):
         """
         logprobs_N = torch.empty(len(target_N), device=outputs_PV.device)
         normaliser_N, entropy_N = torch.empty_like(logprobs_N), torch.empty_like(logprobs_N)
-        buffers = [_buffer(outputs_PV), _buffer(outputs_PV)]
-        for part in _blocks(len(target_N)):
+        block = _block_size(outputs_PV)
+        buffers = [_buffer(outputs_PV, block), _buffer(outputs_PV, block)]
+        for part in _blocks(len(target_N), block):
             z, exp = (buffer[: len(target_N[part])] for buffer in buffers)
             scale.apply_(z.copy_(outputs_PV[part])).div_(temperature)
             peak = z.amax(-1)
@@ -93,8 +95,9 @@ class TokenScores(torch.autograd.Function):
             gradient_N = torch.zeros_like(normaliser_N)
         result_PV = torch.empty_like(outputs_PV)
         result_PV[len(target_N) :] = 0.0
-        buffer = _buffer(outputs_PV)
-        for part in _blocks(len(target_N)):
+        block = _block_size(outputs_PV)
+        buffer = _buffer(outputs_PV, block)
+        for part in _blocks(len(target_N), block):
             z = buffer[: len(target_N[part])]
             ctx.scale.apply_(z.copy_(outputs_PV[part]))
             scaled = z.clone() if ctx.scale.cap is not None else z
@@ -111,10 +114,15 @@ class TokenScores(torch.autograd.Function):
         return result_PV, None, None, None
 
 
-def _blocks(size: int) -> list[slice]:
-    return [slice(start, min(start + SCORE_BLOCK, size)) for start in range(0, size, SCORE_BLOCK)]
+def _block_size(outputs_PV: torch.Tensor) -> int:
+    """Tokens that are scored together."""
+    return SCORE_BLOCK if outputs_PV.is_cpu else max(1, len(outputs_PV))
 
 
-def _buffer(outputs_PV: torch.Tensor) -> torch.Tensor:
-    rows = min(SCORE_BLOCK, len(outputs_PV))
+def _blocks(size: int, block: int) -> list[slice]:
+    return [slice(start, min(start + block, size)) for start in range(0, size, block)]
+
+
+def _buffer(outputs_PV: torch.Tensor, block: int) -> torch.Tensor:
+    rows = min(block, len(outputs_PV))
     return torch.empty(rows, outputs_PV.shape[1], device=outputs_PV.device)

@@ -21,7 +21,7 @@ from itertools import groupby
 from cohort.actors.records import GroupMeta
 from cohort.actors.turns import TurnShape
 from cohort.learner.episodes import Layout, Place, lay_out
-from cohort.learner.shapes import Join, RowShape, padded_length
+from cohort.learner.shapes import LENGTH_MULTIPLE, Join, RowShape, padded_length
 
 
 @dataclass(frozen=True)
@@ -138,10 +138,12 @@ class RowCost:
         masked: Rows are padded to the longest of their micro-batch, and all pairs of a row are
             computed, not only those that attend to each other; otherwise rows lie one after
             another.
+        multiple: What the tokens of a micro-batch, or of a row when masked, are padded to.
     """
 
     quadratic: float = 1e-3
     masked: bool = True
+    multiple: int = LENGTH_MULTIPLE
 
     def __call__(self, row: RowShape) -> float:
         length = row.length
@@ -157,8 +159,9 @@ class RowCost:
     def padded_tokens(self, rows: Sequence[PackedRow]) -> int:
         """Tokens that one forward pass over these rows computes."""
         if self.masked:
-            return len(rows) * padded_length(max((row.length for row in rows), default=0))
-        return padded_length(sum(row.length for row in rows))
+            longest = max((row.length for row in rows), default=0)
+            return len(rows) * padded_length(longest, self.multiple)
+        return padded_length(sum(row.length for row in rows), self.multiple)
 
 
 @dataclass(frozen=True)

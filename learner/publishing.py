@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from cohort.actors.process import running_ray
 from cohort.actors.records import WeightsInfo
 from cohort.learner.state import RankState
 from cohort.learner.weights import WeightFiles, gather_named_weights, weight_specs
@@ -26,7 +27,6 @@ def publish(
         Where the weights are; None on other ranks than 0.
     """
     import numpy as np
-    import ray
 
     stage = state.spec.learner.zero_stage
     tensors = gather_named_weights(state.model, stage)
@@ -37,12 +37,15 @@ def publish(
     specs = weight_specs(state.model, stage)
     fingerprint, nbytes = files.publish(version, keep, specs, tensors)
     path = files.path(version)
+    ray = running_ray()
+    if remote and ray is None:
+        raise ValueError("weights for other nodes travel through Ray, which does not run here")
     return WeightsInfo(
         version=version,
         names=tuple(spec.name for spec in specs),
         fingerprint=fingerprint,
         nbytes=nbytes,
         path=str(path),
-        node_id=ray.get_runtime_context().get_node_id() if ray.is_initialized() else "local",
-        remote=ray.put(np.fromfile(path, dtype=np.uint8)) if remote else None,
+        node_id="local" if ray is None else ray.get_runtime_context().get_node_id(),
+        remote=ray.put(np.fromfile(path, dtype=np.uint8)) if remote and ray else None,
     )

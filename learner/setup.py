@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from cohort.learner.flex import FLEX_MULTIPLE
 from cohort.learner.logprobs import PolicyModel
 from cohort.learner.saving import try_to_write
+from cohort.learner.shapes import LENGTH_MULTIPLE
 from cohort.learner.spec import LearnerSpec, ModelFacts
 from cohort.learner.state import Engine, RankState
 
@@ -54,8 +56,9 @@ def set_up(
         from cohort.learner.reference import ReferencePolicy
 
         original = load_policy(spec, folder, device, gradient_checkpointing=False)
+        original.use_what_works_for(policy)
         state.reference = ReferencePolicy(original, spec.learner.zero_stage, spec.dtype)
-    return state, _facts(policy, spec.device, parameters)
+    return state, _facts(policy, device, parameters)
 
 
 def _join(spec: LearnerSpec, store: dist.TCPStore | None, address: str, port: int) -> torch.device:
@@ -73,6 +76,8 @@ def _join(spec: LearnerSpec, store: dist.TCPStore | None, address: str, port: in
         rank=spec.rank,
         world_size=spec.world_size,
         timeout=_timeout(spec),
+        # NCCL connects the ranks now, where a fault is seen at once, and not in the first step.
+        device_id=device if spec.device == "cuda" else None,
     )
     return device
 
@@ -111,7 +116,7 @@ def _deepspeed_engine(spec: LearnerSpec, policy: PolicyModel) -> Engine:
     engine, *_ = deepspeed.initialize(
         model=policy,
         optimizer=client_optimizer(policy.parameters(), spec.learner, spec.dtype),
-        config=deepspeed_config(spec.learner, spec.dtype),
+        config=deepspeed_config(spec.learner, spec.dtype, spec.device),
         dist_init_required=False,
     )
     if spec.world_size == 1 and spec.learner.zero_stage == 0:
@@ -120,16 +125,18 @@ def _deepspeed_engine(spec: LearnerSpec, policy: PolicyModel) -> Engine:
     return engine
 
 
-def _facts(policy: PolicyModel, device: str, parameters: int) -> ModelFacts:
+def _facts(policy: PolicyModel, device: torch.device, parameters: int) -> ModelFacts:
     config = policy.model.config.get_text_config()
     body = parameters - config.vocab_size * config.hidden_size
     # Multiply-adds: one per parameter; two products of the hidden size per layer and token
     # attended to. Softmax and mask are bound by memory and triple the time of the products.
+    kernel = policy.kernel(device)
     attention = 3 * 2 * config.num_hidden_layers * config.hidden_size
     return ModelFacts(
         parameters=parameters,
         attention_work=attention / max(body, 1),
-        masked_attention=not (policy.can_tree and device == "cpu"),
+        masked_attention=kernel == "masked",
+        length_multiple=FLEX_MULTIPLE if kernel == "flex" else LENGTH_MULTIPLE,
         shares_prompts=policy.shares_prompts,
     )
 

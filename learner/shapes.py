@@ -16,9 +16,9 @@ LENGTH_MULTIPLE = 32
 Span = tuple[int, int]
 
 
-def padded_length(length: int) -> int:
-    """The next multiple of LENGTH_MULTIPLE."""
-    return -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+def padded_length(length: int, multiple: int = LENGTH_MULTIPLE) -> int:
+    """The next multiple."""
+    return -(-length // multiple) * multiple
 
 
 class Join(NamedTuple):

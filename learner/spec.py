@@ -7,6 +7,7 @@ from typing import Literal
 
 from cohort.learner.config import AlgorithmConfig, Dtype, LearnerConfig
 from cohort.learner.grpo import LossStats
+from cohort.learner.shapes import LENGTH_MULTIPLE
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,14 @@ class ModelFacts:
         masked_attention: Rows are padded, and all pairs of a row computed, not only those that
             attend to each other.
         shares_prompts: Whether a prompt can be computed once for several completions.
+        length_multiple: What the tokens of a micro-batch, or of a row when masked, are padded to.
     """
 
     parameters: int
     attention_work: float
     masked_attention: bool
     shares_prompts: bool
+    length_multiple: int = LENGTH_MULTIPLE
 
 
 @dataclass(frozen=True)

@@ -29,11 +29,13 @@ class _Memo:
 def fetch(
     groups: Sequence[GroupRef], timeout_s: float
 ) -> tuple[dict[str, ScoredGroup], tuple[int, ...]]:
-    """Get groups out of Ray's object store.
+    """Get groups out of Ray's object store, where they are not at hand already.
 
     Returns:
         (the groups by id, the indices of those whose objects are gone).
     """
+    if all(isinstance(group, ScoredGroup) for group in groups):
+        return {group.group.id: group for group in groups}, ()
     import ray
     from ray.exceptions import GetTimeoutError, RayError
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
-from cohort.actors.process import redirect_output, stacks_if_late, start_reaper
+from cohort.actors.process import redirect_output, running_ray, stacks_if_late, start_reaper
 from cohort.actors.records import GroupRef, WeightsInfo
 from cohort.learner import publishing, saving, setup, step
 from cohort.learner.attention import Tree
@@ -66,9 +66,8 @@ class LearnerWorker:
 
     def rendezvous(self) -> tuple[str, int]:
         """Rank 0: listen for the other ranks on a free port; returns (address, port)."""
-        import ray
-
-        address = ray.util.get_node_ip_address() if ray.is_initialized() else "127.0.0.1"
+        ray = running_ray()
+        address = "127.0.0.1" if ray is None else ray.util.get_node_ip_address()
         self._store = setup.open_store(self.spec)
         return address, self._store.port
 

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import threading
 import time
 from multiprocessing import shared_memory
 from pathlib import Path
@@ -98,15 +99,18 @@ if __name__ == "__main__":
 
 def test_openmp_files_of_the_dead_are_swept() -> None:
     """A rank may be killed while it imports torch, before it has a watcher of its own; what lives
-    keeps its file."""
-    child = subprocess.Popen(["sleep", "60"])
-    dead, living = (
+    keeps its file. Dead is also whose parent has not asked yet, and whose number a thread has."""
+    child, unasked = (subprocess.Popen(["sleep", "60"]) for _ in range(2))
+    stop = threading.Event()
+    thread = threading.Thread(target=stop.wait)
+    thread.start()
+    *gone, living = (
         Path(f"/dev/shm/__KMP_REGISTERED_LIB_{pid}_{os.getuid()}")
-        for pid in (child.pid, os.getpid())
+        for pid in (child.pid, unasked.pid, thread.native_id, os.getpid())
     )
     mine = not living.exists()
-    dead.touch()
-    living.touch()
+    for file in (*gone, living):
+        file.touch()
     try:
         code = "from cohort.actors.process import start_sweeper; start_sweeper(); print(); input()"
         pipe = subprocess.PIPE
@@ -115,15 +119,19 @@ def test_openmp_files_of_the_dead_are_swept() -> None:
         assert driver.stdout.readline() == b"\n"
         child.kill()
         child.wait()
+        unasked.kill()
         driver.kill()
         driver.wait()
         deadline = time.monotonic() + 20
-        while dead.exists():
-            assert time.monotonic() < deadline
+        while left := [file for file in gone if file.exists()]:
+            assert time.monotonic() < deadline, left
             time.sleep(0.1)
         assert living.exists()
     finally:
-        dead.unlink(missing_ok=True)
+        stop.set()
+        unasked.wait()
+        for file in gone:
+            file.unlink(missing_ok=True)
         if mine:
             living.unlink(missing_ok=True)
 

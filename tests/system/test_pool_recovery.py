@@ -170,11 +170,11 @@ def test_a_healthy_engine_may_take_as_long_as_it_likes(tmp_path: Path) -> None:
 
     async def main(made: Run) -> None:
         began = time.monotonic()
-        tasks = await made.begin(4, samples=64, tokens=900)
+        tasks = await made.begin(16, samples=64, tokens=900)
         await asyncio.sleep(0.5)
         await made.publish()
         await made.all_done(tasks)
-        assert time.monotonic() - began > 3
+        assert time.monotonic() - began > 8
         assert made.pool.restarts == 0, made.notes
 
-    run(tmp_path, main, count=1, max_concurrent=64, group_timeout_s=1.5)
+    run(tmp_path, main, count=1, max_concurrent=64, group_timeout_s=4)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from cohort.actors.engine import stop_token_ids
 from cohort.cluster.commands.check.stages import Stage
 from cohort.cluster.config import Config
-from cohort.rewards.environments.specs import find_tools
+from cohort.rewards.environments.loading import is_agent
+from cohort.rewards.environments.specs import find_tools, load_environment
 from cohort.rewards.prefix_proof import prove
 from cohort.rewards.tool_messages import supports_tools
 
@@ -23,7 +24,15 @@ def check_environment(
     """Load the environment's class; say how its messages become tokens, and in which cases."""
     tools = find_tools(config.task)
     names = ", ".join(tool["function"]["name"] for tool in tools)
-    stage.say(f"{config.task.environment}: " + (f"tools {names}" if tools else "no tools"))
+    what = f"tools {names}" if tools else "no tools"
+    if is_agent(load_environment(config.task)):
+        what = "an agent, whose requests to the endpoint are the turns and bring the tools"
+        if not config.model.max_length:
+            stage.warn(
+                "model.max_length is not set, and what the agent tells the model is not known: "
+                "requests that do not fit are refused"
+            )
+    stage.say(f"{config.task.environment}: {what}")
     arguments = config.model.template_arguments
     if tools and not supports_tools(tokenizer, arguments):
         stage.say(
