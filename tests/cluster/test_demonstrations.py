@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 import asyncio
 import math
+import re
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -150,7 +150,9 @@ def test_an_episode_that_does_not_end_with_its_last_reply_is_an_error(
     play: Any, make: Any, longest: int, words: str
 ) -> None:
     shown = first(prepared(make))
-    with pytest.raises(TaskError, match=f"(?s)row {re.escape(shown.row_id)}: the episode .*{words}"):
+    with pytest.raises(
+        TaskError, match=f"(?s)row {re.escape(shown.row_id)}: the episode .*{words}"
+    ):
         play(lambda host: as_group(shown, host, longest))
 
 
