@@ -50,26 +50,32 @@ def measure(seed: int, options: argparse.Namespace) -> dict[str, Any]:
 def table(results: list[dict[str, Any]]) -> str:
     """Held-out games, then the curve."""
     lines = [
-        "| seed | won, greedy | won in one try of one | won in one of 8 | reward, greedy "
-        "| replies of a greedy episode |",
-        "|---|---|---|---|---|---|",
+        "| seed | won, greedy | won, sampled | won in one of 8 | reward, greedy "
+        "| reward, sampled | replies of a sampled episode |",
+        "|---|---|---|---|---|---|---|",
     ]
     for result in results:
         pairs = [
-            [evaluation[key] for evaluation in (result["before"], result["after"])]
-            for key in ("greedy_solved", "pass_at/1", "pass_at/8", "greedy_reward", "turns")
+            [figure(result["before"]), figure(result["after"])]
+            for figure in (
+                lambda e: e["greedy_solved"],
+                lambda e: e["pass_at"]["1"],
+                lambda e: e["pass_at"]["8"],
+                lambda e: e["greedy_reward"],
+                lambda e: e["sampled_reward"],
+                lambda e: e["task_sampled"]["episodes/turns"],
+            )
         ]
         cells = [f"{before:.2f} → {after:.2f}" for before, after in pairs]
         lines.append(f"| {result['seed']} | " + " | ".join(cells) + " |")
     tens = len(results[0]["metrics"]) // 10
-    for title, key in (("Mean reward of an episode", "reward/mean"),):
-        lines += ["", f"{title} in training, by tens of steps:", ""]
-        lines.append("| seed | " + " | ".join(f"{10 * i}-{10 * i + 9}" for i in range(tens)) + " |")
-        lines.append("|---" * (tens + 1) + "|")
-        for result in results:
-            values = [row[key] for row in result["metrics"]]
-            means = [statistics.mean(values[10 * i : 10 * i + 10]) for i in range(tens)]
-            lines.append(f"| {result['seed']} | " + " | ".join(f"{m:.2f}" for m in means) + " |")
+    lines += ["", "Mean reward of an episode in training, by tens of steps:", ""]
+    lines.append("| seed | " + " | ".join(f"{10 * i}-{10 * i + 9}" for i in range(tens)) + " |")
+    lines.append("|---" * (tens + 1) + "|")
+    for result in results:
+        values = [row["reward/mean"] for row in result["metrics"]]
+        means = [statistics.mean(values[10 * i : 10 * i + 10]) for i in range(tens)]
+        lines.append(f"| {result['seed']} | " + " | ".join(f"{m:.2f}" for m in means) + " |")
     seconds = [row["time/step"] for result in results for row in result["metrics"]]
     lines += ["", f"A step took {statistics.median(seconds):.1f} s (median)."]
     return "\n".join(lines) + "\n"
