@@ -1,8 +1,10 @@
 """The travel planner, measured: warm-up, then GRPO over several seeds, on held-out queries.
 
-    .venv/bin/python benchmarks/travel.py [--level 1] [--seeds 0 1 2] [--steps 30] [--out FOLDER]
+    .venv/bin/python benchmarks/travel.py [--agency] [--level 1] [--seeds 0 1 2] [--steps 30]
+        [--out FOLDER]
 
-One `cohort warmup` of SmolLM2-135M-Instruct with deploy/configs/travel.yaml; then for every seed
+One `cohort warmup` of SmolLM2-135M-Instruct with deploy/configs/travel.yaml, or travel_agency.yaml,
+where a trip is booked with tools over several turns; then for every seed
 `cohort eval` of the warmed-up model, `cohort train` from it, `cohort eval` of the result. A seed
 has queries of its own, for training and for evaluation. Writes FOLDER/results.json (raw numbers)
 and FOLDER/results.md (tables). What is already there is not run again. Nothing else should run on
@@ -27,7 +29,7 @@ from cohort.rewards.travel.scores import evaluate, travelplanner_metrics
 from cohort.rewards.travel.solver import cheapest
 from cohort.rewards.travel.task import TravelTask
 
-CONFIG = ROOT / "deploy" / "configs" / "travel.yaml"
+CONFIGS = ROOT / "deploy" / "configs"
 
 
 def warm_up(options: argparse.Namespace) -> dict[str, Any]:
@@ -35,7 +37,7 @@ def warm_up(options: argparse.Namespace) -> dict[str, Any]:
     model, log = options.out / "warm", options.out / "warm.log"
     if not model.exists():
         cohort(
-            "warmup", CONFIG, model, "--steps", options.warmup_steps, "--batch-size", 16,
+            "warmup", options.config, model, "--steps", options.warmup_steps, "--batch-size", 16,
             "--learning-rate", 1e-4, "learner.lr_schedule=linear",
             "learner.micro_batch_tokens=2048", f"task.options={{level: {options.level}}}", log=log,
         )  # fmt: skip
@@ -59,10 +61,10 @@ def measure(seed: int, options: argparse.Namespace) -> dict[str, Any]:
         f"task.eval_prompts={options.eval_prompts}",
         f"model.path={options.out / 'warm'}",
     ]
-    cohort("eval", CONFIG, "-o", before, *keys, log=folder / "before.log")
+    cohort("eval", options.config, "-o", before, *keys, log=folder / "before.log")
     if not (run / "metrics.jsonl").exists():
         cohort(
-            "train", CONFIG, *keys, f"run.dir={run}", f"run.steps={options.steps}",
+            "train", options.config, *keys, f"run.dir={run}", f"run.steps={options.steps}",
             f"learner.learning_rate={options.learning_rate}", "learner.micro_batch_tokens=2048",
             log=folder / "train.log",
         )  # fmt: skip
@@ -149,7 +151,9 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=3e-5)
     parser.add_argument("--eval-prompts", type=int, default=64)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "benchmark-travel")
+    parser.add_argument("--agency", action="store_true", help="with tools, over several turns")
     options = parser.parse_args()
+    options.config = CONFIGS / ("travel_agency.yaml" if options.agency else "travel.yaml")
     options.out.mkdir(parents=True, exist_ok=True)
     warm = warm_up(options)
     results = []

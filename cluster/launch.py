@@ -56,12 +56,14 @@ class Services:
     """What of a run lives in other processes. A part that was not asked for is not there.
 
     pool: the rollout actors with their engines. rewards: the reward workers. learner: the ranks.
+    environments: their workers; None where the task has no environment.
     """
 
     placement: Placement
     pool: RolloutPool = field(init=False)
     rewards: RewardPool = field(init=False)
     learner: Learner = field(init=False)
+    environments: EnvironmentPool | None = None
     engine_start_s: float = 0.0
     started: list[RolloutPool | EnvironmentPool | RewardPool | Learner] = field(
         default_factory=list
@@ -148,12 +150,12 @@ async def _start(
         services.engine_start_s = max(seconds)
         console.note(f"engine(s) started in {services.engine_start_s:.1f} s")
 
+    services.environments = make_environments(prepared, placement)
+    if services.environments is not None:
+        services.started.append(services.environments)
+        starting.append(services.environments.check(timeout_s))
     if "engines" in parts:
-        environments = make_environments(prepared, placement)
-        if environments is not None:
-            services.started.append(environments)
-            starting.append(environments.check(timeout_s))
-        services.pool = make_pool(prepared, placement, log_dir, console, environments)
+        services.pool = make_pool(prepared, placement, log_dir, console, services.environments)
         services.started.append(services.pool)
     if "rewards" in parts:
         services.rewards = make_rewards(prepared, placement, console)

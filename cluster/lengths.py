@@ -32,6 +32,8 @@ LONGEST_BYTES = 4 << 20
 # bytes are not known.
 MARGIN = 1.1
 UNKNOWN_MARGIN = 1.25
+# Room in a sequence for a message of an environment.
+MESSAGE_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -177,8 +179,9 @@ def check_lengths(
         longest = min(longest, renderer.max_prompt_tokens)
     max_length = config.model.max_length or longest + room
     if config.task.environment is not None and not config.model.max_length:
-        # As much for what the environment says as for what the model does, if the context has it.
-        max_length = longest + 2 * config.environments.max_turns * room
+        # As much for what the environment says as for what the model does, and at least what a
+        # message usually needs, if the context has it.
+        max_length = longest + config.environments.max_turns * (room + max(room, MESSAGE_TOKENS))
         if renderer.max_prompt_tokens is not None:
             max_length = min(max_length, renderer.max_prompt_tokens + room)
     if not rendered.whole:

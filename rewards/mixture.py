@@ -169,7 +169,7 @@ class MixtureTask:
         labels = frozenset(part.label for part in self._parts)
         return Survey(np.concatenate([part.train_bytes for part in parts]), held_out, labels)
 
-    def demonstration(self, row: Row, epoch: int) -> str | None:
+    def demonstration(self, row: Row, epoch: int) -> str | list[str] | None:
         """The demonstration of the row's own task, if it has one."""
         [part] = [part for part in self._parts if part.label == row.source]
         if not isinstance(part.task, Demonstrates):

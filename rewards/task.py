@@ -85,7 +85,7 @@ class Task(Protocol):
 class Demonstrates(Protocol):
     """A task that can show how it is done, for `cohort warmup`."""
 
-    def demonstration(self, row: Row, epoch: int) -> str | None:
+    def demonstration(self, row: Row, epoch: int) -> str | list[str] | None:
         """A good answer to a row of this task, as the model should write it.
 
         `cohort warmup` learns from training rows; of held-out rows it only measures the likelihood.
@@ -95,7 +95,8 @@ class Demonstrates(Protocol):
             epoch: Counted from 0. A task that knows several answers gives others in other epochs.
 
         Returns:
-            The same for the same row and epoch; None where there is no answer to show.
+            The same for the same row and epoch; None where there is no answer to show. A list: the
+            replies of an episode, which `task.environment` answers.
         """
 
 

@@ -56,6 +56,7 @@ BUILT_IN = {
     "reasoning_gym": "cohort.rewards.reasoning_gym:ReasoningGymTask",
     "mixture": "cohort.rewards.mixture:MixtureTask",
     "travel": "cohort.rewards.travel.task:TravelTask",
+    "travel_agency": "cohort.rewards.travel.agency:AgencyTask",
 }
 
 

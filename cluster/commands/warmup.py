@@ -8,28 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import math
-import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
-
-from cohort.actors.records import (
-    Completion,
-    Group,
-    GroupMeta,
-    Prompt,
-    ScoredGroup,
-    ScoredRef,
-    ScoreMeta,
-    derive_seed,
+from cohort.actors.records import ScoredGroup, ScoredRef
+from cohort.cluster.commands.demonstrations import (
+    Shown,
+    as_group,
+    demonstration,
+    demonstrations,
+    scored_tokens,
 )
 from cohort.cluster.config import SECTIONS, Config, ConfigError, compact
 from cohort.cluster.config_file import parse_overrides
-from cohort.cluster.launch import launch
+from cohort.cluster.launch import Services, launch
 from cohort.cluster.observe.console import Console, duration
 from cohort.cluster.prepare import Prepared, passing_logs, prepare
 from cohort.cluster.ray_start import check_start
@@ -37,7 +32,6 @@ from cohort.cluster.signals import Signals, Stopped
 from cohort.learner.checkpoint import new_folder, require_free
 from cohort.learner.config import AlgorithmConfig
 from cohort.learner.learner import Learner, StepResult
-from cohort.rewards.tasks import Demonstrates, Row, TaskError, sample_rows
 
 # Held-out demonstrations whose loss is measured before and after.
 HELD_OUT = 32
@@ -101,88 +95,6 @@ def warmup_config(config: Config, given: WarmUp) -> Config:
     )
 
 
-def demonstrations(prepared: Prepared, examples: int) -> Iterator[ScoredRef]:
-    """Endless demonstrations of training rows, each a group of one; the seed decides the order.
-
-    Every epoch holds each row once, in its own order. Rows without a demonstration are left out,
-    and so are those too long for the run if task.overlong=drop.
-
-    Raises:
-        TaskError: The task has no demonstrations, or one is too long and task.overlong=error.
-    """
-    task, seed = prepared.task, prepared.config.run.seed
-    size = task.train_size()
-    rows = [row for _, row in sample_rows(task, seed, 0, min(examples or size, size))]
-    epoch = 0
-    while True:
-        found = 0
-        for row in rows:
-            shown = demonstration(prepared, row, epoch)
-            if shown is not None:
-                found += 1
-                yield shown
-        if not found:
-            raise _none_there(prepared)
-        epoch += 1
-        random.Random(derive_seed(seed, "warmup", epoch)).shuffle(rows)
-
-
-def demonstration(prepared: Prepared, row: Row, epoch: int) -> ScoredRef | None:
-    """The row's prompt with its demonstration as the only completion; None where there is none.
-
-    The completion is what the model would generate: the text's tokens and the end-of-sequence
-    token. Its behaviour log-probs are NaN, so that any use of them shows.
-    """
-    config = prepared.config
-    if not isinstance(prepared.task, Demonstrates):
-        raise _none_there(prepared)
-    text = prepared.task.demonstration(row, epoch)
-    if text is None:
-        return None
-    if not isinstance(text, str):
-        raise TaskError(f"row {row.id}: a demonstration must be a text or None, got {text!r}")
-    prompt = prepared.renderer.render(row, epoch)
-    # The prompt may begin the answer.
-    text = text.removeprefix(prompt.prefill)
-    token_ids = prepared.renderer.continuation(text)
-    longest = prepared.renderer.max_prompt_tokens
-    too_long = len(token_ids) > config.actors.max_tokens
-    if too_long and config.task.overlong == "error":
-        raise TaskError(
-            f"row {row.id}: its demonstration has {len(token_ids)} tokens, more than "
-            f"actors.max_tokens={config.actors.max_tokens}: raise that, or set task.overlong=drop"
-        )
-    if too_long or (longest is not None and len(prompt.token_ids) > longest):
-        return None
-    return _as_group(prompt, token_ids, text)
-
-
-def _as_group(prompt: Prompt, token_ids: tuple[int, ...], text: str) -> ScoredRef:
-    completion = Completion(
-        id=f"{prompt.id}/shown",
-        prompt_id=prompt.id,
-        token_ids=np.array(token_ids, dtype=np.int64),
-        logprobs=np.full(len(token_ids), math.nan, dtype=np.float32),
-        finish_reason="stop",
-        seed=0,
-        weight_versions=(0, 0),
-        text=text,
-    )
-    group = Group(prompt.id, prompt, (completion,))
-    # Cross-entropy does not use the reward's value; completions without a reward are not trained.
-    scored = ScoredGroup(group, {}, totals=(1.0,))
-    scores = ScoreMeta(prompt.id, scored.totals, {}, (), 0.0)
-    return ScoredRef(GroupMeta.of(group, "demonstration", 0.0), scores, scored)
-
-
-def _none_there(prepared: Prepared) -> TaskError:
-    return TaskError(
-        f"task.name={prepared.config.task.name} has no demonstrations to learn from: its class "
-        "needs a method demonstration(row, epoch) that returns a text; see Demonstrates in "
-        "rewards/tasks.py"
-    )
-
-
 async def run_warmup(config: Config, given: WarmUp, out: Path) -> int:
     """Check, start the learner, train, write `out`. Returns the exit code: 0, or 130/143 when
     stopped, and then nothing was written.
@@ -213,8 +125,8 @@ async def run_warmup(config: Config, given: WarmUp, out: Path) -> int:
 async def _warm_up(
     prepared: Prepared,
     given: WarmUp,
-    first: list[ScoredRef],
-    later: Iterator[ScoredRef],
+    first: list[Shown],
+    later: Iterator[Shown],
     out: Path,
     log_dir: Path,
     console: Console,
@@ -231,15 +143,15 @@ async def _warm_up(
             stop.set()
 
         signals.then(leave)
-        held_out = _held_out(prepared)
+        held_out = await _groups(actors, prepared, _held_out(prepared))
         before = await held_out_loss(learner, held_out)
         console.note(f"held-out loss {before:.4f} on {len(held_out)} demonstrations")
-        batch, began = first, time.monotonic()
+        batch, began = await _groups(actors, prepared, first), time.monotonic()
         for step in range(given.steps):
             step_began = time.monotonic()
             result = await learner.step(batch)
             if step + 1 < given.steps:
-                batch = list(islice(later, given.batch_size))
+                batch = await _groups(actors, prepared, list(islice(later, given.batch_size)))
             now = time.monotonic()
             eta = (now - began) / (step + 1) * (given.steps - step - 1)
             console.note(step_line(step + 1, given.steps, result, now - step_began, eta))
@@ -267,7 +179,16 @@ def step_line(step: int, steps: int, result: StepResult, seconds: float, eta_s: 
     )
 
 
-def _held_out(prepared: Prepared) -> list[ScoredRef]:
+async def _groups(actors: Services, prepared: Prepared, shown: Sequence[Shown]) -> list[ScoredRef]:
+    """The demonstrations as groups; episodes are played side by side."""
+    hosts = actors.environments
+    length = prepared.lengths.max_length
+    return await asyncio.gather(
+        *(as_group(one, None if hosts is None else hosts.next(), length) for one in shown)
+    )
+
+
+def _held_out(prepared: Prepared) -> list[Shown]:
     count = min(HELD_OUT, prepared.task.eval_size())
     shown = (demonstration(prepared, prepared.task.eval_row(i), 0) for i in range(count))
     return [item for item in shown if item is not None]
@@ -278,9 +199,9 @@ async def held_out_loss(learner: Learner, shown: Sequence[ScoredRef]) -> float:
     total, tokens = 0.0, 0
     for item in shown:
         assert isinstance(item.ref, ScoredGroup), "demonstrations stay in the driver"
-        group = item.ref.group
-        ids = group.completions[0].token_ids.tolist()
-        logprobs = await learner.logprobs([*group.prompt.token_ids, *ids])
-        total -= math.fsum(logprobs[-len(ids) :])
-        tokens += len(ids)
+        for ids, spans in scored_tokens(item.ref.group):
+            # The first token of a sequence has no log-prob.
+            logprobs = await learner.logprobs(ids)
+            total -= math.fsum(logprobs[at - 1] for span in spans for at in span)
+            tokens += sum(map(len, spans))
     return total / tokens if tokens else math.nan

@@ -224,13 +224,14 @@ class Episode(Hosted):
         if step.get("failure") is not None:
             raise Failed("data", "step", str(step["failure"]))
         self._rewards[turn] = step["reward"]
-        if step["done"]:
-            self._said += step["messages"]
-            return await self._ended("done" if step["messages"] or calls else "answered")
         if finish_reason == "length":
+            # Also where the environment ends it: `algorithm.mask_truncated` is about such replies.
+            self._said += step["messages"] if step["done"] else []
             full = len(self._context) + len(sampled) >= self._limits.max_length
             return await self._ended("context" if full else "length")
         self._said += step["messages"]
+        if step["done"]:
+            return await self._ended("done" if step["messages"] or calls else "answered")
         if turn + 1 >= self._limits.max_turns:
             return await self._ended("turns")
         if time.monotonic() > self._deadline:

@@ -15,7 +15,7 @@
         def get_reward(self) -> float:         # optional; once, at the end
             return float(len(self.booked) == 1)
 
-The episode ends with the first reply that calls no tool.
+The episode ends with the first reply that calls no tool, or when a tool has set `self.done = True`.
 """
 
 from __future__ import annotations
@@ -129,7 +129,9 @@ class ToolEnv(Played):
             messages.append(
                 {"role": "tool", "name": call.name, "tool_call_id": call.id, "content": text}
             )
-        return Step(messages, metrics={"tool_errors": float(wrong)})
+        # An attribute that the user's class may have.
+        done = bool(getattr(self.instance, "done", False))
+        return Step(messages, done=done, metrics={"tool_errors": float(wrong)})
 
     async def _call(self, call: ToolCall) -> tuple[str, bool]:
         """What the model is told of a call, and whether the call was wrong."""

@@ -36,13 +36,18 @@ def prompt_text(query: Query) -> str:
 # The sentence -------------------------------------------------------------------------------------
 
 
-def sentence(query: Query) -> str:
-    """The customer's sentence, in the paraphrase that `wording` chooses."""
+def sentence(query: Query, likes: str | None = None) -> str:
+    """The customer's sentence, in the paraphrase that `wording` chooses.
+
+    Args:
+        query: The customer's.
+        likes: Said in place of the interests.
+    """
     place = query.country.name
     if not query.several_cities:
         place = f"{query.country.cities[0].name}, {place}"
     cities = query.cities if query.several_cities else ()
-    interests = _join([INTERESTS[interest] for interest in query.interests])
+    interests = likes or taste(query)
     people = "" if query.party == 1 else f"{query.party} people"
     money = f"${query.budget:,}"
     match query.wording:
@@ -73,6 +78,11 @@ def sentence(query: Query) -> str:
                 f"{f' {_join(cities)} must be part of it.' if cities else ''}"
             )
     return " ".join([text, *_constraints(query)])
+
+
+def taste(query: Query) -> str:
+    """What the customer likes."""
+    return _join([INTERESTS[interest] for interest in query.interests])
 
 
 def _constraints(query: Query) -> list[str]:
@@ -106,23 +116,33 @@ def tables(query: Query) -> str:
     """All that may be booked, with only the columns that matter to this query."""
     lines = []
     for city in query.country.cities:
-        lines += _city(query, city)
-    if query.country.legs:
-        lines.append("Transport, per person, both ways:")
-        by_pair: dict[tuple[str, str], list[str]] = {}
-        for leg in query.country.legs:
-            by_pair.setdefault(leg.cities, []).append(f"{leg.mode} ${leg.price}")
-        lines += [f"{a}-{b}: {', '.join(ways)}" for (a, b), ways in by_pair.items()]
-    return "\n".join(lines)
+        lines += [f"[{city.name}]"] if query.several_cities else []
+        lines += [
+            f"{what.capitalize()}: {found}" for what, found in city_lines(query, city).items()
+        ]
+    return "\n".join([*lines, *transport_lines(query)])
 
 
-def _city(query: Query, city: City) -> list[str]:
-    lines = [f"[{city.name}]"] if query.several_cities else []
-    if query.days > 1:
-        lines.append(f"Hotels: {'; '.join(_hotel(query, item) for item in city.hotels)}")
-    lines.append(f"Food: {'; '.join(_restaurant(query, item) for item in city.restaurants)}")
-    lines.append(f"Sights: {'; '.join(_sight(item) for item in city.sights)}")
-    return lines
+def city_lines(query: Query, city: City) -> dict[str, str]:
+    """Names and prices in a city, by "hotels" (where a night is spent), "food" and "sights"."""
+    lines = {
+        "food": "; ".join(_restaurant(query, item) for item in city.restaurants),
+        "sights": "; ".join(_sight(item) for item in city.sights),
+    }
+    if query.days == 1:
+        return lines
+    return {"hotels": "; ".join(_hotel(query, item) for item in city.hotels), **lines}
+
+
+def transport_lines(query: Query) -> list[str]:
+    """A title, and the ways between every two cities; empty where there is one city only."""
+    if not query.country.legs:
+        return []
+    by_pair: dict[tuple[str, str], list[str]] = {}
+    for leg in query.country.legs:
+        by_pair.setdefault(leg.cities, []).append(f"{leg.mode} ${leg.price}")
+    ways = [f"{a}-{b}: {', '.join(ways)}" for (a, b), ways in by_pair.items()]
+    return ["Transport, per person, both ways:", *ways]
 
 
 def _hotel(query: Query, hotel: Hotel) -> str:

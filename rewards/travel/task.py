@@ -61,7 +61,7 @@ class TravelTask:
     def eval_row(self, index: int) -> Row:
         return self._row("eval", index, self._eval_size)
 
-    def demonstration(self, row: Row, epoch: int) -> str:
+    def demonstration(self, row: Row, epoch: int) -> str | list[str]:
         """A plan that breaks no rule; in another epoch another one."""
         seed = derive_seed(self._seed, "demonstration", row.id, epoch)
         plan = varied_plan(from_columns(row.columns["query"]), random.Random(seed))

@@ -13,7 +13,14 @@ import cohort.cluster.lengths
 from cohort.cluster.commands.evaluate import fitting_rows
 from cohort.cluster.config import Config
 from cohort.cluster.config_file import load_config
-from cohort.cluster.lengths import Lengths, Rendered, check_lengths, chosen, render_rows
+from cohort.cluster.lengths import (
+    MESSAGE_TOKENS,
+    Lengths,
+    Rendered,
+    check_lengths,
+    chosen,
+    render_rows,
+)
 from cohort.cluster.observe.console import Console
 from cohort.cluster.prepare import Prepared, RunError, first_probe, make_renderer
 from cohort.rewards.config import RewardFunctionConfig, TaskConfig
@@ -90,6 +97,16 @@ def test_a_task_of_usual_size_is_rendered_whole() -> None:
     assert [len(rendered.train), len(rendered.held_out), rendered.rest] == [40, 3, 0]
     assert rendered.whole
     assert rendered.sources == {"made", "held"}
+
+
+def test_short_replies_leave_room_for_what_an_environment_says() -> None:
+    task = load_task(TaskConfig(name="addition"), 0)
+    for limit, expected in ((None, 5 * (8 + MESSAGE_TOKENS)), (500, 508)):
+        renderer = PromptRenderer(TOKENIZER, max_prompt_tokens=limit)
+        keys = config("task.environment=x.py:X", "environments.max_turns=5")
+        lengths = check_lengths(keys, render_rows(task, renderer), renderer, ())
+        room = lengths.max_length if limit else lengths.max_length - lengths.longest
+        assert room == expected
 
 
 def test_the_longest_row_is_an_error_before_the_start(large: Task) -> None:

@@ -13,11 +13,11 @@ import pytest
 from typer.testing import CliRunner
 
 from cohort.cluster.cli import app
+from cohort.cluster.commands.demonstrations import as_group, demonstrations
 from cohort.cluster.commands.evaluate import task_metrics
 from cohort.cluster.commands.warmup import (
     WarmUp,
     check_overrides,
-    demonstrations,
     held_out_loss,
     run_warmup,
     warmup_config,
@@ -69,7 +69,12 @@ def prepared(task: Any, *overrides: str, longest: int | None = 500) -> Prepared:
 
 
 def taken(given: Prepared, count: int, examples: int = 0) -> list[Any]:
-    return [item.ref.group for item in islice(demonstrations(given, examples), count)]
+    return [item.ref.group for item in groups(given, count, examples)]
+
+
+def groups(given: Prepared, count: int, examples: int = 0) -> list[Any]:
+    shown = islice(demonstrations(given, examples), count)
+    return [asyncio.run(as_group(one)) for one in shown]
 
 
 def texts(groups: list[Any]) -> list[tuple[str, str]]:
@@ -133,7 +138,7 @@ def test_a_task_without_demonstrations(task: Any) -> None:
 
 
 def test_a_demonstration_that_is_no_text() -> None:
-    with pytest.raises(TaskError, match=r"must be a text or None, got \d+"):
+    with pytest.raises(TaskError, match=r"must be a text, a list .* got \d+"):
         taken(prepared(Wrong(0)), 1)
 
 
@@ -216,7 +221,7 @@ class Learner:
 
 
 def test_held_out_loss_is_over_demonstration_tokens_alone() -> None:
-    found = list(islice(demonstrations(prepared(AdditionTask(0)), 0), 5))
+    found = groups(prepared(AdditionTask(0)), 5)
     ids = [int(t) for item in found for t in item.ref.group.completions[0].token_ids]
     loss = asyncio.run(held_out_loss(Learner(), found))  # type: ignore[arg-type]
     assert loss == pytest.approx(sum(ids) / len(ids) / 100)

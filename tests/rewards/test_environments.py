@@ -190,6 +190,15 @@ def test_an_episode_ends_at_a_limit_with_what_it_has_earned(at_table: Any, reaso
     at_table("Silent", body, **keys)
 
 
+def test_a_reply_without_a_call_that_was_cut_is_no_answer(at_table: Any) -> None:
+    async def body(table: Table) -> None:
+        made = await table.play([[5] * 80], city="Kyoto")
+        assert made.end is not None
+        assert (made.end.stop_reason, made.finish_reason) == ("length", "length")
+
+    at_table("Shop", body)
+
+
 def test_tools_of_trl(at_table: Any) -> None:
     call = '<tool_call>{"name": "%s", "arguments": %s}</tool_call>'
 

@@ -136,12 +136,13 @@ class Scorers:
 
 
 def demonstrations(task: Task) -> list[str | None]:
-    """The task's demonstrations for its first rows; all None unless each of these has one."""
+    """The task's demonstrations for its first rows; all None unless each of these has one text."""
     first = range(min(ROWS, task.train_size()))
     if not isinstance(task, Demonstrates):
         return [None for _ in first]
     shown = [task.demonstration(task.train_row(index), 0) for index in first]
-    return [None for _ in first] if None in shown else shown
+    texts: list[str | None] = [text for text in shown if isinstance(text, str)]
+    return texts if len(texts) == len(shown) else [None for _ in first]
 
 
 def check_rewards(
@@ -156,6 +157,9 @@ def check_rewards(
     prompt again, nothing."""
     if not scorers.specs:
         stage.say("no reward functions: all rewards are the environment's")
+        return
+    if config.task.environment is not None:
+        stage.say("not tried on made-up completions: these are no episodes of the environment")
         return
     pairs = zip(prompts[:ROWS], demonstrations(task), strict=True)
     groups = [made_up(prompt, text, tokenizer) for prompt, text in pairs]
