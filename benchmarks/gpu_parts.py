@@ -256,7 +256,7 @@ def profile(given: Given) -> Iterator[Row]:
     kernels = [
         (e.self_device_time_total if cuda else e.self_cpu_time_total, e.count, e.key)
         for e in found.key_averages()
-        if not e.is_user_annotation
+        if not e.is_user_annotation and not e.key.startswith("##")
     ]
     busy = sum(us for us, _, _ in kernels) / 1e6
     yield {

@@ -73,6 +73,7 @@ def build(options: argparse.Namespace) -> Any:
     from transformers import AutoModelForCausalLM
 
     from cohort.learner.logprobs import PolicyModel
+    from cohort.learner.self_check import self_check
 
     if options.shape:
         model = random_model(options.shape, options.device)
@@ -80,7 +81,7 @@ def build(options: argparse.Namespace) -> Any:
         model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16)
     model = model.to(options.device)
     policy = PolicyModel(model, options.attention)
-    policy.self_check(1.0)
+    self_check(policy, 1.0)
     if options.float8 != "off":
         from cohort.learner.float8 import convert
 

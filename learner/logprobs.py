@@ -299,16 +299,6 @@ class PolicyModel(nn.Module):
         bias_B1LL = torch.zeros_like(mask_B1LL, dtype=self._dtype())
         return bias_B1LL.masked_fill_(~mask_B1LL, torch.finfo(bias_B1LL.dtype).min)
 
-    def self_check(self, temperature: float) -> None:
-        """See `cohort.learner.self_check`; also where the architecture takes no attention of ours.
-
-        Raises:
-            UnsupportedModel: It cannot be scored as its own forward pass does.
-        """
-        from cohort.learner.self_check import self_check
-
-        self_check(self, temperature)
-
 
 def _enable_gradient_checkpointing(model: PreTrainedModel) -> None:
     """Recompute decoder layers in the backward pass, with dropout still off.

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from cohort.learner.flex import FLEX_MULTIPLE
 from cohort.learner.logprobs import PolicyModel
 from cohort.learner.saving import try_to_write
+from cohort.learner.self_check import self_check
 from cohort.learner.shapes import LENGTH_MULTIPLE
 from cohort.learner.spec import LearnerSpec, ModelFacts
 from cohort.learner.state import Engine, RankState
@@ -44,7 +45,7 @@ def set_up(
     folder = resolve(spec.model_path)
     policy = load_policy(spec, folder, device, spec.learner.gradient_checkpointing)
     parameters = sum(p.numel() for p in policy.parameters())
-    policy.self_check(spec.temperature)
+    self_check(policy, spec.temperature)
     if spec.trial_dir is not None:
         try_to_write(policy.model, folder, Path(spec.trial_dir), spec.rank)
     if spec.learner.float8 != "off":

@@ -19,6 +19,7 @@ from cohort.learner.grpo import LossInputs, LossStats, policy_loss
 from cohort.learner.logprobs import PolicyModel
 from cohort.learner.packing import Packer
 from cohort.learner.plan import StepPlan, plan_step
+from cohort.learner.self_check import self_check
 from tests.learner.helpers import metas, scored_group, tiny_model
 
 ALGORITHM = AlgorithmConfig(objective="cross_entropy")
@@ -66,7 +67,7 @@ def test_loss_and_gradients_are_those_of_torch(kind: str, budget: int, ranks: in
     model.zero_grad()
 
     policy, stats = PolicyModel(model), LossStats()
-    policy.self_check(1.0)
+    self_check(policy, 1.0)
     plan = planned(groups, budget, ranks)
     assert (plan.trained, plan.filtered, plan.failed) == (4, 0, 0)
     if budget == 32:

@@ -16,6 +16,7 @@ from cohort.learner.episodes import lay_out
 from cohort.learner.logprobs import PolicyModel
 from cohort.learner.packing import MicroBatch, Packer, RowCost
 from cohort.learner.plan import score_batches
+from cohort.learner.self_check import self_check
 from cohort.learner.shapes import Join
 from tests.learner.episodes import (
     CHAIN,
@@ -114,7 +115,7 @@ def of_segment(segment: Any, values: torch.Tensor) -> torch.Tensor:
 def test_a_model_that_cannot_share_reads_one_sequence_a_row() -> None:
     model, groups = tiny_model("mamba"), mixed()
     policy = PolicyModel(model)
-    policy.self_check(TEMPERATURE)
+    self_check(policy, TEMPERATURE)
     [batch] = batches(groups, share_prompts=policy.shares_prompts)
     tensors = build_micro_batch(batch, {group.group.id: group for group in groups})
     logprobs, _ = policy(tensors, TEMPERATURE)

@@ -17,6 +17,7 @@ from cohort.learner.config import LearnerConfig
 from cohort.learner.flash import Parts, cut, tree_flash
 from cohort.learner.logprobs import PolicyModel
 from cohort.learner.output_layer import LogitScale, TokenScores
+from cohort.learner.self_check import self_check
 from cohort.learner.shapes import Join, RowShape
 from tests.learner.helpers import scored_group, tiny_model
 from tests.learner.test_episodes import ALL_IN_ONE, batches, expected_logprobs, mixed
@@ -199,7 +200,7 @@ def test_the_check_falls_back_from_what_fails(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     policy = PolicyModel(tiny_model("llama-tied"), "flash")
-    policy.self_check(0.7)
+    self_check(policy, 0.7)
     assert policy.can_flash
 
     def refuse(*_: Any) -> None:
@@ -208,7 +209,7 @@ def test_the_check_falls_back_from_what_fails(
     monkeypatch.setattr(flash, "_plain_forward", refuse)
     monkeypatch.setattr("cohort.learner.logprobs.AUTO", {"cpu": "flash"})
     policy = PolicyModel(tiny_model("llama-tied"))
-    policy.self_check(0.7)
+    self_check(policy, 0.7)
     assert (policy.can_flash, policy.kernel(CPU), policy.shares_prompts) == (False, "masked", True)
     assert "flash failed with RuntimeError: FlashAttention only support" in caplog.text
 

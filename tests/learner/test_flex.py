@@ -18,6 +18,7 @@ from cohort.learner.batch import build_micro_batch
 from cohort.learner.flex import Intervals, block_mask
 from cohort.learner.logprobs import PolicyModel, UnsupportedModel
 from cohort.learner.packing import RowCost
+from cohort.learner.self_check import self_check
 from cohort.learner.setup import _facts
 from cohort.learner.shapes import Join, RowShape, padded_length
 from tests.learner.helpers import tiny_model
@@ -221,7 +222,7 @@ def test_a_gpu_takes_it_and_a_cpu_refuses_it() -> None:
     # Rows of the tree attention lie one after another wherever they are computed.
     assert not _facts(PolicyModel(tiny_model("llama-tied"), "tree"), cuda, 1000).masked_attention
     with pytest.raises(UnsupportedModel, match=r"learner\.attention=flex .* CPUs; use auto"):
-        PolicyModel(tiny_model("llama-tied"), "flex").self_check(0.7)
+        self_check(PolicyModel(tiny_model("llama-tied"), "flex"), 0.7)
     with pytest.raises(UnsupportedModel, match="attention scores"):
         PolicyModel(tiny_model("gemma2"), "flex")
 

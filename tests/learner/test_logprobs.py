@@ -15,6 +15,7 @@ from cohort.learner.logprobs import PolicyModel, UnsupportedModel
 from cohort.learner.output_layer import LogitScale
 from cohort.learner.packing import MicroBatch, Packer, RowCost
 from cohort.learner.plan import plan_step
+from cohort.learner.self_check import self_check
 from tests.learner.helpers import (
     metas,
     reference_logprobs,
@@ -171,7 +172,7 @@ def test_other_completions_do_not_matter() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_self_check_accepts_supported_models(kind: str) -> None:
     policy = PolicyModel(tiny_model(kind))
-    policy.self_check(TEMPERATURE)
+    self_check(policy, TEMPERATURE)
     assert policy.shares_prompts
     assert policy.can_tree == (kind != "gemma2")
 
@@ -180,7 +181,7 @@ def test_a_model_that_masks_by_itself_gets_a_row_for_each_completion() -> None:
     """A state-space model reads every token before it, whatever a mask says."""
     model = tiny_model("mamba")
     policy = PolicyModel(model)
-    policy.self_check(TEMPERATURE)
+    self_check(policy, TEMPERATURE)
     assert not policy.shares_prompts
     scored = groups()
     plan = plan_step(
@@ -205,14 +206,14 @@ def test_a_model_that_masks_by_itself_gets_a_row_for_each_completion() -> None:
     ]
     torch.testing.assert_close(logprobs, torch.cat(expected), atol=1e-5, rtol=1e-5)
     with pytest.raises(UnsupportedModel, match=r"learner\.attention=tree"):
-        PolicyModel(tiny_model("mamba"), "tree").self_check(TEMPERATURE)
+        self_check(PolicyModel(tiny_model("mamba"), "tree"), TEMPERATURE)
 
 
 def test_self_check_refuses_logits_it_does_not_understand() -> None:
     policy = PolicyModel(tiny_model("gemma2"))
     policy.scale = LogitScale()
     with pytest.raises(UnsupportedModel, match="Gemma2ForCausalLM"):
-        policy.self_check(TEMPERATURE)
+        self_check(policy, TEMPERATURE)
 
 
 def test_empty_micro_batch_has_zero_gradient_everywhere() -> None:
