@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention import flex_attention as torchs
 
 from cohort.learner import flash, output_layer
 from cohort.learner.attention import Tree, TreeAttention
@@ -169,11 +170,14 @@ def test_models_score_and_train_as_with_single_sequences(
         torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("attention", "gradient_checkpointing"), [("flash", False), ("flash", True), ("flex", False)]
+)
 def test_layers_are_compiled_once_for_all_lengths(
-    gradient_checkpointing: bool, compilers: Any
+    attention: Any, gradient_checkpointing: bool, compilers: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    policy = PolicyModel(tiny_model("qwen2-untied"), "flash", gradient_checkpointing)
+    monkeypatch.setattr(torchs, "_validate_device", lambda *_: None)  # see test_flex.py
+    policy = PolicyModel(tiny_model("qwen2-untied"), attention, gradient_checkpointing)
     policy.compile_parts(compilers)
     counts = []
     for prompt, sizes in [(300, [20, 30, 400]), (6, [3, 9]), (9, [7, 100]), (40, [200])]:
