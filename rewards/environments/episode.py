@@ -231,8 +231,9 @@ class Episode:
         key = "environments.step_timeout_s"
         if what == "step" and left < limit:
             limit, key = max(0.1, left), "environments.episode_timeout_s"
+        given = {**arguments, "seconds": limit}
         try:
-            return await self.process.call(self.name, what, arguments, limit)
+            return await self.process.call(self.name, what, given, limit)
         except TimeoutError:
             self.hangs = True
             message = f"{what} gave no answer within {limit:.3g} s ({key})"

@@ -47,6 +47,10 @@ class Host:
         """What an environment says to a call, as JSON can hold it."""
         if what == "ping":
             return {}
+        if what == "try":
+            # Whether an instance can be made at all. It plays nothing, so it is not closed either.
+            make(self._factory, self._options, self._run)
+            return {}
         if what == "close":
             return await self._close(episode)
         if what == "reset":
@@ -55,7 +59,8 @@ class Host:
             found = await playable.reset(arguments["row"], arguments["seed"])
             messages, cut = as_messages(found, self._longest)
             return {"messages": messages, "cut": cut}
-        step = await self._episodes[episode].step(Reply(**arguments["reply"]))
+        reply = Reply(**arguments["reply"])
+        step = await self._episodes[episode].step(reply, arguments["seconds"])
         return as_json(step, self._longest)
 
     async def _close(self, episode: str) -> dict[str, Any]:

@@ -7,25 +7,27 @@ from typing import Any
 
 from cohort.rewards.config import EnvironmentsConfig, TaskConfig
 from cohort.rewards.environments.episode import Limits
-from cohort.rewards.environments.loading import load_class
-from cohort.rewards.environments.tools import has_step, tool_schemas
+from cohort.rewards.environments.loading import environment_path, load_class
+from cohort.rewards.environments.tools import has_served, has_step, tool_schemas
 from cohort.rewards.environments.worker import EnvironmentSpec
-from cohort.rewards.loading import resolve_path
 
 
 def find_tools(task: TaskConfig, base: Path | None = None) -> list[dict[str, Any]]:
-    """The schemas of the environment's tools; empty where it has `step` of its own, or is a
-    function.
+    """The schemas of the environment's tools; empty where it has `step` of its own and no `tools`,
+    or is a function.
 
     Raises:
         EnvironmentLoadError: It cannot be loaded, or a tool cannot be described.
     """
     assert task.environment is not None
-    factory = load_class(resolve_path(task.environment, base or Path.cwd()))
+    factory = load_class(environment_path(task.environment, base or Path.cwd()))
     if has_step(factory):
         # One that answers itself may say which tools it knows.
         return list(getattr(factory, "tools", ()))
-    return tool_schemas(factory)
+    tools = tool_schemas(factory)
+    if has_served(factory):
+        tools += factory.served(task.environment_options)
+    return tools
 
 
 def environment_spec(
@@ -47,7 +49,7 @@ def environment_spec(
         max_length,
     )
     return EnvironmentSpec(
-        path=resolve_path(task.environment, base or Path.cwd()),
+        path=environment_path(task.environment, base or Path.cwd()),
         options=task.environment_options,
         tools=find_tools(task, base),
         model_path=model_path,

@@ -12,6 +12,7 @@ import logging
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,10 +81,10 @@ class EnvironmentWorker:
         hide_environment()
 
     async def check(self) -> str | None:
-        """Load everything that episodes need; why that failed, or None."""
+        """Load everything that episodes need, and make an instance; why that failed, or None."""
         try:
             self._loaded()
-            await self._current()
+            await _construct(await self._current(), self._spec)
         except EnvironmentLoadError as error:
             return str(error)
         return None
@@ -156,31 +157,15 @@ class EnvironmentWorker:
         """The process that takes new episodes, started where there is none."""
         async with self._starting:
             if self._process is None or not self._process.alive:
-                self._process = await self._start()
+                self._process = await start_process(self._spec)
             return self._process
 
     async def _own(self) -> HostProcess:
         """A process for one episode, which ends with it."""
         async with self._few:
-            process = await self._start()
+            process = await start_process(self._spec)
         process.retired = True
         return process
-
-    async def _start(self) -> HostProcess:
-        unset = sorted(set(self._spec.secrets) - set(os.environ))
-        if unset:
-            raise EnvironmentLoadError(
-                f"{', '.join(unset)}: not set in the environment of {platform.node()}, and named "
-                "in environments.secrets"
-            )
-        hello = {
-            "path": self._spec.path,
-            "options": dict(self._spec.options),
-            "memory_bytes": self._spec.memory_bytes,
-            "message_chars": self._spec.message_chars,
-        }
-        shown = scrubbed_environment(os.environ, self._spec.secrets)
-        return await HostProcess.start(hello, shown, START_TIMEOUT_S)
 
     def _loaded(self) -> Language:
         if self._language is None:
@@ -195,3 +180,57 @@ class EnvironmentWorker:
             parser = find_parser(spec.tool_parser, tokenizer, spec.tools)
             self._language = Language(tokenizer, continuation, parser, stops)
         return self._language
+
+
+async def start_process(spec: EnvironmentSpec) -> HostProcess:
+    """A process that has loaded the class.
+
+    Raises:
+        EnvironmentLoadError: It could not.
+    """
+    unset = sorted(set(spec.secrets) - set(os.environ))
+    if unset:
+        raise EnvironmentLoadError(
+            f"{', '.join(unset)}: not set in the environment of {platform.node()}, and named "
+            "in environments.secrets"
+        )
+    hello = {
+        "path": spec.path,
+        "options": dict(spec.options),
+        "memory_bytes": spec.memory_bytes,
+        "message_chars": spec.message_chars,
+    }
+    shown = scrubbed_environment(os.environ, spec.secrets)
+    return await HostProcess.start(hello, shown, START_TIMEOUT_S)
+
+
+def try_environment(spec: EnvironmentSpec) -> None:
+    """Make one instance in a process of its own, which ends then.
+
+    Raises:
+        EnvironmentLoadError: The class cannot be loaded or constructed.
+    """
+
+    async def tried() -> None:
+        process = await start_process(spec)
+        try:
+            await _construct(process, spec)
+        finally:
+            process.kill()
+
+    # In a loop of its own, because the caller may be in one.
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(asyncio.run, tried()).result()
+
+
+async def _construct(process: HostProcess, spec: EnvironmentSpec) -> None:
+    limit = spec.limits.step_timeout_s
+    try:
+        await process.call("", "try", {}, limit)
+    except (CallFailed, ProcessLost) as error:
+        raise EnvironmentLoadError(str(error)) from error
+    except TimeoutError:
+        raise EnvironmentLoadError(
+            f"task.environment={spec.path} was not constructed within {limit:g} s "
+            "(environments.step_timeout_s)"
+        ) from None

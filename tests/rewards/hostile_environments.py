@@ -115,6 +115,70 @@ class Shop:
         return float(self.booked == ["Sakura"])
 
 
+def __getattr__(name: str) -> Any:
+    """Classes whose base another package has, made when they are asked for."""
+    if name not in MADE:
+        raise AttributeError(name)
+    return MADE[name]()
+
+
+def sums() -> type:
+    from cohort.rewards.environments.adapters.mcp import McpTools
+
+    class Sums(McpTools):
+        """An MCP server's tools, one of its own, and a reward."""
+
+        def reset(self, right: int) -> None:
+            self.right, self.given = right, 0
+
+        def answer(self, number: int) -> str:
+            """Give the answer.
+
+            Args:
+                number: The answer.
+            """
+            self.given = number
+            return "noted"
+
+        def get_reward(self) -> float:
+            return float(self.given == self.right)
+
+    return Sums
+
+
+def skyrl_text() -> type:
+    from skyrl_gym.envs.base_text_env import BaseTextEnv, BaseTextEnvStepOutput
+
+    class SkyRLText(BaseTextEnv):
+        """Adds to the prompt, or rewrites it; cuts what the model says."""
+
+        def __init__(self, env_config: Any = None, extras: Any = None) -> None:
+            super().__init__()
+            self.config, self.said = env_config, extras["said"]
+
+        def init(self, prompt: Any) -> Any:
+            if self.said is None:
+                prompt[0]["content"] = "Something else."
+                return prompt, {}
+            return [*prompt, {"role": "user", "content": self.said}], {}
+
+        def step(self, action: str) -> BaseTextEnvStepOutput:
+            self.turns += 1
+            said = {"role": "user", "content": f"Your config is {self.config.colour}."}
+            return BaseTextEnvStepOutput(
+                observations=[said] if self.turns == 1 else [],
+                reward=1.0,
+                done=self.turns > 1,
+                metadata={},
+                postprocessed_action=action.split("</stop>")[0],
+            )
+
+    return SkyRLText
+
+
+MADE = {"Sums": sums, "SkyRLText": skyrl_text}
+
+
 def no_environment() -> object:
     return object()
 
