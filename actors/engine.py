@@ -150,7 +150,6 @@ class Engine:
             generation_config="vllm",
             logprobs_mode="processed_logprobs",
             enable_prefix_caching=True,
-            skip_tokenizer_init=True,
             disable_log_stats=True,
             worker_extension_cls="cohort.actors.shared_memory.WorkerExtension",
             weight_transfer_config=WeightTransferConfig(backend=shared_memory.BACKEND),
@@ -219,9 +218,11 @@ class Engine:
             max_tokens=spec.max_tokens,
             min_tokens=0,
             stop_token_ids=self._stop_ids,
-            # The end token counts as an action; text is decoded elsewhere.
+            # The end token counts as an action; text is decoded elsewhere, but to find its end.
             ignore_eos=True,
-            detokenize=False,
+            stop=list(spec.stop),
+            detokenize=bool(spec.stop),
+            skip_special_tokens=False,
             logprobs=0,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )

@@ -80,7 +80,12 @@ class Player:
             spec = replace(
                 sampling,
                 n=1,
-                max_tokens=min(sampling.max_tokens, self.max_length - len(context)),
+                max_tokens=min(
+                    answer.max_tokens or sampling.max_tokens,
+                    sampling.max_tokens,
+                    self.max_length - len(context),
+                ),
+                stop=answer.stop,
                 # The first turn's is that of a completion without an environment.
                 seed=derive_seed(self._seed, "turn", number) if number else self._seed,
             )
@@ -92,7 +97,7 @@ class Player:
             inserted, sampled = len(answer.inserted_ids), len(raw.token_ids)
             shape = TurnShape(answer.parent, answer.kept, inserted, sampled)
             turns.append(Turn(shape, answer.inserted_ids, versions, raw.finish_reason))
-            answer = await self.host.step(name, raw.token_ids, raw.finish_reason)
+            answer = await self.host.step(name, raw.token_ids, raw.finish_reason, raw.logprobs)
         return made, turns, answer
 
     @property

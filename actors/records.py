@@ -270,12 +270,16 @@ class Place:
 
 @dataclass(frozen=True)
 class SamplingSpec:
-    """Every sampling field that matters, stated: nothing comes from a model's own defaults."""
+    """Every sampling field that matters, stated: nothing comes from a model's own defaults.
+
+    stop: texts that end a completion and are a part of it, besides the model's own end.
+    """
 
     max_tokens: int
     temperature: float
     n: int
     seed: int
+    stop: tuple[str, ...] = ()
 
 
 class EpisodeHost(Protocol):
@@ -292,9 +296,16 @@ class EpisodeHost(Protocol):
         ...
 
     async def step(
-        self, episode_id: str, token_ids: np.ndarray, finish_reason: FinishReason
+        self,
+        episode_id: str,
+        token_ids: np.ndarray,
+        finish_reason: FinishReason,
+        logprobs: np.ndarray,
     ) -> NextTurn | EpisodeEnd:
-        """Give the environment the model's reply. An episode that ended is forgotten."""
+        """Give the environment the model's reply. An episode that ended is forgotten.
+
+        logprobs: of its tokens, for an agent that asks for them.
+        """
         ...
 
     def forget(self, episode_id: str) -> None:

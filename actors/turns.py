@@ -16,9 +16,9 @@ import numpy as np
 ENVIRONMENT = "environment"
 FinishReason = Literal["stop", "length"]
 FailureKind = Literal["infra", "data", "bug"]
-# done: the environment ended it. answered: a reply without a tool call. turns, tool_calls, time:
-# a limit of the config. length: a reply was longer than actors.max_tokens. context: the next turn
-# has no room in model.max_length. failed: see `EpisodeEnd.failure`.
+# done: the environment, or the agent, ended it. answered: a reply without a tool call. turns,
+# tool_calls, time: a limit of the config. length: a reply was longer than actors.max_tokens.
+# context: the next turn has no room in model.max_length. failed: see `EpisodeEnd.failure`.
 StopReason = Literal[
     "done", "answered", "turns", "tool_calls", "time", "length", "context", "failed"
 ]
@@ -48,11 +48,15 @@ class NextTurn:
         kept: Leading tokens of that sequence, the prompt counted, that it continues.
         inserted_ids: [I] int64, the tokens behind those: the environment's messages and the
             template's boundary tokens.
+        max_tokens: A bound of its own on the reply, below `actors.max_tokens`; None: none.
+        stop: Texts that end the reply; they are a part of it.
     """
 
     parent: int | None
     kept: int
     inserted_ids: np.ndarray
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,7 @@ class Prepared:
             model_path=self.model_path,
             template_arguments=self.config.model.template_arguments,
             max_length=self.lengths.max_length,
+            temperature=self.config.actors.temperature,
         )
 
     def draw(self, cursor: int, count: int, rates: PassRates = NO_RATES) -> SampledPrompts:

@@ -7,7 +7,7 @@
 
 `train` and `evaluate` do what the commands of these names do; `launch` starts the parts of a run
 for a loop of your own; `Task`, `Prompt` and `Group` are what tasks and rewards are written with,
-`Env`, `Reply` and `Step` what environments are.
+`Env`, `Reply`, `Step` and `Agent` what environments are.
 Every error whose message is meant for people is a `CohortError`.
 
 The packages below, in the order in which data passes through them: `cohort.rewards` (tasks, reward
@@ -26,10 +26,11 @@ if TYPE_CHECKING:
     from cohort.cluster.config import Config
     from cohort.cluster.config_file import load_config
     from cohort.cluster.session import evaluate, launch, train
-    from cohort.rewards.environments.base import Env, Reply, Step
+    from cohort.rewards.environments.base import Agent, Env, Reply, Step
     from cohort.rewards.tasks import Task
 
 __all__ = [
+    "Agent",
     "CohortError",
     "Config",
     "Env",
@@ -45,6 +46,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Agent": "rewards.environments.base",
     "CohortError": "actors.errors",
     "Config": "cluster.config",
     "Env": "rewards.environments.base",

@@ -31,7 +31,8 @@ class TaskConfig(BaseModel):
     environment: str | None = Field(
         None,
         description="A class that answers the model's replies, as module:Class or path.py:Class: "
-        "with reset and step, or with public methods that are tools. Empty: one reply a prompt.",
+        "with reset and step, with public methods that are tools, or an Agent that asks the model "
+        "itself. Empty: one reply a prompt.",
     )
     environment_options: dict[str, Any] = Field(
         default_factory=dict, description="Keyword arguments of the environment's class."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,17 @@ RUNS = (
 ONCE = "tests/test_package.py"
 # The documents' commands, in their order: one finds what those before it have made.
 COMMANDS = ("test_readme.py",)
+
+
+def pytest_configure() -> None:
+    """Take signals as in a terminal, also where the tests were started in the background (SIGINT is
+    ignored) or to outlive their terminal (SIGHUP is): what they start inherits that."""
+    for number, action in (
+        (signal.SIGINT, signal.default_int_handler),
+        (signal.SIGHUP, signal.SIG_DFL),
+    ):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, action)
 
 
 @pytest.hookimpl(optionalhook=True)

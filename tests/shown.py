@@ -65,6 +65,7 @@ PLACES: dict[str, Where] = {
     "python examples/custom_reward.py": "examples",
     "python examples/custom_task.py": "examples",
     "python examples/guess_number.py": "examples",
+    "python examples/own_agent.py": "examples",
     # What is left needs machines, or would reach beyond the tests: `ray start` and `ray stop` act
     # on every cluster of the machine. tests/deploy checks the files that these name.
     "ray start": "elsewhere",

@@ -71,6 +71,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return scratch_copy(tmp_path_factory.mktemp("scratch") / "cohort")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [c for c in commands() if c.where == "fast"], ids=str)
 def test_a_cheap_command_does_what_the_document_says(
     command: Shown, scratch: Path, world: Callable[..., World]

@@ -164,7 +164,9 @@ def transcript(row: Mapping[str, Any]) -> str:
             function = call["function"]
             arguments = json.dumps(function["arguments"], ensure_ascii=False)
             content += f"\n-> {function['name']}({arguments})"
-        earned = next(rewards, None) if role == "assistant" else None
+        given = role == "assistant" and message.get("given", False)
+        earned = next(rewards, None) if role == "assistant" and not given else None
+        role += " (given)" * given
         lines.append(f"[{role}] {content}" + ("" if earned is None else f"  (reward {earned:g})"))
     failure = episode["failure"]
     lines.append(f"[end] {episode['stop_reason']}" + (f": {failure}" if failure else ""))

@@ -1,6 +1,6 @@
 """What an environment is: a class of the user, one instance an episode.
 
-Two kinds. One has `reset` and `step` (`Env` shows both):
+Three kinds. One has `reset` and `step` (`Env` shows both):
 
     class Guess:
         def reset(self, row, seed):
@@ -12,8 +12,9 @@ Two kinds. One has `reset` and `step` (`Env` shows both):
                 return Step("Right.", reward=1.0, done=True)
             return Step("No.", reward=0.0)
 
-The other has tools: its public methods, see `cohort.rewards.environments.tools`. Methods may be
-`async`; the others run in a thread each, so that a slow one holds up its own episode alone.
+One has tools: its public methods, see `cohort.rewards.environments.tools`. And an `Agent` has a
+loop of its own, and asks the model as it would ask OpenAI's. Methods may be `async`; the others run
+in a thread each, so that a slow one holds up its own episode alone.
 
 This module is what an environment's process imports: it must stay light.
 """
@@ -48,7 +49,7 @@ class ToolCall:
     Attributes:
         name: Of the tool.
         arguments: By name.
-        id: "call_0", "call_1", ... within the episode; for templates that print it.
+        id: "call00000", "call00001", ... within the episode; Mistral's templates want nine letters.
         error: Why it cannot be made (its JSON is broken); None: it can.
     """
 
@@ -123,3 +124,47 @@ class Env:
 
     async def close(self) -> None:
         """End the episode, however it ended."""
+
+
+class Agent:
+    """An environment that owns its loop: `run` asks the model at an OpenAI-compatible endpoint.
+
+    To inherit from it is what makes a class an agent. Its requests are the turns of its episode. It
+    may have `get_reward` and `close` as well, which are called at the end.
+
+    Example:
+        class Solver(cohort.Agent):
+            async def run(self, row, base_url, api_key):
+                client = AsyncOpenAI(base_url=base_url, api_key=api_key)
+                asked = await client.chat.completions.create(
+                    model="policy", messages=row["prompt"]
+                )
+                return float(asked.choices[0].message.content == row["answer"])
+    """
+
+    async def run(
+        self, row: Mapping[str, Any], base_url: str, api_key: str, seed: int, model: str
+    ) -> float | Mapping[str, float] | None:
+        """Play an episode. A `run` of your own names those of the arguments that it wants.
+
+        Args:
+            row: The columns of the dataset's row, and `prompt`.
+            base_url: Of the endpoint, which is reached from this machine only.
+            api_key: This episode's own; it ends with the episode.
+            seed: The same for all episodes of a group.
+            model: What the endpoint calls the model: "policy".
+
+        Returns:
+            The episode's reward; or rewards by the `id` of completions; or None, where `get_reward`
+            or reward functions give it.
+        """
+        raise NotImplementedError
+
+
+def readable(text: str, longest: int) -> tuple[str, bool]:
+    """A text as it can be given to a tokenizer, and whether it was cut at `longest` letters."""
+    cut = len(text) > longest
+    if cut:
+        text = f"{text[:longest]}\n[{len(text) - longest} more characters were left out]"
+    # A lone surrogate has no UTF-8.
+    return text.encode(errors="replace").decode(), cut

@@ -124,6 +124,6 @@ def _of_vllm(
 def tool_calls(found: Found, before: int) -> list[ToolCall]:
     """The calls of a reply; `before`: how many the episode had already."""
     return [
-        ToolCall(name, arguments, f"call_{before + index}", error)
+        ToolCall(name, arguments, f"call{before + index:05}", error)
         for index, (name, arguments, error) in enumerate(found)
     ]

@@ -22,7 +22,7 @@ from cohort.actors.turns import (
     StopReason,
 )
 from cohort.rewards.continuation import Continuation, shared_prefix
-from cohort.rewards.environments.base import Message
+from cohort.rewards.environments.base import Message, ToolCall
 from cohort.rewards.environments.calls import Parser, tool_calls
 from cohort.rewards.environments.process import CallFailed, HostProcess, ProcessLost
 from cohort.rewards.rendering import RenderError
@@ -95,31 +95,31 @@ class Failed(Exception):
         self.failure = EpisodeFailure(kind, stage, message)
 
 
-class Episode:
-    """One episode of one prompt.
+class Hosted:
+    """An episode whose environment lives in a process.
 
     Args:
         name: The episode's id.
         prompt: What it begins with.
         process: Where its environment lives.
+        limits: Its bounds.
+
+    Attributes:
+        hangs: Whether the environment did not answer in time: its process has to go.
     """
 
-    def __init__(
-        self, name: str, prompt: Prompt, process: HostProcess, language: Language, limits: Limits
-    ) -> None:
+    def __init__(self, name: str, prompt: Prompt, process: HostProcess, limits: Limits) -> None:
         self.name = name
         self.process = process
+        self.hangs = False
         self._prompt = prompt
-        self._language = language
         self._limits = limits
         self._deadline = time.monotonic() + limits.episode_timeout_s
         content = prompt.content
         asked = [{"role": "user", "content": content}] if isinstance(content, str) else content
         self._first: list[Message] = [dict(message) for message in asked]
-        # The conversation as the template was last given it, and what the environment had said.
-        self._conversation: list[Message] = list(self._first)
+        # What was said, by the environment too, and what the environment gave for each reply.
         self._said: list[Message] = []
-        self._context = list(prompt.token_ids)
         self._rewards: list[float | None] = []
         self._metrics: dict[str, float] = {
             "tool_calls": 0.0,
@@ -128,17 +128,59 @@ class Episode:
             "control_tokens": 0.0,
             "forks": 0.0,
         }
-        # Whether a call of the environment was not answered in time: its process has to go.
-        self.hangs = False
+
+    def end(self) -> None:
+        """Stop what the episode has going on here; its environment is closed separately."""
+
+    @property
+    def _row(self) -> dict[str, Any]:
+        """The row as environments get it."""
+        return {"prompt": self._prompt.content, **self._prompt.columns}
+
+    async def _answer(
+        self, what: str, arguments: Mapping[str, Any], stage: Stage, limit_s: float, key: str
+    ) -> dict[str, Any]:
+        """What the environment answers within a limit, which a key of the config names."""
+        try:
+            return await self.process.call(self.name, what, arguments, limit_s)
+        except TimeoutError:
+            self.hangs = True
+            message = f"{what} gave no answer within {limit_s:.3g} s ({key})"
+            raise Failed("data", stage, message) from None
+        except CallFailed as error:
+            raise Failed("data", stage, str(error)) from None
+        except ProcessLost as error:
+            raise Failed("infra", stage, str(error)) from None
+
+    def _failed(self, failed: Failed) -> EpisodeEnd:
+        return EpisodeEnd(
+            "failed",
+            (None,) * len(self._rewards),
+            tuple(self._said),
+            self._metrics,
+            failure=failed.failure,
+        )
+
+
+class Episode(Hosted):
+    """One episode of one prompt with an environment that answers the model."""
+
+    def __init__(
+        self, name: str, prompt: Prompt, process: HostProcess, language: Language, limits: Limits
+    ) -> None:
+        super().__init__(name, prompt, process, limits)
+        self._language = language
+        # The conversation as the template was last given it.
+        self._conversation: list[Message] = list(self._first)
+        self._context = list(prompt.token_ids)
 
     async def begin(self, seed: int) -> NextTurn | EpisodeEnd:
         """Reset the environment; what the first turn continues."""
         try:
-            row = {"prompt": self._prompt.content, **self._prompt.columns}
-            found = await self._call("reset", {"row": row, "seed": seed}, "reset")
+            found = await self._call("reset", {"row": self._row, "seed": seed}, "reset")
             self._count(found)
             if not found["messages"]:
-                return NextTurn(None, len(self._context), _ids([]))
+                return NextTurn(None, len(self._context), ids_array([]))
             self._said += found["messages"]
             self._conversation = _joined(self._first, found["messages"])
             whole = self._rendered()
@@ -146,12 +188,12 @@ class Episode:
             self._context = whole
             if len(whole) >= self._limits.max_length:
                 return await self._ended("context")
-            return NextTurn(None, kept, _ids(whole[kept:]))
+            return NextTurn(None, kept, ids_array(whole[kept:]))
         except Failed as failed:
             return self._failed(failed)
 
     async def step(
-        self, token_ids: np.ndarray, finish_reason: FinishReason
+        self, token_ids: np.ndarray, finish_reason: FinishReason, _logprobs: np.ndarray
     ) -> NextTurn | EpisodeEnd:
         """Give the environment the model's reply to what `NextTurn` said."""
         try:
@@ -164,7 +206,7 @@ class Episode:
         text = completion_text(language.tokenizer, sampled, language.stop_ids)
         content, found = language.parser(text)
         calls = tool_calls(found, int(self._metrics["tool_calls"]))
-        message = _assistant(text, content, calls)
+        message = assistant_message(text, content, calls)
         self._said.append(message)
         self._rewards.append(None)
         self._metrics["tool_calls"] += len(calls)
@@ -205,7 +247,7 @@ class Episode:
         self._context = extension.sequence(self._context, sampled)
         if len(self._context) >= self._limits.max_length:
             return await self._ended("context")
-        return NextTurn(turn, extension.kept, _ids(extension.token_ids))
+        return NextTurn(turn, extension.kept, ids_array(extension.token_ids))
 
     async def _ended(self, reason: StopReason) -> EpisodeEnd:
         """Ask the environment for its last word, and close it."""
@@ -216,32 +258,13 @@ class Episode:
             reason, tuple(self._rewards), tuple(self._said), self._metrics, found["state"]
         )
 
-    def _failed(self, failed: Failed) -> EpisodeEnd:
-        return EpisodeEnd(
-            "failed",
-            (None,) * len(self._rewards),
-            tuple(self._said),
-            self._metrics,
-            failure=failed.failure,
-        )
-
     async def _call(self, what: str, arguments: Mapping[str, Any], stage: Stage) -> dict[str, Any]:
         limit = self._limits.step_timeout_s
         left = self._deadline - time.monotonic()
         key = "environments.step_timeout_s"
         if what == "step" and left < limit:
             limit, key = max(0.1, left), "environments.episode_timeout_s"
-        given = {**arguments, "seconds": limit}
-        try:
-            return await self.process.call(self.name, what, given, limit)
-        except TimeoutError:
-            self.hangs = True
-            message = f"{what} gave no answer within {limit:.3g} s ({key})"
-            raise Failed("data", stage, message) from None
-        except CallFailed as error:
-            raise Failed("data", stage, str(error)) from None
-        except ProcessLost as error:
-            raise Failed("infra", stage, str(error)) from None
+        return await self._answer(what, {**arguments, "seconds": limit}, stage, limit, key)
 
     def _rendered(self) -> list[int]:
         try:
@@ -260,7 +283,8 @@ class Episode:
             self._metrics[name] = before + value
 
 
-def _ids(token_ids: Sequence[int]) -> np.ndarray:
+def ids_array(token_ids: Sequence[int]) -> np.ndarray:
+    """[T] int64."""
     return np.asarray(token_ids, dtype=np.int64)
 
 
@@ -275,7 +299,7 @@ def _joined(first: list[Message], new: list[Message]) -> list[Message]:
     return [*first, *new]
 
 
-def _assistant(text: str, content: str, calls: Sequence[Any]) -> Message:
+def assistant_message(text: str, content: str, calls: Sequence[ToolCall]) -> Message:
     """The model's reply as a message, with its calls in the form that templates read."""
     if not calls:
         return {"role": "assistant", "content": text}

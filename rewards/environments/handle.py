@@ -46,11 +46,15 @@ class EnvironmentHandle:
         return await self._answer(call, "reset")
 
     async def step(
-        self, episode_id: str, token_ids: np.ndarray, finish_reason: FinishReason
+        self,
+        episode_id: str,
+        token_ids: np.ndarray,
+        finish_reason: FinishReason,
+        logprobs: np.ndarray,
     ) -> NextTurn | EpisodeEnd:
         """See `EpisodeHost.step`."""
         call: ObjectRef[NextTurn | EpisodeEnd] = self._actor.step.remote(
-            episode_id, token_ids, finish_reason
+            episode_id, token_ids, finish_reason, logprobs
         )
         return await self._answer(call, "step")
 

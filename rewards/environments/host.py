@@ -22,9 +22,22 @@ from pathlib import Path
 from typing import Any
 
 from cohort.rewards.child import bound_memory, die_with_parent, discard_output
-from cohort.rewards.environments.base import EnvironmentLoadError, Message, Reply, Step
+from cohort.rewards.environments.base import (
+    EnvironmentLoadError,
+    Message,
+    Reply,
+    Step,
+    readable,
+)
 from cohort.rewards.environments.frames import read_frame, write_frame
-from cohort.rewards.environments.loading import Playable, load_class, make
+from cohort.rewards.environments.loading import (
+    AgentEnv,
+    Playable,
+    is_agent,
+    load_class,
+    make,
+    make_agent,
+)
 from cohort.rewards.results import error_tail
 
 # Calls of environments that are not `async` and run at one time.
@@ -41,7 +54,9 @@ class Host:
         self._options = hello["options"]
         self._longest = hello["message_chars"]
         self._threads = ThreadPoolExecutor(THREADS)
-        self._episodes: dict[str, Playable] = {}
+        self._episodes: dict[str, Playable | AgentEnv] = {}
+        # The calls in which agents run.
+        self._running: dict[str, asyncio.Task[Any]] = {}
 
     async def answer(self, episode: str, what: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """What an environment says to a call, as JSON can hold it."""
@@ -49,24 +64,46 @@ class Host:
             return {}
         if what == "try":
             # Whether an instance can be made at all. It plays nothing, so it is not closed either.
-            make(self._factory, self._options, self._run)
+            making = make_agent if is_agent(self._factory) else make
+            making(self._factory, self._options, self._run)
             return {}
         if what == "close":
             return await self._close(episode)
+        if what == "run":
+            return await self._run_agent(episode, arguments)
         if what == "reset":
             playable = make(self._factory, self._options, self._run)
             self._episodes[episode] = playable
             found = await playable.reset(arguments["row"], arguments["seed"])
             messages, cut = as_messages(found, self._longest)
             return {"messages": messages, "cut": cut}
-        reply = Reply(**arguments["reply"])
-        step = await self._episodes[episode].step(reply, arguments["seconds"])
+        playable = self._episodes[episode]
+        assert not isinstance(playable, AgentEnv), "the worker steps what it has reset"
+        step = await playable.step(Reply(**arguments["reply"]), arguments["seconds"])
         return as_json(step, self._longest)
+
+    async def _run_agent(self, episode: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        agent = make_agent(self._factory, self._options, self._run)
+        call = asyncio.current_task()
+        assert call is not None, "a coroutine runs in a task"
+        self._episodes[episode], self._running[episode] = agent, call
+        try:
+            return as_outcome(await agent.run(arguments))
+        finally:
+            # One that was begun again may have its name by now.
+            if self._running.get(episode) is call:
+                del self._running[episode]
 
     async def _close(self, episode: str) -> dict[str, Any]:
         playable = self._episodes.pop(episode, None)
+        call = self._running.pop(episode, None)
         if playable is None:
             return {"reward": None, "state": {}}
+        if call is not None:
+            # One that runs in a thread can only be waited for; its requests are refused by now.
+            if isinstance(playable, AgentEnv) and playable.is_async:
+                call.cancel()
+            await asyncio.wait([call])
         reward = await playable.final_reward()
         state = public_state(playable.instance)
         await playable.close()
@@ -102,12 +139,8 @@ def as_messages(found: object, longest: int) -> tuple[list[Message], int]:
         content = message.get("content")
         if not isinstance(content, str):
             raise TypeError(f"a message's content must be a text, not a {type(content).__name__}")
-        if len(content) > longest:
-            left_out = len(content) - longest
-            content = f"{content[:longest]}\n[{left_out} more characters were left out]"
-            cut += 1
-        # A lone surrogate has no UTF-8.
-        content = content.encode(errors="replace").decode()
+        content, shortened = readable(content, longest)
+        cut += shortened
         kept = {key: message[key] for key in ("name", "tool_call_id") if key in message}
         messages.append({"role": message["role"], **kept, "content": content})
     return messages, cut
@@ -136,6 +169,19 @@ def as_json(step: object, longest: int) -> dict[str, Any]:
         "metrics": metrics,
         "failure": step.failure,
     }
+
+
+def as_outcome(found: object) -> dict[str, Any]:
+    """What an agent's `run` returned, as JSON can hold it.
+
+    Raises:
+        TypeError: It is no number, and no numbers by the ids of completions.
+        ValueError: A number that is not finite.
+    """
+    if not isinstance(found, Mapping):
+        return {"reward": number(found, "run returned")}
+    by_id = {str(key): number(value, f"run returned, for {key},") for key, value in found.items()}
+    return {"rewards": by_id}
 
 
 def number(value: Any, what: str) -> float | None:

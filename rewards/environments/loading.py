@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from cohort.rewards.environments.base import EnvironmentLoadError, Message, Reply, Step
+from cohort.rewards.environments.base import Agent, EnvironmentLoadError, Message, Reply, Step
 from cohort.rewards.environments.tools import (
     Played,
     Run,
@@ -72,7 +72,26 @@ class StepEnv(Played):
         """Its steps have given all of it."""
 
 
+class AgentEnv(Played):
+    """Runs an instance that has a loop of its own."""
+
+    @property
+    def is_async(self) -> bool:
+        """Whether it runs as a coroutine, which can be cancelled."""
+        return inspect.iscoroutinefunction(self.instance.run)
+
+    async def run(self, offered: Mapping[str, Any]) -> object:
+        """What the instance's `run` returns; offered: arguments that it may name."""
+        run = self.instance.run
+        return await self._run(run, **accepted(run, offered))
+
+
 Playable: TypeAlias = StepEnv | ToolEnv
+
+
+def is_agent(factory: object) -> bool:
+    """Whether a class has a loop of its own."""
+    return inspect.isclass(factory) and issubclass(factory, Agent)
 
 
 def load_class(path: str, stubs: Path | None = None) -> Callable[..., Any]:
@@ -91,6 +110,10 @@ def load_class(path: str, stubs: Path | None = None) -> Callable[..., Any]:
         raise EnvironmentLoadError(f"task.environment: {error}") from error
     if not callable(factory):
         raise EnvironmentLoadError(f"task.environment={path} is not a class or a function")
+    if is_agent(factory):
+        if factory.run is Agent.run:
+            raise EnvironmentLoadError(f"task.environment={path} is an Agent without `run`")
+        return factory
     able = has_step(factory) or has_served(factory) or tool_names(factory)
     if inspect.isclass(factory) and not able:
         raise EnvironmentLoadError(
@@ -105,11 +128,24 @@ def make(factory: Callable[..., Any], options: Mapping[str, Any], run: Run) -> P
     Raises:
         EnvironmentLoadError: The class cannot be constructed with `task.environment_options`.
     """
+    instance = _instance(factory, options)
+    if isinstance(instance, Agent):
+        raise EnvironmentLoadError(
+            "task.environment is a function that makes agents: name their class in its place"
+        )
+    return StepEnv(instance, run) if has_step(instance) else ToolEnv(instance, run)
+
+
+def make_agent(factory: Callable[..., Any], options: Mapping[str, Any], run: Run) -> AgentEnv:
+    """A new agent for one episode; as `make`."""
+    return AgentEnv(_instance(factory, options), run)
+
+
+def _instance(factory: Callable[..., Any], options: Mapping[str, Any]) -> Any:
     try:
-        instance = factory(**options)
+        return factory(**options)
     except Exception as error:
         raise EnvironmentLoadError(
             f"task.environment could not be constructed with task.environment_options: "
             f"{error_tail(error, 1000)}"
         ) from error
-    return StepEnv(instance, run) if has_step(instance) else ToolEnv(instance, run)

@@ -117,9 +117,9 @@ class HostProcess:
         return self._lost is None
 
     async def call(
-        self, episode: str, what: str, arguments: Mapping[str, Any], timeout_s: float
+        self, episode: str, what: str, arguments: Mapping[str, Any], timeout_s: float | None
     ) -> dict[str, Any]:
-        """What an environment answers.
+        """What an environment answers. timeout_s: None: the caller knows when to give up.
 
         Raises:
             TimeoutError: It did not answer in time.

@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from cohort.rewards.config import EnvironmentsConfig, TaskConfig
 from cohort.rewards.environments.episode import Limits
-from cohort.rewards.environments.loading import environment_path, load_class
+from cohort.rewards.environments.loading import environment_path, is_agent, load_class
 from cohort.rewards.environments.tools import has_served, has_step, tool_schemas
 from cohort.rewards.environments.worker import EnvironmentSpec
 
 
+def load_environment(task: TaskConfig, base: Path | None = None) -> Callable[..., Any]:
+    """The class, or function, that `task.environment` names.
+
+    Raises:
+        EnvironmentLoadError: It cannot be loaded.
+    """
+    assert task.environment is not None
+    return load_class(environment_path(task.environment, base or Path.cwd()))
+
+
 def find_tools(task: TaskConfig, base: Path | None = None) -> list[dict[str, Any]]:
     """The schemas of the environment's tools; empty where it has `step` of its own and no `tools`,
-    or is a function.
+    is an agent (its requests bring them), or a function.
 
     Raises:
         EnvironmentLoadError: It cannot be loaded, or a tool cannot be described.
     """
-    assert task.environment is not None
-    factory = load_class(environment_path(task.environment, base or Path.cwd()))
+    factory = load_environment(task, base)
+    if is_agent(factory):
+        return []
     if has_step(factory):
         # One that answers itself may say which tools it knows.
         return list(getattr(factory, "tools", ()))
@@ -37,9 +49,11 @@ def environment_spec(
     model_path: str,
     template_arguments: dict[str, Any],
     max_length: int,
+    temperature: float = 1.0,
     base: Path | None = None,
 ) -> EnvironmentSpec:
-    """What every worker gets. max_length: tokens of the longest sequence."""
+    """What every worker gets. max_length: tokens of the longest sequence; temperature: that of the
+    rollouts."""
     assert task.environment is not None
     limits = Limits(
         config.max_turns,
@@ -60,4 +74,6 @@ def environment_spec(
         message_chars=config.message_chars,
         memory_bytes=config.memory_bytes,
         secrets=tuple(config.secrets),
+        agent=is_agent(load_environment(task, base)),
+        temperature=temperature,
     )

@@ -8,13 +8,14 @@ hangs, new episodes go to a new one, and the old one is killed when its other ep
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import platform
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,10 +24,15 @@ from cohort.actors.records import Prompt
 from cohort.actors.turns import EpisodeEnd, EpisodeFailure, FinishReason, NextTurn
 from cohort.rewards.continuation import Continuation, History
 from cohort.rewards.environment import hide_environment, scrubbed_environment
+from cohort.rewards.environments.agent_episode import AgentEpisode
 from cohort.rewards.environments.base import EnvironmentLoadError
 from cohort.rewards.environments.calls import find_parser
+from cohort.rewards.environments.chat_server import LOOPBACK, ChatServer
 from cohort.rewards.environments.episode import Episode, Language, Limits
 from cohort.rewards.environments.process import CallFailed, HostProcess, ProcessLost
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +41,8 @@ START_TIMEOUT_S = 120.0
 PING_S = 5.0
 # Processes that start at one time for single episodes.
 AT_ONCE = 4
+# Sets of tools whose templates are kept ready.
+LANGUAGES = 256
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,8 @@ class EnvironmentSpec:
         message_chars: Longest message of an environment; the rest is cut.
         memory_bytes: Of a process; None: no bound.
         secrets: Environment variables that the environments may see.
+        agent: Whether they are agents with a loop of their own.
+        temperature: Of the rollouts; agents cannot ask for another.
     """
 
     path: str
@@ -66,6 +76,8 @@ class EnvironmentSpec:
     message_chars: int
     memory_bytes: int | None
     secrets: tuple[str, ...] = ()
+    agent: bool = False
+    temperature: float = 1.0
 
 
 class EnvironmentWorker:
@@ -76,16 +88,21 @@ class EnvironmentWorker:
         self._process: HostProcess | None = None
         self._starting = asyncio.Lock()
         self._few = asyncio.Semaphore(AT_ONCE)
-        self._episodes: dict[str, Episode] = {}
-        self._language: Language | None = None
+        self._episodes: dict[str, Episode | AgentEpisode] = {}
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        # By the tools: an agent's requests bring them.
+        self._languages: dict[str, Language] = {}
+        self._server: ChatServer | None = None
         hide_environment()
 
     async def check(self) -> str | None:
         """Load everything that episodes need, and make an instance; why that failed, or None."""
         try:
-            self._loaded()
+            self._language(self._spec.tools)
             await _construct(await self._current(), self._spec)
-        except EnvironmentLoadError as error:
+            if self._spec.agent:
+                await self._serving()
+        except (EnvironmentLoadError, OSError) as error:
             return str(error)
         return None
 
@@ -94,24 +111,37 @@ class EnvironmentWorker:
     ) -> NextTurn | EpisodeEnd:
         """See `EpisodeHost.begin`."""
         try:
-            language = self._loaded()
+            language = self._language(self._spec.tools)
             process = await (self._own() if alone else self._current())
+            server = await self._serving() if self._spec.agent else None
         except (EnvironmentLoadError, OSError) as error:
             return EpisodeEnd("failed", failure=EpisodeFailure("infra", "start", str(error)))
-        episode = Episode(episode_id, prompt, process, language, self._spec.limits)
+        limits = self._spec.limits
+        episode: Episode | AgentEpisode
+        if server is None:
+            episode = Episode(episode_id, prompt, process, language, limits)
+        else:
+            longest = self._spec.message_chars
+            episode = AgentEpisode(
+                episode_id, prompt, process, limits, self._language, server, longest
+            )
         process.episodes.add(episode_id)
         self._episodes[episode_id] = episode
         return await self._after(episode, await episode.begin(seed))
 
     async def step(
-        self, episode_id: str, token_ids: np.ndarray, finish_reason: FinishReason
+        self,
+        episode_id: str,
+        token_ids: np.ndarray,
+        finish_reason: FinishReason,
+        logprobs: np.ndarray,
     ) -> NextTurn | EpisodeEnd:
         """See `EpisodeHost.step`."""
         episode = self._episodes.get(episode_id)
         if episode is None:
             message = f"the worker of environments was started anew and has lost {episode_id}"
             return EpisodeEnd("failed", failure=EpisodeFailure("infra", "step", message))
-        return await self._after(episode, await episode.step(token_ids, finish_reason))
+        return await self._after(episode, await episode.step(token_ids, finish_reason, logprobs))
 
     async def forget(self, episode_id: str) -> None:
         """See `EpisodeHost.forget`."""
@@ -120,7 +150,7 @@ class EnvironmentWorker:
             await self._close(episode, tell=True)
 
     async def _after(
-        self, episode: Episode, answer: NextTurn | EpisodeEnd
+        self, episode: Episode | AgentEpisode, answer: NextTurn | EpisodeEnd
     ) -> NextTurn | EpisodeEnd:
         if episode.hangs:
             await self._retire(episode.process)
@@ -129,19 +159,26 @@ class EnvironmentWorker:
             await self._close(episode, tell=answer.failure is not None and not episode.hangs)
         return answer
 
-    async def _close(self, episode: Episode, tell: bool) -> None:
+    async def _close(self, episode: Episode | AgentEpisode, tell: bool) -> None:
         process = episode.process
-        self._episodes.pop(episode.name, None)
-        process.episodes.discard(episode.name)
-        if tell:
-            try:
-                await process.call(episode.name, "close", {}, self._spec.limits.step_timeout_s)
-            except TimeoutError:
-                await self._retire(process)
-            except (CallFailed, ProcessLost):
-                logger.info("episode %s was not closed properly", episode.name)
+        episode.end()
+        # One that was forgotten is closed already, and another may have its name by now.
+        if self._episodes.get(episode.name) is episode:
+            del self._episodes[episode.name]
+            process.episodes.discard(episode.name)
+            if tell:
+                await self._tell(episode)
         if process.retired and not process.episodes:
             process.kill()
+
+    async def _tell(self, episode: Episode | AgentEpisode) -> None:
+        """Close the environment of an episode that did not come to its own end."""
+        try:
+            await episode.process.call(episode.name, "close", {}, self._spec.limits.step_timeout_s)
+        except TimeoutError:
+            await self._retire(episode.process)
+        except (CallFailed, ProcessLost):
+            logger.info("episode %s was not closed properly", episode.name)
 
     async def _retire(self, process: HostProcess) -> None:
         """Give a process no new episodes; kill it now where its whole event loop hangs."""
@@ -167,19 +204,38 @@ class EnvironmentWorker:
         process.retired = True
         return process
 
-    def _loaded(self) -> Language:
-        if self._language is None:
-            from transformers import AutoTokenizer
+    async def _serving(self) -> ChatServer:
+        """Where agents ask the model."""
+        async with self._starting:
+            if self._server is None:
+                server = ChatServer(self._spec.temperature)
+                await server.start()
+                self._server = server
+            return self._server
 
-            spec = self._spec
-            tokenizer = AutoTokenizer.from_pretrained(spec.model_path)
-            stops = stop_token_ids(spec.model_path, tokenizer.eos_token_id)
-            continuation = Continuation(
-                tokenizer, spec.tools, spec.template_arguments, stops, spec.history
-            )
-            parser = find_parser(spec.tool_parser, tokenizer, spec.tools)
-            self._language = Language(tokenizer, continuation, parser, stops)
-        return self._language
+    def _language(self, tools: Sequence[dict[str, Any]]) -> Language:
+        """How conversations with these tools are read and written.
+
+        Raises:
+            RenderError: The chat template cannot be used with them.
+            EnvironmentLoadError: There is no such parser of calls.
+        """
+        key = json.dumps(tools)
+        if key in self._languages:
+            return self._languages[key]
+        from transformers import AutoTokenizer
+
+        spec = self._spec
+        if self._tokenizer is None:
+            self._tokenizer = AutoTokenizer.from_pretrained(spec.model_path)
+        tokenizer = self._tokenizer
+        stops = stop_token_ids(spec.model_path, tokenizer.eos_token_id)
+        continuation = Continuation(tokenizer, tools, spec.template_arguments, stops, spec.history)
+        parser = find_parser(spec.tool_parser, tokenizer, tools)
+        if len(self._languages) >= LANGUAGES:
+            self._languages.pop(next(iter(self._languages)))
+        self._languages[key] = Language(tokenizer, continuation, parser, stops)
+        return self._languages[key]
 
 
 async def start_process(spec: EnvironmentSpec) -> HostProcess:
@@ -201,6 +257,10 @@ async def start_process(spec: EnvironmentSpec) -> HostProcess:
         "message_chars": spec.message_chars,
     }
     shown = scrubbed_environment(os.environ, spec.secrets)
+    if spec.agent:
+        # A proxy does not lead to this machine.
+        for name in ("NO_PROXY", "no_proxy"):
+            shown[name] = ",".join(filter(None, (shown.get(name), LOOPBACK)))
     return await HostProcess.start(hello, shown, START_TIMEOUT_S)
 
 

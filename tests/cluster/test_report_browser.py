@@ -18,9 +18,12 @@ from tests.cluster.browser import NAMES, Browser, find_browser
 from tests.cluster.runs import lively_run, metrics_row, scored_group, write_rollouts, write_run
 
 PROGRAM = find_browser()
-pytestmark = pytest.mark.skipif(
-    PROGRAM is None, reason=f"no browser is installed: none of {', '.join(NAMES)}"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        PROGRAM is None, reason=f"no browser is installed: none of {', '.join(NAMES)}"
+    ),
+]
 
 STEPS = 30
 ATTACKS = (

@@ -309,6 +309,7 @@ def inspect_run(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
+@pytest.mark.slow
 def test_offline_run_holds_what_was_logged(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -350,6 +351,7 @@ def test_offline_run_holds_what_was_logged(
     assert table["data"][0][2:4] == ["user: Wie heißt Nummer 0?", "answer 0\n"]
 
 
+@pytest.mark.slow
 def test_resumed_run_keeps_its_id(tmp_path: Path) -> None:
     config = config_with("tracking.wandb=offline")
     first = Tracker(tmp_path, config, None)

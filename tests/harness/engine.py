@@ -51,7 +51,10 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     min_tokens: int = 0
     ignore_eos: bool = True
+    # Texts that end a reply come from agents only; the worlds here have none.
+    stop: list[str] = field(default_factory=list)
     detokenize: bool = False
+    skip_special_tokens: bool = True
     logprobs: int | None = None
     output_kind: Any = None
 

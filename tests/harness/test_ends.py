@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,14 +77,15 @@ ENDS: dict[str, Callable[[], Any]] = {
 }
 
 
-# The rarer ends in the same places take as long again.
-EVERY_END = [
-    "error",
-    "SIGKILL",
-    "SIGTERM",
-    pytest.param("exit", marks=pytest.mark.exhaustive),
-    pytest.param("SIGINT", marks=pytest.mark.exhaustive),
-]
+def every_end(stages: Iterable[str]) -> Iterator[Any]:
+    """Every stage with every end. Always run: SIGKILL, and in turns an error and SIGTERM. The
+    other of the two is slow; the rarer ends take as long again."""
+    for n, stage in enumerate(stages):
+        seldom = ("error", "SIGTERM")[n % 2]
+        for how in ENDS:
+            rare = how in ("exit", "SIGINT")
+            marks = [pytest.mark.exhaustive] if rare else [pytest.mark.slow] * (how == seldom)
+            yield pytest.param(stage, how, marks=marks)
 
 
 def end_at(patch: pytest.MonkeyPatch, place: tuple[Any, str, int], end: Callable[[], Any]) -> None:
@@ -153,8 +154,7 @@ def as_if_nothing_had_happened(run: World, straight: World) -> None:
     assert not list(run.folder.glob("*.tmp"))
 
 
-@pytest.mark.parametrize("how", EVERY_END)
-@pytest.mark.parametrize("stage", BEFORE_TRAINING)
+@pytest.mark.parametrize(("stage", "how"), every_end(BEFORE_TRAINING))
 def test_a_start_that_ended_is_started_again_by_the_same_command(
     world: MakeWorld, straight: World, monkeypatch: pytest.MonkeyPatch, stage: str, how: str
 ) -> None:
@@ -171,8 +171,7 @@ def test_a_start_that_ended_is_started_again_by_the_same_command(
     assert run.train_in_child() == 70
 
 
-@pytest.mark.parametrize("how", EVERY_END)
-@pytest.mark.parametrize("stage", DURING_TRAINING)
+@pytest.mark.parametrize(("stage", "how"), every_end(DURING_TRAINING))
 def test_a_run_that_ended_in_any_stage_is_continued_and_keeps_what_it_recorded(
     world: MakeWorld, straight: World, monkeypatch: pytest.MonkeyPatch, stage: str, how: str
 ) -> None:

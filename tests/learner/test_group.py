@@ -275,6 +275,7 @@ worker.export("nowhere")
 """
 
 
+@pytest.mark.slow
 def test_a_late_rank_says_where_it_is(tmp_path: Path) -> None:
     code = LATE.format(shm=str(tmp_path / "shm"), logs=str(tmp_path))
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -34,6 +34,7 @@ RAY_START = "tests/cluster/test_ray_start.py"
 LOST = "tests/harness/test_lost_groups.py"
 VALUES = "tests/cluster/test_values.py"
 ENVIRONMENTS = "tests/rewards/test_environments.py"
+AGENTS = "tests/rewards/test_agents.py"
 
 MUTANTS = (
     Mutant(
@@ -735,5 +736,54 @@ MUTANTS = (
         "    if False:\n",
         "a reward that is not finite fails its episode",
         (f"{ENVIRONMENTS}::test_an_environment_that_fails_costs_its_own_episode",),
+    ),
+    Mutant(
+        "rewards/environments/histories.py",
+        "        if answered:\n",
+        "        if False:\n",
+        "a request that goes on continues the sampled tokens",
+        (f"{AGENTS}::test_a_request_that_goes_on_continues_the_tokens_that_were_sampled",),
+    ),
+    Mutant(
+        "rewards/environments/histories.py",
+        "bool(self._turns) and not whole",
+        "False",
+        "an edited history is counted",
+        (f"{AGENTS}::test_an_edited_history_forks_and_is_counted",),
+    ),
+    Mutant(
+        "rewards/environments/chat_server.py",
+        "session is None or not right",
+        "session is None",
+        "a key is compared whole",
+        (f"{AGENTS}::test_keys_end_with_their_episode",),
+    ),
+    Mutant(
+        "rewards/environments/chat_server.py",
+        'self._sessions.pop(key.partition(".")[0], None)',
+        "pass",
+        "a key ends with its episode",
+        (f"{AGENTS}::test_keys_end_with_their_episode",),
+    ),
+    Mutant(
+        "rewards/environments/chat.py",
+        "if request.temperature not in (None, temperature):",
+        "if False:",
+        "another temperature is refused",
+        (f"{AGENTS}::test_what_cannot_be_kept_is_refused_in_words",),
+    ),
+    Mutant(
+        "rewards/environments/agent_episode.py",
+        "        if not self._rewards and self._limit is None:\n",
+        "        if False:\n",
+        "an agent that asks nothing has failed",
+        (f"{AGENTS}::test_an_agent_that_fails_costs_its_own_episode",),
+    ),
+    Mutant(
+        "rewards/environments/agent_episode.py",
+        "        if len(self._rewards) >= limits.max_turns:\n",
+        "        if False:\n",
+        "an agent has no more turns than the config allows",
+        (f"{AGENTS}::test_a_limit_refuses_the_request_and_names_the_episodes_end",),
     ),
 )

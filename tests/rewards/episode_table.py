@@ -44,14 +44,17 @@ class Table:
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         self.worker = EnvironmentWorker(spec)
         self.contexts: list[list[int]] = []
+        self.specs: list[SamplingSpec] = []
 
     # What the worker's handle does.
 
     async def begin(self, episode_id: str, prompt: Prompt, seed: int, alone: bool) -> Any:
         return await self.worker.begin(episode_id, prompt, seed, alone)
 
-    async def step(self, episode_id: str, token_ids: np.ndarray, finish_reason: Any) -> Any:
-        return await self.worker.step(episode_id, token_ids, finish_reason)
+    async def step(
+        self, episode_id: str, token_ids: np.ndarray, finish_reason: Any, logprobs: np.ndarray
+    ) -> Any:
+        return await self.worker.step(episode_id, token_ids, finish_reason, logprobs)
 
     def forget(self, episode_id: str) -> None:
         asyncio.get_running_loop().create_task(self.worker.forget(episode_id))
@@ -69,9 +72,15 @@ class Table:
         return Prompt("p", tuple(ids), messages, columns)
 
     async def play(
-        self, replies: Sequence[Reply], index: int = 0, max_tokens: int = 64, **columns: Any
+        self,
+        replies: Sequence[Reply],
+        index: int = 0,
+        max_tokens: int = 64,
+        seconds: float = 0.0,
+        **columns: Any,
     ) -> Completion:
-        """One episode in which the model says this; its last reply again and again."""
+        """One episode in which the model says this, each reply after so many seconds; its last
+        reply again and again."""
         left = iter(replies)
         said: list[Reply] = list(replies)
 
@@ -79,7 +88,8 @@ class Table:
             _name: str, token_ids: Sequence[int], spec: SamplingSpec, _greedy: bool
         ) -> tuple[RawCompletion, tuple[int, int]]:
             self.contexts.append(list(token_ids))
-            await asyncio.sleep(0)
+            self.specs.append(spec)
+            await asyncio.sleep(seconds)
             ids = self.ids(next(left, said[-1]))[: spec.max_tokens]
             end = ids and ids[-1] == self.tokenizer.eos_token_id
             made = RawCompletion(

@@ -10,6 +10,9 @@ from cohort.rewards.travel.plan import to_json
 from cohort.rewards.travel.solver import cheapest
 from tests.scripts import ask_for_a_trip
 
+# Each starts the script, which is mostly imports.
+pytestmark = pytest.mark.slow
+
 JAPAN = (
     "Plan a 5-day trip to Japan, including Kyoto and Tokyo, focusing on cultural experiences "
     "and staying under $2,000."

@@ -192,6 +192,7 @@ def test_a_completion_cannot_close_its_own_frame(server: Server) -> None:
     assert attack in message.split(mark)[1]
 
 
+@pytest.mark.slow
 def test_the_key_travels_to_the_child_and_nowhere_else(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -120,6 +120,7 @@ HUGE = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", HUGE)
 def test_what_takes_too_much_is_wrong(boxed: MathAnswer, given: str) -> None:
     started = time.perf_counter()
@@ -129,6 +130,7 @@ def test_what_takes_too_much_is_wrong(boxed: MathAnswer, given: str) -> None:
     assert score(boxed, r"\boxed{\frac{24}{2}}") == 1.0
 
 
+@pytest.mark.slow
 def test_a_rows_own_answer_that_takes_too_long_is_an_error(boxed: MathAnswer) -> None:
     found = score(boxed, r"\boxed{5}", "(" * 900)
     assert isinstance(found, TimeoutError)
@@ -136,6 +138,7 @@ def test_a_rows_own_answer_that_takes_too_long_is_an_error(boxed: MathAnswer) ->
     assert len(str(found)) < 300
 
 
+@pytest.mark.slow
 def test_a_whole_group_of_endless_answers_takes_seconds() -> None:
     maths = MathAnswer(timeout_s=1)
     texts = ["\\boxed{100000000!}"] * 4 + [r"\boxed{\frac{24}{2}}"]
@@ -150,6 +153,7 @@ def test_bad_options(options: dict[str, Any]) -> None:
         MathAnswer(**options)
 
 
+@pytest.mark.slow
 def test_the_bound_holds_in_the_reward_child() -> None:
     """A known right answer scores 1 beside one that never ends."""
     texts = [r"\boxed{9^{9^{9^9}}}", r"\boxed{\frac{24}{2}}", r"\boxed{13}"]

@@ -162,6 +162,7 @@ def test_too_few_questions_are_an_error(monkeypatch: Any) -> None:
         task.train_row(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", ["9**9**9**9", "x**9**9**9**9", "(" * 90 + "9**9**9" + ")" * 90])
 def test_an_answer_without_end_is_wrong(given: str) -> None:
     """It is evaluated where it can be ended; the next answer is scored as before."""

@@ -170,6 +170,7 @@ def scored(found):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["pooled", "json", "package"])
 def test_process_pools_of_any_start_method(tmp_path: Path, place: str) -> None:
     """A child of the pool imports the reward file: by its own name, a made-up one, a dotted one."""

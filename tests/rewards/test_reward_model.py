@@ -154,6 +154,7 @@ def test_hostile_texts_reach_the_server(server: Server) -> None:
     assert lengths == [3, 6, 9, 10**6 + 3]
 
 
+@pytest.mark.slow
 def test_the_key_travels_to_the_child_and_nowhere_else(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

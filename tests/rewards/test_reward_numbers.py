@@ -309,6 +309,7 @@ def daemon(completions, how):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["session", "twice", "no_marker", "closed"])
 @pytest.mark.parametrize("ending", ["close", "timeout"])
 def test_nothing_that_a_function_starts_outlives_it(tmp_path: Path, how: str, ending: str) -> None:

@@ -20,7 +20,7 @@ import ray
 import torch
 import xxhash
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cohort.actors.config import ActorsConfig
 from cohort.actors.engine import EngineSpec
@@ -463,6 +463,30 @@ def test_float8_rollouts_are_rounded_again_at_every_update(tmp_path: Path) -> No
         far, near = np.concatenate(plain).mean(), np.concatenate(rough).mean()
         # What is left are activations on the edge between two values of float8.
         assert near < far / 5, (near, far)
+
+
+def test_a_stop_ends_a_completion_and_stays_in_it(served: Served) -> None:
+    """The text that an agent's request stops at was sampled, and is a part of the tokens."""
+    served.sync(served.publish(served.model()))
+    tokenizer = AutoTokenizer.from_pretrained(served.folder)
+    _, group = served.generate("whole", [5, 6, 7], n=1, max_tokens=48)
+    (whole,) = group.completions
+    # Letters that a token writes for the first time: most of this model's tokens are odd bytes.
+    texts = [tokenizer.decode([token]) for token in whole.token_ids]
+    stop = next(
+        text for at, text in enumerate(texts) if at > 3 and text.isascii() and text.isprintable()
+        and not any(text in before for before in texts[:at])
+    )  # fmt: skip
+    _, group = served.generate("stopped", [5, 6, 7], n=1, max_tokens=48, stop=(stop,))
+    (stopped,) = group.completions
+    length = len(stopped.token_ids)
+    assert 3 < length < len(whole.token_ids)
+    assert stopped.token_ids.tolist() == whole.token_ids[:length].tolist()
+    assert np.allclose(stopped.logprobs, whole.logprobs[:length], atol=1e-5)
+    assert stopped.finish_reason == "stop"
+    text = tokenizer.decode(stopped.token_ids, skip_special_tokens=False)
+    assert stop in text
+    assert stop not in tokenizer.decode(stopped.token_ids[:-1], skip_special_tokens=False)
 
 
 def test_overlong_prompts_fail_as_data(served: Served) -> None:

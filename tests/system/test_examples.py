@@ -70,6 +70,32 @@ def test_a_game_of_several_turns(cohort: Cohort, nothing_left: Callable[[], None
     nothing_left()
 
 
+def test_an_agent_with_its_own_loop(cohort: Cohort, nothing_left: Callable[[], None]) -> None:
+    """Its requests are the turns, and every token that is trained was sampled for one of them."""
+    folder = cohort.folder / "agent"
+    keys = (f"run.dir={folder}", "run.steps=2", "model.dtype=float32", "actors.max_tokens=8")
+    few = ("task.prompts_per_step=4", "task.group_size=8", "learner.learning_rate=1e-4")
+    printed = run("own_agent.py", *keys, *few, mark=cohort.mark)
+    assert "done: 2 steps" in printed
+    # Compared with something: some of the replies are right.
+    assert rows(folder)[-1]["samples/trained"] > 0
+    for step, row in enumerate(rows(folder)):
+        assert row["mismatch/logprob_abs_max"] < 5e-3
+        assert row["samples/failed"] == row["episodes/forks"] == 0
+        for sample in rollouts(folder, step):
+            episode = sample["episode"]
+            assert episode["stop_reason"] in ("done", "length")
+            turns = episode["turns"]
+            assert sum(turn["tokens"] for turn in turns) == len(sample["token_ids"])
+            answered = turns[-1]["reward"] > 0
+            assert len(turns) == (round(3 - 3 * turns[-1]["reward"]) + 1 if answered else 3)
+            at = sample["prompt_tokens"]
+            for turn in turns:
+                assert turn["kept"] == at
+                at += len(turn["inserted_ids"]) + turn["tokens"]
+    nothing_left()
+
+
 @pytest.mark.parametrize("script", ["custom_reward.py", "custom_task.py"])
 def test_a_run_with_something_of_ones_own(
     script: str, cohort: Cohort, tiny_model: Path, nothing_left: Callable[[], None]

@@ -35,7 +35,15 @@ def check_environment(
     try_environment(spec)
     tools = spec.tools
     names = ", ".join(tool["function"]["name"] for tool in tools)
-    stage.say(f"{config.task.environment}: " + (f"tools {names}" if tools else "no tools"))
+    what = f"tools {names}" if tools else "no tools"
+    if spec.agent:
+        what = "an agent, whose requests to the endpoint are the turns and bring the tools"
+        if not config.model.max_length:
+            stage.warn(
+                "model.max_length is not set, and what the agent tells the model is not known: "
+                "requests that do not fit are refused"
+            )
+    stage.say(f"{config.task.environment}: {what}")
     if tools and not supports_tools(tokenizer, arguments):
         stage.say(
             "the model's chat template knows no tools: they are described in the system message, "
