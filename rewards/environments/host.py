@@ -16,7 +16,7 @@ import os
 import pickle
 import signal
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ class Host:
             return {}
         if what == "try":
             # Whether an instance can be made at all. It plays nothing, so it is not closed either.
-            making = make_agent if is_agent(self._factory) else make
+            making: Callable[..., object] = make_agent if is_agent(self._factory) else make
             making(self._factory, self._options, self._run)
             return {}
         if what == "close":
