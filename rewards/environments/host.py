@@ -77,9 +77,9 @@ class Host:
             found = await playable.reset(arguments["row"], arguments["seed"])
             messages, cut = as_messages(found, self._longest)
             return {"messages": messages, "cut": cut}
-        playable = self._episodes[episode]
-        assert not isinstance(playable, AgentEnv), "the worker steps what it has reset"
-        step = await playable.step(Reply(**arguments["reply"]), arguments["seconds"])
+        stepped = self._episodes[episode]
+        assert not isinstance(stepped, AgentEnv), "the worker steps what it has reset"
+        step = await stepped.step(Reply(**arguments["reply"]), arguments["seconds"])
         return as_json(step, self._longest)
 
     async def _run_agent(self, episode: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
