@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import re
 import sys
@@ -12,7 +13,9 @@ import pytest
 import yaml
 from episode_table import call, results
 
+from cohort.rewards.config import TaskConfig
 from cohort.rewards.environments.loading import BUILT_IN
+from cohort.rewards.environments.specs import find_tools
 from tests import needs
 
 pytestmark = pytest.mark.slow
@@ -75,6 +78,31 @@ def test_a_class_with_tools_of_an_mcp_server(at_table: Any, files: Path) -> None
         assert made.end.reward == 1.0
 
     at_table(f"{files / 'sums.py'}:Sums", body, options=options_of("mcp"), step_timeout_s=60)
+
+
+@needs.bubblewrap
+def test_a_class_with_a_reward_that_runs_in_the_folder(at_table: Any, files: Path) -> None:
+    path = f"{files / 'coder.py'}:Coder"
+    names = [tool["function"]["name"] for tool in find_tools(TaskConfig(environment=path))]
+    assert names == ["python", "read_file", "write_file", "list_files"]
+
+    async def body(table: Any) -> None:
+        played = [
+            table.play([call("write_file", path="add.py", text=text), "Done."], i, max_tokens=400)
+            for i, text in enumerate(
+                [
+                    "def add(a, b): return a + b",
+                    "def add(a, b): return a - b",
+                    "while True: pass",
+                    "import os; os._exit(0)",
+                ]
+            )
+        ]
+        made = await asyncio.gather(*played)
+        assert [one.end.reward for one in made] == [1.0, 0.0, 0.0, 0.0]
+
+    options = {**options_of("sandbox"), "seconds": 2}
+    at_table(path, body, options=options, step_timeout_s=30)
 
 
 @pytest.mark.skipif(
