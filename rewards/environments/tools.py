@@ -234,7 +234,8 @@ class ToolEnv(Played):
             raise
         except ToolError as error:
             return f"error: {error}", True
-        except Exception as error:  # noqa: BLE001 - a boundary: the model is told, and it is counted
+        # A boundary: the model is told, and it is counted.
+        except (Exception, SystemExit) as error:  # noqa: BLE001
             return f"error: {error_tail(error, 500)}", True
 
     async def _result(self, call: ToolCall) -> object:
