@@ -241,7 +241,6 @@ class RolloutActor:
                     asyncio.create_task(self._play(request, index, request.host))
                     for index in range(request.sampling.n)
                 ],
-                self._version,
             )
             return
         try:

@@ -90,9 +90,7 @@ class Host:
         try:
             return as_outcome(await agent.run(arguments))
         finally:
-            # One that was begun again may have its name by now.
-            if self._running.get(episode) is call:
-                del self._running[episode]
+            self._running.pop(episode, None)
 
     async def _close(self, episode: str) -> dict[str, Any]:
         playable = self._episodes.pop(episode, None)

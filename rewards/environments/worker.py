@@ -110,6 +110,10 @@ class EnvironmentWorker:
         self, episode_id: str, prompt: Prompt, seed: int, alone: bool
     ) -> NextTurn | EpisodeEnd:
         """See `EpisodeHost.begin`."""
+        # Those of an engine that died: it cannot say that nobody waits for them any more.
+        played = episode_id.rpartition("/")[0]
+        for left in [one for one in self._episodes.values() if one.name.startswith(f"{played}/")]:
+            await self._close(left, tell=True)
         try:
             language = self._language(self._spec.tools)
             process = await (self._own() if alone else self._current())
@@ -125,7 +129,7 @@ class EnvironmentWorker:
             episode = AgentEpisode(
                 episode_id, prompt, process, limits, self._language, server, longest
             )
-        process.episodes.add(episode_id)
+        process.episodes.add(episode.key)
         self._episodes[episode_id] = episode
         return await self._after(episode, await episode.begin(seed))
 
@@ -165,7 +169,7 @@ class EnvironmentWorker:
         # One that was forgotten is closed already, and another may have its name by now.
         if self._episodes.get(episode.name) is episode:
             del self._episodes[episode.name]
-            process.episodes.discard(episode.name)
+            process.episodes.discard(episode.key)
             if tell:
                 await self._tell(episode)
         if process.retired and not process.episodes:
@@ -174,7 +178,7 @@ class EnvironmentWorker:
     async def _tell(self, episode: Episode | AgentEpisode) -> None:
         """Close the environment of an episode that did not come to its own end."""
         try:
-            await episode.process.call(episode.name, "close", {}, self._spec.limits.step_timeout_s)
+            await episode.process.call(episode.key, "close", {}, self._spec.limits.step_timeout_s)
         except TimeoutError:
             await self._retire(episode.process)
         except (CallFailed, ProcessLost):

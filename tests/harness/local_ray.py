@@ -291,6 +291,8 @@ class LocalRay:
         self._initialized = False
         self.stand_ins = stand_ins or {}
         self.actors: list[Actor] = []
+        # Of environments, made by the stand-ins.
+        self.processes: list[Any] = []
         self.events: list[Event] = []
         self.hooks: list[Callable[[Event], None]] = []
         self.node_names = [NODE]
