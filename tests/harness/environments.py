@@ -21,25 +21,25 @@ from cohort.rewards.results import error_tail
 from tests.harness.local_ray import current_actor, current_ray
 
 PROCESS_S = 1.0
-ANSWER_S = 0.3
 
 
 class Talk:
     """Says something to every reply, and ends when the tokens of one add up to a multiple of 3."""
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float = 0.3) -> None:
+        self._seconds = seconds
         self.turns, self._open = 0, False
 
     async def reset(self, row: Mapping[str, Any], seed: int) -> str:  # noqa: ARG002
         self._open = True
-        await asyncio.sleep(ANSWER_S)
+        await asyncio.sleep(self._seconds)
         return f"Game {seed % 100}."
 
     async def close(self) -> None:
         self._open = False
 
     async def step(self, reply: Reply) -> Step:
-        await asyncio.sleep(ANSWER_S)
+        await asyncio.sleep(self._seconds)
         self.turns += 1
         done = sum(reply.token_ids) % 3 == 0
         return Step(f"Turn {self.turns}.", reward=float(sum(reply.token_ids) % 5), done=done)

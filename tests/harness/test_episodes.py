@@ -160,6 +160,22 @@ def test_what_dies_in_an_episode_costs_none(talks: MakeTalks, hit: str, what: st
     assert run.rows()[-1]["samples/failed"] == 0
 
 
+def test_what_an_engine_left_behind_does_not_end_what_was_begun_again(talks: MakeTalks) -> None:
+    """The environment is still at its answer to the engine that died, and then done."""
+    run = talks(
+        run__steps=2,
+        task__environment_options='{"seconds": 60}',
+        environments__step_timeout_s=600,
+        environments__episode_timeout_s=6000,
+    )
+    run.on("answer", lambda _: run.ray.kill("rollout-0"), what="step", nth=9)
+    assert run.train() == 0
+    check_episodes(run, 2)
+    assert run.rows()[-1]["samples/failed"] == 0
+    names = [event.detail["episode"].partition("#")[0] for event in run.events("answer")]
+    assert not [name for name in names if name.endswith("/1")], "lost a second time"
+
+
 def test_an_episode_that_was_begun_again_is_the_same(talks: MakeTalks) -> None:
     quiet = talks(name="quiet", run__steps=2)
     assert quiet.train() == 0
