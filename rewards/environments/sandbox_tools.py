@@ -210,8 +210,10 @@ class SandboxTools:
                 if self._kept is not None:
                     self._kept.close()
                 self._kept = packed
-        text = [data.decode(errors="replace") for data in (outcome.stdout, outcome.stderr)]
-        return Called(None if stopped else outcome.returncode, *text, stopped)
+        stdout, stderr = (
+            data.decode(errors="replace") for data in (outcome.stdout, outcome.stderr)
+        )
+        return Called(None if stopped else outcome.returncode, stdout, stderr, stopped)
 
     def _packed(
         self, command: Sequence[str], files: Mapping[str, str], stdin: str, packed: IO[bytes]
