@@ -70,7 +70,7 @@ class _Pending:
 
     request: Request
     completions: list[asyncio.Task[Completion]]
-    started: float = field(default_factory=time.monotonic)
+    started: float = field(default_factory=lambda: time.monotonic())
 
 
 class RolloutActor:

@@ -115,6 +115,9 @@ def test_every_turn_is_accounted_for(talks: MakeTalks) -> None:
     rows = run.rows()
     assert sum(row["episodes/turns_total"] for row in rows) > 6 * 16
     assert rows[-1]["samples/failed"] == 0
+    for event in run.events("done", actor="rollout"):
+        if event.what == "collect":
+            assert 0 < event.detail["answer"][0].seconds < 60
     calls = Counter(event.what for event in run.events("answer"))
     assert calls["reset"] == calls["close"] == 6 * 16
     assert calls["step"] == sum(row["episodes/turns_total"] for row in rows)
