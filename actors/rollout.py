@@ -70,7 +70,7 @@ class _Pending:
 
     request: Request
     completions: list[asyncio.Task[Completion]]
-    started: float = field(default_factory=time.monotonic)
+    started: float = field(default_factory=lambda: time.monotonic())
 
 
 class RolloutActor:
@@ -241,7 +241,6 @@ class RolloutActor:
                     asyncio.create_task(self._play(request, index, request.host))
                     for index in range(request.sampling.n)
                 ],
-                self._version,
             )
             return
         try:

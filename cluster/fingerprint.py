@@ -19,6 +19,7 @@ from typing import TypedDict
 from pydantic import JsonValue
 
 from cohort.cluster.config import Config, expand
+from cohort.rewards.environments.loading import BUILT_IN as ENVIRONMENTS
 from cohort.rewards.specs import RewardSpec
 from cohort.rewards.tasks import BUILT_IN, Fingerprinted, Row, Task
 
@@ -146,8 +147,8 @@ def code_digests(config: Config, specs: Sequence[RewardSpec]) -> dict[str, str]:
     paths = {f"rewards.functions: {spec.path}": spec.path for spec in specs}
     if config.task.name not in BUILT_IN:
         paths[f"task.name: {config.task.name}"] = config.task.name
-    if config.task.environment is not None:
-        path = config.task.environment
+    path = config.task.environment
+    if path is not None and path not in ENVIRONMENTS:
         paths[f"task.environment: {path}"] = path
     files = {name: _source(path) for name, path in paths.items()}
     return {name: file_digest(file) for name, file in files.items() if file is not None}

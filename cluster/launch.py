@@ -36,7 +36,6 @@ from cohort.cluster.signals import Signals
 from cohort.learner.learner import Learner
 from cohort.learner.spec import LearnerSpec
 from cohort.rewards.environments.handle import EnvironmentHandle, EnvironmentPool
-from cohort.rewards.environments.specs import environment_spec
 from cohort.rewards.environments.worker import EnvironmentWorker
 from cohort.rewards.handle import RewardHandle
 from cohort.rewards.pool import RewardPool
@@ -210,17 +209,9 @@ def make_environments(prepared: Prepared, placement: Placement) -> EnvironmentPo
     """The workers of environments; Ray starts one again when it dies. None: there is none."""
     import ray
 
-    task, config = prepared.config.task, prepared.config.environments
-    if task.environment is None:
+    config, spec = prepared.config.environments, prepared.environment()
+    if spec is None:
         return None
-    spec = environment_spec(
-        task,
-        config,
-        model_path=prepared.model_path,
-        template_arguments=prepared.config.model.template_arguments,
-        max_length=prepared.lengths.max_length,
-        temperature=prepared.config.actors.temperature,
-    )
     return EnvironmentPool(
         [
             EnvironmentHandle(

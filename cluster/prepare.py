@@ -19,7 +19,8 @@ from cohort.cluster.errors import RunError
 from cohort.cluster.lengths import Lengths, check_lengths, render_rows
 from cohort.cluster.model_folder import inspect_model, load_tokenizer
 from cohort.rewards.continuation import Continuation
-from cohort.rewards.environments.specs import find_tools
+from cohort.rewards.environments.specs import environment_spec, find_tools
+from cohort.rewards.environments.worker import EnvironmentSpec, try_environment
 from cohort.rewards.rates import NO_RATES, PassRates
 from cohort.rewards.specs import RewardSpec, reward_specs
 from cohort.rewards.tasks import (
@@ -60,6 +61,19 @@ class Prepared:
     renderer: PromptRenderer
     lengths: Lengths
 
+    def environment(self) -> EnvironmentSpec | None:
+        """What a worker of environments gets; None: there is no environment."""
+        if self.config.task.environment is None:
+            return None
+        return environment_spec(
+            self.config.task,
+            self.config.environments,
+            model_path=self.model_path,
+            template_arguments=self.config.model.template_arguments,
+            max_length=self.lengths.max_length,
+            temperature=self.config.actors.temperature,
+        )
+
     def draw(self, cursor: int, count: int, rates: PassRates = NO_RATES) -> SampledPrompts:
         """So many training prompts from a place in their sequence on, and the place after them."""
         return sample_prompts(self.task, self.renderer, self.config.run.seed, cursor, count, rates)
@@ -82,7 +96,12 @@ def prepare(config: Config) -> Prepared:
     worker.close()
     renderer = make_renderer(config, tokenizer, context)
     lengths = check_lengths(config, render_rows(task, renderer), renderer, specs)
-    return Prepared(config, path, parameters, task, specs, renderer, lengths)
+    prepared = Prepared(config, path, parameters, task, specs, renderer, lengths)
+    environment = prepared.environment()
+    if environment is not None:
+        # Likewise.
+        try_environment(environment)
+    return prepared
 
 
 def longest_prompt(config: Config, context: int) -> int:

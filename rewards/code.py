@@ -75,9 +75,14 @@ class CodeTests:
         for name, value in (("max_tests", max_tests), ("parallel", parallel)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        self._sandbox = Sandbox(
-            sandbox, SandboxLimits(seconds=seconds, memory_bytes=memory_mb << 20)
-        )
+        limits = SandboxLimits(seconds=seconds, memory_bytes=memory_mb << 20)
+        try:
+            self._sandbox = Sandbox(sandbox, limits)
+        except SandboxError as error:
+            raise SandboxError(
+                f"{error}, or set sandbox: none in the options of this reward function to run the "
+                "code without isolation"
+            ) from error
         self._python = _interpreter(sandbox)
         self._max_tests = max_tests
         self._parallel = parallel

@@ -32,7 +32,7 @@ class TaskConfig(BaseModel):
         None,
         description="A class that answers the model's replies, as module:Class or path.py:Class: "
         "with reset and step, with public methods that are tools, or an Agent that asks the model "
-        "itself. Empty: one reply a prompt.",
+        "itself; or mcp, openenv, sandbox or skyrl_gym. Empty: one reply a prompt.",
     )
     environment_options: dict[str, Any] = Field(
         default_factory=dict, description="Keyword arguments of the environment's class."

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import re
-import select
 import shutil
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from cohort.rewards.supervise import (
     SandboxLimits,
     Start,
     in_memory,
+    readable,
     supervise,
 )
 from cohort.rewards.usage import ControlGroup, clear_left_groups, user_threads
@@ -84,7 +84,12 @@ class Sandbox:
                 self.limits = limits or SandboxLimits()
 
     def run(
-        self, command: Sequence[str], files: Mapping[str, str], stdin: str = ""
+        self,
+        command: Sequence[str],
+        files: Mapping[str, str],
+        stdin: str = "",
+        passed: Sequence[int] = (),
+        over: int | None = None,
     ) -> ProgramResult:
         """Run a command in an empty folder.
 
@@ -92,6 +97,9 @@ class Sandbox:
             command: The program and its arguments.
             files: Name -> text, read-only in the folder.
             stdin: What the program reads.
+            passed: Descriptors that it inherits under the same numbers; closed here once it has
+                them.
+            over: A descriptor that can be read when the program is no longer wanted.
 
         Raises:
             SandboxError: The sandbox, not the program, failed.
@@ -111,8 +119,8 @@ class Sandbox:
         group = self._group()
         try:
             if self._bwrap is None:
-                return self._unisolated(bounded, files, stdin, group)
-            return self._isolated(bounded, files, stdin, group)
+                return self._unisolated(bounded, files, stdin, group, passed, over)
+            return self._isolated(bounded, files, stdin, group, passed, over)
         finally:
             if group is not None:
                 group.close()
@@ -132,10 +140,12 @@ class Sandbox:
         files: Mapping[str, str],
         stdin: str,
         group: ControlGroup | None,
+        given: Sequence[int],
+        over: int | None,
     ) -> ProgramResult:
         status, report_end = os.pipe()
         waits, gate = os.pipe()
-        passed = [report_end, waits]
+        passed = [*given, report_end, waits]
         wrapped = [str(self._bwrap), *self._namespaces()]
         wrapped += ["--json-status-fd", str(report_end), "--block-fd", str(waits)]
         if (filter_ := refused_calls()) is not None:
@@ -151,14 +161,14 @@ class Sandbox:
 
         def first_process(_: int) -> int | None:
             nonlocal report
-            if select.select([status], [], [], PROBE_S)[0]:
+            if readable(status, PROBE_S):
                 report = os.read(status, 1 << 12)
             found = re.search(rb'"child-pid": *(\d+)', report)
             return int(found[1]) if found else None
 
         start = Start(wrapped, gate, False, passed, self._user, "/", {}, first_process)
         with os.fdopen(status, "rb") as file:
-            outcome = supervise(start, stdin.encode(errors="replace"), self.limits, group)
+            outcome = supervise(start, stdin.encode(errors="replace"), self.limits, group, over)
             report += file.read()
         # The sandbox did not start the program.
         if not outcome.stopped and b"exit-code" not in report:
@@ -201,8 +211,7 @@ class Sandbox:
                 words = outcome.stderr.decode(errors="replace").strip()
                 why = f"bwrap cannot work here: {words[:300] or outcome.stopped}"
         raise SandboxError(
-            f"no sandbox for the code that the model writes: {why}. Install or allow it, or set "
-            "sandbox: none in the options of this reward function to run the code without isolation"
+            f"no sandbox for the code that the model writes: {why}. Install or allow it"
         )
 
     def _unisolated(
@@ -211,6 +220,8 @@ class Sandbox:
         files: Mapping[str, str],
         stdin: str,
         group: ControlGroup | None,
+        given: Sequence[int],
+        over: int | None,
     ) -> ProgramResult:
         with tempfile.TemporaryDirectory(prefix="cohort-code-") as folder:
             for name, text in files.items():
@@ -222,5 +233,7 @@ class Sandbox:
             waits, gate = os.pipe()
             reaped = [sys.executable, "-I", "-S", "-B", REAPER, str(waits), *loose]
             environment = {"PATH": PATH, "HOME": folder, "LANG": "C.UTF-8"}
-            start = Start(reaped, gate, True, [waits], None, folder, environment, lambda pid: pid)
-            return supervise(start, stdin.encode(errors="replace"), self.limits, group)
+            start = Start(
+                reaped, gate, True, [*given, waits], None, folder, environment, lambda pid: pid
+            )
+            return supervise(start, stdin.encode(errors="replace"), self.limits, group, over)

@@ -24,7 +24,7 @@ KILL_S = 5.0
 # How long output may still come when the program has ended.
 REST_S = 1.0
 
-Stopped = Literal["", "time", "output", "memory", "processes"]
+Stopped = Literal["", "time", "output", "memory", "processes", "over"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class ProgramResult:
         stdout: Its output.
         stderr: Its output of errors.
         seconds: That it ran, by the clock.
-        stopped: The limit for which it was killed; "" for none.
+        stopped: The limit for which it was killed; "over": it was no longer wanted; "" for neither.
     """
 
     returncode: int | None
@@ -101,7 +101,11 @@ def in_memory(content: bytes) -> int:
 
 
 def supervise(
-    start: Start, stdin: bytes, limits: SandboxLimits, group: ControlGroup | None
+    start: Start,
+    stdin: bytes,
+    limits: SandboxLimits,
+    group: ControlGroup | None,
+    over: int | None = None,
 ) -> ProgramResult:
     """Run a command until it ends, or is killed for exceeding a limit; nothing of it is left.
 
@@ -110,6 +114,7 @@ def supervise(
         stdin: What the program reads.
         limits: On the program.
         group: The control group that bounds it, if there is one.
+        over: A descriptor that can be read when the program is no longer wanted.
     """
     began = time.monotonic()
     given = in_memory(stdin)
@@ -141,7 +146,7 @@ def supervise(
                 group.add(pid)
             with contextlib.suppress(BrokenPipeError):
                 os.write(gate, b"1")
-            stopped, stdout, stderr = _watch(process, began, limits, group)
+            stopped, stdout, stderr = _watch(process, began, limits, group, over)
         finally:
             os.close(gate)
             if start.ends_with_gate and not _ended(process.pid, KILL_S):
@@ -160,6 +165,7 @@ def _watch(
     began: float,
     limits: SandboxLimits,
     group: ControlGroup | None,
+    over: int | None,
 ) -> tuple[Stopped, bytes, bytes]:
     """Until the process has ended and its output is read, or a limit is exceeded."""
     assert process.stdout is not None
@@ -169,17 +175,20 @@ def _watch(
     ended, deadline = os.pidfd_open(process.pid), began + limits.seconds
     stopped: Stopped = ""
     with selectors.DefaultSelector() as selector:
-        for descriptor in (ended, *collected):
+        for descriptor in (ended, *collected, *([] if over is None else [over])):
             selector.register(descriptor, selectors.EVENT_READ)
-        while selector.get_map() and not stopped:
+        while (watched := {key.fd for key in selector.get_map().values()} - {over}) and not stopped:
             left = deadline - time.monotonic()
             ready = selector.select(max(0.0, min(left, GLANCE_S if bounded else LOOK_S)))
-            running = ended in {key.fd for key in selector.get_map().values()}
+            running = ended in watched
             if left <= 0:
                 # When it has ended, who still holds its output is none of it.
                 stopped = "time" if running else ""
                 break
             for key, _ in ready:
+                if key.fd == over:
+                    stopped = "over"
+                    break
                 if key.fd == ended:
                     selector.unregister(ended)
                     deadline = min(deadline, time.monotonic() + REST_S)
@@ -222,6 +231,13 @@ def _ended(pid: int, seconds: float) -> bool:
     """Wait until a child ends, without reaping it."""
     descriptor = os.pidfd_open(pid)
     try:
-        return bool(select.select([descriptor], [], [], seconds)[0])
+        return readable(descriptor, seconds)
     finally:
         os.close(descriptor)
+
+
+def readable(descriptor: int, seconds: float) -> bool:
+    """Whether a descriptor, of any number, can be read within so many seconds."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(seconds * 1000))

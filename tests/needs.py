@@ -3,6 +3,7 @@ continuous integration has not tried counts as broken there."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 
@@ -14,3 +15,11 @@ bubblewrap = pytest.mark.skipif(
     shutil.which("bwrap") is None and not IN_CI,
     reason="bubblewrap is not installed (apt-get install bubblewrap)",
 )
+
+
+def package(name: str) -> pytest.MarkDecorator:
+    """A package of requirements/cpu.lock that an older virtual environment may lack."""
+    return pytest.mark.skipif(
+        importlib.util.find_spec(name) is None and not IN_CI,
+        reason=f"{name} is not installed (make setup)",
+    )

@@ -102,7 +102,7 @@ class AgentEpisode(Hosted):
             "model": MODEL,
         }
         # It lasts as long as its requests do.
-        call = self.process.call(self.name, "run", offered, None)
+        call = self.process.call(self.key, "run", offered, None)
         self._run = asyncio.create_task(call)
         self._run.add_done_callback(lambda _: self._news.set())
         return await self._next()

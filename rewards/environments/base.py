@@ -34,6 +34,14 @@ class EnvironmentLoadError(CohortError):
     """The environment cannot be loaded; the message names the key or the line to change."""
 
 
+class EnvironmentFailed(Exception):
+    """Raised by a tool whose episode is worth nothing, because a service that it needs is down.
+
+    The episode is counted and not trained, as with `Step.failure`. Of any other exception the
+    model is told, and the episode goes on.
+    """
+
+
 @dataclass(frozen=True)
 class ToolCall:
     """One call of a tool, as the model wrote it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ from cohort.rewards.rendering import RenderError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+_numbers = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -105,11 +109,14 @@ class Hosted:
         limits: Its bounds.
 
     Attributes:
+        key: Its name in its process: one that was begun again has another, so that an answer to
+            the one before never reaches it.
         hangs: Whether the environment did not answer in time: its process has to go.
     """
 
     def __init__(self, name: str, prompt: Prompt, process: HostProcess, limits: Limits) -> None:
         self.name = name
+        self.key = f"{name}#{next(_numbers)}"
         self.process = process
         self.hangs = False
         self._prompt = prompt
@@ -142,7 +149,7 @@ class Hosted:
     ) -> dict[str, Any]:
         """What the environment answers within a limit, which a key of the config names."""
         try:
-            return await self.process.call(self.name, what, arguments, limit_s)
+            return await self.process.call(self.key, what, arguments, limit_s)
         except TimeoutError:
             self.hangs = True
             message = f"{what} gave no answer within {limit_s:.3g} s ({key})"
@@ -265,7 +272,7 @@ class Episode(Hosted):
         key = "environments.step_timeout_s"
         if what == "step" and left < limit:
             limit, key = max(0.1, left), "environments.episode_timeout_s"
-        return await self._answer(what, arguments, stage, limit, key)
+        return await self._answer(what, {**arguments, "seconds": limit}, stage, limit, key)
 
     def _rendered(self) -> list[int]:
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # What a worker has beyond an environment's own deadlines: to start processes, to end what hangs.
 SLACK_S = 150.0
+# Between two calls of a worker that is being started again.
+RESTART_S = 0.5
 
 
 class EnvironmentHandle:
@@ -40,10 +42,23 @@ class EnvironmentHandle:
     async def begin(
         self, episode_id: str, prompt: Prompt, seed: int, alone: bool
     ) -> NextTurn | EpisodeEnd:
-        """See `EpisodeHost.begin`."""
-        call: ObjectRef[NextTurn | EpisodeEnd]
-        call = self._actor.begin.remote(episode_id, prompt, seed, alone)
-        return await self._answer(call, "reset")
+        """See `EpisodeHost.begin`. Waits for a worker that Ray is starting again."""
+        from ray.exceptions import ActorUnavailableError
+
+        async def call() -> NextTurn | EpisodeEnd:
+            while True:
+                try:
+                    return await self._begun(episode_id, prompt, seed, alone)
+                except ActorUnavailableError:
+                    # Otherwise what was lost with it would be begun again in vain.
+                    await asyncio.sleep(RESTART_S)
+
+        return await self._answer(call(), "reset")
+
+    def _begun(
+        self, episode_id: str, prompt: Prompt, seed: int, alone: bool
+    ) -> ObjectRef[NextTurn | EpisodeEnd]:
+        return self._actor.begin.remote(episode_id, prompt, seed, alone)
 
     async def step(
         self,
@@ -75,7 +90,7 @@ class EnvironmentHandle:
         ray.kill(self._actor)
 
     async def _answer(
-        self, call: ObjectRef[NextTurn | EpisodeEnd], stage: Stage
+        self, call: Awaitable[NextTurn | EpisodeEnd], stage: Stage
     ) -> NextTurn | EpisodeEnd:
         """What the worker answers; its loss, and its mistakes, are failures of the episode."""
         try:

@@ -16,7 +16,7 @@ import os
 import pickle
 import signal
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,14 @@ from cohort.rewards.environments.base import (
     readable,
 )
 from cohort.rewards.environments.frames import read_frame, write_frame
-from cohort.rewards.environments.loading import AgentEnv, Playable, load_class, make, make_agent
+from cohort.rewards.environments.loading import (
+    AgentEnv,
+    Playable,
+    is_agent,
+    load_class,
+    make,
+    make_agent,
+)
 from cohort.rewards.results import error_tail
 
 # Calls of environments that are not `async` and run at one time.
@@ -55,6 +62,11 @@ class Host:
         """What an environment says to a call, as JSON can hold it."""
         if what == "ping":
             return {}
+        if what == "try":
+            # Whether an instance can be made at all. It plays nothing, so it is not closed either.
+            making: Callable[..., object] = make_agent if is_agent(self._factory) else make
+            making(self._factory, self._options, self._run)
+            return {}
         if what == "close":
             return await self._close(episode)
         if what == "run":
@@ -67,7 +79,8 @@ class Host:
             return {"messages": messages, "cut": cut}
         stepped = self._episodes[episode]
         assert not isinstance(stepped, AgentEnv), "the worker steps what it has reset"
-        return as_json(await stepped.step(Reply(**arguments["reply"])), self._longest)
+        step = await stepped.step(Reply(**arguments["reply"]), arguments["seconds"])
+        return as_json(step, self._longest)
 
     async def _run_agent(self, episode: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         agent = make_agent(self._factory, self._options, self._run)
@@ -77,9 +90,7 @@ class Host:
         try:
             return as_outcome(await agent.run(arguments))
         finally:
-            # One that was begun again may have its name by now.
-            if self._running.get(episode) is call:
-                del self._running[episode]
+            self._running.pop(episode, None)
 
     async def _close(self, episode: str) -> dict[str, Any]:
         playable = self._episodes.pop(episode, None)

@@ -2,15 +2,56 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from cohort.rewards.environments.base import Agent, EnvironmentLoadError, Message, Reply, Step
-from cohort.rewards.environments.tools import Played, Run, ToolEnv, accepted, has_step, tool_names
-from cohort.rewards.loading import RewardLoadError, load_attribute
+from cohort.rewards.environments.tools import (
+    Played,
+    Run,
+    ToolEnv,
+    accepted,
+    has_served,
+    has_step,
+    tool_names,
+)
+from cohort.rewards.loading import RewardLoadError, load_attribute, resolve_path
 from cohort.rewards.results import error_tail
+
+# The short names of environments that come with Cohort, as `task.environment` takes them.
+BUILT_IN = {
+    "mcp": "cohort.rewards.environments.adapters.mcp:McpTools",
+    "openenv": "cohort.rewards.environments.adapters.openenv:OpenEnv",
+    "sandbox": "cohort.rewards.environments.sandbox_tools:SandboxTools",
+    "skyrl_gym": "cohort.rewards.environments.adapters.skyrl_gym:SkyRLGym",
+}
+
+
+def environment_path(name: str, base: Path) -> str:
+    """The path that `task.environment` means: of a short name, or of a file, made absolute.
+
+    Args:
+        name: A short name, module:Class or path.py:Class.
+        base: The folder from which files are named.
+
+    Raises:
+        EnvironmentLoadError: A word that is no short name.
+
+    Example:
+        >>> environment_path("sandbox", Path("."))
+        'cohort.rewards.environments.sandbox_tools:SandboxTools'
+    """
+    if name in BUILT_IN or not name.isidentifier():
+        return BUILT_IN.get(name) or resolve_path(name, base)
+    near = difflib.get_close_matches(name, BUILT_IN, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(BUILT_IN)}."
+    raise EnvironmentLoadError(
+        f"task.environment={name} is none of Cohort's environments: {hint} Your own is "
+        "module:Class or path/to/file.py:Class"
+    )
 
 
 class StepEnv(Played):
@@ -23,7 +64,7 @@ class StepEnv(Played):
         )
         return found
 
-    async def step(self, reply: Reply) -> Step:
+    async def step(self, reply: Reply, _: float) -> Step:
         step: Step = await self._run(self.instance.step, reply)
         return step
 
@@ -57,7 +98,7 @@ def load_class(path: str, stubs: Path | None = None) -> Callable[..., Any]:
     """The class, or function that makes environments, which `task.environment` names.
 
     Args:
-        path: module:Class or path.py:Class.
+        path: module:Class or path.py:Class, see `environment_path`.
         stubs: See `cohort.rewards.loading.load_function`.
 
     Raises:
@@ -73,7 +114,8 @@ def load_class(path: str, stubs: Path | None = None) -> Callable[..., Any]:
         if factory.run is Agent.run:
             raise EnvironmentLoadError(f"task.environment={path} is an Agent without `run`")
         return factory
-    if inspect.isclass(factory) and not has_step(factory) and not tool_names(factory):
+    able = has_step(factory) or has_served(factory) or tool_names(factory)
+    if inspect.isclass(factory) and not able:
         raise EnvironmentLoadError(
             f"task.environment={path} has neither a method `step` nor a public method to be a tool"
         )

@@ -8,10 +8,9 @@ from typing import Any
 
 from cohort.rewards.config import EnvironmentsConfig, TaskConfig
 from cohort.rewards.environments.episode import Limits
-from cohort.rewards.environments.loading import is_agent, load_class
-from cohort.rewards.environments.tools import has_step, tool_schemas
+from cohort.rewards.environments.loading import environment_path, is_agent, load_class
+from cohort.rewards.environments.tools import has_served, has_step, tool_schemas
 from cohort.rewards.environments.worker import EnvironmentSpec
-from cohort.rewards.loading import resolve_path
 
 
 def load_environment(task: TaskConfig, base: Path | None = None) -> Callable[..., Any]:
@@ -21,12 +20,12 @@ def load_environment(task: TaskConfig, base: Path | None = None) -> Callable[...
         EnvironmentLoadError: It cannot be loaded.
     """
     assert task.environment is not None
-    return load_class(resolve_path(task.environment, base or Path.cwd()))
+    return load_class(environment_path(task.environment, base or Path.cwd()))
 
 
 def find_tools(task: TaskConfig, base: Path | None = None) -> list[dict[str, Any]]:
-    """The schemas of the environment's tools; empty where it has `step` of its own, is an agent
-    (its requests bring them), or a function.
+    """The schemas of the environment's tools; empty where it has `step` of its own and no `tools`,
+    is an agent (its requests bring them), or a function.
 
     Raises:
         EnvironmentLoadError: It cannot be loaded, or a tool cannot be described.
@@ -37,7 +36,10 @@ def find_tools(task: TaskConfig, base: Path | None = None) -> list[dict[str, Any
     if has_step(factory):
         # One that answers itself may say which tools it knows.
         return list(getattr(factory, "tools", ()))
-    return tool_schemas(factory)
+    tools = tool_schemas(factory)
+    if has_served(factory):
+        tools += factory.served(task.environment_options)
+    return tools
 
 
 def environment_spec(
@@ -61,7 +63,7 @@ def environment_spec(
         max_length,
     )
     return EnvironmentSpec(
-        path=resolve_path(task.environment, base or Path.cwd()),
+        path=environment_path(task.environment, base or Path.cwd()),
         options=task.environment_options,
         tools=find_tools(task, base),
         model_path=model_path,

@@ -13,6 +13,7 @@ import logging
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -95,10 +96,10 @@ class EnvironmentWorker:
         hide_environment()
 
     async def check(self) -> str | None:
-        """Load everything that episodes need; why that failed, or None."""
+        """Load everything that episodes need, and make an instance; why that failed, or None."""
         try:
             self._language(self._spec.tools)
-            await self._current()
+            await _construct(await self._current(), self._spec)
             if self._spec.agent:
                 await self._serving()
         except (EnvironmentLoadError, OSError) as error:
@@ -109,6 +110,10 @@ class EnvironmentWorker:
         self, episode_id: str, prompt: Prompt, seed: int, alone: bool
     ) -> NextTurn | EpisodeEnd:
         """See `EpisodeHost.begin`."""
+        # Those of an engine that died: it cannot say that nobody waits for them any more.
+        played = episode_id.rpartition("/")[0]
+        for left in [one for one in self._episodes.values() if one.name.startswith(f"{played}/")]:
+            await self._close(left, tell=True)
         try:
             language = self._language(self._spec.tools)
             process = await (self._own() if alone else self._current())
@@ -124,7 +129,7 @@ class EnvironmentWorker:
             episode = AgentEpisode(
                 episode_id, prompt, process, limits, self._language, server, longest
             )
-        process.episodes.add(episode_id)
+        process.episodes.add(episode.key)
         self._episodes[episode_id] = episode
         return await self._after(episode, await episode.begin(seed))
 
@@ -164,7 +169,7 @@ class EnvironmentWorker:
         # One that was forgotten is closed already, and another may have its name by now.
         if self._episodes.get(episode.name) is episode:
             del self._episodes[episode.name]
-            process.episodes.discard(episode.name)
+            process.episodes.discard(episode.key)
             if tell:
                 await self._tell(episode)
         if process.retired and not process.episodes:
@@ -173,7 +178,7 @@ class EnvironmentWorker:
     async def _tell(self, episode: Episode | AgentEpisode) -> None:
         """Close the environment of an episode that did not come to its own end."""
         try:
-            await episode.process.call(episode.name, "close", {}, self._spec.limits.step_timeout_s)
+            await episode.process.call(episode.key, "close", {}, self._spec.limits.step_timeout_s)
         except TimeoutError:
             await self._retire(episode.process)
         except (CallFailed, ProcessLost):
@@ -193,35 +198,15 @@ class EnvironmentWorker:
         """The process that takes new episodes, started where there is none."""
         async with self._starting:
             if self._process is None or not self._process.alive:
-                self._process = await self._start()
+                self._process = await start_process(self._spec)
             return self._process
 
     async def _own(self) -> HostProcess:
         """A process for one episode, which ends with it."""
         async with self._few:
-            process = await self._start()
+            process = await start_process(self._spec)
         process.retired = True
         return process
-
-    async def _start(self) -> HostProcess:
-        unset = sorted(set(self._spec.secrets) - set(os.environ))
-        if unset:
-            raise EnvironmentLoadError(
-                f"{', '.join(unset)}: not set in the environment of {platform.node()}, and named "
-                "in environments.secrets"
-            )
-        hello = {
-            "path": self._spec.path,
-            "options": dict(self._spec.options),
-            "memory_bytes": self._spec.memory_bytes,
-            "message_chars": self._spec.message_chars,
-        }
-        shown = scrubbed_environment(os.environ, self._spec.secrets)
-        if self._spec.agent:
-            # A proxy does not lead to this machine.
-            for name in ("NO_PROXY", "no_proxy"):
-                shown[name] = ",".join(filter(None, (shown.get(name), LOOPBACK)))
-        return await HostProcess.start(hello, shown, START_TIMEOUT_S)
 
     async def _serving(self) -> ChatServer:
         """Where agents ask the model."""
@@ -255,3 +240,61 @@ class EnvironmentWorker:
             self._languages.pop(next(iter(self._languages)))
         self._languages[key] = Language(tokenizer, continuation, parser, stops)
         return self._languages[key]
+
+
+async def start_process(spec: EnvironmentSpec) -> HostProcess:
+    """A process that has loaded the class.
+
+    Raises:
+        EnvironmentLoadError: It could not.
+    """
+    unset = sorted(set(spec.secrets) - set(os.environ))
+    if unset:
+        raise EnvironmentLoadError(
+            f"{', '.join(unset)}: not set in the environment of {platform.node()}, and named "
+            "in environments.secrets"
+        )
+    hello = {
+        "path": spec.path,
+        "options": dict(spec.options),
+        "memory_bytes": spec.memory_bytes,
+        "message_chars": spec.message_chars,
+    }
+    shown = scrubbed_environment(os.environ, spec.secrets)
+    if spec.agent:
+        # A proxy does not lead to this machine.
+        for name in ("NO_PROXY", "no_proxy"):
+            shown[name] = ",".join(filter(None, (shown.get(name), LOOPBACK)))
+    return await HostProcess.start(hello, shown, START_TIMEOUT_S)
+
+
+def try_environment(spec: EnvironmentSpec) -> None:
+    """Make one instance in a process of its own, which ends then.
+
+    Raises:
+        EnvironmentLoadError: The class cannot be loaded or constructed.
+    """
+
+    async def tried() -> None:
+        process = await start_process(spec)
+        try:
+            await _construct(process, spec)
+        finally:
+            process.kill()
+
+    # In a loop of its own, because the caller may be in one.
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(asyncio.run, tried()).result()
+
+
+async def _construct(process: HostProcess, spec: EnvironmentSpec) -> None:
+    limit = spec.limits.step_timeout_s
+    try:
+        await process.call("", "try", {}, limit)
+    except (CallFailed, ProcessLost) as error:
+        raise EnvironmentLoadError(str(error)) from error
+    except TimeoutError:
+        raise EnvironmentLoadError(
+            f"task.environment={spec.path} was not constructed within {limit:g} s "
+            "(environments.step_timeout_s)"
+        ) from None

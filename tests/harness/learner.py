@@ -131,24 +131,11 @@ class LocalLearnerWorker:
                 group = by_id[row.group_id].group
                 by_name = {completion.id: completion for completion in group.completions}
                 prompt = group.prompt.token_ids
-                at = policy.state(self.weights, prompt)
-                ours = policy.distribution(self.weights, at, self.spec.temperature)
                 for segment in row.segments:
-                    completion = by_name[segment.completion_id]
-                    ratio = ours[completion.token_ids] - completion.logprobs
-                    factor = segment.advantage * segment.weight
-                    stats += LossStats(
-                        loss=-factor * float(np.exp(ratio).sum()),
-                        tokens=segment.tokens,
-                        k3=float((np.exp(ratio) - 1 - ratio).sum()),
-                        engine_ratio=float(np.exp(ratio).sum()),
-                        log_ratio_abs_max=float(np.abs(ratio).max()),
-                    )
-                    found = policy.gradient(
-                        self.weights, prompt, completion.token_ids, self.spec.temperature
-                    )
-                    for name, slope in found.items():
-                        total[name] += np.float32(factor) * slope
+                    turns = policy.parts(prompt, by_name[segment.completion_id])
+                    advantages = segment.turn_advantages or (segment.advantage,) * len(turns)
+                    for advantage, turn in zip(advantages, turns, strict=True):
+                        stats += self._train(total, turn, advantage * segment.weight)
         summed = await self._gang.sum(self.spec.rank, [total["embed"], total["head"]])
         gradients = dict(zip(("embed", "head"), summed, strict=True))
         norm = float(np.sqrt(sum(float(g @ g) for g in gradients.values())))
@@ -161,6 +148,28 @@ class LocalLearnerWorker:
             self.weights[name] = self.weights[name] + rate * self.momentum[name]
         self.updates_done += 1
         return UpdateResult(stats, True, norm, learning_rate)
+
+    def _train(
+        self,
+        total: policy.Weights,
+        turn: tuple[list[int], np.ndarray, np.ndarray],
+        factor: float,
+    ) -> LossStats:
+        """Add the gradients of one turn's tokens."""
+        context, tokens, logprobs = turn
+        at = policy.state(self.weights, context)
+        ours = policy.distribution(self.weights, at, self.spec.temperature)
+        ratio = ours[tokens] - logprobs
+        found = policy.gradient(self.weights, context, tokens, self.spec.temperature)
+        for name, slope in found.items():
+            total[name] += np.float32(factor) * slope
+        return LossStats(
+            loss=-factor * float(np.exp(ratio).sum()),
+            tokens=len(tokens),
+            k3=float((np.exp(ratio) - 1 - ratio).sum()),
+            engine_ratio=float(np.exp(ratio).sum()),
+            log_ratio_abs_max=float(np.abs(ratio).max()),
+        )
 
     async def reference_kl(
         self,

@@ -169,7 +169,10 @@ class Actor:
         def fail(error: BaseException) -> None:
             settle(error=error)
 
-        if self.death is not None:
+        if self.ray.unwinding:
+            # The dead say nothing.
+            pass
+        elif self.death is not None:
             fail(self.death)
         else:
             self._calls.add(fail)
@@ -291,6 +294,10 @@ class LocalRay:
         self._initialized = False
         self.stand_ins = stand_ins or {}
         self.actors: list[Actor] = []
+        # Whether what runs is the end of a task of a process that is dead.
+        self.unwinding = False
+        # Of environments, made by the stand-ins.
+        self.processes: list[Any] = []
         self.events: list[Event] = []
         self.hooks: list[Callable[[Event], None]] = []
         self.node_names = [NODE]
@@ -455,7 +462,9 @@ def _gated(work: Any, actor: Actor, life: int) -> Any:
                 yield from actor.thawed.wait().__await__()
             if actor.life != life:
                 if sent is None:
+                    actor.ray.unwinding = True
                     work.close()  # it may not have begun, and then never will
+                    actor.ray.unwinding = False
                 yield from asyncio.get_running_loop().create_future()
             try:
                 waiting_for = send(sent)
@@ -468,7 +477,9 @@ def _gated(work: Any, actor: Actor, life: int) -> Any:
                     raise
                 sent, send = error, work.throw
     finally:
+        actor.ray.unwinding = actor.life != life
         _unwind(work)
+        actor.ray.unwinding = False
 
 
 def _unwind(work: Any) -> None:

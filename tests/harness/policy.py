@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from cohort.actors.records import Completion
+
 Weights = dict[str, np.ndarray]
 LEARNING_SCALE = 200.0
 END = 2  # of tests.models.tiny_tokenizer
@@ -61,6 +63,24 @@ def gradient(
     embed = np.zeros_like(head)
     np.add.at(embed, list(prompt), slope / len(prompt))
     return {"embed": embed.astype(np.float32), "head": head.astype(np.float32)}
+
+
+def parts(
+    prompt: Sequence[int], completion: Completion
+) -> list[tuple[list[int], np.ndarray, np.ndarray]]:
+    """What each turn continued, its sampled tokens, and the engine's log-probs of them."""
+    if not completion.turns:
+        return [(list(prompt), completion.token_ids, completion.logprobs)]
+    found, sequences, at = [], [], 0
+    for turn in completion.turns:
+        shape = turn.shape
+        parent = list(prompt) if shape.parent is None else sequences[shape.parent]
+        context = [*parent[: shape.kept], *turn.inserted_ids.tolist()]
+        end = at + shape.sampled
+        found.append((context, completion.token_ids[at:end], completion.logprobs[at:end]))
+        sequences.append([*context, *completion.token_ids[at:end].tolist()])
+        at = end
+    return found
 
 
 def read(path: str | Path) -> Weights:

@@ -15,8 +15,11 @@ import pytest
 from ray.exceptions import ActorDiedError, ObjectLostError, RayActorError, RayTaskError
 
 from cohort.learner.worker import LearnerWorker
+from cohort.rewards.environments.process import HostProcess
+from cohort.rewards.environments.worker import start_process
 from tests.harness import clock
 from tests.harness.engine import Vllm, install_vllm
+from tests.harness.environments import LocalProcess, start_here
 from tests.harness.learner import LocalLearnerWorker
 from tests.harness.local_ray import LocalRay
 from tests.harness.world import in_cluster
@@ -68,6 +71,15 @@ def test_the_names_in_the_place_of_vllms_are_in_vllm(monkeypatch: pytest.MonkeyP
         path = vllm_file("/".join(module.split(".")[1:]))
         file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
         assert not [n for n in names if n not in file.read_text()], module
+
+
+def test_a_process_of_environments_has_what_its_worker_asks_of_the_real_one() -> None:
+    ours, real = public(LocalProcess), public(HostProcess)
+    # `start` is a classmethod, which `start_here` stands in for.
+    assert set(ours) == set(real)
+    for name, function in real.items():
+        assert parameters(ours[name]) == parameters(function), name
+    assert parameters(start_here) == parameters(start_process)
 
 
 class Counter:

@@ -14,7 +14,7 @@ ones, and so are RolloutActor (its gate, versions, refusals), Engine and RewardW
 - vLLM (`engine.py`): prefix cache, pausing, weight updates and seeded sampling of a policy that
   fits into two numpy vectors (`policy.py`);
 - DeepSpeed (`learner.py`): ranks that hold these vectors and an optimizer with momentum;
-- the reward worker's child process (`rewards.py`);
+- the reward worker's child process (`rewards.py`), and that of environments (`environments.py`);
 - time (`clock.py`): a loop that jumps to the next timer. `time.monotonic` follows it.
 
 A run writes its folder as a real one does, so `train` again with `run__resume=True` continues it.
@@ -26,7 +26,7 @@ How to interfere: `world.on(kind, action, actor=..., what=..., nth=...)`, see `W
 Events of stand-ins: `update` (an engine loads weights; reply "ignore" makes it keep the old ones),
 `reset` (of a prefix cache), `publish`, `step` (reply "nonfinite"), `save`; and `call`/`done` of
 every method of every actor, with `detail["args"]` and `detail["answer"]`, and `stored` with the
-`detail["ref"]` of what stays in the object store.
+`detail["ref"]` of what stays in the object store; `answer` of an environment's process.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ import cohort.cluster.commands.train
 import cohort.cluster.launch
 import cohort.cluster.prepare
 import cohort.cluster.ray_start
+import cohort.rewards.environments.worker
 from cohort.cluster.commands.train import run_training
 from cohort.cluster.config import Config
 from cohort.cluster.config_file import load_config
@@ -55,6 +56,7 @@ from cohort.cluster.placement import GIB, Resources
 from cohort.learner.checkpoint import latest, load_state
 from tests.harness import clock, policy
 from tests.harness.engine import LocalRolloutActor, install_vllm
+from tests.harness.environments import LocalEnvironmentWorker, start_here
 from tests.harness.learner import LocalLearnerWorker
 from tests.harness.local_ray import NODE, Event, LocalRay
 from tests.harness.rewards import LoadedHere, LocalRewardWorker
@@ -64,6 +66,7 @@ STAND_INS = {
     "RolloutActor": LocalRolloutActor,
     "LearnerWorker": LocalLearnerWorker,
     "RewardWorker": LocalRewardWorker,
+    "EnvironmentWorker": LocalEnvironmentWorker,
 }
 MACHINE = Resources(cpus=16, gpus=0, memory=64 * GIB)
 CONFIG = Path(__file__).parent / "world.yaml"
@@ -139,6 +142,10 @@ class World:
             patch.setattr(cohort.cluster.ray_start, "this_machine", lambda: MACHINE)
             patch.setattr(cohort.cluster.launch, "this_machine", lambda: MACHINE)
             patch.setattr(cohort.cluster.prepare, "RewardWorker", LoadedHere)
+            patch.setattr(cohort.cluster.prepare, "try_environment", lambda _: None)
+            environments = cohort.rewards.environments.worker
+            patch.setattr(environments, "start_process", start_here)
+            patch.setattr(environments, "hide_environment", lambda: None)
             self._shm.mkdir(parents=True, exist_ok=True)
             patch.setattr(cohort.cluster.launch, "SHM", self._shm)
             patch.setattr(cohort.actors.rollout, "SHM", self._shm)

@@ -35,6 +35,10 @@ LOST = "tests/harness/test_lost_groups.py"
 VALUES = "tests/cluster/test_values.py"
 ENVIRONMENTS = "tests/rewards/test_environments.py"
 AGENTS = "tests/rewards/test_agents.py"
+TALKS = "tests/harness/test_episodes.py"
+BAD_EPISODES = "tests/rewards/test_bad_episodes.py"
+SANDBOX_TOOLS = "tests/rewards/test_sandbox_tools.py"
+MCP_TOOLS = "tests/rewards/test_mcp_tools.py"
 
 MUTANTS = (
     Mutant(
@@ -785,5 +789,111 @@ MUTANTS = (
         "        if False:\n",
         "an agent has no more turns than the config allows",
         (f"{AGENTS}::test_a_limit_refuses_the_request_and_names_the_episodes_end",),
+    ),
+    # Episodes under faults, tools, and the sandbox as tools.
+    Mutant(
+        "rewards/environments/handle.py",
+        "                except ActorUnavailableError:",
+        "                except ZeroDivisionError:",
+        "a worker of environments that is started again is waited for",
+        (f"{TALKS}::test_what_dies_in_an_episode_costs_none",),
+    ),
+    Mutant(
+        "rewards/environments/handle.py",
+        "ray.kill(self._actor, no_restart=False)",
+        "pass",
+        "a worker of environments that is frozen is replaced",
+        (f"{TALKS}::test_what_dies_in_an_episode_costs_none",),
+    ),
+    Mutant(
+        "rewards/environments/worker.py",
+        "await self._close(left, tell=True)",
+        "pass",
+        "an environment that an engine left behind is closed",
+        (f"{TALKS}::test_what_dies_in_an_episode_costs_none",),
+    ),
+    Mutant(
+        "rewards/environments/worker.py",
+        "await self._close(episode, tell=answer.failure is not None and not episode.hangs)",
+        "pass",
+        "a worker keeps nothing of an episode that has ended",
+        (f"{TALKS}::test_every_turn_is_accounted_for",),
+    ),
+    Mutant(
+        "rewards/environments/episode.py",
+        'self.key = f"{name}#{next(_numbers)}"',
+        "self.key = name",
+        "what is left of an episode does not end the one that was begun again",
+        (f"{TALKS}::test_what_an_engine_left_behind_does_not_end_what_was_begun_again",),
+    ),
+    Mutant(
+        "actors/play.py",
+        "ATTEMPTS = 2",
+        "ATTEMPTS = 1",
+        "an episode that was lost is begun again",
+        (f"{TALKS}::test_what_dies_in_an_episode_costs_none",),
+    ),
+    Mutant(
+        "actors/play.py",
+        'seed=derive_seed(self._seed, "turn", number) if number else self._seed,',
+        "seed=derive_seed(self._seed, name, number),",
+        "an episode that is begun again has the same seeds",
+        (f"{TALKS}::test_an_episode_that_was_begun_again_is_the_same",),
+    ),
+    Mutant(
+        "actors/rollout.py",
+        "return made, (version, max(self._version, version))",
+        "return made, (version, version)",
+        "a turn says which weights it ended with",
+        (f"{TALKS}::test_weights_may_change_between_turns_within_bounds",),
+    ),
+    Mutant(
+        "rewards/environments/tools.py",
+        "        except (Exception, SystemExit) as error:",
+        "        except ValueError as error:",
+        "the model is told of a tool that raises",
+        (f"{BAD_EPISODES}::test_the_model_reads_what_a_tool_did",),
+    ),
+    Mutant(
+        "rewards/environments/tools.py",
+        "BEGIN_BEFORE = 0.5",
+        "BEGIN_BEFORE = 5",
+        "many slow calls do not look like one that hangs",
+        (f"{BAD_EPISODES}::test_many_slow_calls_do_not_look_like_one_that_hangs",),
+    ),
+    Mutant(
+        "rewards/environments/adapters/mcp.py",
+        "if error.code == CONNECTION_CLOSED:",
+        "if False:",
+        "an MCP server that has ended fails its episode",
+        (f"{MCP_TOOLS}::test_a_server_that_dies_fails_its_episode",),
+    ),
+    Mutant(
+        "rewards/environments/sandbox_tools.py",
+        "if not stopped and not _whole(packed):",
+        "if False:",
+        "a folder that was not packed whole is not kept",
+        (f"{SANDBOX_TOOLS}::test_a_call_beyond_a_limit_harms_nothing",),
+    ),
+    Mutant(
+        "rewards/environments/sandbox_tools.py",
+        "            if not stopped:\n",
+        "            if True:\n",
+        "a call that was stopped leaves no trace",
+        (f"{SANDBOX_TOOLS}::test_a_call_beyond_a_limit_harms_nothing",),
+    ),
+    Mutant(
+        "rewards/environments/sandbox_tools.py",
+        "kill -9 -1 2>/dev/null\n",
+        "",
+        "what a call leaves running does not write to the folder",
+        (f"{SANDBOX_TOOLS}::test_what_a_call_leaves_running_does_not_write_to_the_folder",),
+    ),
+    Mutant(
+        "rewards/environments/sandbox_tools.py",
+        "with self._one, self._place(), contextlib",
+        "with self._one, contextlib",
+        "so many sandboxes run at one time",
+        (f"{SANDBOX_TOOLS}::test_so_many_at_once_and_the_others_wait",),
     ),
 )

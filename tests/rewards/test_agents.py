@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_environments import MAX_LENGTH, Table
+from episode_table import MAX_LENGTH, Table
 from transformers import AutoTokenizer
 
 from cohort.actors.records import Completion, Group

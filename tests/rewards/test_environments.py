@@ -5,127 +5,22 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import pytest
-from transformers import AutoTokenizer
+from episode_table import HOSTILE, MAX_LENGTH, Table, spec_of
 
-from cohort.actors.engine import RawCompletion
-from cohort.actors.play import Player
-from cohort.actors.records import Completion, Group, Prompt, Request, SamplingSpec
-from cohort.rewards.config import EnvironmentsConfig, TaskConfig
+from cohort.actors.records import Group
+from cohort.rewards.config import TaskConfig
 from cohort.rewards.environments.base import EnvironmentLoadError
 from cohort.rewards.environments.scores import environment_scores
-from cohort.rewards.environments.specs import environment_spec, find_tools
-from cohort.rewards.environments.worker import EnvironmentSpec, EnvironmentWorker
+from cohort.rewards.environments.specs import find_tools
+from cohort.rewards.environments.worker import EnvironmentWorker
 
 pytestmark = pytest.mark.slow
-
-HERE = Path(__file__).parent
-MAX_LENGTH = 4096
-Reply = str | list[int]
-
-
-def spec_of(model: Path, name: str, **keys: Any) -> EnvironmentSpec:
-    task = TaskConfig(
-        environment=f"{HERE / 'hostile_environments.py'}:{name}",
-        environment_options=keys.pop("options", {}),
-        history=keys.pop("history", "append"),
-    )
-    config = EnvironmentsConfig(**{"step_timeout_s": 3, **keys})
-    return environment_spec(
-        task, config, model_path=str(model), template_arguments={}, max_length=MAX_LENGTH
-    )
-
-
-class Table:
-    """Plays episodes of one worker; the replies come from a list instead of an engine."""
-
-    def __init__(self, model: Path, spec: EnvironmentSpec) -> None:
-        self.tokenizer = AutoTokenizer.from_pretrained(model)
-        self.worker = EnvironmentWorker(spec)
-        self.contexts: list[list[int]] = []
-        self.specs: list[SamplingSpec] = []
-
-    # What the worker's handle does.
-
-    async def begin(self, episode_id: str, prompt: Prompt, seed: int, alone: bool) -> Any:
-        return await self.worker.begin(episode_id, prompt, seed, alone)
-
-    async def step(
-        self, episode_id: str, token_ids: np.ndarray, finish_reason: Any, logprobs: np.ndarray
-    ) -> Any:
-        return await self.worker.step(episode_id, token_ids, finish_reason, logprobs)
-
-    def forget(self, episode_id: str) -> None:
-        asyncio.get_running_loop().create_task(self.worker.forget(episode_id))
-
-    def ids(self, reply: Reply) -> list[int]:
-        if isinstance(reply, list):
-            return reply
-        return [*self.tokenizer(reply)["input_ids"], self.tokenizer.eos_token_id]
-
-    def prompt(self, **columns: Any) -> Prompt:
-        messages = [{"role": "user", "content": "Begin."}]
-        ids = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=False
-        )
-        return Prompt("p", tuple(ids), messages, columns)
-
-    async def play(
-        self,
-        replies: Sequence[Reply],
-        index: int = 0,
-        max_tokens: int = 64,
-        seconds: float = 0.0,
-        **columns: Any,
-    ) -> Completion:
-        """One episode in which the model says this, each reply after so many seconds; its last
-        reply again and again."""
-        left = iter(replies)
-        said: list[Reply] = list(replies)
-
-        async def sample(
-            _name: str, token_ids: Sequence[int], spec: SamplingSpec, _greedy: bool
-        ) -> tuple[RawCompletion, tuple[int, int]]:
-            self.contexts.append(list(token_ids))
-            self.specs.append(spec)
-            await asyncio.sleep(seconds)
-            ids = self.ids(next(left, said[-1]))[: spec.max_tokens]
-            end = ids and ids[-1] == self.tokenizer.eos_token_id
-            made = RawCompletion(
-                np.asarray(ids), np.full(len(ids), -0.5, np.float32),
-                "stop" if end else "length", spec.seed,
-            )  # fmt: skip
-            return made, (3, 4)
-
-        request = Request("g", self.prompt(**columns), SamplingSpec(max_tokens, 1.0, 2, 17))
-        text = lambda ids: self.tokenizer.decode(ids, skip_special_tokens=True)  # noqa: E731
-        return await Player(request, index, self, sample, text, MAX_LENGTH, 3).play()
-
-
-@pytest.fixture
-def at_table(tiny_model: Path) -> Callable[..., Any]:
-    """Runs a coroutine function with a Table: `at_table("Guess", body, max_turns=3)`."""
-
-    def run(name: str, body: Callable[[Table], Awaitable[Any]], **keys: Any) -> Any:
-        async def main() -> Any:
-            table = Table(tiny_model, spec_of(tiny_model, name, **keys))
-            try:
-                return await body(table)
-            finally:
-                process = table.worker._process
-                if process is not None:
-                    process.kill()
-
-        return asyncio.run(main())
-
-    return run
 
 
 def test_an_episode_of_several_turns(at_table: Any) -> None:
@@ -381,7 +276,7 @@ NOT_LOADED = {
 
 @pytest.mark.parametrize("name", NOT_LOADED)
 def test_what_is_no_environment_is_said_before_anything_starts(name: str) -> None:
-    task = TaskConfig(environment=f"{HERE / 'hostile_environments.py'}:{name}")
+    task = TaskConfig(environment=f"{HOSTILE}:{name}")
     with pytest.raises(EnvironmentLoadError, match=NOT_LOADED[name]):
         find_tools(task)
 
@@ -393,8 +288,7 @@ def test_options_that_a_class_does_not_take(tiny_model: Path) -> None:
         table = Table(tiny_model, spec)
         made = await table.play(["go"], city="Kyoto")
         assert made.end is not None and made.end.failure is not None
-        assert table.worker._process is not None
-        table.worker._process.kill()
+        table.kill()
         return made.end.failure.message
 
     assert "task.environment_options" in asyncio.run(main())

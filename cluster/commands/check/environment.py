@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from cohort.actors.engine import stop_token_ids
 from cohort.cluster.commands.check.stages import Stage
 from cohort.cluster.config import Config
-from cohort.rewards.environments.loading import is_agent
-from cohort.rewards.environments.specs import find_tools, load_environment
+from cohort.rewards.environments.specs import environment_spec
+from cohort.rewards.environments.worker import try_environment
 from cohort.rewards.prefix_proof import prove
 from cohort.rewards.tool_messages import supports_tools
 
@@ -21,11 +21,22 @@ LONGEST_DIFFERENCE = 160
 def check_environment(
     config: Config, model_path: str, tokenizer: PreTrainedTokenizerBase, stage: Stage
 ) -> None:
-    """Load the environment's class; say how its messages become tokens, and in which cases."""
-    tools = find_tools(config.task)
+    """Load the environment's class and make an instance; say how its messages become tokens, and in
+    which cases."""
+    arguments = config.model.template_arguments
+    spec = environment_spec(
+        config.task,
+        config.environments,
+        model_path=model_path,
+        template_arguments=arguments,
+        # No episode is played here.
+        max_length=0,
+    )
+    try_environment(spec)
+    tools = spec.tools
     names = ", ".join(tool["function"]["name"] for tool in tools)
     what = f"tools {names}" if tools else "no tools"
-    if is_agent(load_environment(config.task)):
+    if spec.agent:
         what = "an agent, whose requests to the endpoint are the turns and bring the tools"
         if not config.model.max_length:
             stage.warn(
@@ -33,7 +44,6 @@ def check_environment(
                 "requests that do not fit are refused"
             )
     stage.say(f"{config.task.environment}: {what}")
-    arguments = config.model.template_arguments
     if tools and not supports_tools(tokenizer, arguments):
         stage.say(
             "the model's chat template knows no tools: they are described in the system message, "
