@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -77,15 +77,21 @@ ENDS: dict[str, Callable[[], Any]] = {
 }
 
 
-def every_end(stages: Iterable[str]) -> Iterator[Any]:
-    """Every stage with every end. Always run: SIGKILL, and in turns an error and SIGTERM. The
-    other of the two is slow; the rarer ends take as long again."""
-    for n, stage in enumerate(stages):
-        seldom = ("error", "SIGTERM")[n % 2]
-        for how in ENDS:
-            rare = how in ("exit", "SIGINT")
-            marks = [pytest.mark.exhaustive] if rare else [pytest.mark.slow] * (how == seldom)
-            yield pytest.param(stage, how, marks=marks)
+def every_end(stages: Iterable[str]) -> list[Any]:
+    """Every stage with every end; with three of them in turns always, with others slow. The rarer
+    ends take as long again."""
+    return [
+        pytest.param(stage, how, marks=_marks(n, how))
+        for n, stage in enumerate(stages)
+        for how in ENDS
+    ]
+
+
+def _marks(number: int, how: str) -> list[Any]:
+    if how in ("exit", "SIGINT"):
+        return [pytest.mark.exhaustive]
+    always = ("error", "SIGKILL", "SIGTERM")[number % 3]
+    return [] if how == always else [pytest.mark.slow]
 
 
 def end_at(patch: pytest.MonkeyPatch, place: tuple[Any, str, int], end: Callable[[], Any]) -> None:

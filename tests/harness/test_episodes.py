@@ -14,6 +14,7 @@ from tests.harness.environments import LocalEnvironmentWorker
 from tests.harness.local_ray import Event
 from tests.harness.test_chaos import check_books
 from tests.harness.world import Chaos, World
+from tests.pace import some
 
 KEYS: dict[str, Any] = {
     "task__environment": "tests.harness.environments:Talk",
@@ -152,7 +153,7 @@ HITS = {
 }
 
 
-@pytest.mark.parametrize("what", ["reset", "step", "close"])
+@pytest.mark.parametrize("what", some(["step", "reset", "close"], 3))
 @pytest.mark.parametrize("hit", HITS)
 def test_what_dies_in_an_episode_costs_none(talks: MakeTalks, hit: str, what: str) -> None:
     """What was lost is begun again, with the same seeds."""
@@ -219,7 +220,7 @@ def test_above_the_rate_the_run_stops_in_the_environments_words(talks: MakeTalks
         run.train()
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", some(range(6), 6))
 def test_a_run_survives_random_faults(talks: MakeTalks, seed: int) -> None:
     run = talks(
         run__steps=25,

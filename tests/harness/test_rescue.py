@@ -21,6 +21,7 @@ from cohort.cluster.stream import Batch
 from cohort.learner.checkpoint import CheckpointError, Checkpoints, NotFiniteError
 from cohort.learner.learner import Learner, LearnerError
 from tests.harness.world import World
+from tests.pace import some
 
 MakeWorld = Callable[..., World]
 
@@ -81,7 +82,7 @@ def break_publish(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Learner, "publish", publish)
 
 
-@pytest.mark.parametrize("staleness", [0, 2])
+@pytest.mark.parametrize("staleness", some([2, 0], 2))
 @pytest.mark.parametrize(
     ("breaks", "error"),
     [(break_sync, RolloutError), (break_take, AssertionError), (break_publish, LearnerError)],
