@@ -7,7 +7,7 @@ logits of one part exist, in the forward and in the backward pass.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -234,7 +234,7 @@ class PolicyModel(nn.Module):
                 return kernel
         return "masked"
 
-    def compile_parts(self, backend: str = "inductor") -> None:
+    def compile_parts(self, backend: Any = "inductor") -> None:
         """Compile the decoder layers, once for all of them and all lengths, and fuse the scores.
 
         Args:
@@ -244,6 +244,12 @@ class PolicyModel(nn.Module):
         for layer in _decoder_layers(self.model):
             layer.compile(dynamic=True, backend=backend)
         self.fuses_scores = True
+
+    def compile_nothing(self) -> None:
+        """Undo `compile_parts`."""
+        for layer in _decoder_layers(self.model):
+            layer._compiled_call_impl = None
+        self.fuses_scores = False
 
     def use_what_works_for(self, policy: PolicyModel) -> None:
         """Take over what `self_check` found out of a policy of the same architecture."""

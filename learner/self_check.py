@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -13,6 +14,9 @@ from cohort.learner.logprobs import ModelInputs, PolicyModel, UnsupportedModel
 from cohort.learner.shapes import RowShape
 
 logger = logging.getLogger(__name__)
+
+# Tokens of what is scored: a prompt with two completions.
+PROMPT, FIRST, SECOND = 4, 3, 4
 
 
 @torch.no_grad()
@@ -32,45 +36,25 @@ def self_check(policy: PolicyModel, temperature: float) -> None:
             logits in a way that the learner does not know; or `learner.attention` names a kernel
             that cannot be used.
     """
-    model = policy.model
-    device = next(model.parameters()).device
-    vocabulary = int(model.get_output_embeddings().weight.shape[0])
-    prompt, first, second = 4, 3, 4
-    length = prompt + first + second
-    ids = (torch.arange(1, length + 1, device=device) * 7919) % vocabulary
-    position = torch.arange(length, device=device)
-    position[prompt + first :] -= first
-    target = ids[prompt + first :]
-    alone = torch.cat([ids[:prompt], target])
-    if policy.attention == "eager":
-        model.set_attn_implementation("eager")
-    logits = model(input_ids=alone[None], use_cache=False).logits[0, prompt - 1 : -1]
-    theirs = (logits.float() / temperature).log_softmax(-1).gather(1, target[:, None])[:, 0]
+    row = _Row.of(policy)
+    model, device = policy.model, row.ids.device
+    theirs = row.expected(policy, temperature)
     # Log-probs of arbitrary tokens are around -10; bfloat16 keeps 8 bits of a logit.
-    precise = next(model.parameters()).dtype == torch.float32
-    limit = 1e-3 if precise else 0.5
+    limit = _limit(policy)
 
-    def score(row: torch.Tensor, position: torch.Tensor, shape: RowShape) -> torch.Tensor:
-        predict = torch.arange(len(row) - second - 1, len(row) - 1, device=device)
-        predict[0] = prompt - 1
-        inputs = ModelInputs(row, position, Tree((shape,)), predict, target)
-        scores: torch.Tensor = policy(inputs, temperature)[0]
-        return scores
-
-    def error(row: torch.Tensor, position: torch.Tensor, shape: RowShape) -> float:
+    def error(row: _Row) -> float:
         try:
-            ours = score(row, position, shape)
+            ours = row.score(policy, temperature)
         except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise
         except (TypeError, ValueError, RuntimeError):
             return math.inf  # takes no positions, or no attention of ours
         return float((ours - theirs).abs().max())
 
-    shared = RowShape(prompt, (first, second))
     configured = policy.attention
     if policy.can_tree:
         policy.attention = "tree"  # auto would not take it on a GPU
-        policy.can_tree = error(ids, position, shared) <= limit
+        policy.can_tree = error(row) <= limit
         policy.attention = configured
     if configured == "tree" and not policy.can_tree:
         raise UnsupportedModel(
@@ -82,7 +66,11 @@ def self_check(policy: PolicyModel, temperature: float) -> None:
         if policy.kernel(device, policy.window is not None and kernel == "flex") != kernel:
             continue
         policy.attention = kernel
-        problem = _try(policy, kernel, lambda: score(ids, position, shared), theirs, limit)
+        problem = (
+            "has no gradients on CPUs"
+            if kernel == "flex" and device.type == "cpu"
+            else _try(policy, row, temperature, theirs)
+        )
         policy.attention = configured
         if kernel == "flash":
             policy.can_flash = problem is None
@@ -96,10 +84,10 @@ def self_check(policy: PolicyModel, temperature: float) -> None:
             instead = "flex" if policy.kernel(device) == "flex" else "sdpa under L x L masks"
             logger.warning("attention is computed by %s: %s %s", instead, kernel, problem)
     if configured != "tree":
-        policy.shares_prompts = error(ids, position, shared) <= limit
+        policy.shares_prompts = error(row) <= limit
     if policy.shares_prompts:
         return
-    found = error(alone, torch.arange(len(alone), device=device), RowShape(prompt, (second,)))
+    found = error(row.alone())
     if not found <= limit:
         raise UnsupportedModel(
             f"{type(model).__name__}: log-probs differ from the model's own by "
@@ -108,23 +96,90 @@ def self_check(policy: PolicyModel, temperature: float) -> None:
         )
 
 
-def _try(
-    policy: PolicyModel,
-    kernel: str,
-    score: Callable[[], torch.Tensor],
-    expected: torch.Tensor,
-    limit: float,
-) -> str | None:
+@torch.no_grad()
+def compile_if_it_works(
+    policy: PolicyModel, temperature: float, required: bool, backend: Any = "inductor"
+) -> None:
+    """`PolicyModel.compile_parts`, tried forward and backward; nothing, where that fails.
+
+    Args:
+        policy: Whole, on its device, after `self_check`.
+        temperature: Of the rollouts.
+        required: By `learner.compile=on`.
+        backend: torch.compile's.
+
+    Raises:
+        UnsupportedModel: It fails and is required.
+    """
+    row = _Row.of(policy)
+    row = row if policy.shares_prompts else row.alone()
+    expected = row.score(policy, temperature)
+    policy.compile_parts(backend)
+    problem = _try(policy, row, temperature, expected)
+    if problem is None:
+        return
+    policy.compile_nothing()
+    if required:
+        raise UnsupportedModel(f"learner.compile=on cannot be used: {problem}; use auto or off")
+    logger.warning("the learner is not compiled and slower (learner.compile): it %s", problem)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """Tokens to score: the second completion of a prompt, behind the first or alone."""
+
+    ids: torch.Tensor
+    position: torch.Tensor
+    shape: RowShape
+
+    @classmethod
+    def of(cls, policy: PolicyModel) -> _Row:
+        weight = policy.model.get_output_embeddings().weight
+        length = PROMPT + FIRST + SECOND
+        ids = (torch.arange(1, length + 1, device=weight.device) * 7919) % int(weight.shape[0])
+        position = torch.arange(length, device=weight.device)
+        position[PROMPT + FIRST :] -= FIRST
+        return cls(ids, position, RowShape(PROMPT, (FIRST, SECOND)))
+
+    def alone(self) -> _Row:
+        ids = torch.cat([self.ids[:PROMPT], self.ids[-SECOND:]])
+        return _Row(ids, torch.arange(len(ids), device=ids.device), RowShape(PROMPT, (SECOND,)))
+
+    def score(self, policy: PolicyModel, temperature: float) -> torch.Tensor:
+        """[SECOND] log-probs, by the policy."""
+        predict = torch.arange(
+            len(self.ids) - SECOND - 1, len(self.ids) - 1, device=self.ids.device
+        )
+        predict[0] = PROMPT - 1
+        inputs = ModelInputs(
+            self.ids, self.position, Tree((self.shape,)), predict, self.ids[-SECOND:]
+        )
+        scores: torch.Tensor = policy(inputs, temperature)[0]
+        return scores
+
+    def expected(self, policy: PolicyModel, temperature: float) -> torch.Tensor:
+        """[SECOND] log-probs, by the model's own forward."""
+        if policy.attention == "eager":
+            policy.model.set_attn_implementation("eager")
+        alone = self.alone().ids
+        logits = policy.model(input_ids=alone[None], use_cache=False).logits[0, PROMPT - 1 : -1]
+        logprobs = (logits.float() / temperature).log_softmax(-1)
+        return logprobs.gather(1, self.ids[-SECOND:, None])[:, 0]
+
+
+def _limit(policy: PolicyModel) -> float:
+    return 1e-3 if next(policy.model.parameters()).dtype == torch.float32 else 0.5
+
+
+def _try(policy: PolicyModel, row: _Row, temperature: float, expected: torch.Tensor) -> str | None:
     """Score forward and backward, which compiles what training needs.
 
     Returns:
         None where the log-probs are the expected ones, else what is wrong, in a line.
     """
-    if kernel == "flex" and expected.is_cpu:
-        return "has no gradients on CPUs"
     try:
         with torch.enable_grad():
-            found = score()
+            found = row.score(policy, temperature)
             weight = policy.model.get_input_embeddings().weight
             (gradient,) = torch.autograd.grad(found.sum(), weight)
     except (torch.OutOfMemoryError, torch.AcceleratorError):
@@ -132,6 +187,6 @@ def _try(
     except Exception as error:  # noqa: BLE001 - a compiler's errors have no common class
         return f"failed with {type(error).__name__}: {' '.join(str(error).split())[:200]}"
     difference = float((found - expected).abs().max())
-    if difference <= limit and bool(gradient.isfinite().all()):
+    if difference <= _limit(policy) and bool(gradient.isfinite().all()):
         return None
     return f"differs from the model's own forward by {difference:.3g}"

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from cohort.learner.flex import FLEX_MULTIPLE
 from cohort.learner.logprobs import PolicyModel
 from cohort.learner.saving import try_to_write
-from cohort.learner.self_check import self_check
+from cohort.learner.self_check import compile_if_it_works, self_check
 from cohort.learner.shapes import LENGTH_MULTIPLE
 from cohort.learner.spec import LearnerSpec, ModelFacts
 from cohort.learner.state import Engine, RankState
@@ -53,7 +53,7 @@ def set_up(
 
         convert(policy.model, spec.learner.float8, device)
     if spec.learner.compiles(spec.device):
-        policy.compile_parts()
+        compile_if_it_works(policy, spec.temperature, spec.learner.compile == "on")
     state = RankState(spec, device, folder, policy, _deepspeed_engine(spec, policy))
     if spec.algorithm.kl_coef > 0:
         from cohort.learner.reference import ReferencePolicy
@@ -61,7 +61,7 @@ def set_up(
         original = load_policy(spec, folder, device, gradient_checkpointing=False)
         original.use_what_works_for(policy)
         if spec.learner.compiles(spec.device):
-            original.compile_parts()
+            compile_if_it_works(original, spec.temperature, spec.learner.compile == "on")
         state.reference = ReferencePolicy(original, spec.learner.zero_stage, spec.dtype)
     return state, _facts(policy, device, parameters)
 

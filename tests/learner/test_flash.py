@@ -16,9 +16,9 @@ from cohort.learner.attention import Tree, TreeAttention
 from cohort.learner.batch import build_micro_batch
 from cohort.learner.config import LearnerConfig
 from cohort.learner.flash import Parts, cut, tree_flash
-from cohort.learner.logprobs import PolicyModel
+from cohort.learner.logprobs import PolicyModel, UnsupportedModel
 from cohort.learner.output_layer import LogitScale, TokenScores
-from cohort.learner.self_check import self_check
+from cohort.learner.self_check import compile_if_it_works, self_check
 from cohort.learner.shapes import Join, RowShape
 from tests.learner.helpers import scored_group, tiny_model
 from tests.learner.test_episodes import ALL_IN_ONE, batches, expected_logprobs, mixed
@@ -217,6 +217,24 @@ def test_the_check_falls_back_from_what_fails(
     self_check(policy, 0.7)
     assert (policy.can_flash, policy.kernel(CPU), policy.shares_prompts) == (False, "masked", True)
     assert "flash failed with RuntimeError: FlashAttention only support" in caplog.text
+
+
+def test_what_cannot_be_compiled_is_not_compiled(
+    compilers: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("no code for this machine")
+
+    groups, policy = mixed(), PolicyModel(tiny_model("llama-tied"), "flash")
+    plain = scored(policy, groups)[1]
+    with pytest.raises(UnsupportedModel, match=r"learner\.compile=on cannot be used.*no code for"):
+        compile_if_it_works(policy, 0.7, required=True, backend=broken)
+    compile_if_it_works(policy, 0.7, required=False, backend=broken)
+    assert "slower (learner.compile): it failed with" in caplog.text
+    assert torch.equal(scored(policy, groups)[1], plain)
+    assert not policy.fuses_scores
+    compile_if_it_works(policy, 0.7, required=True, backend=compilers)
+    assert policy.fuses_scores and compilers.frame_count
 
 
 @pytest.mark.usefixtures("compilers")
