@@ -137,7 +137,9 @@ class HostProcess:
         future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._waiting[number] = future
         try:
-            write_frame(self._writer, pickle.dumps((number, episode, what, payload)))
+            # It closes with its process, a moment before `_lose` says so to this call, too.
+            if not self._writer.is_closing():
+                write_frame(self._writer, pickle.dumps((number, episode, what, payload)))
             async with asyncio.timeout(timeout_s):
                 reply = await future
         finally:
