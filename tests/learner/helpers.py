@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -237,11 +238,13 @@ def reference_loss(
     reference: Any = None,
     old: Any = None,
     kl: dict[str, float] | None = None,
+    of_completion: Callable[..., torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """The first update of a step as the papers have it: one completion, one token at a time.
 
     reference: the reference model; None: the model itself. old: the model at the start of the
-    step; None: the model as it is. kl: of each completion, for a KL in the reward.
+    step; None: the model as it is. kl: of each completion, for a KL in the reward. of_completion:
+    log-probs by (model, prompt's tokens, completion, temperature); None: without turns.
     """
     algorithm = algorithm or AlgorithmConfig()
     trained, sampled = reference_advantages(groups, algorithm, max_tokens, kl)
@@ -254,9 +257,10 @@ def reference_loss(
         completion = group.group.completions[i]
 
         def score(policy: Any, group: Any = group, completion: Any = completion) -> torch.Tensor:
-            return reference_logprobs(
-                policy, group.group.prompt.token_ids, completion.token_ids, temperature
-            )
+            prompt = group.group.prompt.token_ids
+            if of_completion is not None:
+                return of_completion(policy, prompt, completion, temperature)
+            return reference_logprobs(policy, prompt, completion.token_ids, temperature)
 
         now = score(model)
         mu = torch.from_numpy(completion.logprobs)

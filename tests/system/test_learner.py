@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from cohort.actors.process import last_lines
-from cohort.actors.records import ScoredGroup, ScoredRef
+from cohort.actors.records import Completion, ScoredGroup, ScoredRef
 from cohort.learner import attention
 from cohort.learner.batch import build_micro_batch
 from cohort.learner.checkpoint import Checkpoints, load_state
@@ -32,6 +32,7 @@ from cohort.learner.logprobs import PolicyModel
 from cohort.learner.presets import Preset
 from cohort.learner.spec import LearnerSpec, ModelFacts
 from cohort.learner.worker import LearnerWorker
+from tests.learner.episodes import SHAPES, episode_group, episode_logprobs
 from tests.learner.helpers import (
     metas,
     reference_logprobs,
@@ -126,19 +127,30 @@ def gradients(
     algorithm: AlgorithmConfig,
     reference: Path | None = None,
     kl: dict[str, float] | None = None,
+    of_completion: Callable[..., torch.Tensor] | None = None,
 ) -> tuple[float, dict, float]:
     policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     base = None
     if reference is not None:
         base = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32).eval()
     loss = reference_loss(
-        policy, groups, temperature=TEMPERATURE, algorithm=algorithm, reference=base, kl=kl
-    )
+        policy, groups, temperature=TEMPERATURE, algorithm=algorithm, reference=base, kl=kl,
+        of_completion=of_completion,
+    )  # fmt: skip
     loss.backward()
     # Tied parameters appear once here; their gradient is the sum over both uses.
     found = {name: p.grad.clone() for name, p in policy.named_parameters()}
     norm = math.sqrt(sum(float((g.double() ** 2).sum()) for g in found.values()))
     return float(loss.detach()), found, norm
+
+
+def turn_by_turn(
+    model: Any, prompt: tuple[int, ...], completion: Completion, temperature: float
+) -> torch.Tensor:
+    """Log-probs of a completion, of one with turns each sequence by itself."""
+    if completion.turns:
+        return episode_logprobs(model, prompt, completion, temperature)
+    return reference_logprobs(model, prompt, completion.token_ids, temperature)
 
 
 async def weights(group: Learner) -> dict[str, torch.Tensor]:
@@ -261,6 +273,19 @@ def test_step_equals_reference(
             result = await group.step([put(g) for g in alone])
             assert result.loss == pytest.approx(loss, rel=2e-5, abs=2e-6)
             assert result.grad_norm == pytest.approx(norm, rel=1e-4)
+            # Episodes whose histories fork, beside plain completions.
+            await group.load(start_folder)
+            forked = [episode_group("episodes", SHAPES, [1.0, 0.0, 0.5, 0.2]), groups[1], groups[2]]
+            loss, expected, norm = gradients(
+                start_folder / "hf", forked, AlgorithmConfig(), of_completion=turn_by_turn
+            )
+            result = await group.step([put(g) for g in forked])
+            assert result.loss == pytest.approx(loss, rel=2e-5, abs=2e-6)
+            assert result.grad_norm == pytest.approx(norm, rel=1e-4)
+            after = await weights(group)
+            for name, gradient in expected.items():
+                moved = before[name] - after[name]
+                torch.testing.assert_close(moved, gradient, atol=2e-5 * norm, rtol=2e-3)
         finally:
             group.kill()
 
