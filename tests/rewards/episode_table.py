@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import uvloop
 from transformers import AutoTokenizer
 
 from cohort.actors.engine import RawCompletion
@@ -121,7 +122,9 @@ def at_table_of(
         finally:
             table.kill()
 
-    return asyncio.run(main())
+    # The loop of Ray's actors.
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(main())
 
 
 def call(name: str, **arguments: Any) -> str:

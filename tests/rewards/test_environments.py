@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -92,6 +93,25 @@ def test_a_reply_without_a_call_that_was_cut_is_no_answer(at_table: Any) -> None
         assert (made.end.stop_reason, made.finish_reason) == ("length", "length")
 
     at_table("Shop", body)
+
+
+def test_replies_that_come_while_a_process_dies_are_given_to_the_next(at_table: Any) -> None:
+    async def body(table: Table) -> None:
+        await table.play(["7"], number=7)
+        process = table.worker._process
+        assert process is not None
+        delays = [0.1 + n / 100 for n in range(30)]
+        playing = [
+            asyncio.create_task(table.play(["4", "7"], n, seconds=s, number=7))
+            for n, s in enumerate(delays)
+        ]
+        await asyncio.sleep(0.15)
+        os.kill(process.pid, signal.SIGKILL)
+        for made in await asyncio.gather(*playing):
+            assert made.end is not None
+            assert made.end.stop_reason == "done", made.end.failure
+
+    at_table("Guess", body)
 
 
 def test_tools_of_trl(at_table: Any) -> None:
