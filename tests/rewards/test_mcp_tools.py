@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from cohort.rewards.environments.specs import find_tools
 pytestmark = pytest.mark.slow
 
 SERVER = Path(__file__).parent / "mcp_server.py"
-STDIO = {"command": sys.executable, "args": [str(SERVER)]}
+# An option that Python ignores tells these servers from those of tests beside this one.
+STDIO = {"command": sys.executable, "args": ["-X", f"test={uuid.uuid4().hex}", str(SERVER)]}
 
 
 def task(**options: Any) -> TaskConfig:
@@ -52,7 +54,7 @@ def servers_left() -> list[int]:
     return [
         process.pid
         for process in psutil.process_iter(["cmdline"])
-        if process.info["cmdline"] and process.info["cmdline"][1:] == [str(SERVER)]
+        if process.info["cmdline"] and process.info["cmdline"][1:] == STDIO["args"]
     ]
 
 

@@ -170,7 +170,7 @@ def test_a_healthy_engine_may_take_as_long_as_it_likes(tmp_path: Path) -> None:
 
     async def main(made: Run) -> None:
         began = time.monotonic()
-        tasks = await made.begin(16, samples=64, tokens=900)
+        tasks = await made.begin(4, samples=64, tokens=900)
         await asyncio.sleep(0.5)
         await made.publish()
         await made.all_done(tasks)
