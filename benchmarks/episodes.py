@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from quickstart import ROOT, cohort, save
+from quickstart import ROOT, cohort, rewards_by_tens, save
 
 MODEL = Path("~/.cache/cohort/models/SmolLM2-135M-Instruct").expanduser()
 
@@ -68,16 +67,7 @@ def table(results: list[dict[str, Any]]) -> str:
         ]
         cells = [f"{before:.2f} → {after:.2f}" for before, after in pairs]
         lines.append(f"| {result['seed']} | " + " | ".join(cells) + " |")
-    tens = len(results[0]["metrics"]) // 10
-    lines += ["", "Mean reward of an episode in training, by tens of steps:", ""]
-    lines.append("| seed | " + " | ".join(f"{10 * i}-{10 * i + 9}" for i in range(tens)) + " |")
-    lines.append("|---" * (tens + 1) + "|")
-    for result in results:
-        values = [row["reward/mean"] for row in result["metrics"]]
-        means = [statistics.mean(values[10 * i : 10 * i + 10]) for i in range(tens)]
-        lines.append(f"| {result['seed']} | " + " | ".join(f"{m:.2f}" for m in means) + " |")
-    seconds = [row["time/step"] for result in results for row in result["metrics"]]
-    lines += ["", f"A step took {statistics.median(seconds):.1f} s (median)."]
+    lines += rewards_by_tens(results, "Mean reward of an episode in training", digits=2)
     return "\n".join(lines) + "\n"
 
 

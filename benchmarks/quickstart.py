@@ -72,6 +72,20 @@ def cohort(*arguments: object, log: Path) -> tuple[str, float]:
     return result.stdout, time.monotonic() - began
 
 
+def rewards_by_tens(results: list[dict[str, Any]], what: str, digits: int) -> list[str]:
+    """Lines of a table of the mean rewards in training, and of what a step took."""
+    tens = len(results[0]["metrics"]) // 10
+    lines = ["", f"{what}, by tens of steps:", ""]
+    lines.append("| seed | " + " | ".join(f"{10 * i}-{10 * i + 9}" for i in range(tens)) + " |")
+    lines.append("|---" * (tens + 1) + "|")
+    for result in results:
+        rewards = [row["reward/mean"] for row in result["metrics"]]
+        means = [statistics.mean(rewards[10 * i : 10 * i + 10]) for i in range(tens)]
+        lines.append(f"| {result['seed']} | " + " | ".join(f"{m:.{digits}f}" for m in means) + " |")
+    seconds = [row["time/step"] for result in results for row in result["metrics"]]
+    return [*lines, "", f"A step took {statistics.median(seconds):.1f} s (median)."]
+
+
 def measure(seed: int, out: Path) -> dict[str, Any]:
     """Evaluate, train, evaluate with one seed."""
     folder = out / f"seed-{seed}"

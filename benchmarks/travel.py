@@ -17,11 +17,10 @@ import argparse
 import json
 import random
 import re
-import statistics
 from pathlib import Path
 from typing import Any
 
-from quickstart import ROOT, cohort, save
+from quickstart import ROOT, cohort, rewards_by_tens, save
 
 from cohort.rewards.travel.plan import Day, Plan, to_json
 from cohort.rewards.travel.query import from_columns
@@ -129,16 +128,7 @@ def table(results: list[dict[str, Any]]) -> str:
         cells = [f"{before:.2f} → {after:.2f}" for before, after in pairs]
         cells.insert(5, f"{result['by_chance']['final_pass_rate']:.2f}")
         lines.append(f"| {result['seed']} | " + " | ".join(cells) + " |")
-    lines += ["", "Mean reward of training, by tens of steps:", ""]
-    tens = len(results[0]["metrics"]) // 10
-    lines.append("| seed | " + " | ".join(f"{10 * i}-{10 * i + 9}" for i in range(tens)) + " |")
-    lines.append("|---" * (tens + 1) + "|")
-    for result in results:
-        rewards = [row["reward/mean"] for row in result["metrics"]]
-        means = [statistics.mean(rewards[10 * i : 10 * i + 10]) for i in range(tens)]
-        lines.append(f"| {result['seed']} | " + " | ".join(f"{m:.3f}" for m in means) + " |")
-    seconds = [row["time/step"] for result in results for row in result["metrics"]]
-    lines += ["", f"A step took {statistics.median(seconds):.1f} s (median)."]
+    lines += rewards_by_tens(results, "Mean reward of training", digits=3)
     return "\n".join(lines) + "\n"
 
 

@@ -14,8 +14,9 @@ from transformers import AutoTokenizer
 
 from cohort.actors.engine import RawCompletion
 from cohort.actors.play import Player
-from cohort.actors.records import Completion, Prompt, Request, SamplingSpec
+from cohort.actors.records import Completion, Group, Prompt, Request, SamplingSpec
 from cohort.rewards.config import EnvironmentsConfig, TaskConfig
+from cohort.rewards.environments.scores import environment_scores
 from cohort.rewards.environments.specs import environment_spec
 from cohort.rewards.environments.worker import EnvironmentSpec, EnvironmentWorker
 
@@ -138,3 +139,23 @@ def results(made: Completion) -> list[str]:
     assert made.end is not None
     assert made.end.failure is None, made.end.failure
     return [message["content"] for message in made.end.messages if message["role"] == "tool"]
+
+
+async def costs_its_own_episode(table: Any, how: str, kind: str, message: str) -> None:
+    """What fails in one episode, `how` of its row, harms neither its neighbour nor the next."""
+    bad, good = await asyncio.gather(
+        table.play(["go"], how=how), table.play(["go"], index=1, how="is fine")
+    )
+    assert bad.end is not None and bad.end.failure is not None
+    assert (bad.end.stop_reason, bad.end.failure.kind) == ("failed", kind)
+    assert message in bad.end.failure.message
+    # Nothing of it is trained, and nothing of it is a reward.
+    assert len(bad.token_ids) == len(bad.turns) == 0
+    assert good.end is not None and good.end.failure is None
+    assert good.end.reward == 1.0
+    rewards, errors = environment_scores(Group("g", table.prompt(), (bad, good)))
+    assert rewards == (None, 1.0)
+    (error,) = errors
+    assert error.completion_id == bad.id and message in error.message
+    again = await table.play(["go"], how="is fine")
+    assert again.end is not None and again.end.reward == 1.0

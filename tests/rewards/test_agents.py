@@ -11,17 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from episode_table import MAX_LENGTH, Table
+from episode_table import MAX_LENGTH, Table, costs_its_own_episode
 from transformers import AutoTokenizer
 
-from cohort.actors.records import Completion, Group
+from cohort.actors.records import Completion
 from cohort.cluster.commands.check.environment import check_environment
 from cohort.cluster.commands.check.stages import Stage
 from cohort.cluster.config import Config
 from cohort.cluster.observe.rollouts import transcript
 from cohort.rewards.config import EnvironmentsConfig, TaskConfig
 from cohort.rewards.environments.base import EnvironmentLoadError
-from cohort.rewards.environments.scores import environment_scores
 from cohort.rewards.environments.specs import environment_spec, find_tools
 from cohort.rewards.environments.worker import EnvironmentSpec
 
@@ -354,25 +353,9 @@ WRONG = {
 
 @pytest.mark.parametrize("how", WRONG)
 def test_an_agent_that_fails_costs_its_own_episode(at_table: Any, how: str) -> None:
-    kind, message = WRONG[how]
-
-    async def body(table: Table) -> None:
-        bad, good = await asyncio.gather(
-            table.play(["go"], how=how), table.play(["go"], index=1, how="is fine")
-        )
-        assert bad.end is not None and bad.end.failure is not None
-        assert (bad.end.stop_reason, bad.end.failure.kind) == ("failed", kind)
-        assert message in bad.end.failure.message
-        assert len(bad.token_ids) == len(bad.turns) == 0
-        assert good.end is not None and good.end.failure is None
-        assert good.end.reward == 1.0
-        rewards, errors = environment_scores(Group("g", table.prompt(), (bad, good)))
-        assert rewards == (None, 1.0)
-        assert [error.completion_id for error in errors] == [bad.id]
-        again = await table.play(["go"], how="is fine")
-        assert again.end is not None and again.end.reward == 1.0
-
-    at_table("Wrong", body, step_timeout_s=2)
+    at_table(
+        "Wrong", lambda table: costs_its_own_episode(table, how, *WRONG[how]), step_timeout_s=2
+    )
 
 
 def test_one_that_blocks_all_others_ends_with_its_process(at_table: Any) -> None:

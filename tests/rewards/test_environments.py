@@ -12,12 +12,10 @@ from typing import Any
 
 import psutil
 import pytest
-from episode_table import HOSTILE, MAX_LENGTH, Table, spec_of
+from episode_table import HOSTILE, MAX_LENGTH, Table, costs_its_own_episode, spec_of
 
-from cohort.actors.records import Group
 from cohort.rewards.config import TaskConfig
 from cohort.rewards.environments.base import EnvironmentLoadError
-from cohort.rewards.environments.scores import environment_scores
 from cohort.rewards.environments.specs import find_tools
 from cohort.rewards.environments.worker import EnvironmentWorker
 
@@ -173,27 +171,9 @@ WRONG = {
 
 @pytest.mark.parametrize("how", WRONG)
 def test_an_environment_that_fails_costs_its_own_episode(at_table: Any, how: str) -> None:
-    kind, message = WRONG[how]
-
-    async def body(table: Table) -> None:
-        bad, good = await asyncio.gather(
-            table.play(["go"], how=how), table.play(["go"], index=1, how="is fine")
-        )
-        assert bad.end is not None and bad.end.failure is not None
-        assert (bad.end.stop_reason, bad.end.failure.kind) == ("failed", kind)
-        assert message in bad.end.failure.message
-        # Nothing of it is trained, and nothing of it is a reward.
-        assert len(bad.token_ids) == len(bad.turns) == 0
-        assert good.end is not None and good.end.failure is None
-        assert good.end.reward == 1.0
-        rewards, errors = environment_scores(Group("g", table.prompt(), (bad, good)))
-        assert rewards == (None, 1.0)
-        (error,) = errors
-        assert error.completion_id == bad.id and message in error.message
-        again = await table.play(["go"], how="is fine")
-        assert again.end is not None and again.end.reward == 1.0
-
-    at_table("Steps", body, step_timeout_s=2)
+    at_table(
+        "Steps", lambda table: costs_its_own_episode(table, how, *WRONG[how]), step_timeout_s=2
+    )
 
 
 def test_one_that_blocks_all_others_costs_them_a_second_beginning(at_table: Any) -> None:
