@@ -6,8 +6,9 @@ logits of one part exist, in the forward and in the backward pass.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -20,7 +21,6 @@ from cohort.learner.output_layer import LogitScale, TokenScores
 from cohort.learner.shapes import LENGTH_MULTIPLE, padded_length
 
 if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
     from transformers import PreTrainedModel
 
 # Rows up to this length: where a mask is needed on a CPU, plain matrix products beat the fused
@@ -38,6 +38,7 @@ AUTO = {"cpu": "tree", "cuda": "flash"}
 # A layer is compiled anew for gradients or none, for each kind of attention, of layer and of mask;
 # torch stops at eight, without an error.
 COMPILED_VARIANTS = 32
+Mask = TypeVar("Mask")
 
 
 class UnsupportedModel(Exception):
@@ -168,7 +169,8 @@ class PolicyModel(nn.Module):
         input_ids_N, position_ids_N = inputs.input_ids_N, inputs.position_ids_N
         tree, predict_T = inputs.tree, inputs.predict_T
         device = input_ids_N.device
-        kernel = self.kernel(device, self._window_bites(position_ids_N))
+        window_bites = self._window_bites(position_ids_N)
+        kernel = self.kernel(device, window_bites)
         if kernel != "masked":
             multiple = LENGTH_MULTIPLE if kernel == "tree" else flex.FLEX_MULTIPLE
             length = padded_length(len(input_ids_N), multiple)
@@ -176,7 +178,7 @@ class PolicyModel(nn.Module):
             ids_1N, position_1N = (
                 nn.functional.pad(x, padding)[None] for x in (input_ids_N, position_ids_N)
             )
-            name, how = self._attention(kernel, tree, length, device)
+            name, how = self._attention(kernel, tree, length, window_bites, device)
             hidden_1NH = self._base(ids_1N, name, position_ids=position_1N, **how)
             return hidden_1NH[0].index_select(0, predict_T)
         # Padding is never looked at: lengths alone decide what counts.
@@ -210,14 +212,17 @@ class PolicyModel(nn.Module):
         return next(self.model.parameters()).dtype
 
     def _attention(
-        self, kernel: Kernel, tree: Tree, length: int, device: torch.device
+        self, kernel: Kernel, tree: Tree, length: int, window_bites: bool, device: torch.device
     ) -> tuple[str, dict[str, object]]:
         """The name that transformers knows it by, and what all layers have in common."""
         if kernel == "flash":
             parts = flash.Parts.of(tree, length, device)
             return flash.FLASH, {"parts": (parts.places, parts.sizes)}
         if kernel == "flex":
-            masks = self._block_masks(flex.Intervals.of(tree, length), device)
+            intervals = flex.Intervals.of(tree, length)
+            masks = self._by_layer(
+                lambda window: flex.block_mask(intervals, device, window), window_bites
+            )
             return flex.FLEX, {"attention_mask": masks}
         like = torch.empty(0, dtype=self._dtype(), device=device)
         return TREE, {"tree": TreeAttention(tree, like)}
@@ -257,20 +262,16 @@ class PolicyModel(nn.Module):
         self.can_flash = policy.can_flash
         self.shares_prompts = policy.shares_prompts
 
-    def _block_masks(
-        self, intervals: flex.Intervals, device: torch.device
-    ) -> BlockMask | dict[str, BlockMask]:
-        """As `_masks`, for `cohort.learner.flex`."""
-        window = self.window
-        if window is None or int(intervals.depth_N.max()) < window:
-            return flex.block_mask(intervals, device)
-        sliding = flex.block_mask(intervals, device, window)
+    def _by_layer(
+        self, make: Callable[[int | None], Mask], window_bites: bool
+    ) -> Mask | dict[str, Mask]:
+        """A mask, or one for each kind of layer. make: from the window, None: there is none."""
+        if not window_bites:
+            return make(None)
+        sliding = make(self.window)
         if not self.layer_types:
             return sliding
-        masks = {
-            "full_attention": flex.block_mask(intervals, device),
-            "sliding_attention": sliding,
-        }
+        masks = {"full_attention": make(None), "sliding_attention": sliding}
         return {kind: masks[kind] for kind in sorted(self.layer_types)}
 
     def _masked_attention(self, device: torch.device, length: int) -> str:
@@ -285,19 +286,15 @@ class PolicyModel(nn.Module):
         self, mask_B1LL: torch.Tensor, position_ids_BL: torch.Tensor, implementation: str
     ) -> torch.Tensor | dict[str, torch.Tensor]:
         """The mask in the form the model takes: four-dimensional masks are used as they are."""
-        window = self.window
-        if window is None or not self._window_bites(position_ids_BL):
-            return self._mask(mask_B1LL, implementation)
-        # Positions count along the completion's own sequence, so their difference is the distance.
-        distance_BLL = position_ids_BL[:, :, None] - position_ids_BL[:, None, :]
-        sliding = self._mask(mask_B1LL & (distance_BLL < window)[:, None], implementation)
-        if not self.layer_types:
-            return sliding
-        masks = {
-            "full_attention": self._mask(mask_B1LL, implementation),
-            "sliding_attention": sliding,
-        }
-        return {kind: masks[kind] for kind in sorted(self.layer_types)}
+
+        def make(window: int | None) -> torch.Tensor:
+            if window is None:
+                return self._mask(mask_B1LL, implementation)
+            # Positions count along the completion's own sequence: differences are distances.
+            distance_BLL = position_ids_BL[:, :, None] - position_ids_BL[:, None, :]
+            return self._mask(mask_B1LL & (distance_BLL < window)[:, None], implementation)
+
+        return self._by_layer(make, self._window_bites(position_ids_BL))
 
     def _mask(self, mask_B1LL: torch.Tensor, implementation: str) -> torch.Tensor:
         if implementation == "sdpa":
