@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +17,15 @@ if TYPE_CHECKING:
 # Whole runs that are killed, or that look for what a run has left behind: one after another.
 RUNS = (
     "test_bad_input.py",
+    "test_chaos.py",
     "test_check.py",
     "test_examples.py",
+    "test_replay.py",
     "test_submit.py",
     "test_train.py",
     "test_warmup.py",
 )
+ALL_CORES = os.sched_getaffinity(0)
 # Its fixtures build and install a wheel: once.
 ONCE = "tests/test_package.py"
 # The documents' commands, in their order: one finds what those before it have made.
@@ -37,6 +41,28 @@ def pytest_configure() -> None:
     ):
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, action)
+    use_own_cores()
+
+
+def use_own_cores() -> None:
+    """Give each of several test processes cores of its own, and so to all that it starts.
+
+    Two engines that share the same cores spend most of their time waiting for each other's threads.
+    """
+    worker, count = (os.environ.get(f"PYTEST_XDIST_WORKER{name}", "") for name in ("", "_COUNT"))
+    cores = sorted(os.sched_getaffinity(0))
+    if worker and (share := len(cores) // int(count)):
+        first = int(worker.removeprefix("gw")) * share
+        os.sched_setaffinity(0, cores[first : first + share])
+
+
+@pytest.fixture
+def all_cores() -> Iterator[None]:
+    """For what needs more cores than a test process has when two run at a time."""
+    own = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, ALL_CORES)
+    yield
+    os.sched_setaffinity(0, own)
 
 
 @pytest.hookimpl(optionalhook=True)
