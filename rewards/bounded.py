@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import pickle
-import select
+import selectors
 import signal
 import struct
 import time
@@ -42,13 +42,13 @@ class Bounded:
         RuntimeError: The function raised; the message has its traceback.
     """
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: Callable[..., object]) -> None:
         self._function = function
         self._pid = 0
         self._owner = 0
         self._to = self._from = -1
 
-    def __call__(self, seconds: float, *arguments: Any) -> Any:
+    def __call__(self, seconds: float, *arguments: object) -> Any:
         # A fork of the process that made it has no helper of its own.
         if self._owner != os.getpid():
             self._start()
@@ -96,7 +96,7 @@ class Bounded:
         self._owner = os.getpid()
 
 
-def _serve(function: Callable[..., Any], requests: int, replies: int) -> None:
+def _serve(function: Callable[..., object], requests: int, replies: int) -> None:
     """The forked process: never returns."""
     # An alarm of the parent must not reach this process.
     signal.setitimer(signal.ITIMER_REAL, 0)
@@ -142,13 +142,16 @@ def _receive(descriptor: int, left: Callable[[], float] | None) -> Any:
 
 def _exactly(descriptor: int, size: int, left: Callable[[], float] | None) -> bytes:
     data = bytearray()
-    while len(data) < size:
-        if not select.select([descriptor], [], [], None if left is None else left())[0]:
-            if left is not None and left() > 0:
-                continue
-            raise TimeoutError
-        chunk = os.read(descriptor, min(size - len(data), 1 << 20))
-        if not chunk:
-            raise EOFError
-        data += chunk
+    # Not select(2), which fails where a process has a thousand files open.
+    with selectors.PollSelector() as selector:
+        selector.register(descriptor, selectors.EVENT_READ)
+        while len(data) < size:
+            if not selector.select(None if left is None else left()):
+                if left is not None and left() > 0:
+                    continue
+                raise TimeoutError
+            chunk = os.read(descriptor, min(size - len(data), 1 << 20))
+            if not chunk:
+                raise EOFError
+            data += chunk
     return bytes(data)

@@ -22,7 +22,8 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+
+from cohort.actors.plain import JsonObject
 
 TICK_S = 0.2
 PR_SET_PDEATHSIG = 1
@@ -178,7 +179,7 @@ def bound_memory(limit: int | None) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
-def _reply(connection: socket.socket, body: dict[str, Any]) -> None:
+def _reply(connection: socket.socket, body: JsonObject) -> None:
     send(connection, json.dumps(body).encode())
 
 

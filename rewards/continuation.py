@@ -27,8 +27,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
+from cohort.actors.plain import JsonObject
 from cohort.actors.text import prefill_of
 from cohort.rewards.rendering import EMPTY_THINKING, MARK, RenderError, TokenizerRenderer
 from cohort.rewards.tool_messages import (
@@ -107,7 +108,7 @@ class Continuation:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Mapping[str, object]] | None = None,
         template_arguments: Mapping[str, object] | None = None,
         stop_ids: Collection[int] = (),
         history: History = "append",
@@ -267,7 +268,7 @@ class Continuation:
         last = max((at for at, one in enumerate(ids) if one in self._ends), default=-1)
         return ids[: last + 1] if last >= 0 else [*ids, *self._end]
 
-    def _shown(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+    def _shown(self, messages: Sequence[Message]) -> list[JsonObject]:
         """Messages as the template gets them."""
         if self.native_tools:
             return [dict(message) for message in messages]

@@ -11,6 +11,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit
 
+from cohort.actors.plain import JsonObject
+
 Answer = TypeVar("Answer")
 
 CACHED = 10_000
@@ -96,7 +98,7 @@ class Endpoint(Generic[Answer]):
             self._known.popitem(last=False)
         return results
 
-    async def _ask_all(self, new: dict[str, Any]) -> dict[str, Exception]:
+    async def _ask_all(self, new: JsonObject) -> dict[str, Exception]:
         """Ask what is new and remember the answers; returns what failed."""
         if not new:
             return {}

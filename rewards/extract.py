@@ -60,7 +60,7 @@ def left_open(prefill: str) -> str:
 def final_parts(
     completions: Sequence[object],
     prefills: Sequence[str] | None = None,
-    prompts: Sequence[object] | None = None,
+    prompts: Sequence[Any] | None = None,
 ) -> list[str | None]:
     """`final_part` of each completion.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from cohort.rewards.continuation import Continuation
 from cohort.rewards.rendering import RenderError
@@ -38,7 +38,7 @@ class ProofLine:
 
 def prove(
     tokenizer: PreTrainedTokenizerBase,
-    tools: Sequence[Mapping[str, Any]] | None = None,
+    tools: Sequence[Mapping[str, object]] | None = None,
     template_arguments: Mapping[str, object] | None = None,
     stop_ids: Collection[int] = (),
 ) -> list[ProofLine]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import select
+import selectors
 import socket
 import struct
 import tempfile
 import time
 from collections.abc import Mapping
-from typing import Any
 
+from cohort.actors.plain import JsonObject
 from cohort.actors.process import MARKER, end_tree
 from cohort.rewards.booting import boot, ending, last_output
 from cohort.rewards.child import CALL_BYTES, receive, send
@@ -38,7 +38,7 @@ class Child:
     """
 
     def __init__(
-        self, hello: Mapping[str, Any], environment: Mapping[str, str], start_timeout_s: float
+        self, hello: JsonObject, environment: Mapping[str, str], start_timeout_s: float
     ) -> None:
         deadline = time.monotonic() + start_timeout_s
         self._marker = environment[MARKER]
@@ -79,9 +79,11 @@ class Child:
 
     def is_ready(self) -> bool:
         """Whether it runs and has sent nothing since its last answer."""
-        return self.alive() and not select.select([self._socket], [], [], 0)[0]
+        with selectors.PollSelector() as selector:
+            selector.register(self._socket, selectors.EVENT_READ)
+            return self.alive() and not selector.select(0)
 
-    def call(self, index: int, payload: bytes, timeout_s: float) -> dict[str, Any]:
+    def call(self, index: int, payload: bytes, timeout_s: float) -> JsonObject:
         """Call a function; see `cohort.rewards.child`.
 
         Args:
@@ -120,7 +122,7 @@ class Child:
         return ending(self._process)
 
 
-def _read(frame: bytes) -> dict[str, Any]:
+def _read(frame: bytes) -> JsonObject:
     """A frame as a table; raises ValueError for anything else, however it was forged."""
     try:
         reply = json.loads(frame)
@@ -131,7 +133,7 @@ def _read(frame: bytes) -> dict[str, Any]:
     return reply
 
 
-def _flags(reply: Mapping[str, Any], count: int) -> tuple[bool, ...]:
+def _flags(reply: Mapping[str, object], count: int) -> tuple[bool, ...]:
     """The `per_completion` of each function; raises RewardLoadError for one that did not load."""
     if isinstance(reply.get("error"), str):
         raise RewardLoadError(reply["error"])

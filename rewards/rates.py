@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+
+from cohort.actors.plain import JsonObject
 
 # Weight of the newest group in `Rate.recent`: it forgets what is older than some ten groups.
 NEWEST = 0.1
@@ -127,7 +128,7 @@ class RateHistory:
                 _add(rows, sources, outcomes)
         return PassRates(rows, sources)
 
-    def as_dict(self, before: int | None = None) -> dict[str, Any]:
+    def as_dict(self, before: int | None = None) -> JsonObject:
         """What a checkpoint keeps, as JSON holds it.
 
         Args:
@@ -151,7 +152,7 @@ class RateHistory:
         }
 
     @classmethod
-    def resumed(cls, saved: Mapping[str, Any], delay: int) -> RateHistory:
+    def resumed(cls, saved: JsonObject, delay: int) -> RateHistory:
         """A history that goes on from a checkpoint.
 
         Args:

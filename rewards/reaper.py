@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
-import select
+import selectors
 import signal
 import sys
 import time
@@ -35,7 +35,10 @@ def main(control: int, command: list[str]) -> None:
         os.execv(command[0], command)
     # Nothing of the program's may wait for an end of this process.
     ended = os.pidfd_open(program)
-    select.select([ended, control], [], [])
+    with selectors.PollSelector() as selector:
+        selector.register(ended, selectors.EVENT_READ)
+        selector.register(control, selectors.EVENT_READ)
+        selector.select()
     # All of its group at one moment: a program that forks without end is not outrun one by one. It
     # is not reaped yet, so the group's id is its own.
     os.killpg(program, signal.SIGKILL)

@@ -13,8 +13,9 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from cohort.actors.plain import JsonObject
 from cohort.actors.records import Messages, derive_seed
 from cohort.rewards.base import per_completion
 from cohort.rewards.bounded import Bounded, TooMuch
@@ -111,7 +112,7 @@ class ReasoningGymTask:
                 f"task.options.answer_in={answer_in}, and the system prompt DeepSeekZero asks for "
                 "answer tags: set task.options.system to a text of your own, or to null"
             )
-        self._dataset: dict[str, Any] = {"name": name, "config": dict(config or {})}
+        self._dataset: JsonObject = {"name": name, "config": dict(config or {})}
         self._sizes = {"train": train_size, "eval": eval_size}
         self._made = {
             split: _make_dataset(name, self._dataset["config"], size, seed, split)
@@ -157,8 +158,8 @@ class ReasoningGymTask:
 @per_completion
 def score(
     completions: Sequence[object],
-    entry: Sequence[Mapping[str, Any] | None],
-    dataset: Sequence[Mapping[str, Any] | None],
+    entry: Sequence[JsonObject | None],
+    dataset: Sequence[JsonObject | None],
     answer_in: str = "tags",
     prompts: Sequence[object] | None = None,
     prefills: Sequence[str] | None = None,
@@ -208,7 +209,7 @@ def score(
 
 
 def _score_one(
-    answer: str | None, entry: Mapping[str, Any], dataset: Mapping[str, Any]
+    answer: str | None, entry: JsonObject, dataset: JsonObject
 ) -> dict[str, float] | Exception:
     scorer = _scorer(dataset["name"], json.dumps(dataset["config"], sort_keys=True))
     # The dataset that made an entry of a composite one is named inside.

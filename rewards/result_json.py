@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from collections.abc import Collection, Iterable
 
+from cohort.actors.plain import JsonObject
 from cohort.actors.records import RewardError
 from cohort.rewards.results import (
     CAUSES,
@@ -31,7 +31,7 @@ def to_json(result: RewardResult) -> dict[str, object]:
 
 
 def from_json(
-    name: str, reply: Mapping[str, Any], n: int, ids: Collection[str] | None = None
+    name: str, reply: JsonObject, n: int, ids: Collection[str] | None = None
 ) -> RewardResult:
     """The result that a process sent, every part of it checked.
 
@@ -80,7 +80,7 @@ def from_json(
     return result
 
 
-def _table(value: object) -> dict[str, Any]:
+def _table(value: object) -> JsonObject:
     if not isinstance(value, dict) or len(value) > MAX_NAMES:
         raise ValueError("not a table")
     return value

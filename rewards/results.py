@@ -20,10 +20,11 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from fractions import Fraction
-from typing import Any, Literal, Protocol, TypeVar, get_args, runtime_checkable
+from typing import Literal, Protocol, TypeVar, get_args, runtime_checkable
 
 import numpy as np
 
+from cohort.actors.plain import JsonObject
 from cohort.actors.records import Group, RewardError
 
 Cause = Literal["raised", "timeout", "wrong_length", "wrong_type", "died"]
@@ -124,7 +125,7 @@ def read_result(name: str, group: Group, result: object, log: Log) -> RewardResu
         log: What it logged.
     """
     n = len(group.completions)
-    columns: dict[str, Any] = {}
+    columns: JsonObject = {}
     if isinstance(result, dict):
         if "score" not in result:
             return failed(name, group, "wrong_type", "returned a dict without 'score'")

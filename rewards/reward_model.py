@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from cohort.actors.plain import JsonObject
 from cohort.rewards.base import completion_texts, per_completion
 from cohort.rewards.endpoint import Endpoint, unicode_text
 
@@ -64,7 +65,7 @@ class RewardModel:
         pairs = zip(prompts, completion_texts(completions), strict=True)
         return await self._endpoint.answers([_text(prompt, text) for prompt, text in pairs])
 
-    async def _ask(self, client: Any, text: dict[str, Any]) -> float:
+    async def _ask(self, client: Any, text: JsonObject) -> float:
         # The client's way to ask for what OpenAI's own API does not have.
         reply = await client.post("/classify", cast_to=object, body=self._options | text)
         try:
@@ -84,7 +85,7 @@ class RewardModel:
         return value
 
 
-def _text(prompt: Any, completion: str) -> dict[str, Any]:
+def _text(prompt: Any, completion: str) -> JsonObject:
     """What is to be scored, as the server takes it."""
     text = unicode_text(completion)
     if isinstance(prompt, str):

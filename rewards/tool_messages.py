@@ -15,6 +15,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from cohort.actors.plain import JsonObject
 from cohort.rewards.rendering import RenderError, TokenizerRenderer
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ Message = Mapping[str, Any]
 
 # Of the conversations that templates are tried with.
 QUESTION = {"role": "user", "content": "What is 2 + 3?"}
-TOOL: dict[str, Any] = {
+TOOL: JsonObject = {
     "type": "function",
     "function": {
         "name": "lookup",
@@ -50,7 +51,7 @@ def supports_tools(
     described, result = TOOL["function"]["description"], "a result"
     for arguments in ({"name": "x"}, '{"name": "x"}'):
         call = {"role": "assistant", "content": "", "tool_calls": [a_call(TOOL, 1, arguments)]}
-        messages: list[dict[str, Any]] = [QUESTION, call, a_result(TOOL, 1, result)]
+        messages: list[JsonObject] = [QUESTION, call, a_result(TOOL, 1, result)]
         try:
             renderer = TokenizerRenderer(tokenizer, {**(template_arguments or {}), "tools": [TOOL]})
             text = renderer.chat_text(messages)
@@ -60,7 +61,7 @@ def supports_tools(
     return False
 
 
-def tool_prompt(tools: Sequence[Mapping[str, Any]]) -> str:
+def tool_prompt(tools: Sequence[Mapping[str, object]]) -> str:
     """Tools in words, for a model whose template knows none.
 
     Example:
@@ -76,8 +77,8 @@ def tool_prompt(tools: Sequence[Mapping[str, Any]]) -> str:
 
 
 def tools_as_text(
-    messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (), system: bool = True
-) -> list[dict[str, Any]]:
+    messages: Sequence[Message], tools: Sequence[Mapping[str, object]] = (), system: bool = True
+) -> list[JsonObject]:
     """Messages for a template that knows no tools, see the module.
 
     Args:
@@ -89,7 +90,7 @@ def tools_as_text(
         >>> tools_as_text([{"role": "tool", "content": "5"}, {"role": "user", "content": "Go on."}])
         [{'role': 'user', 'content': '<tool_response>\\n5\\n</tool_response>\\n\\nGo on.'}]
     """
-    shown: list[dict[str, Any]] = []
+    shown: list[JsonObject] = []
     results = False
     for message in messages:
         role, content = message["role"], str(message.get("content") or "")
@@ -119,13 +120,13 @@ def tools_as_text(
     return [{"role": "system", "content": described}, *shown]
 
 
-def a_call(tool: Mapping[str, Any], number: int, arguments: object) -> dict[str, Any]:
+def a_call(tool: Message, number: int, arguments: object) -> JsonObject:
     """The n-th call of an example."""
     function = {"name": tool["function"]["name"], "arguments": arguments}
     return {"id": f"call{number:05}", "type": "function", "function": function}
 
 
-def a_result(tool: Mapping[str, Any], number: int, content: str) -> dict[str, Any]:
+def a_result(tool: Message, number: int, content: str) -> JsonObject:
     """The answer to the n-th call of an example."""
     name = tool["function"]["name"]
     return {"role": "tool", "name": name, "tool_call_id": f"call{number:05}", "content": content}

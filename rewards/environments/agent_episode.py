@@ -12,10 +12,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from cohort.actors.plain import JsonObject
 from cohort.actors.records import Prompt
 from cohort.actors.text import completion_text
 from cohort.actors.turns import EpisodeEnd, FinishReason, NextTurn, StopReason
@@ -44,7 +44,7 @@ class _Asked:
 
     request: ChatRequest
     messages: list[Message]
-    tools: list[dict[str, Any]]
+    tools: list[JsonObject]
     answer: asyncio.Future[ChatReply]
 
     def refuse(self, error: ApiError) -> None:
@@ -71,7 +71,7 @@ class AgentEpisode(Hosted):
         prompt: Prompt,
         process: HostProcess,
         limits: Limits,
-        languages: Callable[[Sequence[dict[str, Any]]], Language],
+        languages: Callable[[Sequence[JsonObject]], Language],
         server: ChatServer,
         message_chars: int,
     ) -> None:
@@ -86,7 +86,7 @@ class AgentEpisode(Hosted):
         # The request that the engine is answering.
         self._open: tuple[_Asked, Language, Continued] | None = None
         self._key = ""
-        self._run: asyncio.Task[dict[str, Any]] | None = None
+        self._run: asyncio.Task[JsonObject] | None = None
         # The limit for which the last request was refused, and what cut the last reply.
         self._limit: StopReason | None = None
         self._cut: StopReason | None = None
@@ -303,7 +303,7 @@ class AgentEpisode(Hosted):
             closed["state"],
         )
 
-    def _reward(self, outcome: dict[str, Any], last_word: float | None) -> None:
+    def _reward(self, outcome: JsonObject, last_word: float | None) -> None:
         """Give the turns their rewards; one for the whole episode counts to the last turn."""
         turns = {self._completion_id(turn): turn for turn in range(len(self._rewards))}
         for completion, value in outcome.get("rewards", {}).items():

@@ -26,8 +26,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cohort.actors.errors import CohortError
+from cohort.actors.plain import JsonObject
 
-Message = dict[str, Any]
+Message = JsonObject
 
 
 class EnvironmentLoadError(CohortError):
@@ -54,7 +55,7 @@ class ToolCall:
     """
 
     name: str
-    arguments: Mapping[str, Any]
+    arguments: Mapping[str, object]
     id: str
     error: str | None = None
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from cohort.actors.plain import JsonObject
 from cohort.rewards.environments.base import EnvironmentLoadError, ToolCall
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # text -> (what is left of it, [(name, arguments, error)])
-Found = list[tuple[str, dict[str, Any], str | None]]
+Found = list[tuple[str, JsonObject, str | None]]
 Parser = Callable[[str], tuple[str, Found]]
 
 HERMES = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|\Z)", re.DOTALL)
@@ -48,14 +49,14 @@ def mistral(text: str) -> tuple[str, Found]:
     return left, [_checked(call) for call in (calls if isinstance(calls, list) else [calls])]
 
 
-def _call(text: str) -> tuple[str, dict[str, Any], str | None]:
+def _call(text: str) -> tuple[str, JsonObject, str | None]:
     try:
         return _checked(json.loads(text))
     except (ValueError, RecursionError) as error:
         return "", {}, f"the call is not valid JSON: {error}"
 
 
-def _checked(call: object) -> tuple[str, dict[str, Any], str | None]:
+def _checked(call: object) -> tuple[str, JsonObject, str | None]:
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
         return "", {}, "a call must be a JSON object with name and arguments"
     arguments = call.get("arguments", call.get("parameters", {}))
@@ -75,7 +76,7 @@ SIGNS = (("<tool_call>", "hermes"), ("[TOOL_CALLS]", "mistral"), ('"parameters"'
 
 
 def find_parser(
-    name: str, tokenizer: PreTrainedTokenizerBase, tools: Sequence[dict[str, Any]]
+    name: str, tokenizer: PreTrainedTokenizerBase, tools: Sequence[JsonObject]
 ) -> Parser:
     """The parser that `environments.tool_parser` names.
 
@@ -94,9 +95,7 @@ def find_parser(
     return OWN[name] if name in OWN else _of_vllm(name, tokenizer, tools)
 
 
-def _of_vllm(
-    name: str, tokenizer: PreTrainedTokenizerBase, tools: Sequence[dict[str, Any]]
-) -> Parser:
+def _of_vllm(name: str, tokenizer: PreTrainedTokenizerBase, tools: Sequence[JsonObject]) -> Parser:
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.tool_parsers import ToolParserManager
 

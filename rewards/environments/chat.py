@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from cohort.actors.plain import JsonObject
 from cohort.rewards.environments.base import Message, ToolCall
 
 # What the endpoint calls the model.
@@ -86,7 +87,7 @@ class _ToolFunction(BaseModel):
     model_config = ConfigDict(extra="forbid")
     name: str
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: JsonObject | None = None
     # Frameworks set it without being asked; calls are never forced into their schema.
     strict: bool | None = None
 
@@ -123,7 +124,7 @@ class ChatRequest(BaseModel):
     presence_penalty: Annotated[float | None, _only(0)] = None
     frequency_penalty: Annotated[float | None, _only(0)] = None
     logit_bias: Annotated[dict[str, float] | None, _only({})] = None
-    response_format: Annotated[dict[str, Any] | None, _only({"type": "text"})] = None
+    response_format: Annotated[JsonObject | None, _only({"type": "text"})] = None
     user: Any = None
     metadata: Any = None
     store: Any = None
@@ -143,7 +144,7 @@ class ChatRequest(BaseModel):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
-    def schemas(self) -> list[dict[str, Any]]:
+    def schemas(self) -> list[JsonObject]:
         """The tools as a chat template reads them."""
         return [
             {
@@ -225,7 +226,7 @@ def _as_messages(given: Sequence[_Message]) -> list[Message]:
     return messages
 
 
-def _as_call(call: _Call, at: int) -> dict[str, Any]:
+def _as_call(call: _Call, at: int) -> JsonObject:
     try:
         arguments = json.loads(call.function.arguments or "{}")
     except (ValueError, RecursionError):
@@ -260,13 +261,13 @@ class ChatReply:
     tokens: int
     logprobs: Sequence[tuple[str, float]] | None = None
 
-    def body(self) -> dict[str, Any]:
+    def body(self) -> JsonObject:
         """The answer to a request without `stream`."""
         message = {"role": "assistant", **self._words(), "refusal": None}
         choice = _choice({"message": message}, self.finish_reason, self._logprobs())
         return self._object("chat.completion", [choice]) | {"usage": self._usage()}
 
-    def chunks(self, usage: bool) -> Iterator[dict[str, Any]]:
+    def chunks(self, usage: bool) -> Iterator[JsonObject]:
         """The answer to one with it. Engines give replies when they are whole: all of the text is
         one piece."""
         words = self._words()
@@ -279,7 +280,7 @@ class ChatReply:
         if usage:
             yield self._object(kind, []) | {"usage": self._usage()}
 
-    def _words(self) -> dict[str, Any]:
+    def _words(self) -> JsonObject:
         if not self.calls:
             return {"content": self.content}
         return {
@@ -297,7 +298,7 @@ class ChatReply:
             ],
         }
 
-    def _logprobs(self) -> dict[str, Any] | None:
+    def _logprobs(self) -> JsonObject | None:
         if self.logprobs is None:
             return None
         tokens = [
@@ -306,7 +307,7 @@ class ChatReply:
         ]
         return {"content": tokens, "refusal": None}
 
-    def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    def _object(self, kind: str, choices: list[JsonObject]) -> JsonObject:
         created = int(time.time())
         return {
             "id": self.id, "object": kind, "created": created, "model": MODEL, "choices": choices,
@@ -322,12 +323,12 @@ class ChatReply:
 
 
 def _choice(
-    said: Mapping[str, Any], finish_reason: str | None, logprobs: dict[str, Any] | None = None
-) -> dict[str, Any]:
+    said: Mapping[str, object], finish_reason: str | None, logprobs: JsonObject | None = None
+) -> JsonObject:
     return {"index": 0, **said, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
-def models() -> dict[str, Any]:
+def models() -> JsonObject:
     """The answer to /v1/models."""
     model = {"id": MODEL, "object": "model", "created": 0, "owned_by": "cohort"}
     return {"object": "list", "data": [model]}

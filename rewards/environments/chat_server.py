@@ -11,10 +11,11 @@ import json
 import logging
 import secrets
 from collections.abc import Awaitable, Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 from aiohttp import web
 
+from cohort.actors.plain import JsonObject
 from cohort.rewards.environments.base import Message
 from cohort.rewards.environments.chat import ApiError, ChatReply, ChatRequest, models, parse
 
@@ -136,5 +137,5 @@ async def _errors_as_json(
 
 
 def _refused(error: ApiError) -> web.Response:
-    body: dict[str, Any] = error.body
+    body: JsonObject = error.body
     return web.json_response(body, status=error.status)

@@ -7,10 +7,11 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cohort.actors.plain import JsonObject
 from cohort.actors.records import Prompt
 from cohort.actors.text import completion_text
 from cohort.actors.turns import (
@@ -140,13 +141,13 @@ class Hosted:
         """Stop what the episode has going on here; its environment is closed separately."""
 
     @property
-    def _row(self) -> dict[str, Any]:
+    def _row(self) -> JsonObject:
         """The row as environments get it."""
         return {"prompt": self._prompt.content, **self._prompt.columns}
 
     async def _answer(
-        self, what: str, arguments: Mapping[str, Any], stage: Stage, limit_s: float, key: str
-    ) -> dict[str, Any]:
+        self, what: str, arguments: Mapping[str, object], stage: Stage, limit_s: float, key: str
+    ) -> JsonObject:
         """What the environment answers within a limit, which a key of the config names."""
         try:
             return await self.process.call(self.key, what, arguments, limit_s)
@@ -266,7 +267,7 @@ class Episode(Hosted):
             reason, tuple(self._rewards), tuple(self._said), self._metrics, found["state"]
         )
 
-    async def _call(self, what: str, arguments: Mapping[str, Any], stage: Stage) -> dict[str, Any]:
+    async def _call(self, what: str, arguments: Mapping[str, object], stage: Stage) -> JsonObject:
         limit = self._limits.step_timeout_s
         left = self._deadline - time.monotonic()
         key = "environments.step_timeout_s"
@@ -280,7 +281,7 @@ class Episode(Hosted):
         except RenderError as error:
             raise Failed("data", "template", str(error)) from error
 
-    def _count(self, found: Mapping[str, Any]) -> None:
+    def _count(self, found: JsonObject) -> None:
         for message in found["messages"]:
             message["content"], broken = self._language.as_words(message["content"])
             self._metrics["control_tokens"] += broken

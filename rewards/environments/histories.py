@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from cohort.actors.plain import JsonObject
 from cohort.rewards.continuation import Continuation, shared_prefix
 from cohort.rewards.environments.base import Message
 
-Tool = dict[str, Any]
+Tool = JsonObject
 
 
 @dataclass(frozen=True)

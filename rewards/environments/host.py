@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from cohort.actors.plain import JsonObject
 from cohort.rewards.child import bound_memory, die_with_parent, discard_output
 from cohort.rewards.environments.base import (
     EnvironmentLoadError,
@@ -49,16 +50,16 @@ MAX_STATE = 1 << 16
 class Host:
     """Runs the episodes of one process."""
 
-    def __init__(self, hello: Mapping[str, Any]) -> None:
+    def __init__(self, hello: JsonObject) -> None:
         self._factory = load_class(hello["path"], Path(hello["stubs"]))
         self._options = hello["options"]
         self._longest = hello["message_chars"]
         self._threads = ThreadPoolExecutor(THREADS)
         self._episodes: dict[str, Playable | AgentEnv] = {}
         # The calls in which agents run.
-        self._running: dict[str, asyncio.Task[Any]] = {}
+        self._running: dict[str, asyncio.Task[object]] = {}
 
-    async def answer(self, episode: str, what: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    async def answer(self, episode: str, what: str, arguments: JsonObject) -> JsonObject:
         """What an environment says to a call, as JSON can hold it."""
         if what == "ping":
             return {}
@@ -82,7 +83,7 @@ class Host:
         step = await stepped.step(Reply(**arguments["reply"]), arguments["seconds"])
         return as_json(step, self._longest)
 
-    async def _run_agent(self, episode: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    async def _run_agent(self, episode: str, arguments: JsonObject) -> JsonObject:
         agent = make_agent(self._factory, self._options, self._run)
         call = asyncio.current_task()
         assert call is not None, "a coroutine runs in a task"
@@ -92,7 +93,7 @@ class Host:
         finally:
             self._running.pop(episode, None)
 
-    async def _close(self, episode: str) -> dict[str, Any]:
+    async def _close(self, episode: str) -> JsonObject:
         playable = self._episodes.pop(episode, None)
         call = self._running.pop(episode, None)
         if playable is None:
@@ -144,7 +145,7 @@ def as_messages(found: object, longest: int) -> tuple[list[Message], int]:
     return messages, cut
 
 
-def as_json(step: object, longest: int) -> dict[str, Any]:
+def as_json(step: object, longest: int) -> JsonObject:
     """A step as JSON can hold it.
 
     Raises:
@@ -169,7 +170,7 @@ def as_json(step: object, longest: int) -> dict[str, Any]:
     }
 
 
-def as_outcome(found: object) -> dict[str, Any]:
+def as_outcome(found: object) -> JsonObject:
     """What an agent's `run` returned, as JSON can hold it.
 
     Raises:
@@ -200,9 +201,9 @@ def number(value: Any, what: str) -> float | None:
     return found
 
 
-def public_state(instance: object) -> dict[str, Any]:
+def public_state(instance: object) -> JsonObject:
     """The public attributes of an environment that JSON can hold, as far as they are small."""
-    found: dict[str, Any] = {}
+    found: JsonObject = {}
     room = MAX_STATE
     for name, value in getattr(instance, "__dict__", {}).items():
         if name.startswith("_"):
@@ -221,7 +222,7 @@ async def serve(connection: socket.socket) -> None:
     """Answer calls until the connection closes."""
     reader, writer = await asyncio.open_connection(sock=connection)
 
-    def reply(body: Mapping[str, Any]) -> None:
+    def reply(body: Mapping[str, object]) -> None:
         write_frame(writer, json.dumps(body).encode())
 
     hello = json.loads(await read_frame(reader))

@@ -57,7 +57,7 @@ def environment_path(name: str, base: Path) -> str:
 class StepEnv(Played):
     """Plays an instance that has `step`, whether or not its methods are `async`."""
 
-    async def reset(self, row: Mapping[str, Any], seed: int) -> list[Message] | str | None:
+    async def reset(self, row: Mapping[str, object], seed: int) -> list[Message] | str | None:
         reset = self.instance.reset
         found: list[Message] | str | None = await self._run(
             reset, **accepted(reset, {"row": dict(row), "seed": seed})
@@ -80,7 +80,7 @@ class AgentEnv(Played):
         """Whether it runs as a coroutine, which can be cancelled."""
         return inspect.iscoroutinefunction(self.instance.run)
 
-    async def run(self, offered: Mapping[str, Any]) -> object:
+    async def run(self, offered: Mapping[str, object]) -> object:
         """What the instance's `run` returns; offered: arguments that it may name."""
         run = self.instance.run
         return await self._run(run, **accepted(run, offered))
@@ -94,7 +94,7 @@ def is_agent(factory: object) -> bool:
     return inspect.isclass(factory) and issubclass(factory, Agent)
 
 
-def load_class(path: str, stubs: Path | None = None) -> Callable[..., Any]:
+def load_class(path: str, stubs: Path | None = None) -> Callable[..., object]:
     """The class, or function that makes environments, which `task.environment` names.
 
     Args:
@@ -122,7 +122,7 @@ def load_class(path: str, stubs: Path | None = None) -> Callable[..., Any]:
     return factory
 
 
-def make(factory: Callable[..., Any], options: Mapping[str, Any], run: Run) -> Playable:
+def make(factory: Callable[..., object], options: Mapping[str, object], run: Run) -> Playable:
     """A new environment for one episode.
 
     Raises:
@@ -136,12 +136,12 @@ def make(factory: Callable[..., Any], options: Mapping[str, Any], run: Run) -> P
     return StepEnv(instance, run) if has_step(instance) else ToolEnv(instance, run)
 
 
-def make_agent(factory: Callable[..., Any], options: Mapping[str, Any], run: Run) -> AgentEnv:
+def make_agent(factory: Callable[..., object], options: Mapping[str, object], run: Run) -> AgentEnv:
     """A new agent for one episode; as `make`."""
     return AgentEnv(_instance(factory, options), run)
 
 
-def _instance(factory: Callable[..., Any], options: Mapping[str, Any]) -> Any:
+def _instance(factory: Callable[..., object], options: Mapping[str, object]) -> Any:
     try:
         return factory(**options)
     except Exception as error:

@@ -14,8 +14,9 @@ import uuid
 from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
+from cohort.actors.plain import JsonObject
 from cohort.actors.process import MARKER, end_tree, start_watcher
 from cohort.rewards.booting import boot, ending, last_output
 from cohort.rewards.environments.base import EnvironmentLoadError
@@ -57,14 +58,14 @@ class HostProcess:
         self._writer = writer
         self._reading: asyncio.Task[None] | None = None
         self._numbers = count()
-        self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._waiting: dict[int, asyncio.Future[JsonObject]] = {}
         self._lost: ProcessLost | None = None
         self.episodes: set[str] = set()
         self.retired = False
 
     @classmethod
     async def start(
-        cls, hello: Mapping[str, Any], environment: Mapping[str, str], start_timeout_s: float
+        cls, hello: Mapping[str, object], environment: Mapping[str, str], start_timeout_s: float
     ) -> HostProcess:
         """Start a process and wait until it has loaded the environment's class.
 
@@ -117,8 +118,8 @@ class HostProcess:
         return self._lost is None
 
     async def call(
-        self, episode: str, what: str, arguments: Mapping[str, Any], timeout_s: float | None
-    ) -> dict[str, Any]:
+        self, episode: str, what: str, arguments: Mapping[str, object], timeout_s: float | None
+    ) -> JsonObject:
         """What an environment answers. timeout_s: None: the caller knows when to give up.
 
         Raises:
@@ -134,7 +135,7 @@ class HostProcess:
         except Exception as error:
             raise CallFailed(f"cannot pickle the row: {error_tail(error, 300)}") from error
         number = next(self._numbers)
-        future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[JsonObject] = asyncio.get_running_loop().create_future()
         self._waiting[number] = future
         try:
             # It closes with its process, a moment before `_lose` says so to this call, too.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+from cohort.actors.plain import JsonObject
 from cohort.rewards.config import EnvironmentsConfig, TaskConfig
 from cohort.rewards.environments.episode import Limits
 from cohort.rewards.environments.loading import environment_path, is_agent, load_class
@@ -13,7 +13,7 @@ from cohort.rewards.environments.tools import has_served, has_step, tool_schemas
 from cohort.rewards.environments.worker import EnvironmentSpec
 
 
-def load_environment(task: TaskConfig, base: Path | None = None) -> Callable[..., Any]:
+def load_environment(task: TaskConfig, base: Path | None = None) -> Callable[..., object]:
     """The class, or function, that `task.environment` names.
 
     Raises:
@@ -23,7 +23,7 @@ def load_environment(task: TaskConfig, base: Path | None = None) -> Callable[...
     return load_class(environment_path(task.environment, base or Path.cwd()))
 
 
-def find_tools(task: TaskConfig, base: Path | None = None) -> list[dict[str, Any]]:
+def find_tools(task: TaskConfig, base: Path | None = None) -> list[JsonObject]:
     """The schemas of the environment's tools; empty where it has `step` of its own and no `tools`,
     is an agent (its requests bring them), or a function.
 
@@ -47,7 +47,7 @@ def environment_spec(
     config: EnvironmentsConfig,
     *,
     model_path: str,
-    template_arguments: dict[str, Any],
+    template_arguments: JsonObject,
     max_length: int,
     temperature: float = 1.0,
     base: Path | None = None,

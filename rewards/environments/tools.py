@@ -28,6 +28,7 @@ import types
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeGuard
 
+from cohort.actors.plain import JsonObject
 from cohort.rewards.environments.base import (
     EnvironmentFailed,
     EnvironmentLoadError,
@@ -67,7 +68,7 @@ class ServedTools:
     """
 
     @classmethod
-    def served(cls, options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def served(cls, options: JsonObject) -> list[JsonObject]:
         """The schemas of the tools, asked for once, before anything starts.
 
         Args:
@@ -78,7 +79,7 @@ class ServedTools:
         """
         raise NotImplementedError
 
-    async def call_served(self, name: str, arguments: Mapping[str, Any]) -> object:
+    async def call_served(self, name: str, arguments: Mapping[str, object]) -> object:
         """What a tool of the server returns, for the model to read.
 
         Raises:
@@ -98,7 +99,7 @@ def has_step(factory: Any) -> bool:
     return callable(step) and not _is_tool(step)
 
 
-def _is_tool(step: Callable[..., Any]) -> bool:
+def _is_tool(step: Callable[..., object]) -> bool:
     taken = [item for item in inspect.signature(step).parameters.values() if item.name != "self"]
     return bool(taken) and all(
         item.name != "reply"
@@ -131,7 +132,7 @@ def tool_names(factory: Any) -> list[str]:
     ]
 
 
-def tool_schemas(factory: Any) -> list[dict[str, Any]]:
+def tool_schemas(factory: Any) -> list[JsonObject]:
     """The JSON schema of every tool, for the chat template.
 
     Raises:
@@ -190,7 +191,7 @@ class ToolEnv(Played):
         super().__init__(instance, run)
         self._tools = set(tool_names(type(instance)))
 
-    async def reset(self, row: Mapping[str, Any], seed: int) -> Sequence[Message] | str | None:
+    async def reset(self, row: Mapping[str, object], seed: int) -> Sequence[Message] | str | None:
         reset = getattr(self.instance, "reset", None)
         if reset is None:
             return None
@@ -257,7 +258,7 @@ class ToolEnv(Played):
         raise ToolError(f"there is no tool {call.name!r}; the tools are {', '.join(known)}")
 
 
-def accepted(function: Callable[..., Any], offered: Mapping[str, Any]) -> dict[str, Any]:
+def accepted(function: Callable[..., object], offered: Mapping[str, object]) -> JsonObject:
     """The arguments that a function names, or all that are offered where it takes `**kwargs`."""
     parameters = inspect.signature(function).parameters.values()
     if any(item.kind is item.VAR_KEYWORD for item in parameters):

@@ -15,11 +15,12 @@ import platform
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cohort.actors.engine import stop_token_ids
+from cohort.actors.plain import JsonObject
 from cohort.actors.records import Prompt
 from cohort.actors.turns import EpisodeEnd, EpisodeFailure, FinishReason, NextTurn
 from cohort.rewards.continuation import Continuation, History
@@ -66,10 +67,10 @@ class EnvironmentSpec:
     """
 
     path: str
-    options: Mapping[str, Any]
-    tools: Sequence[dict[str, Any]]
+    options: Mapping[str, object]
+    tools: Sequence[JsonObject]
     model_path: str
-    template_arguments: Mapping[str, Any]
+    template_arguments: Mapping[str, object]
     history: History
     tool_parser: str
     limits: Limits
@@ -217,7 +218,7 @@ class EnvironmentWorker:
                 self._server = server
             return self._server
 
-    def _language(self, tools: Sequence[dict[str, Any]]) -> Language:
+    def _language(self, tools: Sequence[JsonObject]) -> Language:
         """How conversations with these tools are read and written.
 
         Raises:

@@ -14,6 +14,7 @@ import random
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from cohort.actors.plain import JsonObject
 from cohort.actors.records import derive_seed
 from cohort.rewards.base import per_completion
 from cohort.rewards.config import RewardFunctionConfig
@@ -156,7 +157,7 @@ def request(query: Query, unclear: bool) -> str:
     )
 
 
-def calls(*given: tuple[str, dict[str, Any]]) -> str:
+def calls(*given: tuple[str, JsonObject]) -> str:
     """A reply that calls tools, as models write it whose template knows no tools.
 
     Example:

@@ -20,6 +20,7 @@ try:
 except ImportError as error:
     raise ImportError(f"{error}: install it with pip install 'cohort-rl[mcp]'") from error
 
+from cohort.actors.plain import JsonObject
 from cohort.actors.process import MARKER
 from cohort.rewards.environments.base import EnvironmentFailed, EnvironmentLoadError
 from cohort.rewards.environments.tools import ServedTools, ToolError, UnknownTool
@@ -27,7 +28,7 @@ from cohort.rewards.results import error_tail
 
 logger = logging.getLogger(__name__)
 
-Servers = Mapping[str, Mapping[str, Any]]
+Servers = Mapping[str, JsonObject]
 Clients = Mapping[str, mcp.Client]
 # For any answer of a server; calls have a shorter deadline of their own.
 ANSWER_S = 60.0
@@ -66,11 +67,11 @@ class McpTools(ServedTools):
         self._session: _Session | None = None
 
     @classmethod
-    def served(cls, options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def served(cls, options: JsonObject) -> list[JsonObject]:
         """See `ServedTools.served`."""
         servers = options.get("servers") or {}
 
-        async def ask() -> list[dict[str, Any]]:
+        async def ask() -> list[JsonObject]:
             async with contextlib.AsyncExitStack() as stack:
                 clients = await _connected(servers, stack)
                 found, _ = await _tools_of(clients, options.get("tools"))
@@ -90,7 +91,7 @@ class McpTools(ServedTools):
                 why = error_tail(_root(error), 1000)
                 raise EnvironmentLoadError(f"{UNLISTED}: {why}") from error
 
-    async def call_served(self, name: str, arguments: Mapping[str, Any]) -> object:
+    async def call_served(self, name: str, arguments: Mapping[str, object]) -> object:
         """See `ServedTools.call_served`."""
         if self._session is None:
             self._session = _Session(self._servers, self._wanted, self._timeout_s)
@@ -127,7 +128,7 @@ class _Session:
             # A server that has ended by itself: the next call says so, if there is one.
             logger.info("a session with an MCP server ended", exc_info=error)
 
-    async def call(self, name: str, arguments: dict[str, Any]) -> object:
+    async def call(self, name: str, arguments: JsonObject) -> object:
         try:
             # Shielded: a call that is given up must not take the session with it.
             owners = await asyncio.shield(self._ready)
@@ -179,9 +180,9 @@ async def _connected(servers: Servers, stack: contextlib.AsyncExitStack) -> dict
 
 async def _tools_of(
     clients: Mapping[str, mcp.Client], wanted: Sequence[str] | None
-) -> tuple[list[dict[str, Any]], dict[str, mcp.Client]]:
+) -> tuple[list[JsonObject], dict[str, mcp.Client]]:
     """The schemas of the wanted tools, and which client calls which."""
-    schemas: dict[str, dict[str, Any]] = {}
+    schemas: dict[str, JsonObject] = {}
     owners: dict[str, mcp.Client] = {}
     for server, client in clients.items():
         for tool in await _pages(client.list_tools):
@@ -216,7 +217,7 @@ async def _pages(ask: Callable[..., Awaitable[Any]]) -> list[Any]:
             return found
 
 
-def _check(name: str, server: Mapping[str, Any]) -> None:
+def _check(name: str, server: JsonObject) -> None:
     unknown = sorted(set(server) - KEYS)
     if unknown:
         raise EnvironmentLoadError(f"MCP server {name}: unknown keys {', '.join(unknown)}")
@@ -226,7 +227,7 @@ def _check(name: str, server: Mapping[str, Any]) -> None:
         _expanded(name, values)
 
 
-def _expanded(server: str, values: Mapping[str, Any]) -> dict[str, str]:
+def _expanded(server: str, values: Mapping[str, object]) -> dict[str, str]:
     try:
         return {
             name: string.Template(str(value)).substitute(os.environ)

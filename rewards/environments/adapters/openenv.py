@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
+from cohort.actors.plain import JsonObject
 from cohort.rewards.environments.base import EnvironmentLoadError, Message, Reply, Step
 from cohort.rewards.environments.tools import accepted
 from cohort.rewards.loading import RewardLoadError, load_attribute
@@ -59,7 +60,7 @@ class OpenEnv:
         url: str | None = None,
         environment: str | None = None,
         action: str | None = None,
-        options: Mapping[str, Any] | None = None,
+        options: Mapping[str, object] | None = None,
         text: str | None = None,
         show: str | None = None,
         columns: Sequence[str] = (),
@@ -74,7 +75,7 @@ class OpenEnv:
         else:
             self._side = _Local(_load(environment), _load(action), options or {})
 
-    def action(self, reply: Reply) -> Mapping[str, Any]:
+    def action(self, reply: Reply) -> JsonObject:
         """The action that a reply means.
 
         Raises:
@@ -90,14 +91,14 @@ class OpenEnv:
             raise WrongAction("the action must be a JSON object")
         return found
 
-    def messages(self, observation: Mapping[str, Any]) -> Sequence[Message] | str:
+    def messages(self, observation: JsonObject) -> Sequence[Message] | str:
         """What the model reads of an observation."""
         if self._show is not None:
             return str(observation[self._show])
         shown = {name: value for name, value in observation.items() if name not in BESIDE}
         return json.dumps(shown, ensure_ascii=False) if shown else ()
 
-    async def reset(self, row: Mapping[str, Any], seed: int) -> Sequence[Message] | str:
+    async def reset(self, row: Mapping[str, object], seed: int) -> Sequence[Message] | str:
         """Begin an episode of the environment."""
         named = {name: row[name] for name in self._columns}
         made = await self._side.reset({"seed": seed, **named})
@@ -119,9 +120,9 @@ class OpenEnv:
 class _Side(Protocol):
     """Where the environment is. Answers: `observation`, `reward` and `done`."""
 
-    async def reset(self, data: dict[str, Any]) -> Mapping[str, Any]: ...
+    async def reset(self, data: JsonObject) -> JsonObject: ...
 
-    async def step(self, action: Mapping[str, Any]) -> Mapping[str, Any]: ...
+    async def step(self, action: JsonObject) -> JsonObject: ...
 
     async def close(self) -> None: ...
 
@@ -135,7 +136,7 @@ class _Remote:
         self._http: Any = None
         self._socket: Any = None
 
-    async def reset(self, data: dict[str, Any]) -> Mapping[str, Any]:
+    async def reset(self, data: JsonObject) -> JsonObject:
         import aiohttp
 
         self._http = aiohttp.ClientSession()
@@ -149,13 +150,13 @@ class _Remote:
             await self._socket.close()
             await asyncio.sleep(RETRY_S)
 
-    async def step(self, action: Mapping[str, Any]) -> Mapping[str, Any]:
+    async def step(self, action: JsonObject) -> JsonObject:
         answer = await self._ask("step", dict(action))
         if answer["type"] == "error" and answer["data"].get("code") == "VALIDATION_ERROR":
             raise WrongAction(_why(answer["data"].get("errors", ())))
         return _observation(answer)
 
-    async def _ask(self, kind: str, data: dict[str, Any]) -> dict[str, Any]:
+    async def _ask(self, kind: str, data: JsonObject) -> JsonObject:
         import aiohttp
 
         # A server without a free session says so and closes before it reads.
@@ -164,7 +165,7 @@ class _Remote:
         message = await self._socket.receive()
         if message.type != aiohttp.WSMsgType.TEXT:
             raise ConnectionError(f"the OpenEnv server at {self._url} has ended the session")
-        answer: dict[str, Any] = json.loads(message.data)
+        answer: JsonObject = json.loads(message.data)
         return answer
 
     async def close(self) -> None:
@@ -179,7 +180,7 @@ class _Local:
     """An instance in this process. All its calls are made by one thread, as some demand."""
 
     def __init__(
-        self, environment: Callable[..., Any], action: Any, options: Mapping[str, Any]
+        self, environment: Callable[..., object], action: Any, options: Mapping[str, object]
     ) -> None:
         self._environment, self._action, self._options = environment, action, options
         self._thread = ThreadPoolExecutor(1)
@@ -187,12 +188,12 @@ class _Local:
         self._loop = asyncio.Runner()
         self._made: Any = None
 
-    async def reset(self, data: dict[str, Any]) -> Mapping[str, Any]:
+    async def reset(self, data: JsonObject) -> JsonObject:
         self._made = await self._run(lambda: self._environment(**self._options))
         given = accepted(self._made.reset, data)
         return await self._observe(lambda: self._loop.run(self._made.reset_async(**given)))
 
-    async def step(self, action: Mapping[str, Any]) -> Mapping[str, Any]:
+    async def step(self, action: JsonObject) -> JsonObject:
         from pydantic import ValidationError
 
         try:
@@ -201,7 +202,7 @@ class _Local:
             raise WrongAction(_why(error.errors())) from None
         return await self._observe(lambda: self._loop.run(self._made.step_async(made)))
 
-    async def _observe(self, call: Callable[[], Any]) -> Mapping[str, Any]:
+    async def _observe(self, call: Callable[[], Any]) -> JsonObject:
         found = await self._run(call)
         observation = found.model_dump(mode="json")
         return {"observation": observation, "reward": found.reward, "done": found.done}
@@ -216,11 +217,11 @@ class _Local:
         self._thread.shutdown(wait=False)
 
 
-def _observation(answer: Mapping[str, Any]) -> Mapping[str, Any]:
+def _observation(answer: JsonObject) -> JsonObject:
     if answer["type"] == "error":
         data = answer["data"]
         raise RuntimeError(f"the OpenEnv server: {data.get('code')}: {data.get('message')}")
-    found: Mapping[str, Any] = answer["data"]
+    found: JsonObject = answer["data"]
     return found
 
 

@@ -37,8 +37,8 @@ class SkyRLGym:
     def __init__(
         self,
         env: str,
-        config: Mapping[str, Any] | None = None,
-        extras: Mapping[str, Any] | None = None,
+        config: Mapping[str, object] | None = None,
+        extras: Mapping[str, object] | None = None,
     ) -> None:
         if ":" in env:
             self._make = load_attribute(env)
@@ -79,7 +79,7 @@ class SkyRLGym:
             self._env.close()
 
 
-def _numbers(found: Mapping[str, Any]) -> dict[str, float]:
+def _numbers(found: Mapping[str, object]) -> dict[str, float]:
     return {
         name: float(value)
         for name, value in found.items()
