@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from pydantic import JsonValue
 
@@ -54,6 +54,8 @@ class Fingerprint(TypedDict):
         model: File of the model folder -> its size and digest; empty where it is not known.
         code: `rewards.functions: PATH`, `task.name: PATH` or `task.environment: PATH` -> digest of
             its file.
+        init_from: As `model`, of the folder whose weights the run started from, where that was
+            another. It is recorded, not compared: a resumed run has the checkpoint's weights.
     """
 
     version: int
@@ -61,10 +63,15 @@ class Fingerprint(TypedDict):
     rows: dict[str, str]
     model: dict[str, str]
     code: dict[str, str]
+    init_from: NotRequired[dict[str, str]]
 
 
 def fingerprint(
-    config: Config, model_path: str, task: Task, specs: Sequence[RewardSpec]
+    config: Config,
+    model_path: str,
+    task: Task,
+    specs: Sequence[RewardSpec],
+    init_from: Path | None = None,
 ) -> Fingerprint:
     """Fingerprint a run that is about to start.
 
@@ -73,14 +80,18 @@ def fingerprint(
         model_path: The folder or hub id that `inspect_model` found.
         task: The loaded task; a sample of its rows is read.
         specs: The reward functions in use.
+        init_from: The folder whose weights it starts from; None: those of the model.
     """
-    return {
+    found: Fingerprint = {
         "version": VERSION,
         "config": config.model_dump(mode="json"),
         "rows": row_digests(task),
         "model": model_digests(model_path),
         "code": code_digests(config, specs),
     }
+    if init_from is not None:
+        found["init_from"] = {"folder": str(init_from), **model_digests(str(init_from))}
+    return found
 
 
 def row_digests(task: Task) -> dict[str, str]:

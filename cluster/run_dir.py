@@ -28,13 +28,15 @@ from cohort.cluster.errors import RunError
 from cohort.learner.aside import Aside
 
 LOCK = "cohort.lock"
+# What `cohort scale` asks for, and what became of it.
+SCALE_REQUEST, SCALE_ANSWER = "scale.json", "scaled.json"
 HEARTBEAT_S = 5.0
 # An owner on another machine is dead after so many seconds without a heartbeat.
 SILENCE_S = 45.0
 # What a run writes.
 NAMES = re.compile(
     r"cohort\.lock|config\.yaml(\.tmp)?|metrics\.jsonl(\.tmp)?|rollouts|checkpoints|logs|wandb"
-    r"|wandb_id(\.tmp)?|report\.html|replaced-\d+"
+    r"|wandb_id(\.tmp)?|journal|report\.html|replaced-\d+|scaled?\.json(\.tmp)?"
 )
 CHECKPOINT = re.compile(r"(step|tmp|gone)-\w+")
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -264,6 +266,36 @@ def _refuse_if_in_use(folder: Path) -> None:
     try:
         if _flock(file, fcntl.LOCK_SH) is False:
             raise RunError(in_use(folder, _owner(file)))
+    finally:
+        os.close(file)
+
+
+def living_owner(folder: Path) -> Owner | None:
+    """The driver that uses a run directory now; None when there is none.
+
+    An owner on another machine, whose lock may not be seen from here, is waited for to touch its
+    lock: some seconds.
+    """
+    try:
+        file = os.open(folder / LOCK, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        owner, locked = _owner(file), _flock(file, fcntl.LOCK_SH)
+        if owner is None or locked is False:
+            return owner
+        if locked and owner.boot == this_process().boot:
+            return None
+        before, until = os.fstat(file).st_mtime, time.monotonic() + 3 * HEARTBEAT_S
+        while time.monotonic() < until:
+            time.sleep(0.2)
+            # Opened anew: NFS asks the server for the times of a file when it is opened.
+            with (folder / LOCK).open("rb") as lock:
+                if os.fstat(lock.fileno()).st_mtime != before:
+                    return owner
+        return None
+    except OSError:
+        return None  # it is being removed
     finally:
         os.close(file)
 

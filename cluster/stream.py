@@ -12,22 +12,25 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Protocol
 
+from cohort.actors.admission import oldest_version
+from cohort.actors.dispatch import Outcome
 from cohort.actors.pool import RolloutPool
 from cohort.actors.records import (
     Failure,
     GroupMeta,
     Prompt,
     Request,
-    SamplingSpec,
     ScoredRef,
     ScoreMeta,
-    derive_seed,
 )
 from cohort.cluster.config import Config
+from cohort.cluster.first_errors import FirstErrors
+from cohort.cluster.requests import group_request
+from cohort.cluster.waiting import Pending, pending_groups
 from cohort.learner.credit import informative
-from cohort.rewards.pool import Lost, RewardPool
+from cohort.rewards.pool import Lost, MaybeScored, Part, RewardPool
 from cohort.rewards.rates import NO_RATES, PassRates, PromptOutcome, RateHistory, outcome
 from cohort.rewards.tasks import SampledPrompts
 
@@ -46,20 +49,55 @@ class _Produced:
     scored_at: float
 
 
+class Memory(Protocol):
+    """Keeps groups that were scored, for a run that goes on after this one has ended."""
+
+    def recall(self, request: Request) -> ScoredRef | Failure | None:
+        """What an earlier run got for this very request; None: it is to be generated."""
+        ...
+
+    def keep(self, request: Request, scored: ScoredRef) -> None:
+        """A group was scored."""
+        ...
+
+
+class NoMemory:
+    """Keeps nothing."""
+
+    def recall(self, request: Request) -> None:
+        pass
+
+    def keep(self, request: Request, scored: ScoredRef) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """Which prompts are drawn already for steps that are not trained yet.
+
+    steps: step -> where its prompts begin, and how many were asked for. cursor: behind all that was
+    drawn, also in place of groups without gradient.
+    """
+
+    steps: dict[int, tuple[int, int]]
+    cursor: int
+
+
 @dataclass(frozen=True)
 class Batch:
     """The scored groups of one step.
 
-    cursor: where the next step's prompts begin. generate_s, reward_s: seconds the learner waited
-    for each. generation_wall_s: from admission to the last completion. refill_rounds: how often
-    new prompts were drawn in place of groups without gradient. outcomes: of the groups, in order.
-    overlong: prompts that were drawn, and left out as too long.
+    failed: the ids of the groups that failed, with their failures. cursor: where the next step's
+    prompts begin. generate_s, reward_s: seconds the learner waited for each. generation_wall_s:
+    from admission to the last completion. refill_rounds: how often new prompts were drawn in place
+    of groups without gradient. outcomes: of the groups, in order. overlong: prompts that were
+    drawn, and left out as too long.
     """
 
     step: int
     cursor: int
     groups: list[ScoredRef]
-    failures: list[Failure]
+    failed: tuple[tuple[str, Failure], ...]
     generate_s: float
     reward_s: float
     generation_wall_s: float
@@ -67,27 +105,24 @@ class Batch:
     outcomes: tuple[PromptOutcome, ...] = ()
     overlong: int = 0
 
+    @property
+    def failures(self) -> list[Failure]:
+        """Why the groups failed that did."""
+        return [failure for _, failure in self.failed]
+
 
 @dataclass
 class _Step:
-    """A step in flight. prompts: by group id. cursor: where the next step's prompts begin."""
+    """A step in flight. prompts: by group id, in the order of the tasks. first: where its prompts
+    begin. cursor: where the next step's begin. oldest: the oldest weights to begin them with."""
 
     began: float
+    first: int
+    oldest: int = 0
     tasks: list[asyncio.Task[_Produced]] = field(default_factory=list)
     prompts: dict[str, Prompt] = field(default_factory=dict)
     cursor: int = 0
     overlong: int = 0
-
-
-def group_request(config: Config, step: int, prompt: Prompt) -> Request:
-    """What a step asks for a prompt: a group, whose seed is its own in every run and step."""
-    sampling = SamplingSpec(
-        max_tokens=config.actors.max_tokens,
-        temperature=config.actors.temperature,
-        n=config.task.group_size,
-        seed=derive_seed(config.run.seed, "rollout", step, prompt.id),
-    )
-    return Request(f"{step}:{prompt.id}", prompt, sampling, step=step)
 
 
 class GroupStream:
@@ -96,7 +131,8 @@ class GroupStream:
     draw: (cursor, count, pass rates) -> that many prompts and the cursor after them; a pure
     function, so that a resumed run draws the same prompts. cursor: where the run stands in the
     training sequence. history: the pass rates of the run, kept for a task that is a Curriculum;
-    None: the task is drawn without them.
+    None: the task is drawn without them. memory: keeps scored groups, and gives back those that
+    were. ahead: what an earlier run had drawn for steps that it did not train.
     """
 
     def __init__(
@@ -108,68 +144,99 @@ class GroupStream:
         first_step: int,
         cursor: int,
         history: RateHistory | None = None,
+        memory: Memory | None = None,
+        ahead: Ahead | None = None,
     ) -> None:
         self._config = config
         self._draw = draw
         self._pool = pool
         self._rewards = rewards
         self._steps: dict[int, _Step] = {}
-        # The prompts of the step that was handed over last.
+        # Of the step that was handed over last: its prompts, and its oldest weights.
         self._handed: dict[str, Prompt] = {}
+        self._handed_oldest = 0
         # Scores of single completions: for each group, its attempt and the calls.
-        self._part_calls: dict[str, tuple[int, list[asyncio.Task[Any]]]] = {}
-        self._errors_shown: set[tuple[str, str]] = set()
+        self._part_calls: dict[str, tuple[int, list[asyncio.Task[MaybeScored]]]] = {}
+        # Groups that are generated and not scored yet.
+        self._scoring: set[str] = set()
+        self._errors = FirstErrors()
         self._next = first_step
         self.cursor = cursor
+        # Of other counts than this config's nothing can be taken over.
+        count = config.task.prompts_per_step
+        self._ahead: dict[int, int] = {}
+        if ahead is not None and all(drawn == count for _, drawn in ahead.steps.values()):
+            self._ahead = {step: first for step, (first, _) in ahead.steps.items()}
+            self.cursor = ahead.cursor
+        self._memory: Memory = memory or NoMemory()
         self.history = history
         self.admitted = 0
 
-    async def admit(self, until_step: int) -> None:
-        """Start on the prompts of every step up to and including `until_step`."""
+    async def admit(self, until_step: int, skipped: int = 0) -> None:
+        """Start on the prompts of every step up to and including `until_step`.
+
+        skipped: how many of the steps done so far have changed no weights.
+        """
+        staleness = self._config.actors.max_staleness
         while self._next <= until_step:
             step, self._next = self._next, self._next + 1
-            self._steps[step] = _Step(began=time.monotonic())
-            await self._begin(step, self._config.task.prompts_per_step)
-            self._steps[step].cursor = self.cursor
+            # Drawn by an earlier run, or from where this one stands.
+            first = self._ahead.pop(step, self.cursor)
+            oldest = oldest_version(step, skipped, staleness)
+            self._steps[step] = _Step(began=time.monotonic(), first=first, oldest=oldest)
+            await self._begin(step, self._config.task.prompts_per_step, first)
 
-    async def _begin(self, step: int, count: int) -> list[asyncio.Task[_Produced]]:
-        """Start on so many more prompts of a step; the tasks of these."""
+    async def _begin(self, step: int, count: int, first: int) -> list[asyncio.Task[_Produced]]:
+        """Start on so many more prompts of a step, from `first` on; the tasks of these."""
         rates = self.history.before(step) if self.history else NO_RATES
-        sampled = self._draw(self.cursor, count, rates)
-        self.cursor = sampled.cursor
-        requests = [group_request(self._config, step, prompt) for prompt in sampled.prompts]
+        sampled = self._draw(first, count, rates)
+        begun = self._steps[step]
+        if not begun.tasks:
+            begun.cursor = sampled.cursor
+        self.cursor = max(self.cursor, sampled.cursor)
+        requests = [
+            group_request(self._config, step, prompt, begun.oldest) for prompt in sampled.prompts
+        ]
         self.admitted += len(requests) * self._config.task.group_size
         tasks = await self._produce(requests)
-        begun = self._steps[step]
         begun.overlong += len(sampled.overlong)
         begun.prompts |= {request.group_id: request.prompt for request in requests}
         begun.tasks += tasks
         return tasks
 
     async def _produce(self, requests: list[Request]) -> list[asyncio.Task[_Produced]]:
-        generating = await self._pool.generate(requests, self._score_part)
+        known = {r.group_id: found for r in requests if (found := self._memory.recall(r))}
+        new = [request for request in requests if request.group_id not in known]
+        generating = iter(await self._pool.generate(new, self._score_part) if new else ())
         return [
-            asyncio.create_task(self._score(request, task))
-            for request, task in zip(requests, generating, strict=True)
+            asyncio.create_task(
+                _known(known[request.group_id])
+                if request.group_id in known
+                else self._score(request, next(generating))
+            )
+            for request in requests
         ]
 
     async def again(self, batch: Batch, group_ids: Iterable[str]) -> Batch:
-        """The batch handed over last, with these groups generated and scored again, from the same
-        prompts and seeds: what was there of them is lost."""
+        """The batch handed over last, with these groups from memory or, from the same prompts and
+        seeds, generated and scored again: what was there of them is lost."""
         requests = [
-            group_request(self._config, batch.step, self._handed[group_id])
+            group_request(self._config, batch.step, self._handed[group_id], self._handed_oldest)
             for group_id in group_ids
         ]
         produced = await asyncio.gather(*await self._produce(requests))
         new = {r.group_id: p.outcome for r, p in zip(requests, produced, strict=True)}
-        groups = [new.get(group.meta.group_id, group) for group in batch.groups]
+        groups, failed = _sorted(new)
+        there = {group.meta.group_id: group for group in (*batch.groups, *groups)}
+        gone = {name for name, _ in failed}
+        names = [group.meta.group_id for group in batch.groups]
         return replace(
             batch,
-            groups=[group for group in groups if isinstance(group, ScoredRef)],
-            failures=[*batch.failures, *(g for g in groups if isinstance(g, Failure))],
+            groups=[there[name] for name in names if name not in gone],
+            failed=(*batch.failed, *failed),
         )
 
-    def _score_part(self, group_id: str, attempt: int, completion: Any) -> None:
+    def _score_part(self, group_id: str, attempt: int, completion: Part) -> None:
         """Have a completion scored while others of its group are still being generated."""
         before, tasks = self._part_calls.get(group_id, (attempt, []))
         if attempt != before:
@@ -179,7 +246,7 @@ class GroupStream:
         tasks.append(self._rewards.score_part(f"{group_id} attempt {attempt}", completion))
         self._part_calls[group_id] = (attempt, tasks)
 
-    async def _score(self, request: Request, generating: asyncio.Task[Any]) -> _Produced:
+    async def _score(self, request: Request, generating: asyncio.Task[Outcome]) -> _Produced:
         """One group, generated and scored; generated again when it is lost before it is scored."""
         for left in reversed(range(MAX_GENERATIONS)):
             try:
@@ -187,13 +254,15 @@ class GroupStream:
                 generated_at = time.monotonic()
                 if isinstance(meta, Failure):
                     return _Produced(meta, generated_at, generated_at)
-                assert isinstance(meta, GroupMeta)
+                assert group is not None, "it was generated"
+                self._scoring.add(request.group_id)
                 # Completions that were scored in one call have one task.
                 _, calls = self._part_calls.get(request.group_id, (0, []))
                 parts = await asyncio.gather(*dict.fromkeys(calls))
                 known = [ref for ref in parts if ref is not None]
                 scores, scored = await self._rewards.score(group, known)
             finally:
+                self._scoring.discard(request.group_id)
                 _, calls = self._part_calls.pop(request.group_id, (0, []))
                 _cancel(calls)
             if not isinstance(scores, Lost) or not left:
@@ -203,23 +272,11 @@ class GroupStream:
         now = time.monotonic()
         if not isinstance(scores, ScoreMeta):
             return _Produced(scores, generated_at, now)
-        assert scored is not None
-        self._show_errors(scores)
-        return _Produced(ScoredRef(meta, scores, scored), generated_at, now)
-
-    def _show_errors(self, scores: ScoreMeta) -> None:
-        """The first error of every kind, in its own words; metrics count all of them."""
-        for error in scores.errors:
-            if (error.function, error.cause) not in self._errors_shown:
-                self._errors_shown.add((error.function, error.cause))
-                logger.warning(
-                    "reward function %s (%s) on %s; further errors of this kind are only counted:"
-                    "\n%s",
-                    error.function,
-                    error.cause,
-                    error.completion_id,
-                    error.message,
-                )
+        assert scored is not None and isinstance(meta, GroupMeta)
+        self._errors.say(scores)
+        found = ScoredRef(meta, scores, scored)
+        self._memory.keep(request, found)
+        return _Produced(found, generated_at, now)
 
     async def take(self, step: int) -> Batch:
         """Wait for every group of a step. A group that failed is a Failure in the batch.
@@ -236,21 +293,21 @@ class GroupStream:
             if missing <= 0:
                 break
             rounds += 1
-            produced += await asyncio.gather(*await self._begin(step, missing))
-        if self._next == step + 1:
-            # Otherwise later steps have drawn in between: a resumed run begins with theirs, and
-            # sees again what was drawn here.
+            produced += await asyncio.gather(*await self._begin(step, missing, self.cursor))
+        if not (self._ahead or self._steps.keys() - {step}):
+            # Otherwise later steps have drawn in between.
             begun.cursor = self.cursor
         del self._steps[step]
-        groups = [item.outcome for item in produced if isinstance(item.outcome, ScoredRef)]
+        outcomes = (item.outcome for item in produced)
+        groups, failed = _sorted(dict(zip(begun.prompts, outcomes, strict=True)))
         generated = max(item.generated_at for item in produced)
         scored = max(item.scored_at for item in produced)
-        self._handed = begun.prompts
+        self._handed, self._handed_oldest = begun.prompts, begun.oldest
         return Batch(
             step=step,
             cursor=begun.cursor,
             groups=groups,
-            failures=[item.outcome for item in produced if isinstance(item.outcome, Failure)],
+            failed=failed,
             generate_s=max(0.0, generated - waited_from),
             reward_s=max(0.0, scored - max(generated, waited_from)),
             generation_wall_s=max(1e-6, generated - begun.began),
@@ -274,10 +331,24 @@ class GroupStream:
             group.meta, group.scores, config.algorithm
         )
 
+    def ahead(self) -> Ahead:
+        """What is drawn for steps that were not handed over yet."""
+        count = self._config.task.prompts_per_step
+        steps = {step: first for step, first in self._ahead.items()}
+        steps |= {step: begun.first for step, begun in self._steps.items()}
+        return Ahead({step: (first, count) for step, first in steps.items()}, self.cursor)
+
     @property
     def in_flight(self) -> int:
         """Completions admitted and not yet handed over."""
         return sum(len(s.prompts) for s in self._steps.values()) * self._config.task.group_size
+
+    def pending(self) -> list[Pending]:
+        """The groups that the oldest step in flight still waits for."""
+        if not self._steps:
+            return []
+        step = self._steps[min(self._steps)]
+        return pending_groups(dict(zip(step.prompts, step.tasks, strict=False)), self._scoring)
 
     def cancel(self) -> None:
         """Give up what is in flight; a resumed run generates it again, from the same seeds."""
@@ -288,6 +359,21 @@ class GroupStream:
         self._part_calls.clear()
 
 
-def _cancel(tasks: Iterable[asyncio.Task[Any]]) -> None:
+async def _known(outcome: ScoredRef | Failure) -> _Produced:
+    """What became of a prompt in an earlier run."""
+    now = time.monotonic()
+    return _Produced(outcome, now, now)
+
+
+def _sorted(
+    outcomes: dict[str, ScoredRef | Failure],
+) -> tuple[list[ScoredRef], tuple[tuple[str, Failure], ...]]:
+    """The groups that are there, and the failures of the others with their ids."""
+    groups = [group for group in outcomes.values() if isinstance(group, ScoredRef)]
+    failed = tuple((name, one) for name, one in outcomes.items() if isinstance(one, Failure))
+    return groups, failed
+
+
+def _cancel(tasks: Iterable[asyncio.Task[object]]) -> None:
     for task in tasks:
         task.cancel()

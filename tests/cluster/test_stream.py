@@ -183,7 +183,7 @@ def test_metrics_of_each_source() -> None:
         PromptOutcome("c", "hard", 0, 0, None),
         PromptOutcome("d", None, 2, 1, 0.5),
     )
-    batch = Batch(0, 4, [], [], 0.0, 0.0, 1.0, outcomes=outcomes)
+    batch = Batch(0, 4, [], (), 0.0, 0.0, 1.0, outcomes=outcomes)
     assert source_metrics(batch) == {
         "source/easy/groups": 2,
         "source/easy/reward": 0.75,
@@ -254,7 +254,7 @@ def test_groups_that_only_a_length_penalty_tells_apart_are_replaced(resumed_at: 
             counters.add(batch, step_result)
             counters.check(stream.admitted, stream.in_flight)
             times = StepTimes(step=10.0, generate=4.0, reward=1.0, train=3.0, sync=1.5)
-            metrics = step_metrics(batch, step_result, times, counters, 1, 0.0, 0)
+            metrics = step_metrics(batch, step_result, times, counters, 1, 0.0, {})
             share = plan.groups_filtered / len(batch.groups)
             assert metrics["reward/zero_variance_fraction"] == pytest.approx(share)
             assert share > 0.5
@@ -392,7 +392,7 @@ def test_what_functions_log_is_pooled_over_the_step() -> None:
 
     batch = clock.run(main())
     times = StepTimes(step=10.0, generate=4.0, reward=1.0, train=3.0, sync=1.5)
-    metrics = step_metrics(batch, result(), times, Counters(), version=5, probe_gap=0.0, restarts=0)
+    metrics = step_metrics(batch, result(), times, Counters(), version=5, probe_gap=0.0, actors={})
     assert metrics["reward_part/f/part"] == 1.5
     assert metrics["reward_part/f/late"] == 1.0
     assert metrics["reward_metric/f/calls"] == 1.0
@@ -437,7 +437,7 @@ def test_metrics_of_a_step_are_pooled_over_completions() -> None:
     times = StepTimes(step=10.0, generate=4.0, reward=1.0, train=3.0, sync=1.5)
     counters = Counters(group_size=G)
     counters.add(batch, result(trained=8, filtered=0))
-    metrics = step_metrics(batch, result(), times, counters, version=5, probe_gap=0.01, restarts=0)
+    metrics = step_metrics(batch, result(), times, counters, version=5, probe_gap=0.01, actors={})
     assert set(STEP_KEYS) <= set(metrics)
     # Rewards 0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5.
     assert metrics["reward/mean"] == metrics["reward/f"] == 1.75
@@ -470,13 +470,14 @@ def test_too_many_failed_scores_end_the_run_with_the_first_one(cause: Any) -> No
     error = RewardError("f", "c/0", cause, "what happened")
     meta = GroupMeta("g", 1, ("c/0", "c/1"), (1, 1), (False, False), (0, 0), "a", 0.1)
     scores = ScoreMeta("g", (None, 1.0), {"f": (None, 1.0)}, (error,), 0.1)
-    batch = Batch(3, 4, [ScoredRef(meta, scores, None)], [], 1.0, 0.1, 1.0)
+    batch = Batch(3, 4, [ScoredRef(meta, scores, None)], (), 1.0, 0.1, 1.0)
     check_failures(config(rewards={"max_error_rate": 0.5}), batch)
     with pytest.raises(TrainingError, match=rf"step 3: 50% .*max_error_rate.* f {cause}: what"):
         check_failures(config(rewards={"max_error_rate": 0.4}), batch)
 
 
 def test_a_step_without_any_group_ends_the_run_with_the_reason() -> None:
-    batch = Batch(3, 4, [], [Failure("data", "rollout-0 failed", "out of tokens")], 1.0, 0.1, 1.0)
+    failure = Failure("data", "rollout-0 failed", "out of tokens")
+    batch = Batch(3, 4, [], (("3:0-0", failure),), 1.0, 0.1, 1.0)
     with pytest.raises(TrainingError, match=r"none of the 1 groups .* out of tokens"):
         check_failures(config(), batch)
