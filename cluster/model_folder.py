@@ -7,6 +7,7 @@ the file or the config key; `cohort check`, `train`, `eval` and `warmup` report 
 from __future__ import annotations
 
 import logging
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 from cohort.cluster.config import Config, expand
 from cohort.cluster.errors import RunError, in_words
 from cohort.cluster.weight_files import adapter, compare_with_model, read_object, weight_files
+from cohort.learner.checkpoint import HF_FOLDER, is_complete, latest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -65,6 +67,49 @@ def inspect_model(config: Config) -> tuple[str, int, int]:
     if local:
         compare_with_model(Path(path), weight_files(Path(path)), shapes)
     return path, _context(config, found), sum(shapes.values())
+
+
+def starting_weights(config: Config) -> Path | None:
+    """The folder with the weights that model.init_from names; None: those of model.path.
+
+    Raises:
+        RunError: There is none, or it is of another model than model.path.
+    """
+    if config.model.init_from is None:
+        return None
+    key = f"model.init_from={config.model.init_from}"
+    folder = expand(config.model.init_from)
+    if (folder / "checkpoints").is_dir():
+        newest = latest(folder / "checkpoints")
+        if newest is None:
+            raise RunError(f"{key}: the run has no complete checkpoint")
+        folder = newest
+    if (folder / HF_FOLDER / "config.json").is_file():
+        if not is_complete(folder):
+            raise RunError(f"{key}: the checkpoint is not complete")
+        folder = folder / HF_FOLDER
+    if not (folder / "config.json").is_file():
+        raise RunError(f"{key}: no run directory, checkpoint or folder with a config.json")
+    path, _ = _locate(config.model.path)
+    own, other = (_shapes(_empty_model(name, _read_config(name))) for name in (path, str(folder)))
+    different = sorted(
+        name for name in own.keys() | other.keys() if own.get(name) != other.get(name)
+    )
+    if different:
+        raise RunError(
+            f"{key}: another model than model.path={config.model.path}: {different[0]} is "
+            f"{other.get(different[0])} there and {own.get(different[0])} here"
+        )
+    try:
+        sizes = {name: math.prod(shape) for name, shape in other.items()}
+        compare_with_model(folder, weight_files(folder), sizes)
+    except RunError as error:
+        raise RunError(f"{key}: {error}") from error
+    return folder.resolve()
+
+
+def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:

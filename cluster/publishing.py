@@ -20,6 +20,19 @@ PROBE_FLOOR = 0.1
 
 
 @dataclass(frozen=True)
+class Published:
+    """Weights that every engine has proven to hold.
+
+    fingerprint: of the bytes that were published. gap: the largest between learner and engines on
+    the probe, nats a token.
+    """
+
+    version: int
+    fingerprint: str
+    gap: float
+
+
+@dataclass(frozen=True)
 class Publisher:
     """Publishes the learner's weights to the engines.
 
@@ -46,11 +59,8 @@ class Publisher:
         remote = sum(node["Alive"] for node in ray.nodes()) > 1
         return cls(actors.learner, actors.pool, probe, remote)
 
-    async def publish(self) -> float:
+    async def publish(self) -> Published:
         """Have every engine load the learner's weights and prove that it did.
-
-        Returns:
-            The largest gap between learner and engines on the probe, nats a token.
 
         Raises:
             RolloutError: engines that do not hold these weights, again and again.
@@ -59,7 +69,8 @@ class Publisher:
         info = await self.learner.publish(remote=self.remote)
         # Not while the engines load: on shared cores both would wait for each other.
         logprobs = await self.learner.logprobs(self.probe.token_ids)
-        return await self.pool.sync(info, replace(self.probe, logprobs=logprobs))
+        gap = await self.pool.sync(info, replace(self.probe, logprobs=logprobs))
+        return Published(info.version, info.fingerprint, gap)
 
 
 def usual_tolerance(config: Config) -> float:

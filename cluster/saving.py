@@ -15,7 +15,8 @@ import math
 import time
 from pathlib import Path
 
-from cohort.cluster.continuing import SavedState
+from cohort.cluster.continuing import Best, SavedState
+from cohort.cluster.evaluation import Evaluation
 from cohort.cluster.observe.metrics import StepTimes
 from cohort.cluster.run import Run
 from cohort.learner.checkpoint import LEARNER_FILE, CheckpointError
@@ -30,21 +31,27 @@ TRIES = 3
 FIRST_WAIT_S, LONGEST_WAIT_S = 2.0, 60.0
 
 
-async def save_if_due(run: Run) -> None:
+async def save_if_due(run: Run, evaluation: Evaluation | None = None) -> None:
     """Save every `run.checkpoint_every` steps. A failed save is said, and tried again later.
 
-    The last step is left to `save_at_the_end`. Raises LearnerError when the learner is lost.
+    So is a step whose evaluation is the best so far, and its checkpoint is kept. The last step is
+    left to `save_at_the_end`. Raises LearnerError when the learner is lost.
     """
+    before = run.saves.best
+    better = evaluation is not None and _is_better(before, evaluation)
+    if evaluation is not None and better:
+        run.saves.best = {"step": run.progress.step, "score": evaluation.score}
     if run.progress.step >= run.config.run.steps:
         return
     every = run.config.run.checkpoint_every
-    due = bool(every) and run.progress.step % every == 0
+    due = better or (bool(every) and run.progress.step % every == 0)
     if run.saves.failed_at is not None:
         due = due or time.monotonic() - run.saves.failed_at >= RETRY_S
     if not due:
         return
     error = await _try_to_save(run)
     if error is not None:
+        run.saves.best = before
         run.console.note(
             f"checkpoint {run.progress.step} could not be written, training goes on and tries "
             f"again later: {error}"
@@ -120,13 +127,27 @@ async def save(run: Run) -> None:
         "tracking": run.recorder.tracker.state(),
         "pass_rates": history.as_dict(before=run.progress.step) if history else None,
         "fingerprint": run.saves.fingerprint,
+        "ahead": {
+            "steps": [[step, *drawn] for step, drawn in run.progress.ahead.steps.items()],
+            "cursor": run.progress.ahead.cursor,
+        },
     }
+    if run.saves.best is not None:
+        state["best"] = run.saves.best
     folder = run.saves.checkpoints.begin(run.progress.step)
     await run.learner.save(folder, after_skipped=True)
     _require_step(folder, run.learner.version)
     # Writing to disk can take long; rewards and retries of an overlapped run must not wait for it.
     await asyncio.to_thread(run.saves.checkpoints.commit, run.progress.step, state)
     run.saves.step, run.saves.failed_at = run.progress.step, None
+    if run.saves.best is not None and run.saves.best["step"] == run.progress.step:
+        await asyncio.to_thread(run.saves.checkpoints.mark_best, run.progress.step)
+    await run.journal.trim(run.saves.checkpoints.steps())
+
+
+def _is_better(best: Best | None, evaluation: Evaluation) -> bool:
+    """NaN, where no reward applies, is no score."""
+    return evaluation.score > (best["score"] if best is not None else -math.inf)
 
 
 async def _try_to_save(run: Run) -> Exception | None:

@@ -8,6 +8,7 @@ In the driver:
     credit            rewards -> advantages (on `advantages`), weights of tokens
     packing, shapes   completions -> rows -> micro-batches of all ranks
     episodes          the turns of an episode -> branches of a row
+    gang              the processes of all ranks: started, watched, started again
     ranks             typed calls to all rank actors, failures told from their consequences
     results           the sums of the ranks -> the result of a step
 
@@ -24,7 +25,12 @@ In every rank:
     reference         the frozen policy of the KL term
     grpo              the loss, on objectives and corrections
     publishing        weights -> shared memory, on weights
-    saving            the rank's part of a checkpoint, on safe_load
+    saving            the rank's part of a checkpoint, on safe_load and reshape
+    keeping           a copy of the rank's state after each step, on copies
+
+On every machine of a rank:
+
+    home              owns the shared memory, which outlives the ranks
 
 On disk:
 

@@ -2,6 +2,7 @@
 
     checkpoints/
       tmp-40/            being written; moved aside at the next start
+      best               a link to the checkpoint with the best evaluation, which is kept
       step-20/
         hf/              the policy as a Hugging Face folder
         deepspeed/       optimizer state, one part per rank
@@ -22,9 +23,10 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cohort.actors.errors import CohortError
+from cohort.actors.plain import JsonObject
 from cohort.learner.aside import Aside
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ MANIFEST = "manifest.json"
 COMPLETE = "COMPLETE"
 HF_FOLDER = "hf"
 TRIAL = "tmp-trial"
+BEST = "best"
 DRIVER_WAS_HERE = "driver"
 
 
@@ -174,11 +177,27 @@ class Checkpoints:
         """The newest complete checkpoint."""
         return latest(self.folder)
 
+    def steps(self) -> list[int]:
+        """The steps of all complete checkpoints, in order."""
+        return complete_steps(self.folder)
+
+    def mark_best(self, step: int) -> None:
+        """Have `best` point to the checkpoint of a step, which is kept from now on."""
+        temporary = self.folder / f".{BEST}.tmp"
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(f"step-{step}")
+        os.replace(temporary, self.folder / BEST)
+        self.prune()
+
     def prune(self) -> None:
-        """Delete all but the newest `keep` complete checkpoints; move older torn ones aside."""
+        """Delete all but the best and the newest `keep` complete checkpoints; move older torn ones
+        aside."""
         complete = [path for path in _by_step(self.folder) if is_complete(path)]
+        best = (self.folder / BEST).resolve().name
         for path in _by_step(self.folder):
             if path in complete[self.keep :]:
+                if path.name == best:
+                    continue
                 # By another name first: a deletion that is cut short leaves no half checkpoint.
                 os.rename(path, self.folder / f"gone-{_step(path)}")
             elif complete and path not in complete and _step(path) < _step(complete[0]):
@@ -203,6 +222,11 @@ def latest(folder: str | Path) -> Path | None:
     return next((path for path in _by_step(Path(folder)) if is_complete(path)), None)
 
 
+def complete_steps(folder: str | Path) -> list[int]:
+    """The steps of all complete checkpoints in a checkpoint folder, in order."""
+    return sorted(_step(path) for path in _by_step(Path(folder)) if is_complete(path))
+
+
 def is_complete(checkpoint: str | Path) -> bool:
     """True when the marker is there and every file of the manifest has its size."""
     checkpoint = Path(checkpoint)
@@ -215,7 +239,7 @@ def is_complete(checkpoint: str | Path) -> bool:
         return False
 
 
-def load_state(checkpoint: str | Path) -> dict[str, Any]:
+def load_state(checkpoint: str | Path) -> JsonObject:
     """The driver's state as it was given to `commit`."""
     return json.loads((Path(checkpoint) / STATE).read_text(encoding="utf-8"))
 
@@ -244,12 +268,21 @@ def check_shape(checkpoint: Path, workers: int, zero_stage: int, dtype: str) -> 
     if not file.is_file():
         raise CheckpointError(f"{checkpoint} holds no learner state ({LEARNER_FILE} is missing)")
     found = json.loads(file.read_text(encoding="utf-8"))
+    # With ZeRO the state can be divided anew; without, and in another precision, it cannot.
+    anew = zero_stage >= 1 and found["learner.zero_stage"] >= 1 and "updates_done" in found
     for key, wanted in _shape(workers, zero_stage, dtype).items():
-        if found[key] != wanted:
+        if found[key] != wanted and (key == "model.dtype" or not anew):
             raise CheckpointError(
                 f"{checkpoint} was written with {key}={found[key]}, this run has {key}={wanted}: "
-                f"resume with {key}={found[key]}, or start a new run from {checkpoint / HF_FOLDER}"
+                f"resume with {key}={found[key]}, or start a new run from it with "
+                f"model.init_from={checkpoint}"
             )
+
+
+def shape_of(checkpoint: Path) -> tuple[int, int]:
+    """The ranks and the ZeRO stage that wrote a checkpoint."""
+    found = json.loads((checkpoint / LEARNER_FILE).read_text(encoding="utf-8"))
+    return found["learner.workers"], found["learner.zero_stage"]
 
 
 def export(run_dir: str | Path, out: str | Path) -> Path:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from cohort.actors.plain import JsonObject
 from cohort.learner.presets import PRESETS, Preset
 
 Dtype = Literal["bfloat16", "float16", "float32"]
@@ -53,7 +54,7 @@ class LearnerConfig(BaseModel):
         description="GPUs only: keep optimizer state (ZeRO 1-3), or parameters too (ZeRO 3), in "
         "main memory.",
     )
-    deepspeed: dict[str, Any] = Field(
+    deepspeed: JsonObject = Field(
         default_factory=dict,
         description="Merged into DeepSpeed's configuration, as {zero_optimization: "
         "{reduce_bucket_size: 1e8}}; what Cohort itself decides is refused.",
@@ -79,6 +80,10 @@ class LearnerConfig(BaseModel):
     )
     step_timeout_s: float = Field(
         1800, gt=0, description="Longest wait for one optimizer step or checkpoint."
+    )
+    keep_copy: bool = Field(
+        True,
+        description="Keep two copies of the state in shared memory: a rank's death costs one step.",
     )
 
     def contradictions(self) -> list[str]:

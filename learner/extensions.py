@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import sys
 from pathlib import Path
 
 
 def use_folder(device: str) -> Path:
-    """Set, for this process, where compiled parts are kept: one folder per combination of versions.
+    """Set, for this process, where compiled parts are kept: one folder per installation of torch.
+
+    A build names the paths of torch's headers: two installations of the same versions that shared a
+    folder would build again for each other, half a minute at every start.
 
     Below $TORCH_EXTENSIONS_DIR when that is set, else below ~/.cache/cohort/extensions.
     """
@@ -18,7 +22,9 @@ def use_folder(device: str) -> Path:
 
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", "~/.cache/cohort/extensions")).expanduser()
     python = f"py{sys.version_info.major}.{sys.version_info.minor}"
-    name = f"{python}-torch{torch.__version__}-deepspeed{deepspeed.__version__}-{device}"
+    place = hashlib.sha256(torch.__file__.encode()).hexdigest()[:8]
+    versions = f"torch{torch.__version__}-deepspeed{deepspeed.__version__}"
+    name = f"{python}-{versions}-{device}-{place}"
     folder = root if root.name == name else root / name  # already set, here or in a parent
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)

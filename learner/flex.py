@@ -16,7 +16,6 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
@@ -180,7 +179,7 @@ def flex_attention_forward(
     **_: object,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface, for one row that holds all others under a block mask."""
-    attend: Callable[..., Any] = flex_attention
+    attend: Callable[..., torch.Tensor] = flex_attention
     if not query.is_cpu and not torch.compiler.is_compiling():  # else it is compiled with its layer
         attend = _compiled()
     out = attend(

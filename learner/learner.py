@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
-
-import ray
+from typing import TypeVar
 
 from cohort.actors.records import ScoredRef, WeightsInfo
 from cohort.learner.checkpoint import CheckpointError, check_loadable
+from cohort.learner.gang import Gang
 from cohort.learner.packing import MicroBatch, Packer, RowCost
 from cohort.learner.plan import StepPlan, plan_step, score_batches
 from cohort.learner.ranks import LearnerError, Ranks
 from cohort.learner.results import StepResult, pool
-from cohort.learner.spec import LearnerSpec, ModelFacts
+from cohort.learner.spec import LearnerSpec, ModelFacts, RankResult
 from cohort.learner.worker import LearnerWorker
 
-if TYPE_CHECKING:
-    from ray.actor import ActorHandle
+R = TypeVar("R")
+# How often in one call the ranks are started again; what fails so often would go on failing.
+RESTARTS = 3
 
 
 class LostGroups(LearnerError):
@@ -33,20 +33,46 @@ class LostGroups(LearnerError):
 class Learner:
     """The learner ranks. One call at a time; every call raises LearnerError on failure.
 
+    When a rank dies or freezes, all ranks are started again, take the state that they kept after
+    the step before, and the call is repeated; what it gives is bit for bit the same.
+
+    Args:
+        spec: Of any rank.
+        ranks: Ready to train.
+        facts: Of the model.
+        gang: Starts the ranks again; None: their loss is an error.
+        notify: Told what happens to them.
+
     Attributes:
         spec: Of any rank.
         facts: Of the model.
         version: Steps applied so far, which is the version of the weights.
         nonfinite_in_a_row: Updates since the last one whose gradient was finite.
+        restarts: How often the ranks were started again.
     """
 
-    def __init__(self, spec: LearnerSpec, ranks: Ranks, facts: ModelFacts) -> None:
+    def __init__(
+        self,
+        spec: LearnerSpec,
+        ranks: Ranks,
+        facts: ModelFacts,
+        gang: Gang | None = None,
+        notify: Callable[[str], None] = print,
+    ) -> None:
         self.spec = spec
         self.facts = facts
         self.version = 0
         self.nonfinite_in_a_row = 0
+        self.restarts = 0
         self._ranks = ranks
+        self._gang = gang
+        self._notify = notify
         self._published: int | None = None
+        # What the ranks start again from: a copy, or else a checkpoint, or else the model folder.
+        self._kept: int | None = None
+        self._loaded: str | None = None
+        self._generation = 0
+        self._lost = False
 
     @classmethod
     async def start(
@@ -54,6 +80,7 @@ class Learner:
         spec: LearnerSpec,
         actor_options: Sequence[Mapping[str, object]],
         timeout_s: float = 300.0,
+        notify: Callable[[str], None] = print,
     ) -> Learner:
         """Create one actor per entry of `actor_options` and join them.
 
@@ -61,30 +88,19 @@ class Learner:
             spec: Of any rank; the rank is filled in here.
             actor_options: Ray options of each rank's actor.
             timeout_s: Longest wait for the actors to be placed, and again for the model to load.
+            notify: Told, for people, what happens to the ranks later.
         """
         if len(actor_options) != spec.world_size:
             raise ValueError(
                 f"{len(actor_options)} actor options for {spec.world_size} learner ranks"
             )
-        worker = ray.remote(LearnerWorker)
-        handles = [
-            worker.options(**options).remote(replace(spec, rank=rank))
-            for rank, options in enumerate(actor_options)
-        ]
-        # To Ray's type hints a handle may be the class as well, so that editors know its methods.
-        ranks = Ranks(cast("list[ActorHandle[LearnerWorker]]", handles), timeout_s)
+        gang = Gang(spec, LearnerWorker, actor_options, timeout_s)
         try:
-            await ranks.ready()
-            first = Ranks(ranks.handles[:1], timeout_s)
-            [(address, port)] = await first.all("opening the rendezvous", LearnerWorker.rendezvous)
-            facts = await ranks.all(
-                "loading the model", LearnerWorker.setup, address, port, timeout_s
-            )
+            ranks, facts = await gang.start()
         except BaseException:
-            ranks.kill()
+            gang.kill()
             raise
-        ranks.timeout_s = spec.learner.step_timeout_s
-        return cls(spec, ranks, facts[0])
+        return cls(spec, ranks, facts, gang, notify)
 
     @property
     def packer(self) -> Packer:
@@ -106,6 +122,84 @@ class Learner:
         return plan_step(
             pairs, self.spec.algorithm, self.packer, max_tokens=self.spec.max_tokens, kl=kl
         )
+
+    async def _lasting(self, call: Callable[[], Awaitable[R]]) -> R:
+        """The answer to a call; where a rank is lost, that of ranks that were started again.
+
+        Raises:
+            LearnerError: The call failed otherwise, the ranks were lost again and again, or there
+                is no copy of their state.
+        """
+        for attempt in range(RESTARTS + 1):
+            try:
+                if self._lost:
+                    await self._start_again()
+                return await call()
+            except LearnerError as error:
+                if not error.lost or self._gang is None or attempt == RESTARTS:
+                    raise
+                self._lost = True
+                self._notify(f"{error}\nthe learner is started again, and repeats what it was at")
+        raise AssertionError("the last attempt returns or raises")
+
+    async def _start_again(self) -> None:
+        """Start all ranks again, with the state from before the call that was interrupted."""
+        assert self._gang is not None
+        self.restarts += 1
+        began = time.monotonic()
+        self._ranks, _ = await self._gang.again()
+        steps = [0]
+        try:
+            if self._kept is not None:
+                steps = await self._ranks.all("taking its copy", LearnerWorker.restore, self._kept)
+            elif self._loaded is not None:
+                steps = await self._ranks.all(
+                    "loading a checkpoint", LearnerWorker.load, self._loaded
+                )
+            elif self.version:
+                raise LearnerError(
+                    f"there is no copy of the {self.version} steps that the learner has done "
+                    "(learner.keep_copy)"
+                )
+            if set(steps) != {self.version}:
+                raise LearnerError(
+                    f"the ranks came back with {steps} steps, and {self.version} are done"
+                )
+        except LearnerError as error:
+            if error.lost:
+                raise
+            raise LearnerError(
+                f"{error}; run.resume=true goes on from the newest checkpoint", savable=False
+            ) from error
+        self._lost = False
+        self._notify(
+            f"the learner goes on after step {self.version}, "
+            f"{time.monotonic() - began:.1f} s after it was lost"
+        )
+
+    async def _keep(self) -> None:
+        """Have all ranks copy their state. A copy that cannot be written is said, once."""
+        if self._gang is None or not self.spec.learner.keep_copy:
+            return
+        first = self._gang.first_on_their_machines()
+        generation = self._generation + 1
+        try:
+            await self._ranks.each(
+                "copying its state", LearnerWorker.keep, [(generation, flag) for flag in first]
+            )
+        except LearnerError as error:
+            if not error.savable:
+                raise
+            if self._kept is not None or self._generation == 0:
+                self._notify(
+                    f"{error}\nTraining goes on; the death of a learner rank would end it. Make "
+                    "room in /dev/shm, or set learner.keep_copy=false"
+                )
+            # What was kept is older than the weights are now.
+            self._kept = None
+        else:
+            self._kept = generation
+        self._generation = generation
 
     async def step(self, groups: Sequence[ScoredRef]) -> StepResult:
         """One step on these groups: `algorithm.updates_per_step` optimizer updates.
@@ -130,21 +224,20 @@ class Learner:
             [shards[rank] for shards in plan.updates] for rank in range(self.spec.world_size)
         ]
         asked = [_ids_of([batch for shard in shards for batch in shard]) for shards in updates]
-        results = await self._ranks.each(
-            "an optimizer step",
-            LearnerWorker.step,
-            [
-                (shards, [refs[group_id] for group_id in ids])
-                for shards, ids in zip(updates, asked, strict=True)
-            ],
-        )
-        _require_all(asked, [result.lost for result in results])
+        arguments = [
+            (shards, [refs[group_id] for group_id in ids])
+            for shards, ids in zip(updates, asked, strict=True)
+        ]
+
+        async def kept_step() -> list[RankResult]:
+            results = await self._ranks.each("an optimizer step", LearnerWorker.step, arguments)
+            _require_all(asked, [result.lost for result in results])
+            _require_agreement(results)
+            await self._keep()
+            return results
+
+        results = await self._lasting(kept_step)
         applied = [update.applied for update in results[0].updates]
-        for result in results:
-            if [update.applied for update in result.updates] != applied:
-                raise LearnerError(
-                    f"the learner ranks disagree on the step: {results}", savable=False
-                )
         self.version = results[0].steps_done
         limit = self.spec.learner.max_skipped_steps
         for moved in applied:
@@ -163,13 +256,14 @@ class Learner:
         shards = score_batches([group.meta for group in groups], self.packer)
         refs = {group.meta.group_id: group.ref for group in groups}
         asked = [_ids_of(batches) for batches in shards]
-        results = await self._ranks.each(
-            "scoring with the reference",
-            LearnerWorker.reference_kl,
-            [
-                (batches, [refs[group_id] for group_id in ids])
-                for batches, ids in zip(shards, asked, strict=True)
-            ],
+        arguments = [
+            (batches, [refs[group_id] for group_id in ids])
+            for batches, ids in zip(shards, asked, strict=True)
+        ]
+        results = await self._lasting(
+            lambda: self._ranks.each(
+                "scoring with the reference", LearnerWorker.reference_kl, arguments
+            )
         )
         _require_all(asked, [found if isinstance(found, tuple) else () for found in results])
         kl: dict[str, float] = {}
@@ -188,8 +282,10 @@ class Learner:
             remote: Also through Ray's object store, for engines on other nodes.
         """
         keep = [] if self._published is None else [self._published]
-        published = await self._ranks.all(
-            "publishing the weights", LearnerWorker.publish, self.version, keep, remote
+        published = await self._lasting(
+            lambda: self._ranks.all(
+                "publishing the weights", LearnerWorker.publish, self.version, keep, remote
+            )
         )
         info = published[0]
         assert info is not None, "rank 0 returns where the weights are"
@@ -198,7 +294,10 @@ class Learner:
 
     async def logprobs(self, token_ids: Sequence[int]) -> list[float]:
         """The learner's log-probs of tokens 1..n-1 of a sequence, at temperature 1."""
-        found = await self._ranks.all("scoring the probe", LearnerWorker.logprobs, list(token_ids))
+        ids = list(token_ids)
+        found = await self._lasting(
+            lambda: self._ranks.all("scoring the probe", LearnerWorker.logprobs, ids)
+        )
         return found[0]
 
     async def save(self, folder: str | Path, after_skipped: bool = False) -> None:
@@ -215,7 +314,9 @@ class Learner:
         """
         if not after_skipped:
             self._require_finite()
-        await self._ranks.all("saving a checkpoint", LearnerWorker.save, str(folder))
+        await self._lasting(
+            lambda: self._ranks.all("saving a checkpoint", LearnerWorker.save, str(folder))
+        )
 
     async def export(self, folder: str | Path) -> None:
         """Write the policy alone, as a Hugging Face folder; made if needed.
@@ -224,7 +325,9 @@ class Learner:
             LearnerError: The last update was not finite, or rank 0 could not write.
         """
         self._require_finite()
-        await self._ranks.all("writing the model", LearnerWorker.export, str(folder))
+        await self._lasting(
+            lambda: self._ranks.all("writing the model", LearnerWorker.export, str(folder))
+        )
 
     def _require_finite(self) -> None:
         if self.nonfinite_in_a_row:
@@ -240,9 +343,12 @@ class Learner:
             check_loadable(Path(folder), self.spec)
         except CheckpointError as error:
             raise LearnerError(str(error)) from error
-        steps = await self._ranks.all("loading a checkpoint", LearnerWorker.load, str(folder))
+        steps = await self._lasting(
+            lambda: self._ranks.all("loading a checkpoint", LearnerWorker.load, str(folder))
+        )
         self.version = steps[0]
         self.nonfinite_in_a_row = 0
+        self._kept, self._loaded = None, str(folder)
         return self.version
 
     async def memory(self) -> list[dict[str, int]]:
@@ -250,8 +356,10 @@ class Learner:
         return await self._ranks.all("reading the memory use", LearnerWorker.memory)
 
     def kill(self) -> None:
-        """End all ranks at once."""
+        """End all ranks at once; what they keep in shared memory goes with them."""
         self._ranks.kill()
+        if self._gang is not None:
+            self._gang.kill()
 
 
 def _ids_of(batches: Sequence[MicroBatch]) -> list[str]:
@@ -261,6 +369,13 @@ def _ids_of(batches: Sequence[MicroBatch]) -> list[str]:
     groups.
     """
     return list(dict.fromkeys(row.group_id for batch in batches for row in batch.rows))
+
+
+def _require_agreement(results: Sequence[RankResult]) -> None:
+    """Raise LearnerError unless all ranks have applied the same updates."""
+    applied = [[update.applied for update in result.updates] for result in results]
+    if any(flags != applied[0] for flags in applied):
+        raise LearnerError(f"the learner ranks disagree on the step: {results}", savable=False)
 
 
 def _require_all(asked: Sequence[Sequence[str]], lost: Sequence[Sequence[int]]) -> None:

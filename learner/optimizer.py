@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, overload
+from typing import overload
 
 import torch
 
+from cohort.actors.plain import JsonObject
 from cohort.learner.config import Dtype, LearnerConfig
 
 
@@ -48,7 +49,7 @@ LOSS_SCALING = {
 }
 
 
-def deepspeed_config(learner: LearnerConfig, dtype: Dtype, device: str = "cpu") -> dict[str, Any]:
+def deepspeed_config(learner: LearnerConfig, dtype: Dtype, device: str = "cpu") -> JsonObject:
     """The DeepSpeed configuration of a run.
 
     On GPUs gradients are reduced while the backward pass goes on, from stage 2 on: below, DeepSpeed
@@ -58,7 +59,7 @@ def deepspeed_config(learner: LearnerConfig, dtype: Dtype, device: str = "cpu") 
     DeepSpeed keeps in bfloat16 and float16.
     """
     stage = learner.zero_stage
-    config: dict[str, Any] = {
+    config: JsonObject = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         # Steps have any number of micro-batches: `step()` is the boundary.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar, TypeVarTuple
 import ray
 from ray.exceptions import RayTaskError
 
-from cohort.actors.errors import CohortError, kind_of, words
+from cohort.actors.errors import TRY_AGAIN, CohortError, kind_of, words
 from cohort.learner.checkpoint import NotFiniteError
 
 if TYPE_CHECKING:
@@ -31,11 +31,15 @@ class LearnerError(CohortError):
 
     Attributes:
         savable: Every rank lives and answers, so that what was learned may still be saved.
+        lost: A rank died, is frozen, or is late: the ranks can be started again.
     """
 
-    def __init__(self, message: str, savable: bool = True) -> None:
+    def __init__(self, message: str, savable: bool = True, lost: bool = False) -> None:
         super().__init__(message)
         self.savable = savable
+        self.lost = lost
+        # Ranks that are gone can be started again; a mistake of theirs would be made again.
+        self.exit_code = CohortError.exit_code if savable else TRY_AGAIN
 
 
 class Ranks:
@@ -48,11 +52,19 @@ class Ranks:
     Args:
         handles: One actor per rank, in their order.
         timeout_s: The longest wait for a call.
+        watch: Ends with the words for a rank when that rank is frozen; asked during every call.
+            None: nobody looks.
     """
 
-    def __init__(self, handles: Sequence[ActorHandle[LearnerWorker]], timeout_s: float) -> None:
+    def __init__(
+        self,
+        handles: Sequence[ActorHandle[LearnerWorker]],
+        timeout_s: float,
+        watch: Callable[[], Awaitable[str]] | None = None,
+    ) -> None:
         self.handles = list(handles)
         self.timeout_s = timeout_s
+        self.watch = watch
 
     async def all(
         self, what: str, method: Callable[[LearnerWorker, *Ts], R], *arguments: *Ts
@@ -74,7 +86,7 @@ class Ranks:
             getattr(handle, method.__name__).remote(*given)
             for handle, given in zip(self.handles, arguments, strict=True)
         ]
-        return await results_of(what, calls, self.timeout_s)
+        return await results_of(what, calls, self.timeout_s, self.watch)
 
     async def ready(self) -> None:
         """Wait until the processes of all ranks are there."""
@@ -88,17 +100,30 @@ class Ranks:
             ray.kill(handle)
 
 
-async def results_of(what: str, calls: Sequence[Awaitable[R]], timeout_s: float) -> list[R]:
+async def results_of(
+    what: str,
+    calls: Sequence[Awaitable[R]],
+    timeout_s: float,
+    watch: Callable[[], Awaitable[str]] | None = None,
+) -> list[R]:
     """The results of one call per rank, in order.
 
     Raises:
-        LearnerError: On the first failure, or after `timeout_s` seconds.
+        LearnerError: On the first failure, when `watch` ends, or after `timeout_s` seconds.
     """
     tasks = [asyncio.ensure_future(_value(call)) for call in calls]
+    watching = asyncio.ensure_future(_value(watch() if watch is not None else _never()))
+    deadline = asyncio.get_running_loop().time() + timeout_s
     try:
-        _, waiting = await asyncio.wait(
-            tasks, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION
-        )
+        waiting = set(tasks)
+        while waiting and not _errors(tasks):
+            left = deadline - asyncio.get_running_loop().time()
+            done, _ = await asyncio.wait(
+                {*waiting, watching}, timeout=left, return_when=asyncio.FIRST_COMPLETED
+            )
+            waiting -= done
+            if not done or (watching in done and waiting and not _errors(tasks)):
+                break
         errors = _errors(tasks)
         if errors and waiting:
             _, waiting = await asyncio.wait(waiting, timeout=GRACE_S)
@@ -108,18 +133,28 @@ async def results_of(what: str, calls: Sequence[Awaitable[R]], timeout_s: float)
             raise LearnerError(
                 f"learner rank {rank} failed {what}: {_message(errors[rank])}",
                 savable=not waiting and all(map(_is_alive, errors.values())),
+                lost=bool(waiting) or any(_blame(error) == 0 for error in errors.values()),
             ) from errors[rank]
+        if waiting and watching.done():
+            raise LearnerError(
+                f"learner {watching.result()} during {what}", savable=False, lost=True
+            )
         if waiting:
             late = [rank for rank, task in enumerate(tasks) if task in waiting]
             raise LearnerError(
                 f"learner rank(s) {late} did not finish {what} within {timeout_s} s;"
                 " the end of each rank's log shows where it was",
                 savable=False,
+                lost=True,
             )
         return [task.result() for task in tasks]
     finally:
-        for task in tasks:
+        for task in [*tasks, watching]:
             task.cancel()
+
+
+async def _never() -> str:
+    return await asyncio.get_running_loop().create_future()
 
 
 async def _value(call: Awaitable[R]) -> R:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from cohort.learner import reshape
 from cohort.learner.checkpoint import (
     DRIVER_WAS_HERE,
     HF_FOLDER,
@@ -22,6 +23,7 @@ from cohort.learner.checkpoint import (
     NotFiniteError,
     check_loadable,
     must_match,
+    shape_of,
 )
 from cohort.learner.safe_load import only_data
 from cohort.learner.state import CheckpointWriter, Engine, RankState, everywhere
@@ -60,18 +62,7 @@ def save(state: RankState, target: Path) -> None:
     """
     first = state.spec.rank == 0
     require_finite(state.model, state.device)
-    with PatientEngine(state.engine) as writing:
-        try:
-            state.engine.save_checkpoint(
-                str(target / DEEPSPEED_FOLDER),
-                tag=DEEPSPEED_TAG,
-                client_state={"steps_done": state.steps_done, "updates_done": state.updates_done},
-                save_latest=False,
-            )
-        except OSError as error:
-            # A script that DeepSpeed copies beside its files; the others wait at the end.
-            writing.error = writing.error or error
-            dist.barrier()
+    writing = write_engine(state, target / DEEPSPEED_FOLDER, DEEPSPEED_TAG)
     weights = _whole_weights(state)
     if first:
         with writing.kept():
@@ -80,12 +71,46 @@ def save(state: RankState, target: Path) -> None:
         with writing.kept():
             state.reference.save(target, write=first)
     if first:
-        facts = {"steps_done": state.steps_done, **must_match(state.spec)}
+        counts = {"steps_done": state.steps_done, "updates_done": state.updates_done}
+        facts = {**counts, **must_match(state.spec)}
         if state.reference is not None:
             facts["reference"] = state.reference.fingerprint
         with writing.kept():
             (target / LEARNER_FILE).write_text(json.dumps(facts, indent=1), encoding="utf-8")
     writing.agree(state.device)
+
+
+def write_engine(state: RankState, folder: Path, tag: str) -> Writing:
+    """Have DeepSpeed write what it holds, with the counts, into `folder`/`tag`.
+
+    Returns:
+        The errors so far, for the ranks to agree on.
+    """
+    with PatientEngine(state.engine) as writing:
+        try:
+            state.engine.save_checkpoint(
+                str(folder),
+                tag=tag,
+                client_state={"steps_done": state.steps_done, "updates_done": state.updates_done},
+                save_latest=False,
+            )
+        except OSError as error:
+            # A script that DeepSpeed copies beside its files; the others wait at the end.
+            writing.error = writing.error or error
+            dist.barrier()
+    return writing
+
+
+def read_engine(state: RankState, folder: Path, tag: str) -> int:
+    """Restore what `write_engine` wrote; returns the optimizer steps done."""
+    path, counts = state.engine.load_checkpoint(
+        str(folder), tag=tag, load_lr_scheduler_states=False
+    )
+    if path is None:
+        raise CheckpointError(f"DeepSpeed found nothing to load in {folder / tag}")
+    state.steps_done = int(counts["steps_done"])
+    state.updates_done = int(counts["updates_done"])
+    return state.steps_done
 
 
 def export(state: RankState, target: Path) -> None:
@@ -111,14 +136,14 @@ def load(state: RankState, source: Path) -> int:
                 f"{state.model_folder}: set model.path to the model that the run started from"
             )
         state.reference.load(source)
+    ranks, stage = shape_of(source)
     with only_data(source):
-        path, counts = state.engine.load_checkpoint(
-            str(source / DEEPSPEED_FOLDER), tag=DEEPSPEED_TAG, load_lr_scheduler_states=False
-        )
-    if path is None:
-        raise CheckpointError(f"DeepSpeed found nothing to load in {source}")
-    state.steps_done = int(counts["steps_done"])
-    state.updates_done = int(counts["updates_done"])
+        if (ranks, stage) == (state.spec.world_size, state.spec.learner.zero_stage):
+            return read_engine(state, source / DEEPSPEED_FOLDER, DEEPSPEED_TAG)
+        folder = source / DEEPSPEED_FOLDER / DEEPSPEED_TAG
+        reshape.fill(state, reshape.gather(folder, ranks, stage))
+    facts = json.loads((source / LEARNER_FILE).read_text(encoding="utf-8"))
+    state.steps_done, state.updates_done = int(facts["steps_done"]), int(facts["updates_done"])
     return state.steps_done
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from cohort.actors.machine import split_cores
 from cohort.learner.flex import FLEX_MULTIPLE
 from cohort.learner.logprobs import PolicyModel
 from cohort.learner.saving import try_to_write
@@ -43,7 +44,8 @@ def set_up(
     """
     device = _join(spec, store, address, port)
     folder = resolve(spec.model_path)
-    policy = load_policy(spec, folder, device, spec.learner.gradient_checkpointing)
+    weights = folder if spec.init_from is None else Path(spec.init_from)
+    policy = load_policy(spec, weights, device, spec.learner.gradient_checkpointing)
     parameters = sum(p.numel() for p in policy.parameters())
     self_check(policy, spec.temperature)
     if spec.trial_dir is not None:
@@ -68,6 +70,9 @@ def set_up(
 
 def _join(spec: LearnerSpec, store: dist.TCPStore | None, address: str, port: int) -> torch.device:
     """Make the process group of all ranks; returns this rank's device."""
+    if spec.cores:
+        # Before there are threads that compute: they inherit it.
+        os.sched_setaffinity(0, split_cores(spec.cores, spec.world_size)[spec.rank])
     torch.set_num_threads(spec.threads)
     torch.manual_seed(spec.seed + spec.rank)
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = address, str(port)

@@ -16,10 +16,13 @@ class LearnerSpec:
 
     Attributes:
         model_path: A Hugging Face folder, or a hub id.
+        init_from: A folder with other weights of this architecture to start from; the reference
+            stays that of model_path.
         temperature: Of the rollouts.
         max_tokens: The longest completion of the rollouts.
         threads: CPU threads of the rank.
-        shm_dir: Where rank 0 publishes weights; removed when it ends.
+        cores: Of all ranks, if they are bound to some; empty: they may use any.
+        shm_dir: Where rank 0 publishes weights and all keep copies of their state; see `home`.
         log_dir: Where the rank's output goes; None leaves it with Ray's.
         total_steps: Of the whole run, where the learning rate's schedule ends.
         trial_dir: Where driver and ranks try to save before anything is trained; None: nothing
@@ -41,6 +44,8 @@ class LearnerSpec:
     log_dir: str | None = None
     total_steps: int = 1
     trial_dir: str | None = None
+    init_from: str | None = None
+    cores: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,9 @@ class EngineOptimizer(Protocol):
 
     param_groups: list[dict[str, object]]
     loss_scaler: LossScaler
+    # Of ZeRO: the optimizer of its flat tensors, and these under ZeRO-3.
+    optimizer: torch.optim.Optimizer
+    fp32_partitioned_groups_flat: list[torch.Tensor]
 
 
 class CheckpointWriter(Protocol):
@@ -45,6 +48,7 @@ class Engine(Protocol):
     optimizer: EngineOptimizer
     checkpoint_engine: CheckpointWriter
     enable_backward_allreduce: bool
+    save_non_zero_checkpoint: bool
 
     def __call__(
         self, inputs: ModelInputs, temperature: float, chunks: int

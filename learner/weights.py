@@ -124,7 +124,7 @@ class WeightFiles:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self._views: dict[int, mmap.mmap] = {}
+        self._views: dict[int, mmap.mmap] | None = None
 
     def path(self, version: int) -> Path:
         """Where a version is published."""
@@ -155,6 +155,11 @@ class WeightFiles:
             FileExistsError: The folder is not this user's own.
         """
         _own_folder(self.folder)
+        if self._views is None:
+            self._views = _left_by_another(self.folder)
+        # The folder goes with its owner, which may be another by now.
+        there = {old: view for old, view in self._views.items() if self.path(old).is_file()}
+        self._views = there
         header, offsets, size = encode_header(specs)
         temporary = self.folder / f".v{version}.{os.getpid()}.tmp"
         unread = [old for old in self._views if old != version and old not in keep]
@@ -177,6 +182,17 @@ class WeightFiles:
             self.path(old).unlink()
             del self._views[old]
         return fingerprint, size
+
+
+def _left_by_another(folder: Path) -> dict[int, mmap.mmap]:
+    """The versions that a rank which died has published, by number; its half-written file goes."""
+    for torn in folder.glob(".v*.tmp"):
+        torn.unlink()
+    views = {}
+    for path in folder.glob("v*.safetensors"):
+        with path.open("rb+") as file:
+            views[int(path.stem[1:])] = mmap.mmap(file.fileno(), 0)
+    return views
 
 
 def _own_folder(folder: Path) -> None:

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 from cohort.actors.process import redirect_output, running_ray, stacks_if_late, start_reaper
 from cohort.actors.records import GroupRef, WeightsInfo
-from cohort.learner import publishing, saving, setup, step
+from cohort.learner import copies, keeping, publishing, saving, setup, step
 from cohort.learner.attention import Tree
+from cohort.learner.copies import Copies
+from cohort.learner.home import Whereabouts, here
 from cohort.learner.logprobs import ModelInputs
 from cohort.learner.packing import MicroBatch
 from cohort.learner.shapes import RowShape
@@ -58,11 +60,21 @@ class LearnerWorker:
         os.environ["LOCAL_RANK"] = "0"  # Ray shows an actor only its own devices.
         if spec.log_dir is not None:
             redirect_output(Path(spec.log_dir) / f"learner-{spec.rank}.log")
-        # Only rank 0 writes there, but every rank leaves files of its libraries when it is killed.
-        start_reaper(*([Path(spec.shm_dir)] if spec.rank == 0 else []))
+        # Its libraries leave files when it is killed. What is in shm_dir outlives it.
+        start_reaper()
         self.spec = spec
         self._files = WeightFiles(spec.shm_dir)
+        self._copies = Copies(Path(spec.shm_dir) / copies.FOLDER, spec.rank)
         self._store: dist.TCPStore | None = None
+
+    def whereabouts(self) -> Whereabouts:
+        """The process and the machine that this rank is."""
+        ray = running_ray()
+        return here("local" if ray is None else ray.get_runtime_context().get_node_id())
+
+    def pulse(self) -> bool:
+        """Answers from a thread of its own, also while the rank computes."""
+        return True
 
     def rendezvous(self) -> tuple[str, int]:
         """Rank 0: listen for the other ranks on a free port; returns (address, port)."""
@@ -168,6 +180,16 @@ class LearnerWorker:
                 learner of another shape.
         """
         return saving.load(self.state, Path(folder))
+
+    @_watched
+    def keep(self, generation: int, first_on_machine: bool) -> None:
+        """Copy this rank's state into shared memory; see `cohort.learner.keeping`."""
+        keeping.keep(self.state, self._copies, generation, first_on_machine)
+
+    @_watched
+    def restore(self, generation: int) -> int:
+        """Take the state of a copy; returns the optimizer steps done."""
+        return keeping.restore(self.state, self._copies, generation)
 
     def memory(self) -> dict[str, int]:
         """Peak memory of this rank's process in bytes, and of its device where it has one."""

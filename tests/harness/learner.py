@@ -15,12 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ray.exceptions import ObjectLostError
+import ray
+import torch
+from ray.exceptions import ActorDiedError, ObjectLostError
 
 from cohort.actors.records import ScoredGroup, WeightsInfo
 from cohort.actors.weight_file import TensorSpec
-from cohort.learner.checkpoint import LEARNER_FILE, check_loadable, must_match
+from cohort.learner.checkpoint import (
+    LEARNER_FILE,
+    CheckpointError,
+    check_loadable,
+    must_match,
+    shape_of,
+)
+from cohort.learner.copies import FOLDER, Copies, MemoryWriter
 from cohort.learner.grpo import LossStats
+from cohort.learner.home import Whereabouts
 from cohort.learner.packing import MicroBatch
 from cohort.learner.spec import LearnerSpec, ModelFacts, RankResult, UpdateResult
 from cohort.learner.weights import WeightFiles
@@ -31,6 +41,7 @@ LOAD_S = 5.0
 STEP_S = 2.0
 SAVE_S = 1.0
 PUBLISH_S = 0.1
+KEEP_S = 0.1
 MOMENTUM = 0.5
 
 
@@ -55,6 +66,26 @@ class Gang:
         return await total
 
 
+class LocalLearnerHome:
+    """The owner of a machine's shared memory; the ranks' pids are their numbers in LocalRay."""
+
+    kind = "home"
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def cpu_seconds(self, pid: int) -> float:
+        actor = current_ray().actors[pid]
+        busy = actor.death is None and actor.thawed.is_set()
+        return asyncio.get_running_loop().time() if busy else 0.0
+
+    def end(self, ranks: list[Whereabouts]) -> None:
+        for rank in ranks:
+            actor = current_ray().actors[rank.pid]
+            if actor.death is None:
+                actor.end(ActorDiedError(), restart=False)
+
+
 class LocalLearnerWorker:
     """One rank."""
 
@@ -67,16 +98,30 @@ class LocalLearnerWorker:
         self.steps_done = 0
         self.updates_done = 0
         self._files = WeightFiles(spec.shm_dir)
+        self._copies = Copies(Path(spec.shm_dir) / FOLDER, spec.rank)
+
+    def whereabouts(self) -> Whereabouts:
+        actor = current_actor()
+        return Whereabouts(actor.node, current_ray().actors.index(actor), 0.0)
+
+    @ray.method(concurrency_group="watch")
+    async def pulse(self) -> bool:
+        # Slow where a test says that something holds the interpreter's lock for so long.
+        await asyncio.sleep(current_ray().slowness(f"{self.name} pulse") - 1)
+        return True
 
     def rendezvous(self) -> tuple[str, int]:
-        return "127.0.0.1", 1
+        return "127.0.0.1", next(current_ray().numbers)
 
     async def setup(self, address: str, port: int, timeout_s: float) -> ModelFacts:  # noqa: ARG002
         from transformers import AutoTokenizer
 
         await asyncio.sleep(LOAD_S)
+        if self.spec.trial_dir is not None and not Path(self.spec.trial_dir).is_dir():
+            raise CheckpointError(f"{self.spec.trial_dir}: nothing can be tried there")
         ray = current_ray()
-        self._gang = ray.gangs.setdefault(self.spec.shm_dir, Gang(self.spec.world_size))
+        ray.emit("setup", current_actor().name)
+        self._gang = ray.gangs.setdefault(port, Gang(self.spec.world_size))
         self.model_folder = Path(self.spec.model_path)
         tokenizer = AutoTokenizer.from_pretrained(self.model_folder)
         self.weights = policy.initial(len(tokenizer))
@@ -222,7 +267,8 @@ class LocalLearnerWorker:
         if self.spec.rank != 0:
             return
         await self.export(str(target / "hf"))
-        facts = {"steps_done": self.steps_done, **must_match(self.spec)}
+        counts = {"steps_done": self.steps_done, "updates_done": self.updates_done}
+        facts = {**counts, **must_match(self.spec)}
         (target / LEARNER_FILE).write_text(json.dumps(facts))
 
     async def export(self, folder: str) -> None:
@@ -241,10 +287,37 @@ class LocalLearnerWorker:
         source = Path(folder)
         check_loadable(source, self.spec)
         await asyncio.sleep(LOAD_S)
-        with np.load(source / "deepspeed" / f"rank-{self.spec.rank}.npz") as saved:
+        # All ranks hold the same; those of another number of ranks, too.
+        ranks, _ = shape_of(source)
+        with np.load(source / "deepspeed" / f"rank-{self.spec.rank % ranks}.npz") as saved:
             self.weights = {n: saved[f"weights.{n}"] for n in self.weights}
             self.momentum = {n: saved[f"momentum.{n}"] for n in self.momentum}
             self.steps_done, self.updates_done = int(saved["steps"]), int(saved["updates"])
+        return self.steps_done
+
+    async def keep(self, generation: int, first_on_machine: bool) -> None:  # noqa: ARG002
+        ray, actor = current_ray(), current_actor()
+        with self._copies.writing(generation) as writer:
+            place = self._copies.place(generation)
+            place.mkdir(parents=True, exist_ok=True)
+            state = {
+                "momentum": {n: torch.from_numpy(a) for n, a in self.momentum.items()},
+                "weights": {n: torch.from_numpy(a) for n, a in self.weights.items()},
+                "counts": (self.steps_done, self.updates_done),
+            }
+            writer.save(state, str(place / f"state-{self.spec.rank}.pt"))
+            # Between the bytes and the marker that makes them count.
+            ray.emit("keep", actor.name, generation=generation)
+            await asyncio.sleep(KEEP_S)
+
+    async def restore(self, generation: int) -> int:
+        self._copies.require(generation)
+        await asyncio.sleep(KEEP_S)
+        file = self._copies.place(generation) / f"state-{self.spec.rank}.pt"
+        state: Any = MemoryWriter({}).load(str(file))
+        self.weights = {n: t.numpy() for n, t in state["weights"].items()}
+        self.momentum = {n: t.numpy() for n, t in state["momentum"].items()}
+        self.steps_done, self.updates_done = state["counts"]
         return self.steps_done
 
     def memory(self) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -142,3 +143,36 @@ def test_files_are_made_anew_in_a_folder_of_ones_own(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError):
         files.publish(2, [1], spec, tensors)
     assert victim.read_text() == "precious"
+
+
+def test_a_rank_that_comes_after_goes_on_where_the_one_before_was(tmp_path: Path) -> None:
+    spec = [TensorSpec("a", (4,), torch.float32)]
+
+    def publish(files: WeightFiles, version: int, keep: list[int]) -> None:
+        files.publish(version, keep, spec, [("a", torch.full((4,), float(version)))])
+
+    before = WeightFiles(tmp_path)
+    publish(before, 1, [])
+    publish(before, 2, [1])
+    (tmp_path / ".v3.77.tmp").write_bytes(b"half")
+    after = WeightFiles(tmp_path)
+    # Engines may be reading 2; 1 has no readers any more.
+    publish(after, 3, [2])
+    assert {path.name for path in tmp_path.iterdir()} == {"v2.safetensors", "v3.safetensors"}
+    # What it publishes a second time is there once.
+    publish(WeightFiles(tmp_path), 3, [2])
+    assert {path.name for path in tmp_path.iterdir()} == {"v2.safetensors", "v3.safetensors"}
+    for version in (2, 3):
+        found = load_file(tmp_path / f"v{version}.safetensors")["a"]
+        assert found.equal(torch.full((4,), float(version)))
+
+
+def test_versions_that_went_with_their_owner_are_not_missed(tmp_path: Path) -> None:
+    folder = tmp_path / "shm"
+    files = WeightFiles(folder)
+    spec = [TensorSpec("a", (4,), torch.float32)]
+    for version in (1, 2):
+        files.publish(version, [1], spec, [("a", torch.ones(4))])
+    shutil.rmtree(folder)
+    files.publish(3, [2], spec, [("a", torch.zeros(4))])
+    assert [path.name for path in folder.iterdir()] == ["v3.safetensors"]

@@ -1,0 +1,100 @@
+"""Real ranks under DeepSpeed are killed and frozen: what they train is, to the bit, the same."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from cohort.learner.config import AlgorithmConfig
+from cohort.learner.learner import Learner
+from tests.system.test_learner import batch, cluster, models, put, run, spec_for, start, weights
+
+__all__ = ["cluster", "models", "run"]
+pytestmark = pytest.mark.system
+
+# The reference is refreshed after two steps, and is part of the state from then on.
+ALGORITHM = AlgorithmConfig(updates_per_step=2, kl_coef=0.05, reference_refresh_steps=2)
+SHAPES = [
+    pytest.param(ranks, stage, dtype, marks=[] if often else [pytest.mark.exhaustive])
+    for ranks, stage, dtype, often in [
+        (1, 0, "float32", False),
+        (1, 1, "bfloat16", False),
+        (1, 3, "float32", False),
+        (2, 0, "bfloat16", False),
+        (2, 1, "bfloat16", True),
+        (2, 2, "float32", False),
+        (2, 3, "bfloat16", False),
+        (3, 1, "float32", False),
+        (3, 3, "float32", False),
+    ]
+]
+
+
+async def pids(group: Learner) -> list[int]:
+    return [place.pid for place in group._gang._places]  # type: ignore[union-attr]
+
+
+async def soon(seconds: float, action: Callable[[], Any]) -> None:
+    await asyncio.sleep(seconds)
+    action()
+
+
+@pytest.mark.parametrize(("ranks", "stage", "dtype"), SHAPES)
+def test_killed_and_frozen_ranks_change_nothing(
+    run: Any, models: dict[str, Path], tmp_path: Path, ranks: int, stage: int, dtype: str
+) -> None:
+    async def train(name: str, disturbed: bool) -> tuple[Any, list[float]]:
+        shm = Path("/dev/shm") / f"cohort-learner-{os.getpid()}-{name}"
+        spec = spec_for(
+            models["llama-tied"], ranks, shm, zero_stage=stage, dtype=dtype, learning_rate=1e-2
+        )
+        # The policy starts from other weights than the reference's.
+        other = models["llama-other"]
+        spec = replace(
+            spec, algorithm=ALGORITHM, log_dir=str(tmp_path / name), init_from=str(other)
+        )
+        group = await start(spec)
+        losses = []
+        try:
+            own = load_file(other / "model.safetensors")
+            for weight_name, weight in (await weights(group)).items():
+                assert weight.equal(own[weight_name].to(weight.dtype))
+            for step in range(4):
+                victim = (await pids(group))[-1]
+                # A stopped process takes no part in the step; a killed one is gone before it.
+                number = {1: signal.SIGKILL, 3: signal.SIGSTOP}.get(step)
+                if disturbed and number is not None:
+                    os.kill(victim, number)
+                result = await group.step([put(g) for g in batch()])
+                losses.append(result.loss)
+                if step == 0:
+                    assert result.reference_kl > 0.1
+                if disturbed and step == 2:
+                    os.kill((await pids(group))[0], signal.SIGKILL)
+                await group.publish()
+            assert group.restarts == (3 if disturbed else 0)
+            assert result.version == 4
+            return await weights(group), losses
+        finally:
+            group.kill()
+            for _ in range(100):
+                if not shm.exists():
+                    break
+                await asyncio.sleep(0.1)
+            assert not shm.exists()
+
+    async def both() -> None:
+        (straight, losses), (broken, again) = await train("straight", False), await train("b", True)
+        assert losses == again
+        assert straight.keys() == broken.keys()
+        assert all(straight[name].equal(broken[name]) for name in straight)
+
+    run(both())
