@@ -36,13 +36,19 @@ class ActorsConfig(BaseModel):
         description="fp8: the engine's linear layers in float8, quantized again at every weight "
         "update. On CPUs it is emulated, for trying out.",
     )
-    start_timeout_s: float = Field(300, gt=0, description="Longest wait for an engine to start.")
+    start_timeout_s: float = Field(
+        300,
+        gt=0,
+        description="Longest wait for an engine to start. When no actor is left, a run waits so "
+        "long for one that can start, then saves and ends.",
+    )
     group_timeout_s: float = Field(
         120,
         gt=0,
         description="Longest time that an engine with groups to generate may show no progress (a "
         "token, an update); five times as long while it computes. Then it is replaced and its "
-        "groups are generated elsewhere. A slow engine that produces tokens is never replaced.",
+        "groups are generated elsewhere. One whose process is stopped, or sleeps with work to do, "
+        "is replaced after 10 s already; a slow one that produces tokens never.",
     )
     sync_timeout_s: float = Field(
         120, gt=0, description="Longest time without progress that a weight update may take."

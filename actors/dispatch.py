@@ -80,7 +80,7 @@ class Dispatcher:
         self.dispatch()
         try:
             while not (await asyncio.wait({future}, timeout=self._timeout_s))[0]:
-                if not any(s.ready or s.syncing or s.repair for s in self._slots):
+                if not any(slot.hopeful for slot in self._slots):
                     raise RolloutError(
                         f"group {job.request.group_id} waited {self._timeout_s:g} s and "
                         "no rollout actor has weights to generate it with"
@@ -120,7 +120,8 @@ class Dispatcher:
 
     def _reserve(self, job: Job) -> Slot | None:
         room = self._max_concurrent - job.completions
-        free = [slot for slot in self._slots if slot.ready and slot.load <= room]
+        oldest = job.request.oldest
+        free = [slot for slot in self._slots if slot.takes(oldest) and slot.load <= room]
         slot = min(free, key=lambda slot: (slot.load, slot.index), default=None)
         if slot is not None:
             slot.load += job.completions

@@ -22,6 +22,7 @@ from cohort.actors.config import ActorsConfig
 from cohort.actors.process import KEEP_HEAP
 from cohort.actors.proof import Held, Proof, ServedLayout, file_digests
 from cohort.actors.records import SamplingSpec
+from cohort.actors.spans import Span, Spans
 from cohort.actors.turns import FinishReason
 
 if TYPE_CHECKING:
@@ -54,12 +55,16 @@ class EngineSpec:
 
 @dataclass(frozen=True)
 class RawCompletion:
-    """What the engine returned for one completion: T token ids and their T log-probs."""
+    """What the engine returned for one completion: T token ids and their T log-probs.
+
+    spans: which weights they came from, in order; empty where they did not come from an engine.
+    """
 
     token_ids: np.ndarray
     logprobs: np.ndarray
     finish_reason: FinishReason
     seed: int
+    spans: tuple[Span, ...] = ()
 
 
 class EngineError(Exception):
@@ -89,6 +94,9 @@ class Engine:
         self._spec = spec
         self._stop_ids = stop_ids
         self.progress = 0
+        # Calls that vLLM's process has not answered: it has something to do while there are any.
+        self.asked = 0
+        self._spans = Spans()
         self._proof: Proof | None = None
         self._published: asyncio.Future[dict[str, int]] | None = None
         self._count_tokens()
@@ -173,12 +181,14 @@ class Engine:
         Raises EngineError soon after the engine's process has died.
         """
         task = asyncio.ensure_future(call)
+        self.asked += 1
         try:
             await asyncio.wait({task, self._death}, return_when=asyncio.FIRST_COMPLETED)
             if task.done():
                 return task.result()
             raise EngineError("vLLM's engine process has died")
         finally:
+            self.asked -= 1
             task.cancel()
 
     async def _watch(self) -> None:
@@ -196,7 +206,9 @@ class Engine:
 
         async def counted() -> EngineCoreOutputs:
             outputs = await next_outputs()
-            self.progress += sum(len(output.new_token_ids) for output in outputs.outputs)
+            for output in outputs.outputs:
+                self.progress += len(output.new_token_ids)
+                self._spans.made(output.request_id, len(output.new_token_ids))
             return outputs
 
         core.get_output_async = counted
@@ -250,6 +262,7 @@ class Engine:
                         self._sampling(spec, spec.seed + index, greedy),
                     )
                 )
+                self._spans.begin(queue.request_id)
                 added.append(queue)
         except BaseException as error:
             if added:
@@ -261,7 +274,12 @@ class Engine:
 
     async def finish(self, queue: RequestOutputCollector, seed: int) -> RawCompletion:
         """Wait until a completion is done."""
-        return _raw_completion((await self._answer(_finished(queue))).outputs[0], seed)
+        name = queue.request_id
+        try:
+            item = (await self._answer(_finished(queue))).outputs[0]
+            return _raw_completion(item, seed, self._spans.end(name, len(item.token_ids)))
+        finally:
+            self._spans.forget(name)
 
     async def abort(self, request_id: str, count: int) -> None:
         """End the first `count` completions of a group that nobody waits for any more."""
@@ -294,6 +312,8 @@ class Engine:
                 update_info={"path": path, "names": names, "fingerprint": digest}
             )
             await self._answer(self._llm.start_weight_update())
+            # What was generated before the pause has arrived by now.
+            self._spans.update(version)
             await self._answer(self._llm.update_weights(update))
             await self._answer(self._llm.finish_weight_update(str(version)))
             if not await self._answer(self._llm.reset_prefix_cache(reset_running_requests=True)):
@@ -357,7 +377,7 @@ async def _finished(queue: RequestOutputCollector) -> RequestOutput:
     return output
 
 
-def _raw_completion(item: CompletionOutput, seed: int) -> RawCompletion:
+def _raw_completion(item: CompletionOutput, seed: int, spans: tuple[Span, ...]) -> RawCompletion:
     token_ids = np.asarray(item.token_ids, dtype=np.int64)
     logprobs = np.fromiter(
         (entry[token].logprob for entry, token in zip(item.logprobs, item.token_ids, strict=True)),
@@ -366,4 +386,4 @@ def _raw_completion(item: CompletionOutput, seed: int) -> RawCompletion:
     )
     if item.finish_reason not in ("stop", "length"):
         raise EngineError(f"vLLM ended a completion with '{item.finish_reason}'")
-    return RawCompletion(token_ids, logprobs, item.finish_reason, seed)
+    return RawCompletion(token_ids, logprobs, item.finish_reason, seed, spans)

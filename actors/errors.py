@@ -12,6 +12,9 @@ import errno
 from cohort.actors.records import Failure
 from cohort.actors.turns import FailureKind
 
+# EX_TEMPFAIL: the same command may succeed when it is given again.
+TRY_AGAIN = 75
+
 
 class CohortError(Exception):
     """Base of every error whose message is meant for people: `cohort` prints it without a traceback

@@ -10,6 +10,7 @@ import numpy as np
 
 from cohort.actors.engine import RawCompletion
 from cohort.actors.records import Completion, EpisodeHost, Request, SamplingSpec, derive_seed
+from cohort.actors.spans import joined
 from cohort.actors.turns import CUT, EpisodeEnd, NextTurn, Turn, TurnShape
 
 # An episode that was lost with its worker is begun again once, with the same seeds.
@@ -132,4 +133,5 @@ class Player:
             text=self.text(made[-1].token_ids) if made else "",
             turns=tuple(rewarded),
             end=end,
+            spans=joined(one.spans for one in made),
         )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import functools
+import math
 import os
 import re
 import shutil
@@ -15,12 +17,11 @@ import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import IO, TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import psutil
+from typing import IO
 
 MARKER = "COHORT_REAP"
+# In the environment of every process that a supervisor's run starts.
+SUPERVISED = "COHORT_SUPERVISED"
 SHM = Path("/dev/shm")
 WATCHER_START_S = 30
 TRACKER_S = 5.0
@@ -102,7 +103,12 @@ def start_reaper(*folders: Path) -> None:
 def start_sweeper() -> None:
     """Remove what processes started below this one leave in /dev/shm when they are killed before
     they have a reaper of their own (`start_reaper`). It ends none of them: Ray does, and what
-    uploads a run's last records may outlive the run."""
+    uploads a run's last records may outlive the run. A process has one, however many its runs."""
+    _start_sweeper_of(os.getpid())
+
+
+@functools.cache
+def _start_sweeper_of(_pid: int) -> None:
     _watch_this_process(kill=False)
 
 
@@ -119,7 +125,7 @@ def start_watcher(marker: str, *folders: Path, kill: bool = True) -> IO[bytes]:
     kill: end them; otherwise only wait for their end, for SWEEP_S at most.
     Returns its pipe: keep it for as long as these processes may live, and close it to end them.
     """
-    environment = {key: value for key, value in os.environ.items() if key != MARKER}
+    environment = {k: value for k, value in os.environ.items() if k not in (MARKER, SUPERVISED)}
     watcher = subprocess.Popen(
         [sys.executable, "-S", "-E", __file__, marker, str(int(kill)), *folders],
         stdin=subprocess.PIPE,
@@ -159,13 +165,40 @@ def end_tree(pid: int, marker: str, timeout_s: float = 5.0) -> None:
         _signal(other, signal.SIGKILL)
 
 
+def end_marked(variable: str, value: str, timeout_s: float = math.inf) -> list[int]:
+    """SIGKILL every process that has this variable in its environment, until none is left, and
+    remove the shared memory that they talked through. Returns those that live after `timeout_s`."""
+    entry = f"{variable}={value}".encode()
+    files: set[Path] = set()
+    began = time.monotonic()
+    # One may be starting another while it is being killed: look until none is left.
+    while (alive := _marked(entry)) and time.monotonic() < began + timeout_s:
+        # Also what was made by one that was killed before it could tell.
+        files |= mapped_shared_memory(alive)
+        for pid in alive:
+            # Python's resource trackers remove the shared memory of the dead, then end themselves.
+            if _is_tracker(pid) and time.monotonic() < began + TRACKER_S:
+                continue
+            _signal(pid, signal.SIGKILL)
+        time.sleep(0.1)
+    for file in files:
+        file.unlink(missing_ok=True)
+    _sweep()
+    return alive
+
+
 def _signal(pid: int, number: int) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.kill(pid, number)
 
 
-def _below(pid: int) -> list[int]:
-    """The living processes of which this one is parent, grandparent and so on."""
+def children(pid: int) -> list[int]:
+    """The processes of which this one is the parent, those that have ended and wait for it too."""
+    return _family()[0].get(pid, [])
+
+
+def _family() -> tuple[dict[int, list[int]], set[int]]:
+    """The children of every process, and the processes that have ended."""
     children: dict[int, list[int]] = {}
     ended = set()
     for entry in os.listdir("/proc"):
@@ -176,6 +209,12 @@ def _below(pid: int) -> list[int]:
                 children.setdefault(int(fields[1]), []).append(int(entry))
                 if fields[0] in (b"Z", b"X"):
                     ended.add(int(entry))
+    return children, ended
+
+
+def _below(pid: int) -> list[int]:
+    """The living processes of which this one is parent, grandparent and so on."""
+    children, ended = _family()
     found: list[int] = []
     waiting = [pid]
     while waiting:
@@ -183,17 +222,6 @@ def _below(pid: int) -> list[int]:
         found += below
         waiting += below
     return [entry for entry in found if entry not in ended]
-
-
-def cpu_seconds(process: psutil.Process) -> float:
-    """Seconds that a process has computed; 0 when it is gone."""
-    import psutil
-
-    try:
-        times = process.cpu_times()
-    except psutil.Error:
-        return 0.0
-    return float(times.user + times.system)
 
 
 def peak_rss(pid: int) -> int:
@@ -249,6 +277,14 @@ def _marked(marker: bytes) -> list[int]:
     return found
 
 
+def is_watcher(pid: int) -> bool:
+    """Whether this is a watcher of `start_watcher`."""
+    try:
+        return __file__.encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def _is_tracker(pid: int) -> bool:
     try:
         return b"resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
@@ -263,17 +299,10 @@ def _watch(marker: str, kill: bool, folders: list[str]) -> None:
         signal.signal(number, signal.SIG_IGN)
     # Until the other end closes: what else there is to remove.
     files = {line.strip() for line in sys.stdin}
-    entry = f"{MARKER}={marker}".encode()
     closed = time.monotonic()
-    # One may be starting another while it is being killed: look until none is left.
-    while (alive := _marked(entry)) and (kill or time.monotonic() < closed + SWEEP_S):
-        # Also what was made since, or by one that was killed before it could tell.
-        files.update(map(str, mapped_shared_memory(alive)) if kill else ())
-        for pid in alive if kill else ():
-            # Python's resource trackers remove the shared memory of the dead, then end themselves.
-            if _is_tracker(pid) and time.monotonic() < closed + TRACKER_S:
-                continue
-            _signal(pid, signal.SIGKILL)
+    if kill:
+        end_marked(MARKER, marker)
+    while _marked(f"{MARKER}={marker}".encode()) and time.monotonic() < closed + SWEEP_S:
         time.sleep(0.1)
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 import numpy as np
 
+from cohort.actors.plain import JsonObject
+from cohort.actors.spans import Span
 from cohort.actors.text import prefill_of
 from cohort.actors.turns import (
     EpisodeEnd,
@@ -22,11 +24,14 @@ from cohort.actors.turns import (
     Turn,
     TurnShape,
 )
+from cohort.actors.watch import Look
 
 if TYPE_CHECKING:
     from ray import ObjectRef
 
 Messages = list[dict[str, str]]
+# The version of an engine that has not pulled published weights yet; these begin with 0.
+UNSYNCED = -1
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class Prompt:
     id: str
     token_ids: tuple[int, ...]
     content: Messages | str
-    columns: dict[str, Any] = field(default_factory=dict)
+    columns: JsonObject = field(default_factory=dict)
     epoch: int = 0
     text: str | None = field(default=None, compare=False)
     source: str | None = None
@@ -74,6 +79,8 @@ class Completion:
     token_ids: [T] int64, what the engine sampled, including sampled end-of-sequence tokens.
     logprobs: [T] float32, behaviour log-probabilities of those tokens, after temperature.
     weight_versions: the first and the last weight version that produced a token.
+    spans: (version, tokens), in order: which weights every token came from. Empty where it did not
+        come from an engine.
     turns: of an episode, in order; the sampled tokens of the turns, one after another, are
         token_ids. Empty: one turn that continues the prompt.
     end: how an episode ended; None where there was no environment.
@@ -89,12 +96,17 @@ class Completion:
     text: str
     turns: tuple[Turn, ...] = ()
     end: EpisodeEnd | None = None
+    spans: tuple[Span, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.token_ids) != len(self.logprobs):
             raise ValueError(
                 f"completion {self.id}: {len(self.token_ids)} token ids, "
                 f"{len(self.logprobs)} log-probs"
+            )
+        if self.spans and sum(count for _, count in self.spans) != len(self.token_ids):
+            raise ValueError(
+                f"completion {self.id}: {len(self.token_ids)} token ids, spans {self.spans}"
             )
         sampled = sum(turn.shape.sampled for turn in self.turns)
         if self.turns and sampled != len(self.token_ids):
@@ -257,15 +269,17 @@ class Place:
     """Where an actor runs (its node, the cores it may use, its process), and how far it is.
 
     progress: a number that moves with every token that its engine produces and every stage of an
-    update; while there is work, one that stands still means that it hangs. cpu_s: seconds that its
-    engine's processes have computed.
+    update; while there is work, one that stands still means that it hangs. working: whether its
+    engine has something to do right now. look: at the engine's processes; None: they cannot be
+    seen.
     """
 
     node_id: str
     cores: tuple[int, ...]
     pid: int
     progress: int = 0
-    cpu_s: float = 0.0
+    working: bool = True
+    look: Look | None = None
 
 
 @dataclass(frozen=True)
@@ -317,8 +331,9 @@ class EpisodeHost(Protocol):
 class Request:
     """One group to generate. greedy: for evaluation, temperature 0 and no seed.
 
-    step: that it is for; groups of older steps go first where they have to wait. host: where the
-    environment of its episodes runs; None: there is none.
+    step: that it is for; groups of older steps go first where they have to wait. oldest: the oldest
+    weights that it may be begun with (see `actors/admission.py`). host: where the environment of
+    its episodes runs; None: there is none.
     """
 
     group_id: str
@@ -326,6 +341,7 @@ class Request:
     sampling: SamplingSpec
     greedy: bool = False
     step: int = 0
+    oldest: int = 0
     host: EpisodeHost | None = None
 
 

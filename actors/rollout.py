@@ -10,7 +10,7 @@ from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cohort.actors.engine import (
     Engine,
@@ -24,7 +24,6 @@ from cohort.actors.machine import usable_cores
 from cohort.actors.play import Player
 from cohort.actors.process import (
     SHM,
-    cpu_seconds,
     last_lines,
     mapped_shared_memory,
     peak_rss,
@@ -33,6 +32,7 @@ from cohort.actors.process import (
     start_reaper,
 )
 from cohort.actors.records import (
+    UNSYNCED,
     Completion,
     EpisodeHost,
     Failure,
@@ -44,16 +44,16 @@ from cohort.actors.records import (
     SamplingSpec,
     WeightsInfo,
 )
+from cohort.actors.spans import ends_of
 from cohort.actors.text import Tokenizer, completion_text
 from cohort.actors.turns import FailureKind
 from cohort.actors.weight_file import write_new
+from cohort.actors.witness import look_at, node_id
 
 if TYPE_CHECKING:
     import numpy as np
     import psutil
     from vllm.v1.engine.output_processor import RequestOutputCollector
-
-UNSYNCED = -1
 
 
 class NoWeights(Exception):
@@ -105,19 +105,21 @@ class RolloutActor:
         self._refused: dict[str, Failure] = {}
         self._aborts: set[asyncio.Task[None]] = set()
         # Updates and hand-overs of groups, one at a time and in order.
-        self._gate = asyncio.Lock()
+        self._gate = asyncio.Condition()
         self._stages = 0
         self._probes = 0
         self._children: list[psutil.Process] = []
 
     async def place(self) -> Place:
         """Where this actor runs, and how far it is: asked again and again while it works."""
+        engine = self._engine
         return Place(
-            node_id=_node_id(),
+            node_id=node_id(),
             cores=usable_cores(),
             pid=os.getpid(),
-            progress=self._stages + (0 if self._engine is None else self._engine.progress),
-            cpu_s=sum(map(cpu_seconds, self._children)),
+            progress=self._stages + (0 if engine is None else engine.progress),
+            working=engine is not None and engine.asked > 0,
+            look=look_at([child.pid for child in self._children]),
         )
 
     async def start(self, cores: tuple[int, ...], serve_loaded: bool = False) -> float | Failure:
@@ -174,21 +176,27 @@ class RolloutActor:
                         f"{self.name} refused weights",
                         f"version {info.version} is older than {self._newest}, which it holds",
                     )
-                self._stages += 1
-                self._version = UNSYNCED
-                await engine.update_weights(path, list(info.names), info.fingerprint, info.version)
-                self._stages += 1
-                await engine.prove(path, info.version)
-                self._version = self._newest = info.version
-                self._stages += 1
+                try:
+                    await self._load(engine, path, info)
+                finally:
+                    self._gate.notify_all()
             self._probes += 1
             return await engine.score(probe, f"probe-{self._probes}")
         except Exception as error:  # noqa: BLE001 - process boundary
             return self._failure(f"{self.name} could not load weights {info.version}", error)
 
+    async def _load(self, engine: Engine, path: str, info: WeightsInfo) -> None:
+        self._stages += 1
+        self._version = UNSYNCED
+        await engine.update_weights(path, list(info.names), info.fingerprint, info.version)
+        self._stages += 1
+        await engine.prove(path, info.version)
+        self._version = self._newest = info.version
+        self._stages += 1
+
     async def _local_copy(self, info: WeightsInfo) -> str:
         """The file itself on the learner's node; elsewhere a copy of its bytes."""
-        if _node_id() == info.node_id:
+        if node_id() == info.node_id:
             return info.path
         if info.remote is None:
             raise EngineError(f"weights {info.version} were not published to other nodes")
@@ -204,13 +212,16 @@ class RolloutActor:
 
     async def submit(self, requests: list[Request]) -> Failure | None:
         """Hand groups to the engine all at once, so that the same groups in the same order are
-        batched the same way in every run. Waits for an update that is being loaded.
+        batched the same way in every run. Waits for an update that is being loaded, and for one
+        that is to come when a group asks for newer weights.
 
         A group that the engine refuses fails alone, in `collect`; where it refuses all of them, its
         first refusal is the answer here. NotSynced: there are no weights to generate with.
         """
         new: list[str] = []
+        oldest = max((request.oldest for request in requests), default=0)
         async with self._gate:
+            await self._gate.wait_for(lambda: self._version == UNSYNCED or self._version >= oldest)
             if self._version == UNSYNCED:
                 return NotSynced(
                     "infra", f"{self.name} refused to generate", "it has not pulled weights yet"
@@ -272,7 +283,7 @@ class RolloutActor:
         if unfinished and self._engine is not None and pending.request.host is None:
             self._later(self._abort(self._engine, group_id, len(pending.completions)))
 
-    def _later(self, abort: Coroutine[Any, Any, None]) -> None:
+    def _later(self, abort: Coroutine[object, object, None]) -> None:
         task = asyncio.create_task(abort)
         self._aborts.add(task)
         task.add_done_callback(self._aborts.discard)
@@ -297,16 +308,15 @@ class RolloutActor:
             logprobs=made.logprobs,
             finish_reason=made.finish_reason,
             seed=made.seed,
-            # An update may have come in between, or be in progress.
-            weight_versions=(version, max(self._version, version)),
+            weight_versions=ends_of(made.spans, version),
             text=self._text(made.token_ids),
+            spans=made.spans,
         )
 
     async def _play(self, request: Request, index: int, host: EpisodeHost) -> Completion:
         """One episode of a group; each of its turns is a request of its own."""
         length, version = self._spec.max_length, self._version
-        player = Player(request, index, host, self._sample, self._text, length, version)
-        return await player.play()
+        return await Player(request, index, host, self._sample, self._text, length, version).play()
 
     def _text(self, token_ids: np.ndarray) -> str:
         assert self._tokenizer is not None, "made together with the engine"
@@ -328,7 +338,7 @@ class RolloutActor:
         except asyncio.CancelledError:
             self._later(self._abort(engine, request_id, 1))
             raise
-        return made, (version, max(self._version, version))
+        return made, ends_of(made.spans, version)
 
     async def completion(self, group_id: str, index: int) -> tuple[Failure | None, Group | None]:
         """Wait for one completion of a submitted group, before the others are done.
@@ -388,9 +398,3 @@ class RolloutActor:
         import psutil
 
         return [psutil.Process(), *psutil.Process().children(recursive=True)]
-
-
-def _node_id() -> str:
-    import ray
-
-    return ray.get_runtime_context().get_node_id() if ray.is_initialized() else "local"

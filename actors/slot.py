@@ -11,14 +11,11 @@ from typing import TypeVar
 from cohort.actors.errors import CohortError, failure_of
 from cohort.actors.handle import RolloutHandle
 from cohort.actors.machine import split_cores
-from cohort.actors.records import Place
+from cohort.actors.records import UNSYNCED, Place
+from cohort.actors.watch import BEAT_S, FROZEN_S, Watch
+from cohort.actors.witness import Witnesses
 
 T = TypeVar("T")
-# An engine that computes without finishing a step may be in a long one (a long prompt, code that
-# is compiled at its first use), or in an endless loop: it gets this many times as long.
-BUSY_FACTOR = 5.0
-# Fraction of a core from which its processes count as computing.
-BUSY_FRACTION = 0.2
 
 
 class RolloutError(CohortError):
@@ -30,64 +27,78 @@ class ActorLost(Exception):
 
 
 @dataclass
-class Watch:
-    """How long an actor has made no progress, by its answers to regular heartbeats.
-
-    silent_s: seconds since its number last moved; those in which its engine computed count a
-    BUSY_FACTOR-th. total_s: seconds watched. Both leave out time in which the watcher itself did
-    not run (a suspended driver).
-    """
-
-    silent_s: float = 0.0
-    total_s: float = 0.0
-    progress: int | None = None
-    cpu_s: float = 0.0
-
-    def beat(self, elapsed_s: float, progress: int | None = None, cpu_s: float = 0.0) -> None:
-        """elapsed_s: since the beat before. progress, cpu_s: what it told; None: no answer yet."""
-        self.total_s += elapsed_s
-        if progress is None:
-            self.silent_s += elapsed_s
-            return
-        busy = cpu_s - self.cpu_s > BUSY_FRACTION * elapsed_s
-        moved = progress != self.progress
-        self.silent_s = 0.0 if moved else self.silent_s + elapsed_s / (BUSY_FACTOR if busy else 1.0)
-        self.progress, self.cpu_s = progress, cpu_s
-
-    def late(self, since_s: float, limit_s: float) -> bool:
-        """Whether nothing has moved for limit_s of the time after since_s (a `total_s`)."""
-        return min(self.silent_s, self.total_s - since_s) >= limit_s
-
-
-@dataclass
 class Slot:
     """A place in the pool; the actor in it may be replaced.
 
-    ready: it may be given groups. repair: the task that is replacing its actor. gap: the probe's at
-    its last update. waiters: calls that its watch is kept for. beat_s: between two looks at it.
-    pause_s: how long an update may be without progress, while generation stands still.
+    Attributes:
+        index: Of its actor's name.
+        handle: Calls to its actor.
+        witnesses: Look at its actor's process when it does not answer.
+        beat_s: Seconds between two looks at it.
+        pause_s: How long an update may be without progress, while generation stands still.
+        cores: Of its engine.
+        place: Where its actor runs; None before it has told.
+        load: Completions that it works on.
+        ready: It has weights, and may be given groups.
+        version: Of the weights that its engine has acknowledged.
+        gap: The probe's at its last update.
+        updating: It is about to have the newest weights: what it is given meanwhile waits for them.
+        syncing: An update is being loaded.
+        leaving: It gets no more groups, because there are to be fewer actors.
+        failures: In a row, without a group in between; failing_since: the first of them.
+        generation: How many actors it has had.
+        repair: The task that replaces its actor.
+        pulling: The task that brings it to the newest weights.
+        watch: Of its actor's progress; beats: the task that feeds it, for as long as there are
+            waiters.
     """
 
     index: int
     handle: RolloutHandle
+    witnesses: Witnesses = field(default_factory=Witnesses)
+    beat_s: float = BEAT_S
+    pause_s: float = 0.0
     cores: tuple[int, ...] = ()
+    place: Place | None = None
     load: int = 0
     ready: bool = False
-    syncing: bool = False
-    failures: int = 0
-    generation: int = 0
+    version: int = UNSYNCED
     gap: float = 0.0
+    updating: bool = False
+    syncing: bool = False
+    leaving: bool = False
+    failures: int = 0
+    failing_since: float = 0.0
+    generation: int = 0
     repair: asyncio.Task[None] | None = None
+    pulling: asyncio.Task[None] | None = None
     watch: Watch = field(default_factory=Watch)
     waiters: int = 0
     beats: asyncio.Task[None] | None = None
-    beat_s: float = 5.0
-    pause_s: float = 0.0
+
+    def takes(self, oldest: int) -> bool:
+        """Whether it may be given a group that asks for weights of this version or newer ones."""
+        return self.ready and not self.leaving and (self.version >= oldest or self.updating)
+
+    @property
+    def hopeful(self) -> bool:
+        """Whether it serves, or is on its way to."""
+        return self.ready or self.repair is not None or self.pulling is not None
+
+    def fail(self) -> None:
+        """Count a failure."""
+        self.failing_since = self.failing_since if self.failures else time.monotonic()
+        self.failures += 1
 
     def replace(self, handle: RolloutHandle) -> None:
         """Put a new actor in the place of one that was lost."""
         self.handle = handle
+        self.give_up()
+
+    def give_up(self) -> None:
+        """Forget its actor, and have those who wait for it go elsewhere."""
         self.generation += 1
+        self.ready, self.version, self.place = False, UNSYNCED, None
         self.watch = Watch()
 
     async def moving(self, reference: Awaitable[T], limit_s: float, what: str) -> T:
@@ -102,12 +113,17 @@ class Slot:
             while not (await asyncio.wait({call}, timeout=self.beat_s))[0]:
                 if self.generation != generation:
                     raise ActorLost(f"rollout-{self.index} was replaced {what}")
+                if watch.frozen:
+                    raise ActorLost(
+                        f"rollout-{self.index} is frozen: its process is stopped, or has computed "
+                        f"nothing for {FROZEN_S:g} s {what}"
+                    )
                 pause = self.pause_s if self.syncing else 0.0
                 if watch.late(since, max(limit_s, pause)):
                     raise ActorLost(
                         f"rollout-{self.index} made no progress for {limit_s:g} s {what}"
                     )
-            watch.silent_s = 0.0
+            watch.heard()
             return self._answer(call)
         finally:
             _drop(call)
@@ -130,18 +146,22 @@ class Slot:
                 if asking is None:
                     asking = asyncio.ensure_future(self.handle.place())
                 await asyncio.sleep(self.beat_s)
+                told = None
+                if asking.done():
+                    # An error is noticed by those who wait, in their own calls.
+                    told = None if asking.exception() else asking.result()
+                    asking = None
+                if told is None and self.place is not None:
+                    look = await self.witnesses.look(self.place)
+                else:
+                    look = None if told is None else told.look
                 now = time.monotonic()
                 # More than two beats: it was this process that did not run.
                 elapsed, last = min(now - last, 2 * self.beat_s), now
-                place = None
-                if asking.done():
-                    # An error is noticed by those who wait, in their own calls.
-                    place = None if asking.exception() else asking.result()
-                    asking = None
-                if place is None:
-                    watch.beat(elapsed)
+                if told is None:
+                    watch.beat(elapsed, look=look)
                 else:
-                    watch.beat(elapsed, place.progress, place.cpu_s)
+                    watch.beat(elapsed, told.progress, look, told.working)
         finally:
             _drop(asking)
 
@@ -175,10 +195,13 @@ def _drop(asking: asyncio.Future[T] | None) -> None:
         asking.exception()
 
 
-def divide_cores(slots: Sequence[Slot], places: Sequence[Place]) -> None:
+def divide_cores(slots: Sequence[Slot]) -> None:
     """Give the actors of each node its cores, in equal parts."""
-    for node in {place.node_id for place in places}:
-        here = [i for i, place in enumerate(places) if place.node_id == node]
-        shares = split_cores(places[here[0]].cores, len(here))
-        for index, cores in zip(here, shares, strict=True):
-            slots[index].cores = cores
+    nodes: dict[str, list[tuple[Slot, Place]]] = {}
+    for slot in slots:
+        if slot.place is not None:
+            nodes.setdefault(slot.place.node_id, []).append((slot, slot.place))
+    for here in nodes.values():
+        shares = split_cores(here[0][1].cores, len(here))
+        for (slot, _), cores in zip(here, shares, strict=True):
+            slot.cores = cores

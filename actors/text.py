@@ -39,7 +39,7 @@ def completion_text(
     return tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-def prefill_of(content: str | Sequence[Mapping[str, str]], text: str | None = None) -> str:
+def prefill_of(content: str | Sequence[Mapping[str, object]], text: str | None = None) -> str:
     """What the answer to a prompt begins with before the model's own words; "" for most prompts.
 
     content: a prompt, as a text or messages. text: the prompt as the model reads it. A last message

@@ -8,9 +8,11 @@ alone; messages, tools and templates are the worker's business (`cohort.rewards.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
+
+from cohort.actors.plain import JsonObject
 
 # The name under which what an environment gave is listed beside the reward functions.
 ENVIRONMENT = "environment"
@@ -74,9 +76,9 @@ class EpisodeEnd:
 
     stop_reason: StopReason
     rewards: tuple[float | None, ...] = ()
-    messages: tuple[dict[str, Any], ...] = ()
+    messages: tuple[JsonObject, ...] = ()
     metrics: dict[str, float] = field(default_factory=dict)
-    state: dict[str, Any] = field(default_factory=dict)
+    state: JsonObject = field(default_factory=dict)
     failure: EpisodeFailure | None = None
 
     @property

@@ -172,9 +172,11 @@ def plan(config: Config, have: Resources, parameters: int) -> Placement:
             reward={"num_cpus": 1},
         )
     shared, objects = published_bytes(config, parameters), object_store_bytes(have)
-    if have.shared_memory is not None and shared + objects > have.shared_memory:
+    kept = kept_bytes(config, parameters)
+    if have.shared_memory is not None and shared + kept + objects > have.shared_memory:
         problems.append(
-            f"{SHM}: two versions of the weights take {shared / GIB:.1f} GiB and Ray's objects "
+            f"{SHM}: two versions of the weights take {shared / GIB:.1f} GiB, copies of the "
+            f"learner's state {kept / GIB:.1f} (learner.keep_copy=false: none) and Ray's objects "
             f"{objects / GIB:.1f}, and {have.shared_memory / GIB:.1f} GiB are free: start the "
             "container with a larger --shm-size (or an emptyDir of medium Memory)"
         )
@@ -184,17 +186,26 @@ def plan(config: Config, have: Resources, parameters: int) -> Placement:
     return placement
 
 
-def _missing_on_cpus(config: Config, have: Resources, parameters: int) -> list[str]:
-    """What keeps the run from CPU machines; memory is looked at where the rest is right."""
+def too_many(config: Config, have: Resources, device: Device) -> list[str]:
+    """Where the counts of the config exceed the cores or GPUs that there are, one line each."""
+    return _cores_missing(config, have) if device == "cpu" else _missing_on_gpus(config, have)
+
+
+def _cores_missing(config: Config, have: Resources) -> list[str]:
     needs_core = {
         f"actors.count={config.actors.count}: a CPU engine": config.actors.count,
         f"learner.workers={config.learner.workers}: a rank": config.learner.workers,
     }
-    problems = [
+    return [
         f"{what} needs a core of its own, and there are {have.cpus:g}"
         for what, count in needs_core.items()
         if count > have.cpus
     ]
+
+
+def _missing_on_cpus(config: Config, have: Resources, parameters: int) -> list[str]:
+    """What keeps the run from CPU machines; memory is looked at where the rest is right."""
+    problems = _cores_missing(config, have)
     if config.actors.tensor_parallel > 1:
         problems.append("actors.tensor_parallel: needs GPUs; set it to 1 on CPU machines")
     if config.learner.offload != "none":
@@ -213,7 +224,8 @@ def _missing_on_cpus(config: Config, have: Resources, parameters: int) -> list[s
         table = ", ".join(f"{what} {size / GIB:.1f}" for what, size in need.items())
         problems.append(
             f"memory: needs about {total / GIB:.1f} GiB ({table}), and {have.memory / GIB:.1f} GiB "
-            "are available; lower actors.count, actors.kv_cache_gib or learner.workers"
+            "are available; lower actors.count, actors.kv_cache_gib or learner.workers, or set "
+            "learner.keep_copy=false"
         )
     return problems
 
@@ -265,22 +277,38 @@ def learner_state(config: Config, parameters: int) -> dict[str, int]:
     }
 
 
+def kept_bytes(config: Config, parameters: int) -> int:
+    """Estimated bytes in shared memory of the learner's copies of its state, on one machine: the
+    weights once and every rank's optimizer, in two generations."""
+    if not config.learner.keep_copy:
+        return 0
+    state, ranks = learner_state(config, parameters), config.learner.workers
+    # Below ZeRO-1 all ranks hold the same optimizer, and rank 0 writes it.
+    optimizer = state["optimizer"] * (ranks if config.learner.zero_stage >= 1 else 1)
+    return 2 * (WIDTH[config.model.dtype] * parameters + optimizer)
+
+
+def engine_bytes(config: Config, parameters: int) -> int:
+    """Estimated bytes of a CPU engine: its weights twice (plain and packed), its cache, itself."""
+    cache = int(config.actors.kv_cache_gib * GIB)
+    return 2 * WIDTH[config.model.dtype] * parameters + cache + ENGINE_OVERHEAD
+
+
 def memory_needed(config: Config, parameters: int) -> dict[str, int]:
     """Estimated bytes of memory on CPU machines, by kind of process.
 
-    An engine holds its weights twice (plain and packed) and its key-value cache; a learner rank
-    holds its `learner_state`.
+    An engine holds its `engine_bytes`, a learner rank its `learner_state`.
     """
     width = WIDTH[config.model.dtype]
-    engine = parameters * width * 2 + int(config.actors.kv_cache_gib * GIB) + ENGINE_OVERHEAD
     ranks, stage = config.learner.workers, config.learner.zero_stage
     rank = sum(learner_state(config, parameters).values()) + RANK_OVERHEAD
     # Frozen, whole on every rank; partitioned under ZeRO-3.
     reference = width * parameters * (1 if stage >= 3 else ranks)
     return {
-        "engines": engine * config.actors.count,
+        "engines": engine_bytes(config, parameters) * config.actors.count,
         "learner": rank * ranks,
         "reference": int(reference) if config.algorithm.kl_coef > 0 else 0,
+        "copies of the learner": kept_bytes(config, parameters),
         "rewards": REWARD_OVERHEAD * config.rewards.workers,
         "published weights": published_bytes(config, parameters),
     }

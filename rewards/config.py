@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from cohort.actors.plain import JsonObject
 
 
 class TaskConfig(BaseModel):
@@ -25,7 +27,7 @@ class TaskConfig(BaseModel):
     eval_data: str | None = Field(
         None, description="Held-out rows of the dataset task. Empty: a split of `data`."
     )
-    options: dict[str, Any] = Field(
+    options: JsonObject = Field(
         default_factory=dict, description="Keyword arguments of the task's class."
     )
     environment: str | None = Field(
@@ -34,7 +36,7 @@ class TaskConfig(BaseModel):
         "with reset and step, with public methods that are tools, or an Agent that asks the model "
         "itself; or mcp, openenv, sandbox or skyrl_gym. Empty: one reply a prompt.",
     )
-    environment_options: dict[str, Any] = Field(
+    environment_options: JsonObject = Field(
         default_factory=dict, description="Keyword arguments of the environment's class."
     )
     history: Literal["append", "template"] = Field(
@@ -72,7 +74,7 @@ class RewardFunctionConfig(BaseModel):
         "trl",
         description="Its signature: TRL's, verl's compute_score, OpenRLHF's reward_func.",
     )
-    options: dict[str, Any] = Field(default_factory=dict, description="Its keyword arguments.")
+    options: JsonObject = Field(default_factory=dict, description="Its keyword arguments.")
     columns: dict[str, str] = Field(
         default_factory=dict, description="Argument: dataset column, where the names differ."
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
-from cohort.actors.records import Failure, Group, ScoredGroup, ScoreMeta
+from cohort.actors.records import Failure, Group, Place, ScoredGroup, ScoreMeta
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -37,6 +37,9 @@ class RewardHandle:
 
     def ping(self) -> ObjectRef[str]:
         return self._actor.ping.remote()
+
+    def place(self) -> ObjectRef[Place]:
+        return self._actor.place.remote()
 
     def kill(self, restart: bool = False) -> None:
         """End the worker now; its watcher ends the child process.

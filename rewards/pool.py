@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from cohort.actors.errors import CohortError, failure_of, kind_of, words
 from cohort.actors.records import Failure, Group, ScoredGroup, ScoreMeta
+from cohort.actors.witness import Witnesses
 from cohort.rewards.handle import RewardHandle
+from cohort.rewards.watching import Silent, Worker, answer_of, late_answer, retrieve_error
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -37,8 +40,7 @@ MAX_ATTEMPTS = 3
 MAX_RESTARTS = 3  # of one worker in a row, without a call answered between them
 # An idle worker answers a ping in milliseconds; a slower one is waited for in the background.
 PING_S = 2.0
-PING_EVERY_S = 5.0
-FROZEN_S = 30.0  # a process (or its machine) that answers nothing for so long is frozen
+UNSEEN_S = 30.0  # a machine on which nobody answers for so long is lost
 RESTART_S = 180.0  # for a new worker: a process, and the loading of its functions
 RETRY_S = 0.2
 
@@ -52,15 +54,6 @@ class Lost(Failure):
     """The completions of a group were lost with a machine; the group can be generated again."""
 
 
-@dataclass
-class _Worker:
-    """A reward worker. restarts: in a row, without an answer to a call between them."""
-
-    index: int
-    handle: RewardHandle
-    restarts: int = 0
-
-
 class RewardPool:
     """Sends completions and groups to idle reward workers. Used by one loop in the driver.
 
@@ -72,7 +65,8 @@ class RewardPool:
         streams: Some function scores completions before their group is complete.
         make_worker: Makes another worker in place of one that Ray does not start again.
         notify: Tells the user, in one line, that a worker has ended.
-        frozen_s: Seconds without any answer after which a worker is started again.
+        unseen_s: Seconds without an answer after which a worker that nobody can look at is started
+            again; others are as soon as they are frozen.
         restart_s: Seconds within which a new worker answers.
     """
 
@@ -86,18 +80,20 @@ class RewardPool:
         streams: bool = True,
         make_worker: Callable[[], RewardHandle] | None = None,
         notify: Callable[[str], None] = logger.warning,
-        frozen_s: float = FROZEN_S,
+        unseen_s: float = UNSEEN_S,
         restart_s: float = RESTART_S,
     ) -> None:
-        self._workers = [_Worker(index, handle) for index, handle in enumerate(handles)]
+        self._witnesses = Witnesses()
+        self._workers = [
+            Worker(index, handle, self._witnesses) for index, handle in enumerate(handles)
+        ]
         self._timeout_s = timeout_s
         self._timeout_key = timeout_key
         self._pings_while_scoring = pings_while_scoring
         self._streams = streams
         self._make_worker = make_worker
         self._notify = notify
-        self._frozen_s = frozen_s
-        self._frozen = f"no answer to a ping for {frozen_s:g} s"
+        self._unseen_s = unseen_s
         self._restart_s = restart_s
         # Changes when a worker becomes idle or is given up.
         self._changed = asyncio.Condition()
@@ -117,7 +113,7 @@ class RewardPool:
         Raises:
             RewardPoolError: Too few are ready in time, or one failed; the message has its error.
         """
-        pings = [self._spawn(self._ping(worker)) for worker in self._workers]
+        pings = [self._spawn(worker.ping()) for worker in self._workers]
         try:
             # Not `wait_for`: cancelled, it never looks at the error of what it waited for.
             async with asyncio.timeout(timeout_s):
@@ -212,7 +208,7 @@ class RewardPool:
                 break
         return failure, None
 
-    async def _idle_worker(self) -> _Worker:
+    async def _idle_worker(self) -> Worker:
         """Wait for a worker that is idle and answers."""
         while True:
             async with self._changed:
@@ -223,7 +219,7 @@ class RewardPool:
                         "rewards.workers or rewards.memory_gb; the logs of Ray's session say more"
                     )
                 worker = self._idle.pop(0)
-            ping = self._spawn(self._ping(worker))
+            ping = self._spawn(worker.ping())
             try:
                 answer = await asyncio.wait_for(asyncio.shield(ping), PING_S)
             except BaseException as error:
@@ -235,35 +231,34 @@ class RewardPool:
                     return worker
                 self._spawn(self._replace(worker, _line(answer)))
 
-    async def _ping(self, worker: _Worker) -> str | Exception:
-        """The answer of a worker to a ping, or the error that came instead."""
-        try:
-            return await worker.handle.ping()
-        # Whatever the error is, no group may be sent to this worker.
-        except Exception as error:  # noqa: BLE001
-            return error
-
-    async def _await_late_ping(self, worker: _Worker, ping: asyncio.Task[str | Exception]) -> None:
+    async def _await_late_ping(self, worker: Worker, ping: asyncio.Task[str | Exception]) -> None:
         """Make a worker idle when it answers a late ping; else replace it."""
         try:
-            answer = await asyncio.wait_for(ping, self._frozen_s)
-        except TimeoutError:
-            return await self._replace(worker, self._frozen, kill=True)
+            answer = await late_answer(worker, ping, self._unseen_s)
+        except Silent as silent:
+            return await self._replace(worker, str(silent), kill=True)
         if isinstance(answer, str):
             await self._make_idle(worker)
         else:
             await self._replace(worker, _line(answer))
 
     async def _use(
-        self, worker: _Worker, what: str, begin: Begin[Seen, Kept]
+        self, worker: Worker, what: str, begin: Begin[Seen, Kept]
     ) -> tuple[Seen | Failure, ObjectRef[Kept] | None]:
         """One call to a worker, which becomes idle again or is replaced."""
         from ray.exceptions import ObjectLostError, RayError, RayTaskError
 
         try:
             seen, kept = begin(worker.handle)
-            answer = await self._watched(worker, seen)
-        except _Silent as silent:
+            answer = await answer_of(
+                worker,
+                seen,
+                self._timeout_s,
+                self._timeout_key,
+                self._pings_while_scoring,
+                self._unseen_s,
+            )
+        except Silent as silent:
             self._spawn(self._replace(worker, str(silent), kill=True))
             return Failure("infra", what, f"reward worker {worker.index}: {silent}"), None
         except RayTaskError as error:
@@ -289,51 +284,52 @@ class RewardPool:
         await self._make_idle(worker)
         return answer, kept
 
-    async def _watched(self, worker: _Worker, seen: Awaitable[Seen]) -> Seen:
-        """The answer to a call; raises _Silent when it is late or the worker is frozen."""
-        answer = asyncio.ensure_future(seen)
-        answer.add_done_callback(_retrieve_error)
-        began = heard = time.monotonic()
-        last = ""
-        ping: asyncio.Task[str | Exception] | None = None
-        while True:
-            left = began + self._timeout_s - time.monotonic()
-            if left <= 0:
-                raise _Silent(
-                    f"no answer within {self._timeout_s:g} s, the most that {self._timeout_key} "
-                    f"allows{last}"
-                )
-            await asyncio.wait(
-                {answer} if ping is None else {answer, ping},
-                timeout=min(left, PING_EVERY_S, self._frozen_s / 4),
-                return_when=asyncio.FIRST_COMPLETED,
-            )
-            if answer.done():
-                return answer.result()
-            if not self._pings_while_scoring:
-                continue
-            if ping is None:
-                ping = self._spawn(self._ping(worker))
-            elif ping.done():
-                # An error shows in the call as well.
-                if isinstance(text := ping.result(), str):
-                    heard, last = time.monotonic(), f" ({text})"
-                ping = None
-            elif time.monotonic() - heard > self._frozen_s:
-                raise _Silent(self._frozen + last)
+    async def scale(self, count: int) -> None:
+        """Have so many workers. New ones join when they answer; who has a call ends it first."""
+        staying = [worker for worker in self._workers if not worker.leaving]
+        for worker in staying[count:]:
+            worker.leaving = True
+            if worker in self._idle:
+                self._idle.remove(worker)
+                self._end(worker)
+        for _ in range(count - len(staying)):
+            assert self._make_worker is not None, "only a pool that can make workers grows"
+            index = next(i for i in itertools.count() if i not in {w.index for w in self._workers})
+            worker = Worker(index, self._make_worker(), self._witnesses)
+            self._workers.append(worker)
+            self._spawn(self._join(worker))
 
-    async def _make_idle(self, worker: _Worker) -> None:
+    async def _join(self, worker: Worker) -> None:
+        answer = await self._restarted(worker)
+        if isinstance(answer, str):
+            await self._make_idle(worker)
+        else:
+            await self._replace(worker, _line(answer), kill=True)
+
+    def _end(self, worker: Worker) -> None:
+        self._workers.remove(worker)
+        worker.handle.kill()
+
+    @property
+    def count(self) -> int:
+        """Workers that are to stay."""
+        return sum(not worker.leaving for worker in self._workers)
+
+    async def _make_idle(self, worker: Worker) -> None:
+        if worker.leaving:
+            return self._end(worker)
         async with self._changed:
             self._idle.append(worker)
             self._changed.notify_all()
 
-    async def _replace(self, worker: _Worker, why: str, kill: bool = False) -> None:
+    async def _replace(self, worker: Worker, why: str, kill: bool = False) -> None:
         """Start a worker, which runs still if `kill`, again; after MAX_RESTARTS give it up."""
         failed = False
         while worker.restarts < MAX_RESTARTS:
             worker.restarts += 1
             self.restarts += 1
             self._notify(f"reward worker {worker.index} is replaced: {why}")
+            worker.place = None
             try:
                 if failed and self._make_worker is not None:
                     worker.handle.kill()
@@ -355,13 +351,13 @@ class RewardPool:
             self._notify(f"{self._last_end}; {len(self._workers)} are left")
             self._changed.notify_all()
 
-    async def _restarted(self, worker: _Worker) -> str | Exception:
+    async def _restarted(self, worker: Worker) -> str | Exception:
         """The answer of a restarted worker to a ping; the error if it is dead or late."""
         from ray.exceptions import ActorUnavailableError
 
         give_up = time.monotonic() + self._restart_s
         while True:
-            ping = self._spawn(self._ping(worker))
+            ping = self._spawn(worker.ping())
             try:
                 answer = await asyncio.wait_for(ping, max(0.0, give_up - time.monotonic()))
             except TimeoutError:
@@ -374,7 +370,7 @@ class RewardPool:
         task = asyncio.create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
-        task.add_done_callback(_retrieve_error)
+        task.add_done_callback(retrieve_error)
         return task
 
     def kill(self) -> None:
@@ -383,16 +379,7 @@ class RewardPool:
             task.cancel()
         for worker in self._workers:
             worker.handle.kill()
-
-
-class _Silent(Exception):
-    """A worker does not answer, though no error says that it died."""
-
-
-def _retrieve_error(task: asyncio.Future[Seen]) -> None:
-    """Keep asyncio from printing an error that nobody waits for any more."""
-    if not task.cancelled():
-        task.exception()
+        self._witnesses.kill()
 
 
 def _line(error: BaseException) -> str:

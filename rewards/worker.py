@@ -11,11 +11,12 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import IO, Any, TypeAlias
+from typing import IO, TypeAlias
 
 from cohort.actors.process import MARKER, start_watcher
-from cohort.actors.records import Failure, Group, ScoredGroup, ScoreMeta
+from cohort.actors.records import Failure, Group, Place, ScoredGroup, ScoreMeta
 from cohort.actors.turns import ENVIRONMENT
+from cohort.actors.witness import node_id
 from cohort.rewards.base import RewardLoadError, combine, out_of_range
 from cohort.rewards.booting import KILL_TIMEOUT_S
 from cohort.rewards.environment import hide_environment, scrubbed_environment
@@ -197,6 +198,10 @@ class RewardWorker:
         doing, seconds = self._doing, time.monotonic() - self._since
         at = f", {seconds:.1f} s into {doing}" if doing else ""
         return f"reward worker {os.getpid()} on {platform.node()}{at}"
+
+    def place(self) -> Place:
+        """Where the worker runs; from any thread."""
+        return Place(node_id(), (), os.getpid())
 
     def pids(self) -> tuple[int, int | None]:
         """The process ids of the worker and of its child; None while it has no child."""
@@ -381,16 +386,3 @@ def _pickled(group: Group) -> bytes:
     # Columns may hold objects of foreign code, and anything may be nested too deep.
     except Exception as error:
         raise _NotPickled(f"cannot pickle the group: {error_tail(error, 300)}") from error
-
-
-def watched_worker_class(worker_class: type[RewardWorker]) -> Any:
-    """The class for `ray.remote` calls of a reward worker that answers `ping` while it scores."""
-    import ray
-
-    @ray.method(concurrency_group="health")
-    def ping(self: RewardWorker) -> str:
-        return str(worker_class.ping(self))
-
-    watched = type(worker_class.__name__, (worker_class,), {"ping": ping})
-    # Ray's types do not know this option.
-    return ray.remote(concurrency_groups={"health": 1})(watched)  # type: ignore[call-overload]

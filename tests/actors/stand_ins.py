@@ -25,9 +25,11 @@ def info(version: int) -> WeightsInfo:
     return WeightsInfo(version, ("w",), "", 1, f"/nowhere/{version}", "local")
 
 
-def request(name: str, samples: int = 2, step: int = 0, tokens: int = 4) -> Request:
+def request(
+    name: str, samples: int = 2, step: int = 0, tokens: int = 4, oldest: int = 0
+) -> Request:
     prompt = Prompt(name, (1, 2), "p")
-    return Request(name, prompt, SamplingSpec(tokens, 1.0, samples, 0), step=step)
+    return Request(name, prompt, SamplingSpec(tokens, 1.0, samples, 0), step=step, oldest=oldest)
 
 
 class Tokenizer:
@@ -47,6 +49,7 @@ class StandInEngine:
     def __init__(self, token_s: float = 0.001, load_s: float = 0.0) -> None:
         self.token_s, self.load_s = token_s, load_s
         self.progress = 0
+        self.asked = 0
         self.version = -1
         self.loads: list[int] = []
         self.refuse: dict[str, Exception] = {}

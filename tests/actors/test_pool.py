@@ -10,8 +10,9 @@ import ray
 from ray.exceptions import ActorDiedError
 
 from cohort.actors.config import ActorsConfig
+from cohort.actors.fleet import MAX_RESTARTS
 from cohort.actors.machine import split_cores
-from cohort.actors.pool import MAX_RESTARTS, RolloutPool
+from cohort.actors.pool import RolloutPool
 from cohort.actors.probe import Probe, probe_gap
 from cohort.actors.records import (
     Failure,
@@ -72,7 +73,7 @@ class FakeActor:
             setattr(self, method, Method(getattr(self, "_" + method)))
 
     async def _place(self) -> Place:
-        return Place("node", (0, 1, 2, 3), 1)
+        return Place("local", (0, 1, 2, 3), 1)
 
     async def _start(self, cores: tuple[int, ...], _serve_loaded: bool) -> float | Failure:
         self.cores = cores
@@ -181,7 +182,7 @@ def test_a_lost_group_is_generated_elsewhere_by_a_synced_actor(
         await pool.sync(info(7), probe())
         tasks = await pool.generate([request(f"g{i}") for i in range(4)])
         outcomes = [await task for task in tasks]
-        assert pool.restarts == 1
+        assert pool.fleet.restarts == 1
         assert "is replaced: " in NOTICES[-1]
         return outcomes
 
@@ -221,9 +222,30 @@ def test_one_death_noticed_by_many_groups_is_one_replacement(made: list[FakeActo
         tasks = await pool.generate([request(f"g{i}") for i in range(8)])
         outcomes = [await task for task in tasks]
         assert all(isinstance(meta, GroupMeta) for meta, _ in outcomes)
-        return pool.restarts
+        return pool.fleet.restarts
 
     assert clock.run(main()) == 1
+
+
+def test_an_actor_that_leaves_gets_no_more_groups(made: list[FakeActor]) -> None:
+    async def main() -> None:
+        pool = await started(pool_of(made, []))
+        begun = await pool.generate([request(f"g{i}") for i in range(4)])
+        pool.fleet.scale(1)
+        more = await pool.generate([request(f"h{i}") for i in range(4)])
+        found = [(await task)[0] for task in (*begun, *more)]
+        assert [meta.actor for meta in found[:4]] == ["rollout-0", "rollout-1"] * 2
+        assert {meta.actor for meta in found[4:]} == {"rollout-0"}
+        await asyncio.sleep(5)
+        assert [slot.index for slot in pool.fleet.slots] == [0]
+        # Another one takes the free place, and pulls before it generates.
+        pool.fleet.scale(2)
+        await pool.sync(info(1), probe())
+        await asyncio.sleep(1)
+        assert [slot.version for slot in pool.fleet.slots] == [1, 1]
+        assert made[2].name == "rollout-1"
+
+    clock.run(main())
 
 
 def test_a_group_that_cannot_be_generated_anywhere_is_not_tried_again(
@@ -234,7 +256,7 @@ def test_a_group_that_cannot_be_generated_anywhere_is_not_tried_again(
     async def main() -> Any:
         pool = await started(pool_of(made, [{"g0": bad}]))
         [task] = await pool.generate([request("g0")])
-        assert pool.restarts == 0
+        assert pool.fleet.restarts == 0
         return await task
 
     assert clock.run(main()) == (bad, None)
@@ -243,16 +265,54 @@ def test_a_group_that_cannot_be_generated_anywhere_is_not_tried_again(
 def test_an_actor_that_keeps_failing_ends_the_run_with_its_last_words(
     made: list[FakeActor],
 ) -> None:
-    plans = [{f"g{i}": Failure("infra", "broke", f"boom {k}") for i in range(9)} for k in range(9)]
+    """The last one that is left; it is tried for as long as the key says."""
+    plans = [{"g0": "die"}, *({"start": Failure("infra", "no", f"boom {k}")} for k in range(99))]
 
     async def main() -> None:
-        pool = await started(pool_of(made, plans, count=1))
-        for index in range(MAX_RESTARTS):
-            [task] = await pool.generate([request(f"g{index}")])
-            await task
+        pool = await started(pool_of(made, plans, count=1, start_timeout_s=100))
+        [task] = await pool.generate([request("g0")])
+        await task
 
-    with pytest.raises(RolloutError, match=r"failed 4 times in a row; the last time: boom 3"):
+    says = r"failed 12 times in a row within 121 s \(actors.start_timeout_s=100 .*boom 10"
+    with pytest.raises(RolloutError, match=says):
         clock.run(main())
+
+
+def test_the_last_actor_may_come_back_as_long_as_the_key_says(made: list[FakeActor]) -> None:
+    """Memory that another program needed for a minute, say."""
+    broken = [{"start": Failure("infra", "could not start", "no memory")} for _ in range(8)]
+
+    async def main() -> Any:
+        pool = await started(pool_of(made, [{"g0": "die"}, *broken], count=1))
+        [task] = await pool.generate([request("g0")])
+        assert isinstance((await task)[0], GroupMeta)
+        return pool.fleet.counts
+
+    assert clock.run(main()) == {"serving": 1, "restarts": 9, "retired": 0}
+
+
+def test_a_slot_that_keeps_failing_is_retired_and_the_run_goes_on_down_to_one(
+    made: list[FakeActor],
+) -> None:
+    broken = {"start": Failure("infra", "could not start", "no memory")}
+    plans = [{}, {"g1": "die"}, {"g2": "die"}, *[broken] * 20]
+
+    async def main() -> RolloutPool:
+        pool = await started(pool_of(made, plans, count=3))
+        for step in range(1, 4):
+            tasks = await pool.generate([request(f"g{i}") for i in range(6)])
+            made_now = [(await task)[0] for task in tasks]
+            assert all(isinstance(meta, GroupMeta) for meta in made_now)
+            await pool.sync(info(step), probe())
+        return pool
+
+    pool = clock.run(main())
+    assert pool.fleet.counts == {"serving": 1, "restarts": 2 * MAX_RESTARTS, "retired": 2}
+    assert [note for note in NOTICES if "retired" in note][-1] == (
+        "rollout-1 is retired after 4 failures in a row, and the run goes on with 1 of its actors; "
+        "the last time: could not start: no memory"
+    )
+    assert made[0].version == 3
 
 
 @pytest.mark.parametrize("how", ["die", Failure("infra", "broke", "its engine died")])
@@ -262,10 +322,11 @@ def test_an_actor_lost_during_a_sync_is_replaced(made: list[FakeActor], how: Any
     async def main() -> RolloutPool:
         pool = await started(pool_of(made, [{}, {"v7": how}, {"v7": how}]))
         await pool.sync(info(7), probe())
+        await asyncio.sleep(1)
         return pool
 
     pool = clock.run(main())
-    assert pool.restarts == 2
+    assert pool.fleet.restarts == 2
     assert [actor.version for actor in made] == [7, 0, -1, 7]
 
 
@@ -275,7 +336,7 @@ def test_a_replacement_that_cannot_start_is_tried_again(made: list[FakeActor]) -
     async def main() -> list[Any]:
         pool = await started(pool_of(made, [{"g0": "die"}, late], count=1))
         [task] = await pool.generate([request("g0")])
-        return [(await task)[0], pool.restarts]
+        return [(await task)[0], pool.fleet.restarts]
 
     meta, restarts = clock.run(main())
     assert isinstance(meta, GroupMeta)
@@ -303,7 +364,7 @@ def test_failures_far_apart_do_not_add_up(made: list[FakeActor]) -> None:
         for index in range(2 * (MAX_RESTARTS + 2)):
             [task] = await pool.generate([request(f"g{index}")])
             assert isinstance((await task)[0], GroupMeta)
-        return pool.restarts
+        return pool.fleet.restarts
 
     assert clock.run(main()) == MAX_RESTARTS + 2
 

@@ -23,10 +23,11 @@ from ray.exceptions import (
 
 from cohort.actors.config import ActorsConfig
 from cohort.actors.engine import EngineError
-from cohort.actors.pool import MAX_RESTARTS, RolloutPool
+from cohort.actors.pool import RolloutPool
 from cohort.actors.probe import Probe
 from cohort.actors.records import Failure, GroupMeta, NotSynced
-from cohort.actors.slot import BUSY_FACTOR, RolloutError, Watch
+from cohort.actors.slot import RolloutError
+from cohort.actors.watch import BUSY_FACTOR, Look, Watch
 from tests.actors.stand_ins import LEARNER, PROBE, Handle, StandInEngine, info, request
 from tests.harness import clock
 
@@ -106,7 +107,7 @@ def test_every_loss_that_ray_reports_replaces_the_actor(error: Exception, when: 
             await pool.sync(info(1), PROBING)
         got = await outcomes(pool, "a", "b", "c", "d")
         assert all(isinstance(meta, GroupMeta) for meta in got), got
-        assert pool.restarts == 1
+        assert pool.fleet.restarts == 1
         assert victim.dead.is_set()
 
     run(main())
@@ -123,13 +124,13 @@ def test_a_mistake_in_the_actors_program_ends_the_run_with_its_traceback(when: s
 
         getattr(made.handles[0], when)._call = wrong
         if when == "start":
-            await pool._start_engine(pool._slots[0])
+            await pool.fleet._start_engine(pool.fleet.slots[0])
         if when == "sync":
             await pool.sync(info(1), PROBING)
         try:
             await outcomes(pool, "a")
         finally:
-            assert pool.restarts == 0
+            assert pool.fleet.restarts == 0
 
     with pytest.raises(RolloutError, match="line 7 in f"):
         run(main())
@@ -147,7 +148,7 @@ def test_groups_that_queue_during_an_update_wait_for_it_and_nobody_is_replaced()
             await pool.sync(info(version), PROBING)
         got = [(await task)[0] for task in tasks]
         assert all(isinstance(meta, GroupMeta) for meta in got)
-        assert pool.restarts == 0
+        assert pool.fleet.restarts == 0
         assert made.handles[0].engine.peak <= 4
 
     run(main())
@@ -205,7 +206,7 @@ def test_not_synced_is_a_reason_to_wait_not_to_replace() -> None:
         made.handles[0].actor._version = -1
         got = await outcomes(pool, "a")
         assert isinstance(got[0], GroupMeta)
-        assert pool.restarts == 0
+        assert pool.fleet.restarts == 0
         assert made.handles[0].engine.loads == [0, 0]
 
     run(main())
@@ -222,9 +223,9 @@ def test_an_update_leaves_an_actor_in_repair_alone_and_it_comes_up_with_the_newe
             await pool.sync(info(version), PROBING)
         assert asyncio.get_running_loop().time() - began < 0.25, "it waited for the repair"
         assert not any(name == "sync" for name, _ in made.handles[2].calls)
-        await pool._slots[0].repair
+        await pool.fleet.slots[0].repair
         # One restart for one death, one load: of the newest.
-        assert pool.restarts == 1
+        assert pool.fleet.restarts == 1
         assert made.handles[2].engine.loads == [3]
         assert made.handles[1].engine.loads == [0, 1, 2, 3]
 
@@ -241,7 +242,53 @@ def test_an_update_waits_when_no_actor_can_go_on() -> None:
         await pool.sync(info(1), PROBING)
         assert made.handles[1].engine.loads == [1]
         assert isinstance((await tasks[0])[0], GroupMeta)
-        assert pool.restarts == 1
+        assert pool.fleet.restarts == 1
+
+    run(main())
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_an_update_waits_for_no_engine_that_the_next_step_does_not_need(staleness: int) -> None:
+    """With staleness 0 for none that takes far longer than another, with more for none at all."""
+
+    async def main() -> None:
+        made = Made(StandInEngine(load_s=1.0), StandInEngine(load_s=1.0))
+        pool = await made.pool(max_staleness=staleness)
+        made.handles[1].engine.load_s = 60.0
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        await pool.sync(info(1), PROBING)
+        took = loop.time() - began
+        assert took == pytest.approx(4.0 if staleness == 0 else 0.0, abs=0.1)
+        # What needs the new weights goes to who has them, what does not to either.
+        await asyncio.sleep(3)
+        began = loop.time()
+        new = await outcomes(pool, "a", "b", "c", "d", oldest=1)
+        assert {meta.actor for meta in new} == {"rollout-0"}
+        assert {meta.weight_versions for meta in new} == {(1, 1)}
+        assert loop.time() - began < 1
+        # It joins again once it has loaded them.
+        await asyncio.sleep(60)
+        assert pool.fleet.slots[1].version == 1
+
+    run(main(), 200)
+
+
+def test_a_group_is_never_begun_with_weights_older_than_it_asks_for() -> None:
+    """Also when it reaches an actor before the update that it waits for."""
+
+    async def main() -> None:
+        handle = Handle("r", StandInEngine(load_s=0.05))
+        await handle.actor.sync(info(0), PROBE)
+        handed = asyncio.ensure_future(handle.actor.submit([request("a", oldest=2)]))
+        await asyncio.sleep(1)
+        await handle.actor.sync(info(1), PROBE)
+        await asyncio.sleep(1)
+        assert not handed.done()
+        await handle.actor.sync(info(2), PROBE)
+        assert await handed is None
+        meta, _ = await handle.actor.collect("a")
+        assert meta.weight_versions == (2, 2)
 
     run(main())
 
@@ -255,9 +302,9 @@ def test_a_version_published_while_a_replacement_loads_is_loaded_after_it() -> N
         await outcomes(pool, "a", "b")
         await asyncio.sleep(0.05)
         await pool.sync(info(1), PROBING)
-        await pool._slots[0].repair
+        await pool.fleet.slots[0].repair
         assert slow.loads == [0, 1]
-        assert pool.restarts == 1
+        assert pool.fleet.restarts == 1
 
     run(main())
 
@@ -274,9 +321,9 @@ def test_a_replacement_whose_version_is_gone_takes_the_newest_and_is_not_replace
         await outcomes(pool, "a", "b")
         await asyncio.sleep(0.05)
         await pool.sync(info(1), PROBING)
-        await pool._slots[0].repair
+        await pool.fleet.slots[0].repair
         assert slow.loads == [1]
-        assert pool.restarts == 1
+        assert pool.fleet.restarts == 1
 
     run(main())
 
@@ -312,7 +359,7 @@ def test_one_that_stands_still_is_replaced_soon(what: str) -> None:
         got = await asyncio.gather(*tasks)
         assert all(isinstance(meta, GroupMeta) for meta, _ in got)
         assert asyncio.get_running_loop().time() - began < 1.5
-        assert pool.restarts == 1
+        assert pool.fleet.restarts == 1
         assert "no progress for 0.2 s" in made.notes[0]
 
     run(main())
@@ -326,7 +373,7 @@ def test_a_slow_healthy_engine_is_left_alone_and_so_is_the_queue_behind_it() -> 
         pool = await made.pool(count=1, group_timeout_s=0.2, max_concurrent=2)
         got = await outcomes(pool, "a", "b", "c", tokens=40)
         assert all(isinstance(meta, GroupMeta) for meta in got)
-        assert pool.restarts == 0
+        assert pool.fleet.restarts == 0
 
     run(main())
 
@@ -339,7 +386,7 @@ def test_a_long_update_is_no_reason_to_replace_an_engine_with_groups() -> None:
         await asyncio.sleep(0.02)
         await pool.sync(info(1), PROBING)
         assert isinstance((await tasks[0])[0], GroupMeta)
-        assert pool.restarts == 0
+        assert pool.fleet.restarts == 0
 
     run(main())
 
@@ -376,7 +423,7 @@ def test_a_bad_prompt_fails_alone() -> None:
         assert [isinstance(meta, GroupMeta) for meta in got] == [True, False, True]
         assert got[1].kind == "data"
         assert "2000 tokens" in got[1].message
-        assert pool.restarts == 0
+        assert pool.fleet.restarts == 0
         actor = made.handles[0].actor
         assert not actor._pending
         assert not actor._refused
@@ -416,7 +463,7 @@ def test_cancelled_groups_leave_nothing_behind(after: float) -> None:
         assert all(task.cancelled() for task in tasks)
         assert not made.handles[0].actor._pending
         assert not made.handles[0].engine.running
-        assert pool._slots[0].load == 0
+        assert pool.fleet.slots[0].load == 0
         assert not pool._dispatcher.queue
         # The pool goes on as before.
         assert isinstance((await outcomes(pool, "later"))[0], GroupMeta)
@@ -434,23 +481,23 @@ def test_a_group_that_waits_for_room_can_be_cancelled() -> None:
         got = await asyncio.gather(*tasks, return_exceptions=True)
         assert isinstance(got[1], asyncio.CancelledError)
         assert isinstance(got[2][0], GroupMeta)
-        assert pool._slots[0].load == 0
+        assert pool.fleet.slots[0].load == 0
 
     run(main())
 
 
 def test_an_actor_that_cannot_be_replaced_ends_every_wait() -> None:
     async def main() -> None:
-        engines = [StandInEngine() for _ in range(MAX_RESTARTS + 1)]
+        engines = [StandInEngine() for _ in range(20)]
         for engine in engines[1:]:
             engine.fail_load[0] = EngineError("boom")
         made = Made(*engines)
-        pool = await made.pool(count=1)
+        pool = await made.pool(count=1, start_timeout_s=5)
         made.handles[0].kill()
         tasks = await pool.generate([request(f"g{i}") for i in range(3)])
         for got in await asyncio.gather(*tasks, return_exceptions=True):
             assert isinstance(got, RolloutError)
-            assert "failed 4 times in a row" in str(got)
+            assert "no rollout actor is left" in str(got)
         with pytest.raises(RolloutError, match="boom"):
             await pool.sync(info(1), PROBING)
 
@@ -468,8 +515,9 @@ def test_time_counts_only_while_nothing_moves() -> None:
     assert watch.silent_s == 3.0, "no answer is no progress"
     watch.beat(1.0, 10)
     assert watch.silent_s == 0.0
+    watch.beat(1.0, 11, Look((1,), 0.0, stopped=False, awake=False))
     for second in range(1, 11):
-        watch.beat(1.0, 10, cpu_s=float(second))
+        watch.beat(1.0, 11, Look((1,), float(second), stopped=False, awake=True))
     assert watch.silent_s == pytest.approx(10 / BUSY_FACTOR), "it computes"
 
 

@@ -136,11 +136,17 @@ def test_small_shared_memory_is_refused(device: str) -> None:
     wanted = config(cluster={"device": device})
     with pytest.raises(PlacementError, match=r"/dev/shm: two versions .* --shm-size"):
         plan(wanted, node, SMALL_MODEL)
-    need = 4 * SMALL_MODEL
+    # Twice the weights for engines, twice weights and optimizer as copies of the learner's state.
+    need = (4 + 2 * (2 + 12)) * SMALL_MODEL
     assert plan(wanted, replace(node, shared_memory=need + GIB), SMALL_MODEL).device == device
     assert plan(wanted, replace(node, shared_memory=None), SMALL_MODEL).device == device
     with pytest.raises(PlacementError, match="--shm-size"):
         plan(wanted, replace(node, shared_memory=need + 10**6), SMALL_MODEL)
+    without = config(cluster={"device": device}, learner={"keep_copy": False})
+    room = replace(node, shared_memory=4 * SMALL_MODEL + GIB)
+    assert plan(without, room, SMALL_MODEL).device == device
+    with pytest.raises(PlacementError, match=r"learner.keep_copy=false"):
+        plan(wanted, room, SMALL_MODEL)
 
 
 def test_the_object_store_leaves_room_for_weights() -> None:
