@@ -58,12 +58,22 @@ def errors_shown() -> Iterator[None]:
 
 @app.command(context_settings=EXTRA)
 @errors_shown()
-def train(context: typer.Context, config: ConfigArgument) -> None:
+def train(
+    context: typer.Context,
+    config: ConfigArgument,
+    supervise: Annotated[
+        bool, typer.Option("--supervise", help="Start the run again when its driver is lost.")
+    ] = False,
+) -> None:
     """Train. Any config key can be given after the file: `key=value` or `--key value`.
 
     Example: cohort train deploy/configs/addition.yaml run.steps=10 actors.count=2
     """
     resolved = load_config(config, context.args)
+    if supervise:
+        from cohort.cluster.supervise import supervise as run_supervised
+
+        raise typer.Exit(run_supervised(config, context.args, resolved))
     from cohort.cluster.commands.train import run_training
 
     raise typer.Exit(asyncio.run(run_training(resolved)))
@@ -176,6 +186,61 @@ def export(
     typer.echo(f"model written to {export_checkpoint(run_dir, out)}")
 
 
+@app.command(context_settings=EXTRA)
+@errors_shown()
+def scale(
+    context: typer.Context,
+    run_dir: Annotated[Path, typer.Argument(help="The run directory, from any machine.")],
+    wait: Annotated[float, typer.Option(min=0, help="Longest wait for the answer, seconds.")] = 600,
+    address: Annotated[
+        str | None,
+        typer.Option(help="Of a job server: ask from there, where RUN_DIR is of the cluster."),
+    ] = None,
+    working_dir: Annotated[
+        Path, typer.Option(help="With --address: the folder that is sent, as with `submit`.")
+    ] = Path("."),
+) -> None:
+    """Change how many rollout actors and reward workers a run has, while it runs.
+
+    It does so at the end of its step. New actors join when they have the newest weights; those
+    that leave end their groups first, or hand them back.
+
+    Example: cohort scale runs/mine actors=3 rewards=2
+    """
+    from cohort.cluster.scaling import ask, parse_counts
+
+    request = parse_counts(context.args)
+    if address is None:
+        return ask(run_dir, request, wait, typer.echo)
+    from cohort.cluster.commands.submit import run_job
+
+    words = ["scale", str(run_dir), *context.args, "--wait", f"{wait:g}"]
+    raise typer.Exit(run_job(words, address, working_dir))
+
+
+@app.command()
+@errors_shown()
+def replay(
+    run_dir: Annotated[Path, typer.Argument(help="A run directory that no driver uses now.")],
+    steps: Annotated[
+        str, typer.Option(help="A:B, as 10:20 for the steps 10 to 19. Empty: all that are there.")
+    ] = "",
+) -> None:
+    """Train a run's steps again from its journal and compare the weights, bit for bit.
+
+    No engine is started. Exit code 1 when the weights of a step are not those that were recorded.
+    """
+    if not (run_dir / "config.yaml").is_file():
+        raise RunError(f"{run_dir} is not a run directory: it holds no config.yaml")
+    from cohort.cluster.commands.replay import Range, run_replay
+    from cohort.cluster.observe.console import Console
+
+    asked = Range.parse(steps or ":")
+    with Console(1, "plain") as console:
+        code = asyncio.run(run_replay(run_dir, asked, console, typer.echo))
+    raise typer.Exit(code)
+
+
 @app.command()
 @errors_shown()
 def report(
@@ -228,13 +293,23 @@ def submit(
     follow: Annotated[
         bool, typer.Option(help="Stream the job's log and return its exit code.")
     ] = True,
+    supervise: Annotated[
+        bool, typer.Option("--supervise", help="Start the run again when its driver is lost.")
+    ] = False,
 ) -> None:
     """Run the same training as a Ray job on a cluster; returns the job's exit code."""
 
     from cohort.cluster.commands.submit import submit as submit_job
 
     raise typer.Exit(
-        submit_job(config, address, context.args, working_dir=working_dir, follow=follow)
+        submit_job(
+            config,
+            address,
+            context.args,
+            working_dir=working_dir,
+            follow=follow,
+            supervise=supervise,
+        )
     )
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Literal, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from cohort.actors.config import ActorsConfig
 from cohort.actors.errors import CohortError
+from cohort.actors.plain import JsonObject
 from cohort.cluster.values import write_yaml
 from cohort.learner.config import AlgorithmConfig, Dtype, LearnerConfig
 from cohort.learner.presets import SECTION_PRESETS
@@ -43,6 +44,21 @@ class RunConfig(Section):
         description="Steps between checkpoints; the last step is always saved. 0: only it.",
     )
     keep_checkpoints: int = Field(2, ge=1, description="Complete checkpoints to keep.")
+    journal_gb: float = Field(
+        4.0,
+        gt=0,
+        description="How much of the past journal/ keeps for `cohort replay`, in GiB; what a "
+        "resume needs is never removed.",
+    )
+    keep_journal: bool = Field(
+        False, description="Keep the whole journal, so that every step can be replayed."
+    )
+    evaluate_every: int = Field(
+        0,
+        ge=0,
+        description="Steps between evaluations on task.eval_prompts held-out prompts, as `cohort "
+        "eval` makes them. The best checkpoint by them is kept, as checkpoints/best. 0: none.",
+    )
     allow_changed: list[str] = Field(
         default_factory=list,
         description="Keys that may differ when a run is resumed, as [run.steps]. Other changes of "
@@ -57,6 +73,12 @@ class ModelConfig(Section):
     model_config = ConfigDict(protected_namespaces=())
 
     path: str = Field(description="A Hugging Face folder, or a hub id when the hub is reachable.")
+    init_from: str | None = Field(
+        None,
+        description="Start from other weights of this architecture: of a run directory's newest "
+        "checkpoint, a checkpoint, or an exported folder. Tokenizer and the KL's reference stay "
+        "those of model.path. A new run, unlike run.resume: optimizer and prompts begin anew.",
+    )
     dtype: Dtype = Field(
         "bfloat16",
         description="Precision of engine and learner alike; float16 trains with loss scaling. "
@@ -65,7 +87,7 @@ class ModelConfig(Section):
     max_length: int | None = Field(
         None, ge=8, description="Prompt plus completion, tokens. Empty: as far as needed."
     )
-    template_arguments: dict[str, Any] = Field(
+    template_arguments: JsonObject = Field(
         default_factory=dict,
         description="Given to the model's chat template: {enable_thinking: false} for Qwen3. One "
         "that the template does not read is an error.",
@@ -81,7 +103,24 @@ class ClusterConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto: cuda when the cluster has GPUs."
     )
+    cores: Literal["auto", "shared", "own"] = Field(
+        "auto",
+        description="Of one CPU machine. own: engines and learner have cores of their own, for "
+        "overlapped training; shared: both use all. auto: own with actors.max_staleness of 1 or "
+        "more where each engine and rank gets two cores, else shared.",
+    )
     start_timeout_s: float = Field(300, gt=0, description="Longest wait for Ray to place an actor.")
+    restarts: int = Field(
+        5,
+        ge=0,
+        description="With --supervise: how often in a row a lost run is started again without "
+        "getting further than before.",
+    )
+    stop_grace_s: float = Field(
+        120,
+        gt=0,
+        description="With --supervise: longest time that a stopped run has to save.",
+    )
 
 
 class TrackingConfig(Section):

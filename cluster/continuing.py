@@ -18,19 +18,27 @@ from cohort.cluster.errors import RunError
 from cohort.cluster.files import write_atomically
 from cohort.cluster.fingerprint import ConfigTree, Fingerprint
 from cohort.cluster.observe.metrics_file import read_metrics
+from cohort.cluster.stream import Ahead
 from cohort.learner.aside import Aside
-from cohort.learner.checkpoint import check_shape, latest, load_state
+from cohort.learner.checkpoint import check_shape, latest, load_state, shape_of
 from cohort.learner.config import AlgorithmConfig, LearnerConfig
 from cohort.learner.optimizer import lr_at
 
-# Keys that change neither what is trained nor how. The checkpoint's own shape (learner.workers,
-# learner.zero_stage, model.dtype) is compared where it is loaded.
+# Keys that change neither what is trained nor how. Whether the learner can take the checkpoint's
+# shape (learner.workers, learner.zero_stage, model.dtype) is looked at by itself.
 HARMLESS = {
     "cluster": set(ClusterConfig.model_fields),
     "tracking": set(TrackingConfig.model_fields),
-    "run": {"checkpoint_every", "keep_checkpoints"},
+    "run": {
+        "checkpoint_every",
+        "keep_checkpoints",
+        "journal_gb",
+        "keep_journal",
+        "evaluate_every",
+    },
     "task": {"solved_at", "eval_prompts"},
-    "model": {"dtype"},
+    # The checkpoint has weights of its own.
+    "model": {"dtype", "init_from"},
     "actors": {
         "count", "max_staleness", "max_concurrent", "kv_cache_gib", "gpu_memory", "tensor_parallel",
         "compile", "quantization", "start_timeout_s", "group_timeout_s", "sync_timeout_s",
@@ -41,7 +49,7 @@ HARMLESS = {
     "learner": {
         "workers", "zero_stage", "micro_batch_tokens", "logit_chunk_tokens", "attention",
         "gradient_checkpointing", "offload", "deepspeed", "float8", "max_skipped_steps",
-        "step_timeout_s",
+        "step_timeout_s", "keep_copy",
     },
     # The keys that a preset sets are compared.
     "algorithm": {"preset"},
@@ -79,6 +87,21 @@ SHOWN = 48
 NONE = "none"
 
 
+class SavedAhead(TypedDict):
+    """What `GroupStream.ahead` says, as JSON. steps: of each step its number, where its prompts
+    begin, and how many were asked for."""
+
+    steps: list[list[int]]
+    cursor: int
+
+
+class Best(TypedDict):
+    """The best evaluation of a run, as JSON."""
+
+    step: int
+    score: float
+
+
 class SavedState(TypedDict):
     """The driver's own state in a checkpoint, as JSON.
 
@@ -89,6 +112,8 @@ class SavedState(TypedDict):
         tracking: What the tracker goes on with.
         pass_rates: What the task's history of pass rates goes on with; None for tasks without one.
         fingerprint: What the resumed run is compared with; older checkpoints have none.
+        ahead: What is drawn already for later steps; older checkpoints do not say.
+        best: The best evaluation so far: its step, and its score; there where one was made.
     """
 
     step: int
@@ -97,6 +122,8 @@ class SavedState(TypedDict):
     tracking: dict[str, str | None]
     pass_rates: dict[str, JsonValue] | None
     fingerprint: NotRequired[Fingerprint]
+    ahead: NotRequired[SavedAhead]
+    best: NotRequired[Best]
 
 
 NEW_RUN: SavedState = {
@@ -106,6 +133,15 @@ NEW_RUN: SavedState = {
     "tracking": {"wandb_id": None},
     "pass_rates": None,
 }
+
+
+def saved_ahead(state: SavedState) -> Ahead | None:
+    """What is drawn already for later steps; None where the checkpoint does not say."""
+    saved = state.get("ahead")
+    if saved is None:
+        return None
+    steps = {step: (first, count) for step, first, count in saved["steps"]}
+    return Ahead(steps, saved["cursor"])
 
 
 @dataclass(frozen=True)
@@ -155,11 +191,18 @@ def compare(config: Config, saved: Saved, now: Fingerprint) -> str:
     """
     learner = config.learner
     check_shape(saved.checkpoint, learner.workers, learner.zero_stage, config.model.dtype)
+    ranks, stage = shape_of(saved.checkpoint)
+    divided = ""
+    if (ranks, stage) != (learner.workers, learner.zero_stage):
+        divided = (
+            f"the learner's state was saved by {ranks} rank(s) under ZeRO-{stage}, and is divided "
+            f"anew among {learner.workers} under ZeRO-{learner.zero_stage}\n"
+        )
     before = saved.state.get("fingerprint")
     if not before:
         return (
-            f"{saved.checkpoint} is of an older version and holds no fingerprint of its run: "
-            "whether data, model and config are the same is not known"
+            f"{divided}{saved.checkpoint} is of an older version and holds no fingerprint of its "
+            "run: whether data, model and config are the same is not known"
         )
     found = differences(before, now, saved.step)
     if wrong := refused(found, config.run.allow_changed):
@@ -170,7 +213,7 @@ def compare(config: Config, saved: Saved, now: Fingerprint) -> str:
             "choose another run.dir for a new run. To go on with the changes all the same: "
             f"'run.allow_changed=[{keys}]'"
         )
-    return f"changed since the checkpoint:\n{table(found)}" if found else ""
+    return divided + (f"changed since the checkpoint:\n{table(found)}" if found else "")
 
 
 def planned_saves(config: Config, first_step: int) -> int:

@@ -48,6 +48,11 @@ def contradictions(config: Config) -> Iterator[str]:
             f"task.prompts_per_step={prompts} must be a multiple of "
             f"learner.workers={learner.workers}"
         )
+    if config.cluster.cores == "own" and actors.max_staleness == 0:
+        yield (
+            "cluster.cores=own: with actors.max_staleness=0 engines and learner never compute at "
+            "once, and each would leave the other's cores idle; use shared"
+        )
     if task.group_size > actors.max_concurrent:
         yield (
             f"task.group_size={task.group_size} exceeds actors.max_concurrent="

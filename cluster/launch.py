@@ -10,17 +10,19 @@ import asyncio
 import logging
 import os
 import uuid
-from collections.abc import AsyncIterator, Collection, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from cohort.actors.engine import EngineSpec
+from cohort.actors.machine import usable_cores
 from cohort.actors.pool import RolloutPool
 from cohort.actors.process import SHM
 from cohort.actors.rollout import RolloutActor
 from cohort.cluster.config import Config
+from cohort.cluster.cores import CoreShares, share_cores
 from cohort.cluster.observe.console import Console
 from cohort.cluster.placement import (
     Placement,
@@ -31,7 +33,8 @@ from cohort.cluster.placement import (
     this_machine,
 )
 from cohort.cluster.prepare import Prepared
-from cohort.cluster.ray_start import connect
+from cohort.cluster.ray_start import connect, ray_address
+from cohort.cluster.ray_watch import Server, ray_servers, unless_ray_dies
 from cohort.cluster.signals import Signals
 from cohort.learner.learner import Learner
 from cohort.learner.spec import LearnerSpec
@@ -39,7 +42,8 @@ from cohort.rewards.environments.handle import EnvironmentHandle, EnvironmentPoo
 from cohort.rewards.environments.worker import EnvironmentWorker
 from cohort.rewards.handle import RewardHandle
 from cohort.rewards.pool import RewardPool
-from cohort.rewards.worker import RewardWorker, longest_score_s, watched_worker_class
+from cohort.rewards.watching import watched_worker_class
+from cohort.rewards.worker import RewardWorker, longest_score_s
 
 if TYPE_CHECKING:
     from ray.actor import ActorProxy
@@ -55,7 +59,8 @@ class Services:
     """What of a run lives in other processes. A part that was not asked for is not there.
 
     pool: the rollout actors with their engines. rewards: the reward workers. learner: the ranks.
-    environments: their workers; None where the task has no environment.
+    environments: their workers; None where the task has no environment. servers: Ray's own, which
+    all of these need.
     """
 
     placement: Placement
@@ -64,6 +69,7 @@ class Services:
     learner: Learner = field(init=False)
     environments: EnvironmentPool | None = None
     engine_start_s: float = 0.0
+    servers: dict[str, Server] = field(default_factory=dict)
     started: list[RolloutPool | EnvironmentPool | RewardPool | Learner] = field(
         default_factory=list
     )
@@ -83,6 +89,7 @@ async def launch(
     *,
     signals: Signals | None = None,
     trial: Path | None = None,
+    learner_threads: int | None = None,
 ) -> AsyncIterator[Services]:
     """Start Ray and actors side by side; end them when the block is left, however it is left.
 
@@ -92,6 +99,7 @@ async def launch(
             they wait for its first publication.
         signals: the command's handlers, which Ray's start would replace.
         trial: where the learner tries to save before the first step; None: nothing will be saved.
+        learner_threads: of each rank; None: the machine's cores, divided by the ranks.
 
     Raises:
         CohortError: Ray, a machine or an actor is not fit for this run.
@@ -108,7 +116,11 @@ async def launch(
             have = await _connect(config, signals)
         services = Services(plan(config, have, prepared.parameters))
         console.stage(f"starting {', '.join(_counted(config, part) for part in parts)}")
-        await _start(services, prepared, console, log_dir, parts, trial)
+        services.servers = ray_servers(joined or ray_address(config) is not None)
+        await unless_ray_dies(
+            _start(services, prepared, console, log_dir, parts, trial, learner_threads),
+            services.servers,
+        )
         yield services
     finally:
         try:
@@ -135,13 +147,30 @@ async def _start(
     log_dir: Path,
     parts: Sequence[Part],
     trial: Path | None,
+    learner_threads: int | None,
 ) -> None:
+    import ray
+
     placement, timeout_s = services.placement, prepared.config.cluster.start_timeout_s
     starting: list[Coroutine[object, object, None]] = []
 
+    cores = usable_cores()
+    one_machine = sum(node["Alive"] for node in ray.nodes()) == 1
+    shares = CoreShares()
+    if "engines" in parts and "learner" in parts:
+        shares = share_cores(prepared.config, placement.device, cores, one_machine)
+    free = len(shares.learner or cores)
+    threads = learner_threads or max(1, free // prepared.config.learner.workers)
+    if shares.own:
+        console.note(
+            f"cores: {len(shares.engines)} for engines, {len(shares.learner)} for the learner "
+            "(cluster.cores)"
+        )
+
     async def start_the_learner() -> None:
-        cores = int(this_machine().cpus)
-        services.learner = await start_learner(prepared, placement, log_dir, cores, trial)
+        services.learner = await start_learner(
+            prepared, placement, log_dir, threads, shares.learner, trial, console.note
+        )
         services.started.append(services.learner)
 
     async def start_engines() -> None:
@@ -154,7 +183,9 @@ async def _start(
         services.started.append(services.environments)
         starting.append(services.environments.check(timeout_s))
     if "engines" in parts:
-        services.pool = make_pool(prepared, placement, log_dir, console, services.environments)
+        services.pool = make_pool(
+            prepared, placement, log_dir, console, services.environments, shares.engines
+        )
         services.started.append(services.pool)
     if "rewards" in parts:
         services.rewards = make_rewards(prepared, placement, console)
@@ -231,8 +262,9 @@ def make_pool(
     log_dir: Path,
     console: Console,
     environments: EnvironmentPool | None = None,
+    cores: tuple[int, ...] = (),
 ) -> RolloutPool:
-    """The rollout actors, not started yet."""
+    """The rollout actors, not started yet. cores: of their engines; empty: all."""
     import ray
 
     config = prepared.config
@@ -253,7 +285,7 @@ def make_pool(
         )
 
     next_host = None if environments is None else environments.next
-    return RolloutPool(make_actor, config.actors, console.note, next_host)
+    return RolloutPool(make_actor, config.actors, console.note, next_host, cores)
 
 
 def make_rewards(prepared: Prepared, placement: Placement, console: Console) -> RewardPool:
@@ -284,15 +316,22 @@ def make_rewards(prepared: Prepared, placement: Placement, console: Console) -> 
 
 
 async def start_learner(
-    prepared: Prepared, placement: Placement, log_dir: Path, cores: int, trial: Path | None = None
+    prepared: Prepared,
+    placement: Placement,
+    log_dir: Path,
+    threads: int,
+    cores: tuple[int, ...] = (),
+    trial: Path | None = None,
+    notify: Callable[[str], None] = print,
 ) -> Learner:
     """The learner's ranks, ready to train from the model folder.
 
-    trial: where they try to save first (see `Checkpoints.trial`); None: nothing will be saved.
+    threads: of each rank. cores: that the ranks are bound to; empty: to none. trial: where they try
+    to save first (see `Checkpoints.trial`); None: nothing will be saved. notify: told when ranks
+    are lost and started again.
     """
     config = prepared.config
     ranks = config.learner.workers
-    threads = max(1, cores // ranks)
     spec = LearnerSpec(
         model_path=prepared.model_path,
         dtype=config.model.dtype,
@@ -310,9 +349,11 @@ async def start_learner(
         log_dir=str(log_dir),
         total_steps=config.run.steps,
         trial_dir=None if trial is None else str(trial),
+        cores=cores,
+        init_from=None if prepared.init_from is None else str(prepared.init_from),
     )
     environment = cpu_environment(threads) if placement.device == "cpu" else {}
     options = [
         {**placement.learner, "runtime_env": {"env_vars": environment}} for _ in range(ranks)
     ]
-    return await Learner.start(spec, options, config.cluster.start_timeout_s)
+    return await Learner.start(spec, options, config.cluster.start_timeout_s, notify)

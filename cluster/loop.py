@@ -9,9 +9,13 @@ has caught up, and generation overlaps with training; nothing else changes.
 
 from __future__ import annotations
 
+from cohort.actors.admission import last_step
+from cohort.actors.errors import CohortError
+from cohort.cluster.evaluation import Evaluation
 from cohort.cluster.failures import check_failures
 from cohort.cluster.run import Finished, Run, StepTimer
 from cohort.cluster.saving import rescue, save_at_the_end, save_if_due
+from cohort.cluster.scaling import scale_if_asked
 from cohort.cluster.signals import unless_stopped
 from cohort.cluster.stream import MAX_GENERATIONS, Batch
 from cohort.learner.learner import LostGroups, StepResult
@@ -33,6 +37,7 @@ async def train(run: Run) -> None:
         raise
     finally:
         run.stream.cancel()
+        await run.journal.settle()
     await save_at_the_end(run)
 
 
@@ -44,38 +49,72 @@ async def _steps(run: Run) -> None:
         timer = StepTimer()
 
         # 1. Let actors work on this step, and on as many later ones as staleness allows.
-        last = min(progress.step + config.actors.max_staleness, config.run.steps - 1)
-        await run.stream.admit(last)
+        last = last_step(progress.step, config.actors.max_staleness)
+        skipped = progress.step - run.learner.version
+        await run.stream.admit(min(last, config.run.steps - 1), skipped)
 
         # 2. Wait for this step's groups, generated and scored.
         batch = await unless_stopped(run.stop, run.stream.take(progress.step))
         if batch is None:
             break
         check_failures(config, batch)
+        run.actors.pool.check()
 
-        # 3. One optimizer step on them. From here on it counts, whatever comes next.
+        # 3. One optimizer step on them, once the journal has them on the disk. From here on it
+        #    counts, whatever comes next.
         with timer("train"):
             batch, result = await learn(run, batch)
         run.finish(Finished(batch, result, timer.seconds["train"]))
 
         # 4. The actors pull the new weights.
         with timer("sync"):
-            gap = await run.publisher.publish()
+            published = await run.publisher.publish()
 
-        # 5. Write down what happened.
-        await run.record(timer.times(batch), gap)
+        # 5. Write down what happened, with a score on held-out prompts now and then.
+        times = timer.times(batch)
+        await run.journal.after(batch.step, published.version, published.fingerprint)
+        evaluation = await evaluate_if_due(run)
+        await run.record(times, published.gap, evaluation)
 
         # 6. Save now and then; what is saved is what `run.resume` continues from.
-        await save_if_due(run)
+        await save_if_due(run, evaluation)
+
+        # Between two steps the run may become larger or smaller: `cohort scale`.
+        await scale_if_asked(run)
+
+
+async def evaluate_if_due(run: Run) -> Evaluation | None:
+    """Every `run.evaluate_every` steps, score the weights that the engines have just pulled.
+
+    An evaluation that fails is said, and training goes on.
+    """
+    every, step = run.config.run.evaluate_every, run.progress.step
+    if run.held_out is None or step % every:
+        return None
+    scoring = run.held_out.score(run.actors.pool, run.actors.rewards, name=f"{step}:")
+    try:
+        found = await unless_stopped(run.stop, scoring)
+    except CohortError as error:
+        run.console.note(f"the evaluation after step {step} failed, training goes on: {error}")
+        return None
+    if found is not None:
+        run.console.note(
+            f"held-out after step {step}: greedy {found.greedy_reward:.3f} "
+            f"({found.greedy_solved:.1%} solved), sampled {found.sampled_reward:.3f}"
+        )
+    return found
 
 
 async def learn(run: Run, batch: Batch) -> tuple[Batch, StepResult]:
-    """One optimizer step. Groups that were lost since they were scored are generated again."""
+    """One optimizer step. Groups that were lost since they were scored come from the journal, or
+    are generated again."""
     for _ in range(MAX_GENERATIONS - 1):
         try:
+            await run.journal.before(batch)
             return batch, await run.learner.step(batch.groups)
         except LostGroups as lost:
-            run.console.note(f"step {batch.step}: {lost}; they are generated again")
+            run.console.note(f"step {batch.step}: {lost}; they are made again")
             batch = await run.stream.again(batch, lost.group_ids)
             check_failures(run.config, batch)
+    await run.journal.before(batch)
     return batch, await run.learner.step(batch.groups)

@@ -14,10 +14,11 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cohort.cluster.config import Config
+from cohort.cluster.config import Config, expand
 from cohort.cluster.errors import RunError
 from cohort.cluster.lengths import Lengths, check_lengths, render_rows
-from cohort.cluster.model_folder import inspect_model, load_tokenizer
+from cohort.cluster.model_folder import inspect_model, load_tokenizer, starting_weights
+from cohort.learner.checkpoint import latest
 from cohort.rewards.continuation import Continuation
 from cohort.rewards.environments.specs import environment_spec, find_tools
 from cohort.rewards.environments.worker import EnvironmentSpec, try_environment
@@ -51,6 +52,8 @@ class Prepared:
         rewards: The reward functions in use.
         renderer: Renders the task's rows to prompts.
         lengths: Of its prompts, in tokens.
+        init_from: The folder of the weights to start from; None: those of `model_path`, or of the
+            checkpoint that a run is resumed from.
     """
 
     config: Config
@@ -60,6 +63,7 @@ class Prepared:
     rewards: list[RewardSpec]
     renderer: PromptRenderer
     lengths: Lengths
+    init_from: Path | None = None
 
     def environment(self) -> EnvironmentSpec | None:
         """What a worker of environments gets; None: there is no environment."""
@@ -96,7 +100,9 @@ def prepare(config: Config) -> Prepared:
     worker.close()
     renderer = make_renderer(config, tokenizer, context)
     lengths = check_lengths(config, render_rows(task, renderer), renderer, specs)
-    prepared = Prepared(config, path, parameters, task, specs, renderer, lengths)
+    resumes = config.run.resume and latest(expand(config.run.dir) / "checkpoints") is not None
+    start = None if resumes else starting_weights(config)
+    prepared = Prepared(config, path, parameters, task, specs, renderer, lengths, start)
     environment = prepared.environment()
     if environment is not None:
         # Likewise.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cohort.actors.process import start_sweeper
 from cohort.cluster.config import Config
-from cohort.cluster.errors import RunError, in_words
+from cohort.cluster.errors import RayLostError, RunError, in_words
 from cohort.cluster.files import require_writable
 from cohort.cluster.placement import (
     Resources,
@@ -63,7 +63,7 @@ def check_reachable(address: str) -> None:
         host, port = found[1].strip("[]"), int(found[2])
         socket.create_connection((host, port), CONNECT_TIMEOUT_S).close()
     except (OSError, UnicodeError) as error:
-        raise RunError(f"{what}: cannot connect to Ray: {error}") from error
+        raise RayLostError(f"{what}: cannot connect to Ray: {error}") from error
 
 
 def check_start(config: Config, parameters: int | None = None) -> None:
@@ -110,7 +110,7 @@ def connect(config: Config, here: Resources | None = None) -> Resources:
         What the cluster or this machine has.
 
     Raises:
-        RunError: Ray cannot be joined or started.
+        RunError: Ray cannot be joined or started; RayLostError where a later try may succeed.
     """
     import ray
 
@@ -138,7 +138,7 @@ def connect(config: Config, here: Resources | None = None) -> Resources:
         )
     except Exception as error:
         ray.shutdown()
-        raise RunError(
+        raise RayLostError(
             f"Ray did not start on this machine: {in_words(error)}\nIts logs are in "
             f"{ray_folder() / 'ray' / 'session_latest' / 'logs'}"
         ) from error

@@ -10,12 +10,16 @@ import asyncio
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from cohort.cluster.config import Config
+from cohort.cluster.continuing import Best
+from cohort.cluster.evaluation import Evaluation, HeldOut
 from cohort.cluster.fingerprint import Fingerprint
+from cohort.cluster.journal.journal import Journal
+from cohort.cluster.journal.records import Place
 from cohort.cluster.launch import Services
 from cohort.cluster.observe.console import Console
 from cohort.cluster.observe.metrics import Counters, StepTimes, step_metrics
@@ -23,7 +27,8 @@ from cohort.cluster.observe.metrics_file import MetricRow, step_of
 from cohort.cluster.observe.rollouts import RolloutWriter
 from cohort.cluster.observe.tracking import Tracker
 from cohort.cluster.publishing import Publisher
-from cohort.cluster.stream import Batch, GroupStream
+from cohort.cluster.ray_watch import Loss
+from cohort.cluster.stream import Ahead, Batch, GroupStream
 from cohort.learner.checkpoint import Checkpoints
 from cohort.learner.learner import Learner, StepResult
 
@@ -69,8 +74,11 @@ class Recorder:
     missed: Counter[str] = field(default_factory=Counter)
     _noted: set[str] = field(default_factory=set)
 
-    async def record(self, batch: Batch, metrics: MetricRow) -> None:
-        """Write down one step: completions, metrics, a line for people. Raises nothing."""
+    async def record(self, batch: Batch, places: Sequence[Place], metrics: MetricRow) -> None:
+        """Write down one step: completions, metrics, a line for people. Raises nothing.
+
+        places: where the journal has its groups.
+        """
         for failure in batch.failures:
             self._note_once(
                 f"{failure.kind} {failure.message}",
@@ -79,7 +87,7 @@ class Recorder:
             )
         replaced = self.writer.replaced
         try:
-            await self.writer.write(batch.step, [group.ref for group in batch.groups])
+            await self.writer.write(batch.step, places)
         except Exception as error:  # noqa: BLE001 - reporting never ends a run
             self._miss("rollouts", batch.step, error)
         if self.writer.replaced > replaced:
@@ -119,13 +127,14 @@ class Recorder:
 class Progress:
     """Where a run stands.
 
-    step: the next one; so many are done. cursor: where its prompts begin. unrecorded: the step that
-    is done and not written down yet.
+    step: the next one; so many are done. cursor: where its prompts begin. ahead: what is drawn for
+    it and later ones already. unrecorded: the step that is done and not written down yet.
     """
 
     step: int
     cursor: int
     counters: Counters
+    ahead: Ahead
     unrecorded: Finished | None = None
 
 
@@ -134,31 +143,36 @@ class Saves:
     """The checkpoints of a run.
 
     fingerprint: what a run that goes on from them is compared with. step: of the newest one.
-    failed_at: when a checkpoint could last not be written, while none has been since.
+    failed_at: when a checkpoint could last not be written, while none has been since. best: the
+    best evaluation so far; None while there is none.
     """
 
     checkpoints: Checkpoints
     fingerprint: Fingerprint
     step: int
     failed_at: float | None = None
+    best: Best | None = None
 
 
 @dataclass
 class Run:
     """A run whose actors are started, ready to train.
 
-    stop: set when it is to end after the current step. lost: why no actor will answer any more.
+    held_out: what evaluations are made on; None: there are none. stop: set when it is to end after
+    the current step. lost: the server of Ray that is gone.
     """
 
     config: Config
     actors: Services
     publisher: Publisher
     stream: GroupStream
+    journal: Journal
     recorder: Recorder
     saves: Saves
     progress: Progress
+    held_out: HeldOut | None = None
     stop: asyncio.Event = field(default_factory=asyncio.Event)
-    lost: str = ""
+    lost: Loss | None = None
 
     @property
     def learner(self) -> Learner:
@@ -174,10 +188,13 @@ class Run:
         progress.counters.add(finished.batch, finished.result)
         progress.step = finished.batch.step + 1
         progress.cursor = finished.batch.cursor
+        progress.ahead = self.stream.ahead()
         progress.unrecorded = finished
         progress.counters.check(self.stream.admitted, self.stream.in_flight)
 
-    async def record(self, times: StepTimes, gap: float) -> None:
+    async def record(
+        self, times: StepTimes, gap: float, evaluation: Evaluation | None = None
+    ) -> None:
         """Write down the step that was finished last. Raises nothing: see `Recorder`."""
         finished, self.progress.unrecorded = self.progress.unrecorded, None
         assert finished is not None
@@ -188,6 +205,10 @@ class Run:
             self.progress.counters,
             self.learner.version,
             gap,
-            self.actors.pool.restarts,
+            self.actors.pool.fleet.counts,
+            self.learner.restarts,
         )
-        await self.recorder.record(finished.batch, metrics)
+        if evaluation is not None:
+            metrics |= evaluation.metrics()
+        await self.recorder.record(finished.batch, self.journal.places(finished.batch), metrics)
+        self.journal.forget(finished.batch)

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cohort.actors.records import Failure, Group, GroupMeta, Prompt, ScoredRef
-from cohort.cluster.commands.evaluate import Evaluation
 from cohort.cluster.commands.evaluate import evaluate as run_evaluation
 from cohort.cluster.commands.train import run_training
 from cohort.cluster.config import Config
+from cohort.cluster.evaluation import Evaluation
 from cohort.cluster.failures import check_failures
 from cohort.cluster.launch import Services
 from cohort.cluster.launch import launch as launch_services
@@ -25,7 +25,8 @@ from cohort.cluster.observe.console import Console
 from cohort.cluster.prepare import Prepared, passing_logs, prepare
 from cohort.cluster.publishing import Publisher
 from cohort.cluster.ray_start import check_start
-from cohort.cluster.stream import Batch, group_request
+from cohort.cluster.requests import group_request
+from cohort.cluster.stream import Batch
 from cohort.learner.learner import Learner
 from cohort.rewards.tasks import SampledPrompts
 
@@ -125,7 +126,7 @@ class Session:
         Returns:
             The largest gap between learner and engines on a fixed sequence, nats a token.
         """
-        return await self._publisher.publish()
+        return (await self._publisher.publish()).gap
 
     async def generate(self, prompts: Sequence[Prompt]) -> list[Generated]:
         """`task.group_size` completions of each prompt, from the weights published last.
@@ -150,7 +151,8 @@ class Session:
             [result for result in results if isinstance(result, Failure)],
         )
         step = self.learner.version
-        check_failures(self.config, Batch(step, 0, list(scored), scored.failures, 0.0, 0.0, 0.0))
+        failed = tuple((failure.what, failure) for failure in scored.failures)
+        check_failures(self.config, Batch(step, 0, list(scored), failed, 0.0, 0.0, 0.0))
         return scored
 
     async def _score(self, group: Generated) -> ScoredRef | Failure:

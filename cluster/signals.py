@@ -18,6 +18,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TypeVar
 
+from cohort.actors.process import SUPERVISED
+
 T = TypeVar("T")
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -42,6 +44,7 @@ class Signals:
         self._action: Callable[[int], object] = self._raise
         self._before: dict[int, signal._HANDLER] = {}
         self._process = os.getpid()
+        self._supervised = SUPERVISED in os.environ
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
@@ -65,8 +68,12 @@ class Signals:
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         # A forked child, of a pool that loads data for example, inherits its parent's handlers.
-        if self.caught is not None or os.getpid() != self._process:
+        if os.getpid() != self._process or (self.caught is not None and not self._supervised):
             os._exit(128 + number)
+        if self.caught is not None:
+            # Whoever stops a job may signal all of its processes, and its supervisor passes on
+            # what it gets: a second signal is meant for the supervisor, which kills this process.
+            return
         self.caught = number
         self._action(number)
 

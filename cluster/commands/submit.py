@@ -17,6 +17,7 @@ import shlex
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,6 +58,7 @@ def submit(
     *,
     working_dir: Path,
     follow: bool = True,
+    supervise: bool = False,
 ) -> int:
     """Submit `cohort train CONFIG OVERRIDES` as a Ray job.
 
@@ -67,6 +69,7 @@ def submit(
         working_dir: The folder to upload.
         follow: Stream the job's log to stdout until it ends. Ctrl-C stops the job, which saves a
             checkpoint first; a second Ctrl-C leaves it.
+        supervise: Have the job start its driver again when that is lost.
 
     Returns:
         The job's exit code; 0 once it is submitted without `follow`, 130 after Ctrl-C.
@@ -76,7 +79,24 @@ def submit(
         SubmitError: Anything else that can be known before the job starts: paths, an unreachable
             cluster, a folder too large to upload.
     """
-    entrypoint = job_command(config_path, overrides, working_dir)
+    words = job_words(config_path, overrides, working_dir, supervise)
+    return run_job(words, address, working_dir, follow)
+
+
+def run_job(words: Sequence[str], address: str, working_dir: Path, follow: bool = True) -> int:
+    """Run a `cohort` command as a Ray job.
+
+    Args:
+        words: Of the command, after `cohort`.
+        address, working_dir, follow: As in `submit`.
+
+    Returns:
+        As `submit`.
+
+    Raises:
+        SubmitError: The cluster cannot be reached, or refuses the job.
+    """
+    entrypoint = shlex.join(["python", "-m", "cohort.cluster.cli", *words])
     address = address if "://" in address else f"http://{address}"
     _check_address(address)
 
@@ -111,8 +131,10 @@ def submit(
     return INTERRUPTED
 
 
-def job_command(config_path: Path, overrides: list[str], working_dir: Path) -> str:
-    """The job's shell command, after checking all that can be checked here.
+def job_words(
+    config_path: Path, overrides: list[str], working_dir: Path, supervise: bool = False
+) -> list[str]:
+    """The job's command, after `cohort` and after checking all that can be checked here.
 
     Raises:
         ConfigError: The config is wrong.
@@ -138,9 +160,8 @@ def job_command(config_path: Path, overrides: list[str], working_dir: Path) -> s
             f"run.dir={config.run.dir} is not absolute: on a cluster it must name storage that "
             "every node reaches and that outlives the job, e.g. run.dir=/runs/my-run"
         )
-    return shlex.join(
-        ["python", "-m", "cohort.cluster.cli", "train", relative.as_posix(), *overrides]
-    )
+    words = ["train", relative.as_posix(), *overrides]
+    return [*words, "--supervise"] if supervise else words
 
 
 def _check_address(address: str) -> None:

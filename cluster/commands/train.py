@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from contextlib import AsyncExitStack
 
-import psutil
 from pydantic import JsonValue
 
 from cohort.cluster.config import Config, compact, dump_config, expand
@@ -14,11 +13,14 @@ from cohort.cluster.continuing import (
     Saved,
     compare,
     planned_saves,
+    saved_ahead,
     where_to_go_on,
     write_config,
 )
 from cohort.cluster.errors import RunError
+from cohort.cluster.evaluation import HeldOut
 from cohort.cluster.fingerprint import fingerprint
+from cohort.cluster.journal.opening import JOURNAL, open_journal
 from cohort.cluster.launch import Services, launch
 from cohort.cluster.loop import train
 from cohort.cluster.observe.console import Console
@@ -29,18 +31,17 @@ from cohort.cluster.placement import checkpoint_bytes
 from cohort.cluster.prepare import Prepared, prepare
 from cohort.cluster.publishing import Publisher
 from cohort.cluster.ray_start import check_start
+from cohort.cluster.ray_watch import Loss, unless_ray_dies
 from cohort.cluster.run import Progress, Recorder, Run, Saves
 from cohort.cluster.run_dir import RunDir, claim_run_dir
 from cohort.cluster.signals import Signals, Stopped
 from cohort.cluster.stream import GroupStream
+from cohort.cluster.waiting import stacks_on_request, tell_when_slow
 from cohort.learner.checkpoint import Checkpoints
 from cohort.rewards.rates import RateHistory
 from cohort.rewards.tasks import Curriculum
 
 GOODBYE_S = 30
-# Without these nothing that a Ray of our own runs goes on.
-RAY_SERVERS = {"raylet", "gcs_server"}
-WATCH_S = 5.0
 
 
 async def run_training(config: Config) -> int:
@@ -53,6 +54,7 @@ async def run_training(config: Config) -> int:
     Raises:
         CohortError: the run cannot start or go on.
     """
+    stacks_on_request()
     with Signals() as signals:
         try:
             prepared = prepare(config)
@@ -86,9 +88,18 @@ async def _train_in(prepared: Prepared, run_dir: RunDir, console: Console, signa
         return 0
     if config.run.resume and not saved:
         console.note("no complete checkpoint to resume from: starting at step 0")
-    now = fingerprint(config, prepared.model_path, prepared.task, prepared.rewards)
-    if saved and (changed := compare(config, saved, now)):
-        console.note(changed)
+    now = fingerprint(
+        config, prepared.model_path, prepared.task, prepared.rewards, prepared.init_from
+    )
+    if saved:
+        if changed := compare(config, saved, now):
+            console.note(changed)
+        before = saved.state.get("fingerprint")
+        if before and "init_from" in before:
+            now["init_from"] = before["init_from"]
+    elif prepared.init_from is not None:
+        console.note(f"starting from the weights in {prepared.init_from}")
+    held_out = HeldOut.of(prepared, console) if config.run.evaluate_every else None
     first_step = saved.step if saved else 0
     checkpoints = Checkpoints(
         run_dir.path / "checkpoints",
@@ -107,9 +118,8 @@ async def _train_in(prepared: Prepared, run_dir: RunDir, console: Console, signa
             await actors.learner.load(saved.checkpoint)
         signals.check()
         try:
-            run = assemble(
-                prepared, run_dir, console, actors, saved, Saves(checkpoints, now, first_step)
-            )
+            saves = Saves(checkpoints, now, first_step)
+            run = assemble(prepared, run_dir, console, actors, saved, saves, held_out)
         except OSError as error:
             raise RunError(f"run.dir={run_dir.path} cannot be written: {error}") from error
         exit_code = 1
@@ -126,23 +136,22 @@ async def _train_in(prepared: Prepared, run_dir: RunDir, console: Console, signa
 
 
 async def train_watched(run: Run) -> None:
-    """`train`, given up when a process of our own Ray dies: nothing would be answered any more."""
-    servers = [process for process in psutil.Process().children() if process.name() in RAY_SERVERS]
-    training = asyncio.ensure_future(train(run))
+    """`train`, given up when a process of Ray's dies: nothing would be answered any more."""
+
+    def lost(loss: Loss) -> None:
+        run.lost = loss
+
+    def stop() -> None:
+        run.console.note("Ray's GCS is gone: saving, then leaving")
+        run.stop.set()
+
+    telling = asyncio.ensure_future(
+        tell_when_slow(lambda: run.progress.step, run.stream.pending, run.console.note)
+    )
     try:
-        while servers and not training.done():
-            await asyncio.wait({training}, timeout=WATCH_S)
-            for process in servers:
-                if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
-                    run.lost = f"Ray's process {process.pid} died, and every actor with it"
-                    training.cancel()
-        await training
-    except asyncio.CancelledError:
-        if run.lost:
-            raise RunError(f"{run.lost}; the ends of Ray's logs show why") from None
-        training.cancel()
-        await asyncio.wait({training})
-        raise
+        await unless_ray_dies(train(run), run.actors.servers, lost, stop)
+    finally:
+        telling.cancel()
 
 
 def assemble(
@@ -152,11 +161,15 @@ def assemble(
     actors: Services,
     saved: Saved | None,
     saves: Saves,
+    held_out: HeldOut | None = None,
 ) -> Run:
     """The run, ready to train. From here on the folder holds this run; what was in its way is
     moved aside."""
     config, folder = prepared.config, run_dir.path
     state = saved.state if saved else NEW_RUN
+    # First: it may be damaged.
+    threads = actors.learner.spec.threads
+    journal = open_journal(config, run_dir, saves.step, saves.fingerprint, threads, console)
     write_config(folder / "config.yaml", dump_config(config), run_dir.aside)
     tracker = Tracker(folder, config, state["tracking"], first_step=saves.step, aside=run_dir.aside)
     console.note(tracker.describe())
@@ -164,27 +177,34 @@ def assemble(
         console.note(replaced)
     writer = RolloutWriter(
         folder / "rollouts",
+        folder / JOURNAL,
         config.tracking.samples_per_step,
         config.tracking.table_every,
         tracker.table,
     )
+    saves.best = state.get("best")
     counters = Counters.resumed(state["counters"], config.task.group_size)
+    stream = GroupStream(
+        config,
+        prepared.draw,
+        actors.pool,
+        actors.rewards,
+        saves.step,
+        state["cursor"],
+        rate_history(prepared, state["pass_rates"]),
+        journal,
+        saved_ahead(state),
+    )
     return Run(
         config=config,
         actors=actors,
         publisher=Publisher.of(prepared, actors),
-        stream=GroupStream(
-            config,
-            prepared.draw,
-            actors.pool,
-            actors.rewards,
-            saves.step,
-            state["cursor"],
-            rate_history(prepared, state["pass_rates"]),
-        ),
+        stream=stream,
+        journal=journal,
         recorder=Recorder(tracker, writer, console),
         saves=saves,
-        progress=Progress(saves.step, state["cursor"], counters),
+        progress=Progress(saves.step, state["cursor"], counters, stream.ahead()),
+        held_out=held_out,
     )
 
 

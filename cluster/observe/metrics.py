@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import pstdev
 
@@ -120,7 +120,8 @@ def step_metrics(
     counters: Counters,
     version: int,
     probe_gap: float,
-    restarts: int,
+    actors: Mapping[str, int],
+    learner_restarts: int = 0,
 ) -> MetricRow:
     """One row of metrics.jsonl. Means are over completions of the whole step, never of means.
 
@@ -131,7 +132,8 @@ def step_metrics(
         counters: Those of the run, this step included.
         version: The newest version of the weights.
         probe_gap: How far engine and learner are apart on the probe sequence, nats per token.
-        restarts: Rollout actors replaced since the run was started or resumed.
+        actors: What there is to know of the rollout actors: `Fleet.counts`.
+        learner_restarts: How often since then the learner's ranks were started again.
     """
     rewards = [r for group in batch.groups for r in group.scores.totals if r is not None]
     tokens = sum(sum(group.meta.completion_tokens) for group in batch.groups)
@@ -166,6 +168,7 @@ def step_metrics(
         "learner/loss_scale": result.loss_scale,
         "learner/tokens_per_s": result.tokens / max(times.train, 1e-9),
         "learner/skipped_steps": counters.skipped_steps,
+        "learner/restarts": learner_restarts,
         "mismatch/k3_kl": result.k3_kl,
         "mismatch/ratio_mean": result.engine_ratio,
         "mismatch/logprob_abs_max": result.logprob_abs_max,
@@ -187,7 +190,7 @@ def step_metrics(
         "samples/trained": counters.trained,
         "samples/filtered": counters.filtered,
         "samples/failed": counters.failed,
-        "actors/restarts": restarts,
+        **{f"actors/{name}": count for name, count in actors.items()},
     }
     metrics |= source_metrics(batch) | episode_metrics([group.meta for group in batch.groups])
     for name in dict.fromkeys(name for g in batch.groups for name in g.scores.by_function):

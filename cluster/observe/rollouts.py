@@ -1,6 +1,6 @@
 """rollouts/step-NNNNNN.jsonl: every completion of a step with its scores, one a line.
 
-An actor writes them from references, so that no completion passes through the driver.
+An actor writes them from the journal, so that no completion passes through the driver.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from cohort.actors.errors import failure_of
-from cohort.actors.records import Completion, GroupRef, Messages, ScoredGroup
+from cohort.actors.plain import JsonObject
+from cohort.actors.records import Completion, Messages, ScoredGroup
 from cohort.actors.turns import FinishReason
 from cohort.cluster.files import replacing
+from cohort.cluster.journal.records import Place
+from cohort.cluster.journal.segments import read_group
 from cohort.cluster.observe.metrics_file import plain
 
 # How often a slow write is asked for its progress, and how long it may make none. How long it takes
@@ -56,7 +59,7 @@ class EpisodeRow(TypedDict):
     stop_reason: str
     failure: str | None
     metrics: dict[str, float | None]
-    messages: list[dict[str, Any]]
+    messages: list[JsonObject]
     turns: list[TurnRow]
 
 
@@ -211,6 +214,7 @@ class RolloutWriter:
 
     Args:
         folder: rollouts/ of the run.
+        journal: journal/ of the run, where the completions come from.
         rows_shown: Completions of a step in the W&B table.
         table_every: Steps between tables.
         show: Is given them, with the step.
@@ -222,11 +226,13 @@ class RolloutWriter:
     def __init__(
         self,
         folder: Path,
+        journal: Path,
         rows_shown: int,
         table_every: int,
         show: Callable[[int, Sequence[RolloutRow]], None],
     ) -> None:
         self._folder = folder
+        self._journal = journal
         self._rows_shown = rows_shown
         self._table_every = table_every
         self._show = show
@@ -242,10 +248,10 @@ class RolloutWriter:
             ray.remote(_Writer)
             # Two calls at a time: one writes, the other reports progress.
             .options(num_cpus=0, scheduling_strategy=here, max_concurrency=2)
-            .remote(str(self._folder), self._rows_shown)
+            .remote(str(self._folder), str(self._journal), self._rows_shown)
         )
 
-    async def write(self, step: int, groups: Sequence[GroupRef]) -> None:
+    async def write(self, step: int, groups: Sequence[Place]) -> None:
         """Write a step's groups to rollouts/step-NNNNNN.jsonl; every few steps a W&B table, too.
 
         Raises:
@@ -304,26 +310,24 @@ class _Writer:
 
     Args:
         folder: Where the files go.
+        journal: Where the groups are.
         rows_shown: At most so many rows of a step are returned.
     """
 
-    def __init__(self, folder: str, rows_shown: int) -> None:
+    def __init__(self, folder: str, journal: str, rows_shown: int) -> None:
         self._folder = Path(folder)
+        self._journal = Path(journal)
         self._rows_shown = rows_shown
         self._done = 0
 
-    def write(self, step: int, groups: Sequence[GroupRef]) -> list[RolloutRow]:
+    def write(self, step: int, groups: Sequence[Place]) -> list[RolloutRow]:
         """Write a step's file; returns the rows to show."""
-        import ray
-
         shown: list[RolloutRow] = []
         with rollout_file(self._folder, step) as add:
             # One after the other: this process should not hold a whole step, which may be large.
             for group in groups:
-                shown += table_rows(
-                    add(group if isinstance(group, ScoredGroup) else ray.get(group)),
-                    self._rows_shown,
-                )
+                scored = read_group(self._journal, group).scored
+                shown += table_rows(add(scored), self._rows_shown)
                 self._done += 1
         return table_rows(shown, self._rows_shown)
 

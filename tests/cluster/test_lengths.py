@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import cohort.cluster.lengths
-from cohort.cluster.commands.evaluate import fitting_rows
 from cohort.cluster.config import Config
 from cohort.cluster.config_file import load_config
+from cohort.cluster.evaluation import fitting_rows
 from cohort.cluster.lengths import (
     MESSAGE_TOKENS,
     Lengths,

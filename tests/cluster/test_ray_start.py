@@ -11,6 +11,7 @@ import ray
 from typer.testing import CliRunner
 
 import cohort.cluster.ray_start
+from cohort.actors.errors import TRY_AGAIN
 from cohort.cluster.cli import app
 from cohort.cluster.commands.check.run import check
 from cohort.cluster.commands.evaluate import evaluate
@@ -252,3 +253,19 @@ def test_train_says_it_before_it_writes_anything(
     assert f"{variable}=/proc/1" in done.stderr
     assert isinstance(done.exception, SystemExit)
     assert not (tmp_path / "run").exists()
+
+
+def test_what_a_later_try_may_cure_is_told_to_who_starts_it_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A supervisor tries it again; an address that is none is left at once."""
+    with pytest.raises(RunError) as caught:
+        check_reachable("127.0.0.1:1")
+    assert caught.value.exit_code == TRY_AGAIN
+    refusing(monkeypatch, TimeoutError("the node timed out"))
+    with pytest.raises(RunError) as caught:
+        connect(config(), HERE)
+    assert caught.value.exit_code == TRY_AGAIN
+    with pytest.raises(RunError) as caught:
+        check_reachable("http://127.0.0.1:8265")
+    assert caught.value.exit_code == 1

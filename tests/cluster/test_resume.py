@@ -360,12 +360,22 @@ def test_a_learner_of_another_shape_is_refused_before_anything_starts(
 ) -> None:
     run = stopped(world)
     monkeypatch.setattr(cohort.cluster.launch, "connect", lambda *_: pytest.fail("Ray was started"))
-    with pytest.raises(CheckpointError, match=r"learner\.workers=1.*learner\.workers=2"):
-        resume(run, learner__workers=2)
-    with pytest.raises(CheckpointError, match=r"learner\.zero_stage=1.*learner\.zero_stage=2"):
-        resume(run, learner__zero_stage=2)
+    # Without ZeRO the state cannot be divided anew.
+    with pytest.raises(CheckpointError, match=r"learner\.zero_stage=1.*learner\.zero_stage=0"):
+        resume(run, learner__zero_stage=0)
     with pytest.raises(CheckpointError, match=r"model\.dtype=float32.*model\.dtype=bfloat16"):
         resume(run, model__dtype="bfloat16")
+
+
+@pytest.mark.parametrize(("workers", "stage"), [(2, 1), (1, 3), (4, 2)])
+def test_a_run_goes_on_with_another_number_of_ranks_or_zero_stage_and_says_so(
+    world: MakeWorld, capsys: pytest.CaptureFixture[str], workers: int, stage: int
+) -> None:
+    run = stopped(world)
+    assert resume(run, learner__workers=workers, learner__zero_stage=stage) == 0
+    said = "saved by 1 rank(s) under ZeRO-1, and is divided anew among "
+    assert f"{said}{workers} under ZeRO-{stage}" in capsys.readouterr().out
+    assert run.state()["step"] == 6
 
 
 def test_checkpoints_without_a_fingerprint_are_gone_on_from_with_a_note(

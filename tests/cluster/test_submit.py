@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import socket
 import threading
 import time
@@ -19,7 +18,7 @@ from cohort.cluster.commands.submit import (
     SubmitError,
     _explain,
     _Follower,
-    job_command,
+    job_words,
     submit,
 )
 from cohort.cluster.config import ConfigError
@@ -42,16 +41,16 @@ def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_command_survives_the_shell(project: Path) -> None:
     overrides = ["tracking.name=it's; rm -rf $HOME", "--run.steps", "3", "run.dir=/runs/a b"]
-    words = shlex.split(job_command(project / "configs" / "a b.yaml", overrides, project))
-    assert words[:5] == ["python", "-m", "cohort.cluster.cli", "train", "configs/a b.yaml"]
-    assert parse_overrides(words[5:]) == parse_overrides(overrides)
+    words = job_words(project / "configs" / "a b.yaml", overrides, project)
+    assert words[:2] == ["train", "configs/a b.yaml"]
+    assert parse_overrides(words[2:]) == parse_overrides(overrides)
 
 
 def test_config_outside_of_the_working_directory(project: Path, tmp_path: Path) -> None:
     outside = tmp_path / "config.yaml"
     outside.write_text("model: {path: m}\nrun: {dir: /runs/x}\n")
     with pytest.raises(SubmitError, match="is not inside the working directory"):
-        job_command(outside, [], project)
+        job_words(outside, [], project)
 
 
 @pytest.mark.parametrize("folder", ["runs", ".venv"])
@@ -61,13 +60,13 @@ def test_config_that_is_never_uploaded(project: Path, folder: str) -> None:
     config = project / folder / "config.yaml"
     config.write_text("model: {path: m}\nrun: {dir: /runs/x}\n")
     with pytest.raises(SubmitError, match=f"is in '{folder}', which is never uploaded"):
-        job_command(config, [], project)
+        job_words(config, [], project)
 
 
 @pytest.mark.parametrize("run_dir", ["runs/x", "~/runs/x", "$HOME/runs"])
 def test_run_dir_must_be_absolute(project: Path, run_dir: str) -> None:
     with pytest.raises(SubmitError, match=r"run\.dir=.* is not absolute"):
-        job_command(project / "configs" / "a b.yaml", [f"run.dir={run_dir}"], project)
+        job_words(project / "configs" / "a b.yaml", [f"run.dir={run_dir}"], project)
 
 
 def test_wrong_config_is_known_before_the_cluster_is_asked(project: Path) -> None:
@@ -78,7 +77,7 @@ def test_wrong_config_is_known_before_the_cluster_is_asked(project: Path) -> Non
 def test_working_directory_must_be_a_folder(project: Path) -> None:
     config = project / "configs" / "a b.yaml"
     with pytest.raises(SubmitError, match="is not a folder"):
-        job_command(config, [], config)
+        job_words(config, [], config)
 
 
 def test_nobody_there(project: Path) -> None:

@@ -14,7 +14,6 @@ from typer.testing import CliRunner
 
 from cohort.cluster.cli import app
 from cohort.cluster.commands.demonstrations import as_group, demonstrations
-from cohort.cluster.commands.evaluate import task_metrics
 from cohort.cluster.commands.warmup import (
     WarmUp,
     check_overrides,
@@ -24,6 +23,7 @@ from cohort.cluster.commands.warmup import (
 )
 from cohort.cluster.config import ConfigError
 from cohort.cluster.config_file import load_config
+from cohort.cluster.evaluation import task_metrics
 from cohort.cluster.lengths import Lengths
 from cohort.cluster.prepare import Prepared, RunError
 from cohort.learner.checkpoint import CheckpointError, new_folder

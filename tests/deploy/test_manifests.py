@@ -144,7 +144,7 @@ def manifest_config(folder: Path) -> Config:
     text = documents(MANIFEST)["ConfigMap"]["data"]["config.yaml"]
     file = folder / "config.yaml"
     file.write_text(text)
-    return load_config(file, words[3:])
+    return load_config(file, [word for word in words[3:] if word != "--supervise"])
 
 
 @pytest.fixture

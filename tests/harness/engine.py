@@ -11,7 +11,7 @@ import asyncio
 import itertools
 import sys
 import types
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +23,7 @@ import xxhash
 from cohort.actors.config import ActorsConfig
 from cohort.actors.engine import Engine, EngineSpec
 from cohort.actors.proof import digest
+from cohort.actors.records import Place
 from cohort.actors.rollout import RolloutActor
 from tests.harness import policy
 from tests.harness.local_ray import current_actor, current_ray
@@ -71,15 +72,25 @@ class _Request:
     logprobs: list[float] = field(default_factory=list)
 
 
+class Answer(asyncio.Queue[Any]):
+    """What a request's output comes through."""
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__()
+        self.request_id = request_id
+
+
 class Core:
     """vLLM's engine process, of which AsyncLLM's own loop takes what each step has made."""
 
     def __init__(self) -> None:
-        self.made: asyncio.Queue[list[list[int]]] = asyncio.Queue()
+        self.made: asyncio.Queue[list[tuple[str, list[int]]]] = asyncio.Queue()
 
     async def get_output_async(self) -> Any:
         tokens = await self.made.get()
-        return SimpleNamespace(outputs=[SimpleNamespace(new_token_ids=ids) for ids in tokens])
+        return SimpleNamespace(
+            outputs=[SimpleNamespace(request_id=name, new_token_ids=ids) for name, ids in tokens]
+        )
 
 
 class Vllm:
@@ -110,7 +121,7 @@ class Vllm:
             batch = list(self._running.values())[: self._max_concurrent]
             for request in batch:
                 self._advance(request)
-            self.engine_core.made.put_nowait([r.tokens[-1:] for r in batch])
+            self.engine_core.made.put_nowait([(r.name, r.tokens[-1:]) for r in batch])
             await self.engine_core.get_output_async()
             if not self._running:
                 self._work.clear()
@@ -164,7 +175,7 @@ class Vllm:
             name,
             list(prompt["prompt_token_ids"]),
             parameters,
-            asyncio.Queue(),
+            Answer(name),
             np.random.default_rng(parameters.seed),
         )
         self._running[name] = request
@@ -240,6 +251,10 @@ class LocalRolloutActor(RolloutActor):
         if serve_loaded:
             self._version = 0
         return START_S
+
+    async def place(self) -> Place:
+        # All actors are in one process here: a number of its own tells whom to look at.
+        return replace(await super().place(), pid=current_ray().pid_of(current_actor()))
 
     async def memory(self) -> int:
         return 1 << 30

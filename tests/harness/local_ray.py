@@ -26,7 +26,7 @@ import inspect
 import itertools
 import traceback
 import types
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,7 +39,16 @@ from ray.exceptions import (
     RayTaskError,
 )
 
+import cohort.actors.witness
+from cohort.actors.watch import Look
+
 NODE = "0" * 56
+# Above those of any real process.
+FIRST_PID = 1 << 40
+FUNCTIONS = (
+    *("kill", "get", "put", "remote", "nodes", "init", "shutdown", "wait"),
+    "cluster_resources",
+)
 SPAWN_S = 0.5
 RESTART_S = 2.0
 _NOTHING = object()
@@ -115,7 +124,8 @@ class Actor:
         self.options = options
         self.restarts_left = int(options.get("max_restarts", 0))
         self.name = f"actor-{next(ray.numbers)}"
-        self.node = ray.next_node()
+        wanted = options.get("scheduling_strategy")
+        self.node = ray.next_node() if wanted is None else str(wanted.node_id)
         self.instance: Any = None
         self.death: RayError | None = None
         self.thawed = asyncio.Event()
@@ -303,8 +313,8 @@ class LocalRay:
         self.node_names = [NODE]
         # How many times longer than usual an actor takes, by name.
         self.slow: dict[str, float] = {}
-        # What the ranks of a learner share, by the folder they publish to.
-        self.gangs: dict[str, Any] = {}
+        # What the ranks of a learner share, by the port of their rendezvous.
+        self.gangs: dict[int, Any] = {}
         self.numbers = itertools.count()
         self._names: dict[str, int] = {}
 
@@ -313,11 +323,12 @@ class LocalRay:
         """Replace the functions of the `ray` module, and have tasks know their actor."""
         import ray
 
-        for name in ("kill", "get", "put", "remote", "nodes", "init", "shutdown", "wait"):
+        for name in FUNCTIONS:
             patch.setattr(ray, name, getattr(self, name))
         patch.setattr(ray, "is_initialized", lambda: self._initialized)
         patch.setattr(ray, "get_runtime_context", lambda: _Context(_actor.get()))
         patch.setattr(ray, "ObjectRef", Ref)
+        patch.setattr(cohort.actors.witness, "look_at", self.look_at)
         asyncio.get_running_loop().set_task_factory(_new_task)
         yield
 
@@ -334,6 +345,9 @@ class LocalRay:
 
     def nodes(self) -> list[dict[str, Any]]:
         return [{"Alive": True, "NodeID": name, "Resources": {}} for name in self.node_names]
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {"CPU": 16.0 * len(self.node_names), "memory": float(64 << 30)}
 
     def next_node(self) -> str:
         return self.node_names[len(self.actors) % len(self.node_names)]
@@ -379,6 +393,17 @@ class LocalRay:
             for actor in self.actors
             if actor.name.startswith(start) and actor.death is None and actor.thawed.is_set()
         ]
+
+    def pid_of(self, actor: Actor) -> int:
+        """A process id that only this actor has."""
+        return FIRST_PID + self.actors.index(actor)
+
+    def look_at(self, pids: Sequence[int]) -> Look | None:
+        """What /proc would show of the processes of actors: one computes unless it is stopped."""
+        alive = [a for a in (self.actors[pid - FIRST_PID] for pid in pids) if a.death is None]
+        now = asyncio.get_running_loop().time()
+        stopped = any(not actor.thawed.is_set() for actor in alive)
+        return Look(tuple(pids), 0.0 if stopped else now, stopped, not stopped) if alive else None
 
     def slowness(self, name: str) -> float:
         return self.slow.get(name, 1.0)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Sequence
+from dataclasses import replace
 from typing import Any
 
+from cohort.actors.records import Place
 from cohort.rewards.adapters import load_reward
 from cohort.rewards.base import is_per_completion, per_completion, score_group
 from cohort.rewards.result_json import from_json, to_json
@@ -20,6 +22,13 @@ SCORE_S = 0.02
 def residues(completion_ids: Any, **_: Any) -> list[float]:
     """Mean of the token ids modulo 7: every group has signal, and every token counts."""
     return [sum(token % 7 for token in ids) / max(len(ids), 1) for ids in completion_ids]
+
+
+@per_completion
+def often_equal(completion_ids: Any, answer: Any, **_: Any) -> list[float]:
+    """As `residues` where the answer is even; no signal where it is odd."""
+    scores = residues(completion_ids)
+    return [0.0 if right % 2 else score for score, right in zip(scores, answer, strict=True)]
 
 
 def _refuse(work: Coroutine[Any, Any, Any]) -> Any:
@@ -45,6 +54,10 @@ class LocalRewardWorker(RewardWorker):
         function, name, columns = self._loaded[index]
         result = score_group(function, name, group, _refuse, columns, self._max_steps)
         return from_json(name, to_json(result), len(group.completions)), SCORE_S
+
+    def place(self) -> Place:
+        # All actors are in one process here: a number of its own tells whom to look at.
+        return replace(super().place(), pid=current_ray().pid_of(current_actor()))
 
     async def score_part(self, *parts: Any) -> Any:  # type: ignore[override]
         await asyncio.sleep(SCORE_S * current_ray().slowness(current_actor().name))

@@ -21,11 +21,10 @@ def test_generation_hides_behind_training_when_steps_overlap(world: MakeWorld) -
         run.slow = slow
         assert run.train() == 0
         rows = run.rows()[2:]
-        times.append([sum(row[f"time/{p}"] for p in ("generate", "train")) for row in rows])
+        times.append([row["time/step"] for row in rows])
     synchronous, overlapped = (sum(found) / len(found) for found in times)
-    assert synchronous > 1.3 * STEP_S
-    # At most what generation takes longer than training and the load of weights.
-    assert overlapped < 1.1 * STEP_S
+    # Engines that are slower than the learner set the pace, and its time is hidden behind theirs.
+    assert overlapped < synchronous - 0.9 * STEP_S
 
 
 def test_two_nodes_share_the_weights_and_the_work(world: MakeWorld) -> None:
@@ -57,14 +56,26 @@ def test_a_dead_engine_costs_its_start_and_no_more(world: MakeWorld, count: int)
         assert longest < usual + 5
 
 
-def test_a_frozen_engine_costs_its_timeout_and_no_more(world: MakeWorld) -> None:
-    run = world(run__steps=4, actors__group_timeout_s=30)
-    run.on("call", lambda e: run.ray.freeze(e.actor), actor="rollout-0", what="collect", nth=6)
+@pytest.mark.parametrize(("what", "count"), [("collect", 2), ("collect", 1), ("sync", 2)])
+def test_a_frozen_engine_is_found_in_15_seconds(world: MakeWorld, what: str, count: int) -> None:
+    """At default settings. One of two is not even waited for in an update."""
+    run = world(run__steps=6, actors__count=count)
+    frozen_at: list[float] = []
+
+    def freeze(event: object) -> None:
+        frozen_at.append(event.time)  # type: ignore[attr-defined]
+        run.ray.freeze("rollout-0")
+
+    run.on("call", freeze, actor="rollout-0", what=what, nth=4)
     assert run.train() == 0
+    [death] = [event for event in run.events("dead", actor="rollout-0")][:1]
+    assert death.time - frozen_at[0] < 15
     times = [row["time/step"] for row in run.rows()]
+    usual, longest = sorted(times)[1], max(times)
     assert run.rows()[-1]["actors/restarts"] == 1
-    assert 30 < max(times) < 30 * 1.5 + 5
     assert run.rows()[-1]["samples/failed"] == 0
+    costs = {("collect", 2): 15.0, ("collect", 1): 15.0 + START_S + 2, ("sync", 2): 5.0}
+    assert longest < usual + costs[what, count]
 
 
 def test_a_slow_engine_is_not_a_dead_one(world: MakeWorld) -> None:

@@ -16,6 +16,7 @@ import cohort.cluster.commands.train
 import cohort.cluster.launch
 import cohort.learner.checkpoint
 from cohort.actors.pool import RolloutPool
+from cohort.cluster.journal.journal import Journal
 from cohort.cluster.launch import Services
 from cohort.cluster.observe.metrics_file import MetricsFile
 from cohort.cluster.observe.rollouts import RolloutWriter
@@ -46,14 +47,17 @@ DURING_TRAINING = {
     "the first load": (RolloutPool, "sync", 1),
     "generation": (RolloutPool, "generate", 2),
     "a step": (Learner, "step", 3),
+    "the journal of a step": (Journal, "before", 3),
     "the weights after a step": (Learner, "publish", 3),
     "the load after a step": (RolloutPool, "sync", 3),
     "the writing of completions": (RolloutWriter, "write", 2),
+    "the writing of a fingerprint": (Journal, "after", 2),
     "the writing of metrics": (MetricsFile, "write", 2),
     "a save": (Learner, "save", 1),
     "the second save": (Checkpoints, "begin", 2),
     "the end of a save": (Checkpoints, "commit", 1),
     "the marker of a save": (cohort.learner.checkpoint, "_write", 4),
+    "the removal of old groups": (Journal, "trim", 1),
     "the last save": (Checkpoints, "commit", 2),
     "the goodbye": (cohort.cluster.commands.train, "say_goodbye", 1),
     "the end of the actors": (Services, "kill", 1),

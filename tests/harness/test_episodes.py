@@ -53,18 +53,22 @@ def talks(tmp_path: Path, tiny_model: Path) -> MakeTalks:
     return lambda name="run", **keys: Talks(tmp_path / name, tiny_model, **keys)
 
 
-def plays(run: World) -> dict[str, list[list[int]]]:
-    """Of each completion's id, the replies that the environment got in its last play."""
+def plays(run: World) -> dict[str, list[list[list[int]]]]:
+    """Of each completion's id, the replies that the environment got in each of its plays.
+
+    The last one that began need not be the one that counts: an actor that has died may have asked
+    for it before.
+    """
     heard: dict[str, list[list[int]]] = {}
-    last: dict[str, str] = {}
+    names: dict[str, list[str]] = {}
     for event in run.events("answer"):
         key = event.detail["episode"]
         if event.what == "reset":
             heard[key] = []
-            last[key.rpartition("/")[0]] = key
+            names.setdefault(key.rpartition("/")[0], []).append(key)
         elif event.what == "step":
             heard[key].append(event.detail["arguments"]["reply"]["token_ids"])
-    return {name: heard[key] for name, key in last.items()}
+    return {name: [heard[key] for key in keys] for name, keys in names.items()}
 
 
 def check_episodes(run: Talks, steps: int) -> None:
@@ -82,9 +86,13 @@ def check_episodes(run: Talks, steps: int) -> None:
             turns = sample["episode"]["turns"]
             assert 1 <= len(turns) <= MAX_TURNS
             # What was sampled is what the environment heard, turn by turn, and what is trained.
-            replies = heard[sample["completion_id"]]
-            assert [len(reply) for reply in replies] == [turn["tokens"] for turn in turns]
-            assert [token for reply in replies for token in reply] == sample["token_ids"]
+            lengths, tokens = [turn["tokens"] for turn in turns], sample["token_ids"]
+            replies = next(
+                play
+                for play in heard[sample["completion_id"]]
+                if [len(reply) for reply in play] == lengths
+                and [token for reply in play for token in reply] == tokens
+            )
             assert [turn["reward"] for turn in turns] == [float(sum(r) % 5) for r in replies]
             assert sample["by_function"]["environment"] == sum(turn["reward"] for turn in turns)
             for turn in turns:

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from cohort.actors.records import Failure, Prompt, WeightsInfo
+from cohort.actors.records import Failure, Group, Prompt, WeightsInfo
 from cohort.actors.rollout import RolloutActor
 from cohort.actors.weight_file import TensorSpec
-from cohort.cluster.stream import group_request
+from cohort.cluster.requests import group_request
 from cohort.learner.weights import WeightFiles
 from tests.harness import policy
 from tests.harness.engine import engine_spec
-from tests.harness.local_ray import NODE, LocalRay
+from tests.harness.local_ray import NODE, Event, LocalRay
 from tests.harness.world import World, in_cluster
 
 MakeWorld = Callable[..., World]
@@ -54,6 +54,69 @@ def test_completions_are_as_old_as_allowed_and_never_older(
         for sample in run.rollouts(step):
             assert sample["weight_versions"][0] == max(0, step - staleness)
             assert sample["weight_versions"][1] <= step
+
+
+def test_every_token_knows_the_weights_that_it_came_from(world: MakeWorld) -> None:
+    """Its log-prob is that of these weights, and of no others."""
+    run = world(run__steps=6, actors__max_staleness=2, actors__max_tokens=80)
+    weights: dict[int, policy.Weights] = {}
+
+    def keep(event: Event) -> None:
+        weights[len(weights)] = policy.read(event.what)
+
+    run.on("update", keep, actor="rollout-0")
+    run.slow = {"rollout-0": 5.0}
+    groups: list[Group] = []
+    run.on(
+        "done", lambda e: groups.append(e.detail["answer"][1]), actor="rollout-0", what="collect"
+    )
+    assert run.train() == 0
+    spanned = 0
+    for group in groups:
+        for completion in group.completions:
+            versions = [v for version, count in completion.spans for v in [version] * count]
+            assert len(versions) == len(completion.token_ids)
+            assert completion.weight_versions == (versions[0], versions[-1])
+            assert versions == sorted(versions)
+            spanned += len(completion.spans) > 1
+            prompt = list(group.prompt.token_ids)
+            for version, token, logprob in zip(
+                versions, completion.token_ids, completion.logprobs, strict=True
+            ):
+                state = policy.state(weights[version], prompt)
+                expected = policy.distribution(weights[version], state, 1.0)[token]
+                assert logprob == pytest.approx(expected, abs=1e-6)
+    assert spanned > 5
+
+
+@pytest.mark.parametrize("staleness", [1, 3])
+def test_what_is_trained_is_as_long_as_what_is_generated(world: MakeWorld, staleness: int) -> None:
+    """Long completions arrive late, and are neither left out nor left behind."""
+    run = world(
+        run__steps=8,
+        actors__max_staleness=staleness,
+        actors__max_tokens=60,
+        actors__max_concurrent=4,
+        model__max_length=128,
+    )
+    assert run.train() == 0
+    generated = {
+        name: tokens
+        for event in run.events("done", actor="rollout")
+        if event.what == "collect"
+        for meta, _ in [event.detail["answer"]]
+        for name, tokens in zip(meta.completion_ids, meta.completion_tokens, strict=True)
+    }
+    recorded = {
+        sample["completion_id"]: len(sample["token_ids"])
+        for row in run.rows()
+        for sample in run.rollouts(row["step"])
+    }
+    assert recorded == generated
+    assert len(generated) == 8 * 16
+    last = run.rows()[-1]
+    assert last["samples/trained"] + last["samples/filtered"] == 8 * 16
+    assert max(generated.values()) > 5 * min(generated.values())
 
 
 def test_every_step_generates_with_the_weights_of_the_step_before(world: MakeWorld) -> None:

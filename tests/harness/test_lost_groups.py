@@ -25,7 +25,7 @@ def lose(count: int) -> Callable[[Any], None]:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("staleness", [0, 1])
-def test_groups_lost_before_they_are_trained_are_generated_again(
+def test_groups_lost_before_they_are_trained_come_from_the_journal(
     world: MakeWorld, ranks: int, staleness: int
 ) -> None:
     run = world(run__steps=4, learner__workers=ranks, actors__max_staleness=staleness)
@@ -41,6 +41,25 @@ def test_groups_lost_before_they_are_trained_are_generated_again(
     trained = run.trained()
     assert len(trained) == len(set(trained))
     assert rows[-1]["weights/version"] == 4
+    assert len(asked(run)) == len(set(asked(run))) == 16
+
+
+def asked(run: World) -> list[str]:
+    """The groups that engines were asked for."""
+    calls = [event for event in run.events("call") if event.what == "submit"]
+    return [request.group_id for call in calls for request in call.detail["args"][0]]
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_groups_lost_before_they_are_written_are_generated_again(
+    world: MakeWorld, staleness: int
+) -> None:
+    run = world(run__steps=4, actors__max_staleness=staleness)
+    run.on("call", lambda event: event.detail["args"][4][0].lose(), what="put_group", nth=6)
+    assert run.train() == 0
+    assert [row["samples/failed"] for row in run.rows()] == [0] * 4
+    assert len(run.trained()) == len(set(run.trained())) == 4 * 16
+    assert len(asked(run)) == 17
 
 
 def test_groups_that_are_lost_each_time_end_the_run_in_words(world: MakeWorld) -> None:

@@ -135,12 +135,35 @@ def test_pass_rates_of_a_step_that_was_not_trained_are_not_saved(
 def test_a_learner_that_is_lost_is_not_waited_for(
     world: MakeWorld, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = world(run__steps=6, run__checkpoint_every=2, learner__workers=2)
+    keys = dict(run__checkpoint_every=2, learner__workers=2, learner__keep_copy=False)
+    run = world(run__steps=6, **keys)
     run.on("step", lambda _: run.ray.kill("learner-1"), actor="learner-0", nth=4)
-    with pytest.raises(LearnerError, match="learner rank 1"):
+    with pytest.raises(LearnerError, match=r"no copy of the 3 steps"):
         run.train()
     assert run.state()["step"] == 2
     assert "the learner is lost: the newest complete checkpoint is" in capsys.readouterr().out
+
+
+def test_with_no_actor_left_the_run_waits_then_saves_and_names_the_key(world: MakeWorld) -> None:
+    run = world(run__steps=6, actors__count=2, actors__start_timeout_s=120)
+    # From the fourth step on every engine dies, and none can start.
+    reply = Failure("infra", "could not start its engine", "no memory")
+
+    def begin(_: Any) -> None:
+        run.on("call", lambda event: setattr(event, "reply", reply), actor="actor", what="start")
+        run.on("call", lambda event: setattr(event, "reply", reply), actor="rollout", what="start")
+        run.ray.hooks[:] = run._hooks
+        run.ray.kill("rollout-0")
+        run.ray.kill("rollout-1")
+
+    run.on("step", begin, nth=3)
+    with pytest.raises(
+        RolloutError, match=r"no rollout actor is left.*actors\.start_timeout_s=120"
+    ):
+        run.train()
+    assert run.state()["step"] == 3
+    assert len(run.rows()) == 3
+    assert 120 < run.time < 240
 
 
 def test_too_many_skipped_updates_end_the_run_saved(world: MakeWorld) -> None:
@@ -368,4 +391,4 @@ def test_a_mistake_in_a_program_ends_the_run_with_its_traceback(world: MakeWorld
     config = world(rewards__max_error_rate=1).config()
     mistake = Failure("bug", "a group could not be scored", "Traceback ...\nNameError: x")
     with pytest.raises(ProgramError, match=r"could not be scored: Traceback (.|\n)*NameError: x"):
-        check_failures(config, Batch(3, 4, [], [mistake], 0.0, 0.0, 1.0))
+        check_failures(config, Batch(3, 4, [], (("3:0-0", mistake),), 0.0, 0.0, 1.0))

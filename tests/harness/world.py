@@ -49,21 +49,24 @@ import cohort.cluster.launch
 import cohort.cluster.prepare
 import cohort.cluster.ray_start
 import cohort.rewards.environments.worker
+from cohort.cluster.commands.replay import Range, run_replay
 from cohort.cluster.commands.train import run_training
 from cohort.cluster.config import Config
 from cohort.cluster.config_file import load_config
+from cohort.cluster.observe.console import Console
 from cohort.cluster.placement import GIB, Resources
 from cohort.learner.checkpoint import latest, load_state
 from tests.harness import clock, policy
 from tests.harness.engine import LocalRolloutActor, install_vllm
 from tests.harness.environments import LocalEnvironmentWorker, start_here
-from tests.harness.learner import LocalLearnerWorker
+from tests.harness.learner import LocalLearnerHome, LocalLearnerWorker
 from tests.harness.local_ray import NODE, Event, LocalRay
 from tests.harness.rewards import LoadedHere, LocalRewardWorker
 
 T = TypeVar("T")
 STAND_INS = {
     "RolloutActor": LocalRolloutActor,
+    "LearnerHome": LocalLearnerHome,
     "LearnerWorker": LocalLearnerWorker,
     "RewardWorker": LocalRewardWorker,
     "EnvironmentWorker": LocalEnvironmentWorker,
@@ -132,6 +135,19 @@ class World:
     def train(self, **overrides: Any) -> int:
         """The product's exit code; raises what the run raises."""
         config = self.config(**overrides)
+        return self._here(lambda: run_training(config))
+
+    def replay(self, steps: str = ":") -> tuple[int, list[str]]:
+        """The exit code of `cohort replay`, and the lines of its table."""
+        lines: list[str] = []
+        with Console(1, "plain") as console:
+            code = self._here(
+                lambda: run_replay(self.folder, Range.parse(steps), console, lines.append)
+            )
+        return code, lines
+
+    def _here(self, command: Callable[[], Coroutine[Any, Any, int]]) -> int:
+        """Run a command in this world."""
         self.ray = LocalRay(STAND_INS)
         self.ray.hooks = list(self._hooks)
         self.ray.slow = dict(self.slow)
@@ -160,7 +176,7 @@ class World:
             async def main() -> int:
                 with self.ray.install(patch):
                     self.loop = asyncio.get_running_loop()  # type: ignore[assignment]
-                    return await run_training(config)
+                    return await command()
 
             return clock.run(main())
 
@@ -200,6 +216,11 @@ class World:
         found = latest(self.folder / "checkpoints")
         assert found is not None, "no complete checkpoint"
         return found
+
+    def newest(self) -> int:
+        """Steps that the last checkpoint has; 0 without one."""
+        found = latest(self.folder / "checkpoints")
+        return 0 if found is None else int(load_state(found)["step"])
 
     def state(self) -> dict[str, Any]:
         return load_state(self.checkpoint())
@@ -245,7 +266,8 @@ class Chaos:
 
     kill, freeze, out_of_memory: shares of the calls of the actors at which the actor ends so. lose:
     share of the completions and groups that are lost once rollout actors have stored them. done:
-    what was broken, in order. actors: how the names of those that it may hit begin.
+    what was broken, in order. actors: how the names of those that it may hit begin. after: the kind
+    of the event from which on it does so; empty: from the start.
     """
 
     def __init__(
@@ -253,10 +275,12 @@ class Chaos:
         world: World,
         seed: int,
         actors: tuple[str, ...] = ("rollout", "reward"),
+        after: str = "",
         **shares: float,
     ) -> None:
         self.done: list[str] = []
         self._actors = actors
+        self._waits_for = after
         self._world = world
         self._dice = random.Random(seed)
         self._shares = shares
@@ -270,6 +294,10 @@ class Chaos:
 
     def _hook(self, event: Event) -> None:
         ray = self._world.ray
+        if self._waits_for:
+            if event.kind == self._waits_for:
+                self._waits_for = ""
+            return
         if not event.actor.startswith(self._actors):
             return
         if event.kind == "call":

@@ -42,7 +42,7 @@ def train(cohort: Cohort, monkeypatch: pytest.MonkeyPatch, **overrides: object) 
         ({"model__max_length": 20}, 1, "model.max_length"),
         ({"model__max_length": 5000}, 1, "exceeds the model's context of 1024"),
         ({"cluster__device": "cuda"}, 1, "GPUs: needs 2"),
-        ({"cluster__address": "127.0.0.1:1"}, 1, "cluster.address=127.0.0.1:1"),
+        ({"cluster__address": "127.0.0.1:1"}, 75, "cluster.address=127.0.0.1:1"),
         ({"actors__cuont": 2}, 2, "did you mean actors.count?"),
         ({"actors__count": "many"}, 2, "actors.count"),
     ],

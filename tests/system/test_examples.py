@@ -36,11 +36,11 @@ def run(script: str, *arguments: object, mark: str) -> str:
 
 
 def test_the_loop_learns_addition(cohort: Cohort, nothing_left: Callable[[], None]) -> None:
-    fast = ("learner.learning_rate=4e-5", "actors.max_tokens=8")
-    printed = run("grpo_loop.py", "run.steps=9", *fast, mark=cohort.mark)
+    fast = ("learner.learning_rate=1e-4", "actors.max_tokens=8")
+    printed = run("grpo_loop.py", "run.steps=4", *fast, mark=cohort.mark)
     rewards = [float(found) for found in re.findall(r"^step \d+  reward ([\d.]+)", printed, re.M)]
-    assert len(rewards) == 9
-    assert statistics.mean(rewards[-3:]) > statistics.mean(rewards[:3]) + 0.1, rewards
+    assert len(rewards) == 4
+    assert statistics.mean(rewards[2:]) > statistics.mean(rewards[:2]) + 0.2, rewards
     nothing_left()
 
 

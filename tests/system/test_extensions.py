@@ -28,6 +28,19 @@ def test_a_second_use_finds_the_same_folder() -> None:
     assert python(f"from cohort.learner import extensions; print({use} == {use})")[-1] == "True"
 
 
+def test_another_installation_of_the_same_versions_has_a_folder_of_its_own(
+    tmp_path: Path,
+) -> None:
+    found = (
+        "import os, torch; from cohort.learner import extensions; "
+        f"os.environ['TORCH_EXTENSIONS_DIR'] = '{tmp_path}'; print(extensions.use_folder('cpu')); "
+        f"os.environ['TORCH_EXTENSIONS_DIR'] = '{tmp_path}'; torch.__file__ = '/another/torch.py'; "
+        "print(extensions.use_folder('cpu'))"
+    )
+    one, other = (Path(line) for line in python(found)[-2:])
+    assert one != other and one.parent == other.parent == tmp_path
+
+
 def test_two_at_a_time() -> None:
     both = [
         subprocess.Popen([sys.executable, "-c", LOAD], stdout=subprocess.PIPE, text=True)

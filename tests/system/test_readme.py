@@ -51,8 +51,8 @@ class Reader:
         self.models = models
         self.servers: list[tuple[subprocess.Popen[str], int, Path]] = []
 
-    def type(self, line: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
+    def type(self, line: str, timeout: float = 400) -> subprocess.CompletedProcess[str]:
+        process = subprocess.Popen(
             line,
             shell=True,
             cwd=self.folder,
@@ -60,9 +60,15 @@ class Reader:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=timeout,
-            check=False,
+            start_new_session=True,
         )
+        try:
+            printed, _ = process.communicate(timeout=timeout)
+        finally:
+            # The shell's children too: one that went on would take the cores of later tests.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        return subprocess.CompletedProcess(line, process.returncode, printed)
 
     def serve(self, line: str) -> None:
         """Start a server; it is waited for by who asks it."""

@@ -203,8 +203,8 @@ def test_a_run_whose_rollout_writer_or_ray_dies(
     assert len(list((run / "rollouts").glob("step-*.jsonl"))) >= 7
     [raylet] = [p for p, name in cohort.processes() if "raylet/raylet" in name]
     raylet.kill()
-    assert process.wait(90) == 1, log.read_text()
-    assert "died, and every actor with it" in log.read_text()
+    assert process.wait(90) == 75, log.read_text()
+    assert "died, and no run goes on without it" in log.read_text()
     nothing_left()
     steps = len(rows(run)) + 2
     more: dict[str, object] = {**cosine, "run__steps": steps, "run__resume": "true"}

@@ -22,13 +22,16 @@ pytestmark = [pytest.mark.system, pytest.mark.slow]
 def start(cohort: Cohort, out: Path, *flags: str) -> subprocess.Popen[str]:
     keys = [f"model.path={cohort.model}", "model.dtype=float32"]
     with (cohort.folder / f"{out.name}.log").open("w") as log:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [COHORT, "warmup", CONFIG, str(out), *flags, *keys],
             cwd=cohort.folder, env=cohort.environment(), stdout=log, stderr=subprocess.STDOUT,
             text=True, start_new_session=True,
         )  # fmt: skip
+    cohort.started.append(process)
+    return process
 
 
+@pytest.mark.usefixtures("all_cores")
 def test_warmup(cohort: Cohort, nothing_left: Callable[[], None]) -> None:
     """Twice the same weights. A run on two ranks that is stopped writes nothing."""
     flags = ("--steps", "60", "--batch-size", "16", "--learning-rate", "3e-3")
@@ -37,7 +40,8 @@ def test_warmup(cohort: Cohort, nothing_left: Callable[[], None]) -> None:
     runs = [start(cohort, out, *flags) for out in outs]
     long = start(cohort, stopped, "--steps", "100000", "learner.workers=2", "learner.zero_stage=3")
     logs = [cohort.folder / f"{out.name}.log" for out in (*outs, stopped)]
-    deadline = time.monotonic() + 120
+    # Four ranks start at once, beside another test: minutes on two cores.
+    deadline = time.monotonic() + 400
     while "step      2/" not in logs[2].read_text():
         assert long.poll() is None, logs[2].read_text()
         assert time.monotonic() < deadline, logs[2].read_text()

@@ -19,6 +19,7 @@ from cohort.cluster.placement import (
     WIDTH,
     Resources,
     checkpoint_bytes,
+    kept_bytes,
     learner_state,
     memory_needed,
     object_store_bytes,
@@ -86,6 +87,7 @@ def _host_memory(
         f"ZeRO {config.learner.zero_stage}",
         "reference": "for the KL" if need["reference"] else "algorithm.kl_coef is 0",
         "rewards": f"{config.rewards.workers} x process",
+        "copies of the learner": "two in /dev/shm; learner.keep_copy=false: none",
         "published weights": "two versions in /dev/shm",
     }
     if step is not None:
@@ -96,7 +98,7 @@ def _host_memory(
         )
     stage.say("memory needed, estimated in GiB:")
     for kind, size in need.items():
-        stage.say(f"  {kind:<18}{size / GIB:6.1f}  {details[kind]}")
+        stage.say(f"  {kind:<22}{size / GIB:6.1f}  {details[kind]}")
     total = sum(need.values())
     stage.say(f"  {'together':<18}{total / GIB:6.1f}  available {have.memory / GIB:.1f}")
     if total > have.memory and step is not None:
@@ -191,10 +193,11 @@ def gpu_bytes() -> int | None:
 def _check_folders(config: Config, parameters: int, have: Resources, stage: Stage) -> None:
     """Shared memory for the published weights, disk for the checkpoints."""
     if have.shared_memory is not None:
-        published = published_bytes(config, parameters)
+        published, kept = published_bytes(config, parameters), kept_bytes(config, parameters)
         stage.say(
             f"{SHM}: {have.shared_memory / GIB:.1f} GiB free, published weights take "
-            f"{published / GIB:.1f}, Ray's objects up to {object_store_bytes(have) / GIB:.1f}"
+            f"{published / GIB:.1f}, copies of the learner {kept / GIB:.1f}, "
+            f"Ray's objects up to {object_store_bytes(have) / GIB:.1f}"
         )
     folder = expand(config.run.dir).absolute()
     one = checkpoint_bytes(config, parameters)

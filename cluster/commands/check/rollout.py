@@ -24,7 +24,7 @@ from cohort.cluster.launch import launch
 from cohort.cluster.observe.console import Console, number
 from cohort.cluster.observe.stats import mean, quantile
 from cohort.cluster.prepare import Prepared, RunError, passing_logs
-from cohort.cluster.stream import group_request
+from cohort.cluster.requests import group_request
 from cohort.learner.credit import informative
 
 SHOWN_GROUPS = 2
