@@ -58,6 +58,7 @@ PLACES: dict[str, Where] = {
     "cohort eval": "stack",
     "cohort warmup": "stack",
     "cohort export": "stack",
+    "cohort replay": "stack",
     "python -m vllm.entrypoints.launchers.api_server.entry": "stack",
     "python examples/travel/ask_for_a_trip.py": "stack",
     "cohort submit": "cluster",
@@ -75,6 +76,7 @@ PLACES: dict[str, Where] = {
     "docker build": "elsewhere",
     "docker push": "elsewhere",
     "kubectl": "elsewhere",
+    "sbatch": "elsewhere",
 }
 
 

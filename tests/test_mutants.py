@@ -10,7 +10,13 @@ from tests.mutants.__main__ import out_of_date
 from tests.mutants.catalogue import MUTANTS
 from tests.mutants.runner import FAILED, PASSED, ROOT, Mutant, run_tests
 
-MUTANT = Mutant("cluster/loop.py", "await run.stream.admit(last)", "pass", "x", ())
+MUTANT = Mutant(
+    "cluster/loop.py",
+    "await run.stream.admit(min(last, config.run.steps - 1), skipped)",
+    "pass",
+    "x",
+    (),
+)
 
 
 def test_the_list_fits_the_code() -> None:

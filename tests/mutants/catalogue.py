@@ -11,6 +11,7 @@ DURABLE = "tests/harness/test_durable.py"
 COSTS = "tests/harness/test_costs.py"
 RECOVERY = "tests/actors/test_recovery.py"
 POOL = "tests/actors/test_pool.py"
+WATCH = "tests/actors/test_watch.py"
 WEIGHTS = "tests/harness/test_weights.py"
 BATCH = "tests/learner/test_batch.py"
 GRPO = "tests/learner/test_grpo.py"
@@ -18,6 +19,9 @@ GROUP = "tests/learner/test_group.py"
 EPISODES = "tests/learner/test_episodes.py"
 TURN_CREDIT = "tests/learner/test_turn_credit.py"
 RESCUE = "tests/harness/test_rescue.py"
+DEATHS = "tests/harness/test_learner_deaths.py"
+COPIES = "tests/learner/test_copies.py"
+EVALUATION = "tests/harness/test_evaluation.py"
 RUN_DIR = "tests/cluster/test_run_dir.py"
 SAVED = "tests/learner/test_saved.py"
 TEMPLATES = "tests/rewards/test_templates.py"
@@ -32,6 +36,9 @@ RESUMED = "tests/cluster/test_resume.py"
 FOLDERS = "tests/cluster/test_model_folder.py"
 RAY_START = "tests/cluster/test_ray_start.py"
 LOST = "tests/harness/test_lost_groups.py"
+JOURNAL = "tests/harness/test_journal.py"
+SEGMENTS = "tests/cluster/journal/test_segments.py"
+HISTORY = "tests/cluster/journal/test_history.py"
 VALUES = "tests/cluster/test_values.py"
 ENVIRONMENTS = "tests/rewards/test_environments.py"
 AGENTS = "tests/rewards/test_agents.py"
@@ -39,6 +46,10 @@ TALKS = "tests/harness/test_episodes.py"
 BAD_EPISODES = "tests/rewards/test_bad_episodes.py"
 SANDBOX_TOOLS = "tests/rewards/test_sandbox_tools.py"
 MCP_TOOLS = "tests/rewards/test_mcp_tools.py"
+SUPERVISE = "tests/cluster/test_supervise.py"
+RAY_WATCH = "tests/cluster/test_ray_watch.py"
+RAY_LOST = "tests/harness/test_ray_lost.py"
+WAITING = "tests/cluster/test_waiting.py"
 
 MUTANTS = (
     Mutant(
@@ -49,9 +60,9 @@ MUTANTS = (
         (f"{LOOP}::test_the_prefix_cache_is_reset_at_every_update",),
     ),
     Mutant(
-        "cluster/loop.py",
-        "last = min(progress.step + config.actors.max_staleness, config.run.steps - 1)",
-        "last = min(progress.step + config.actors.max_staleness + 1, config.run.steps - 1)",
+        "actors/admission.py",
+        "return steps_done + max_staleness",
+        "return steps_done + max_staleness + 1",
         "no completion is older than actors.max_staleness",
         (f"{LOOP}::test_completions_are_as_old_as_allowed_and_never_older",),
     ),
@@ -63,9 +74,11 @@ MUTANTS = (
         (f"{RESUME}::test_every_checkpoint_of_an_overlapped_run_holds_its_own_steps_cursor",),
     ),
     Mutant(
-        "cluster/loop.py",
-        "            gap = await run.publisher.publish()\n",
-        "            gap = 0.0\n",
+        "cluster/publishing.py",
+        "        gap = await self.pool.sync(info, replace(self.probe, logprobs=logprobs))\n",
+        "        gap = 0.0\n"
+        "        if info.version == 0:\n"
+        "            gap = await self.pool.sync(info, replace(self.probe, logprobs=logprobs))\n",
         "every step's weights are published before the next generation",
         (f"{LOOP}::test_every_step_generates_with_the_weights_of_the_step_before",),
     ),
@@ -77,7 +90,7 @@ MUTANTS = (
         (f"{LOOP}::test_an_actor_refuses_weights_older_than_its_own",),
     ),
     Mutant(
-        "cluster/stream.py",
+        "cluster/requests.py",
         'seed=derive_seed(config.run.seed, "rollout", step, prompt.id),',
         'seed=derive_seed(config.run.seed, "rollout", prompt.id),',
         "a group's seed is its own in every step",
@@ -90,15 +103,131 @@ MUTANTS = (
         "a checkpoint's files are on the disk before it is complete",
         (f"{DURABLE}::test_every_file_and_folder_is_written_through_before_the_marker",),
     ),
+    # The journal.
+    Mutant(
+        "cluster/loop.py",
+        "            await run.journal.before(batch)\n"
+        "            return batch, await run.learner.step(batch.groups)\n",
+        "            result = await run.learner.step(batch.groups)\n"
+        "            await run.journal.before(batch)\n"
+        "            return batch, result\n",
+        "a step is in the journal before it is trained",
+        (f"{JOURNAL}::test_a_step_is_on_the_disk_before_it_is_trained",),
+    ),
+    Mutant(
+        "cluster/journal/actor.py",
+        "            writer.append(record)\n            writer.sync()\n",
+        "            writer.append(record)\n",
+        "a step is on the disk before it is trained",
+        (f"{JOURNAL}::test_a_step_is_on_the_disk_before_it_is_trained",),
+    ),
+    Mutant(
+        "cluster/stream.py",
+        "first = self._ahead.pop(step, self.cursor)",
+        "first = self.cursor",
+        "prompts that were drawn ahead are drawn again by a resumed run",
+        (f"{JOURNAL}::test_prompts_drawn_ahead_are_neither_seen_again_nor_left_out",),
+    ),
+    Mutant(
+        "cluster/run.py",
+        "        progress.ahead = self.stream.ahead()\n",
+        "",
+        "a checkpoint holds what was drawn ahead when its step was done",
+        (f"{JOURNAL}::test_prompts_drawn_ahead_are_neither_seen_again_nor_left_out",),
+    ),
+    Mutant(
+        "cluster/journal/journal.py",
+        "return dict(ahead.failed).get(name) or dict(ahead.groups).get(name)",
+        "return dict(ahead.groups).get(name)",
+        "a group that failed in a step that was trained fails in it again",
+        (f"{HISTORY}::test_a_group_is_put_back_for_the_very_request_it_answers",),
+    ),
+    Mutant(
+        "cluster/journal/records.py",
+        "return not self.scores.errors and not any(e.failure for e in self.meta.episodes)",
+        "return True",
+        "what could not be scored is tried again by a resumed run",
+        (f"{HISTORY}::test_what_could_not_be_scored_is_tried_again_unless_its_step_was_trained",),
+    ),
+    Mutant(
+        "cluster/journal/history.py",
+        "        return all(number in self.steps for number in range(step, last + 1))\n",
+        "        return True\n",
+        "groups of a past that will not come again are not used",
+        (f"{HISTORY}::test_a_journal_goes_on_from_a_checkpoint_only_without_a_gap",),
+    ),
+    Mutant(
+        "cluster/journal/opening.py",
+        'if _staleness(before["config"]) > config.actors.max_staleness:',
+        "if False:",
+        "what was journaled under a larger actors.max_staleness is not too old",
+        (f"{JOURNAL}::test_fewer_steps_of_staleness_do_not_train_what_is_too_old",),
+    ),
+    Mutant(
+        "cluster/journal/retention.py",
+        "too_much = total > limit_bytes and last_steps[number] < checkpoints[-1]",
+        "too_much = total > limit_bytes",
+        "what a resume needs is never removed",
+        (f"{SEGMENTS}::test_what_a_resume_needs_is_never_removed",),
+    ),
+    Mutant(
+        "cluster/journal/format.py",
+        "            raise DamagedError(offset)\n",
+        "            return\n",
+        "damage in the middle of the journal is an error",
+        (f"{SEGMENTS}::test_damage_is_found_wherever_it_is",),
+    ),
+    Mutant(
+        "cluster/journal/writer.py",
+        "            os.ftruncate(self._open, self._end)\n",
+        "",
+        "a record without room leaves nothing",
+        (f"{SEGMENTS}::test_a_record_without_room_leaves_nothing_and_the_next_goes_on",),
+    ),
     # The rollout actors and their pool.
     Mutant(
-        "actors/pool.py",
-        "here = [slot for slot in self._slots if slot.repair is None]",
-        "here = list(self._slots)",
+        "actors/fleet.py",
+        "if slot.repair is None and slot.pulling is None:",
+        "if slot.pulling is None:",
         "an actor in repair is left alone by an update",
         (
             f"{RECOVERY}::test_an_update_leaves_an_actor_in_repair_alone_and_it_comes_up_with_the_newest",
         ),
+    ),
+    Mutant(
+        "actors/fleet.py",
+        "if any(other is not slot for other in self.staying):",
+        "if False:",
+        "a slot that keeps failing is retired and the run goes on with the others",
+        (f"{POOL}::test_a_slot_that_keeps_failing_is_retired_and_the_run_goes_on_down_to_one",),
+    ),
+    Mutant(
+        "actors/fleet.py",
+        "                    self._give_up_in_time(slot, why)\n",
+        "",
+        "a run without an actor that can start ends",
+        (f"{POOL}::test_an_actor_that_keeps_failing_ends_the_run_with_its_last_words",),
+    ),
+    Mutant(
+        "actors/fleet.py",
+        "if not pulling or now >= until:",
+        "if not pulling:",
+        "an update waits for no engine that is not needed",
+        (f"{RECOVERY}::test_an_update_waits_for_no_engine_that_the_next_step_does_not_need",),
+    ),
+    Mutant(
+        "actors/slot.py",
+        "(self.version >= oldest or self.updating)",
+        "True",
+        "a group goes to an engine whose weights are new enough",
+        (f"{RECOVERY}::test_an_update_waits_for_no_engine_that_the_next_step_does_not_need",),
+    ),
+    Mutant(
+        "actors/rollout.py",
+        "self._version == UNSYNCED or self._version >= oldest",
+        "True",
+        "a group is never begun with weights older than it asks for",
+        (f"{RECOVERY}::test_a_group_is_never_begun_with_weights_older_than_it_asks_for",),
     ),
     Mutant(
         "actors/pool.py",
@@ -108,14 +237,14 @@ MUTANTS = (
         (f"{RECOVERY}::test_not_synced_is_a_reason_to_wait_not_to_replace",),
     ),
     Mutant(
-        "actors/pool.py",
+        "actors/fleet.py",
         "if not gap <= limit:",
         "if gap > limit:",
         "a probe that is not a number proves nothing",
         (f"{POOL}::test_nan_in_the_probe_is_not_within_tolerance",),
     ),
     Mutant(
-        "actors/pool.py",
+        "actors/fleet.py",
         "if stale(probe, self._probe_before, logprobs, usual):",
         "if False:",
         "an engine that stayed at the version before is noticed by the probe",
@@ -126,11 +255,25 @@ MUTANTS = (
         "if watch.late(since, max(limit_s, pause)):",
         "if watch.late(since, 100 * max(limit_s, pause)):",
         "an engine that makes no progress is replaced after its timeout",
-        (f"{COSTS}::test_a_frozen_engine_costs_its_timeout_and_no_more",),
+        (f"{RECOVERY}::test_one_that_stands_still_is_replaced_soon",),
     ),
     Mutant(
         "actors/slot.py",
-        "                    watch.beat(elapsed, place.progress, place.cpu_s)",
+        "                if watch.frozen:\n",
+        "                if False:\n",
+        "a frozen engine is found in 15 seconds",
+        (f"{COSTS}::test_a_frozen_engine_is_found_in_15_seconds",),
+    ),
+    Mutant(
+        "actors/watch.py",
+        "(load is not None and not look.awake)",
+        "True",
+        "what wants to compute on a busy machine is not frozen",
+        (f"{WATCH}::test_slow_and_healthy_is_never_frozen",),
+    ),
+    Mutant(
+        "actors/slot.py",
+        "                    watch.beat(elapsed, told.progress, look, told.working)",
         "                    watch.beat(elapsed)",
         "an engine that is slow and healthy is never replaced",
         (f"{COSTS}::test_a_slow_engine_is_not_a_dead_one",),
@@ -151,14 +294,14 @@ MUTANTS = (
     ),
     Mutant(
         "actors/rollout.py",
-        "                self._version = UNSYNCED\n                await engine.update",
-        "                await engine.update",
+        "        self._version = UNSYNCED\n        await engine.update",
+        "        await engine.update",
         "an actor whose update failed does not generate",
         (f"{RECOVERY}::test_an_actor_whose_update_failed_says_not_synced_and_takes_the_next",),
     ),
     Mutant(
         "actors/rollout.py",
-        "                await engine.prove(path, info.version)\n",
+        "        await engine.prove(path, info.version)\n",
         "",
         "an update that an engine ignores is caught at that update",
         (f"{WEIGHTS}::test_an_update_that_an_engine_ignores_ends_the_run_at_that_update",),
@@ -537,11 +680,25 @@ MUTANTS = (
         (f"{CHAOS}::test_one_reward_worker_serves_every_call",),
     ),
     Mutant(
-        "rewards/pool.py",
-        "            elif time.monotonic() - heard > self._frozen_s:\n",
-        "            elif False:\n",
-        "a frozen reward worker is found by its silence",
+        "rewards/watching.py",
+        "    if watch.frozen:\n",
+        "    if False:\n",
+        "a frozen reward worker is found within 15 s",
         (f"{REWARD_POOL}::test_a_frozen_worker_is_replaced",),
+    ),
+    Mutant(
+        "rewards/watching.py",
+        "if watch.look is None and watch.silent_s > unseen_s:",
+        "if watch.silent_s > unseen_s:",
+        "a reward worker that computes is slow and not frozen",
+        (f"{REWARD_POOL}::test_a_worker_that_computes_and_cannot_answer_is_left_alone",),
+    ),
+    Mutant(
+        "rewards/pool.py",
+        "            worker.leaving = True\n            if worker in self._idle:\n",
+        "            if worker in self._idle:\n",
+        "a reward worker that is to leave ends its call first, and leaves",
+        (f"{REWARD_POOL}::test_workers_join_and_leave_and_no_call_is_lost",),
     ),
     Mutant(
         "rewards/pool.py",
@@ -640,15 +797,45 @@ MUTANTS = (
         "learner/learner.py",
         "    if gone:\n",
         "    if False:\n",
-        "groups whose objects are gone are generated again",
-        (f"{LOST}::test_groups_lost_before_they_are_trained_are_generated_again",),
+        "groups whose objects are gone are made again",
+        (f"{LOST}::test_groups_lost_before_they_are_trained_come_from_the_journal",),
+    ),
+    Mutant(
+        "cluster/loop.py",
+        "        run.actors.pool.check()\n",
+        "",
+        "nothing is trained once an engine was found with wrong weights",
+        (
+            "tests/harness/test_weights.py::test_nothing_is_trained_after_an_engine_was_found_with_wrong_weights",
+        ),
+    ),
+    Mutant(
+        "cluster/loop.py",
+        "        await scale_if_asked(run)\n",
+        "",
+        "`cohort scale` changes a run that goes on",
+        ("tests/harness/test_scaling.py::test_a_run_grows_and_shrinks_and_loses_no_group",),
+    ),
+    Mutant(
+        "actors/spans.py",
+        "            if not spans or spans[-1][0] != version:\n",
+        "            if not spans:\n",
+        "every token knows the weights that it came from",
+        (f"{LOOP}::test_every_token_knows_the_weights_that_it_came_from",),
+    ),
+    Mutant(
+        "actors/slot.py",
+        "self.ready and not self.leaving and",
+        "self.ready and",
+        "an actor that is to leave gets no more groups",
+        ("tests/actors/test_pool.py::test_an_actor_that_leaves_gets_no_more_groups",),
     ),
     Mutant(
         "cluster/loop.py",
         "    for _ in range(MAX_GENERATIONS - 1):",
         "    for _ in range(0):",
         "a step is tried again once its lost groups are there",
-        (f"{LOST}::test_groups_lost_before_they_are_trained_are_generated_again",),
+        (f"{LOST}::test_groups_lost_before_they_are_written_are_generated_again",),
     ),
     Mutant(
         "cluster/values.py",
@@ -693,8 +880,8 @@ MUTANTS = (
         (f"{WEIGHTS}::test_an_update_that_an_engine_ignores_ends_the_run_at_that_update",),
     ),
     Mutant(
-        "actors/slot.py",
-        "moved = progress != self.progress",
+        "actors/watch.py",
+        "moved = progress is not None and progress != self.progress",
         "moved = True",
         "an engine that stands still is noticed",
         (f"{RECOVERY}::test_one_that_stands_still_is_replaced_soon",),
@@ -842,7 +1029,7 @@ MUTANTS = (
     ),
     Mutant(
         "actors/rollout.py",
-        "return made, (version, max(self._version, version))",
+        "return made, ends_of(made.spans, version)",
         "return made, (version, version)",
         "a turn says which weights it ended with",
         (f"{TALKS}::test_weights_may_change_between_turns_within_bounds",),
@@ -895,5 +1082,135 @@ MUTANTS = (
         "with self._one, contextlib",
         "so many sandboxes run at one time",
         (f"{SANDBOX_TOOLS}::test_so_many_at_once_and_the_others_wait",),
+    ),
+    Mutant(
+        "cluster/supervise.py",
+        "self.furthest, self.lost = steps, 0",
+        "self.furthest = steps",
+        "progress refills the budget of new starts",
+        (
+            f"{SUPERVISE}::test_steps_beyond_the_furthest_refill_the_budget_and_repeated_ones_do_not",
+        ),
+    ),
+    Mutant(
+        "cluster/supervise.py",
+        "if steps > self.furthest:",
+        "if True:",
+        "steps that are done again are no progress",
+        (
+            f"{SUPERVISE}::test_steps_beyond_the_furthest_refill_the_budget_and_repeated_ones_do_not",
+        ),
+    ),
+    Mutant(
+        "cluster/supervise.py",
+        "if not gone:",
+        "if False:",
+        "an error of the run is not tried again",
+        (f"{SUPERVISE}::test_an_error_of_the_run_is_passed_on",),
+    ),
+    Mutant(
+        "cluster/supervise.py",
+        "                self._clean()\n",
+        "                pass\n",
+        "nothing of a dead run is left",
+        (f"{SUPERVISE}::test_a_killed_driver_is_started_again_and_nothing_of_it_is_left",),
+    ),
+    Mutant(
+        "cluster/supervise.py",
+        "_prctl(PR_SET_PDEATHSIG, signal.SIGTERM)",
+        "pass",
+        "a run whose supervisor is killed saves and leaves",
+        (f"{SUPERVISE}::test_a_run_whose_supervisor_is_killed_saves_and_leaves",),
+    ),
+    Mutant(
+        "cluster/supervise.py",
+        "    child.send_signal(STACKS)\n",
+        "",
+        "a driver that does not end shows where it hangs",
+        (f"{SUPERVISE}::test_a_run_that_does_not_save_in_its_grace_is_killed",),
+    ),
+    Mutant(
+        "cluster/signals.py",
+        "(self.caught is not None and not self._supervised)",
+        "(self.caught is not None)",
+        "a signal that comes twice does not end a supervised run before it has saved",
+        (f"{SUPERVISE}::test_a_second_signal_does_not_end_a_supervised_run_before_it_has_saved",),
+    ),
+    Mutant(
+        "cluster/ray_watch.py",
+        "            if silent >= SILENT_LOOKS",
+        "            if False",
+        "a server of Ray that is silent is lost",
+        (f"{RAY_WATCH}::test_a_death_is_seen_at_once_and_silence_after_some_looks",),
+    ),
+    Mutant(
+        "cluster/ray_watch.py",
+        "            loss = await _look(servers, health)\n",
+        "            loss = None\n",
+        "a run does not outlast Ray's own processes",
+        (f"{RAY_LOST}::test_without_a_raylet_nothing_is_waited_for",),
+    ),
+    Mutant(
+        "cluster/ray_watch.py",
+        "if stop is not None and not loss.ends_actors:",
+        "if False:",
+        "without Ray's GCS a run still saves",
+        (f"{RAY_LOST}::test_without_a_gcs_the_run_saves_what_the_learner_has_done",),
+    ),
+    Mutant(
+        "cluster/launch.py",
+        "trial, learner_threads),\n            services.servers,\n",
+        "trial, learner_threads),\n            {},\n",
+        "a start does not outlast Ray's own processes",
+        (f"{RAY_LOST}::test_a_raylet_that_dies_during_the_start_ends_the_start",),
+    ),
+    Mutant(
+        "cluster/waiting.py",
+        "            pause_s = waited_s\n",
+        "",
+        "what a slow step waits for is said ever more rarely",
+        (f"{WAITING}::test_a_slow_step_is_told_with_what_it_waits_for_and_ever_more_rarely",),
+    ),
+    Mutant(
+        "learner/learner.py",
+        "            await self._keep()\n",
+        "",
+        "a rank's death costs one step",
+        (f"{DEATHS}::test_deaths_one_after_another_cost_one_step_each",),
+    ),
+    Mutant(
+        "learner/gang.py",
+        "- before < IDLE_CPU_S",
+        "- before < 1e9",
+        "a rank that is slow to answer is not a frozen one",
+        (f"{DEATHS}::test_a_rank_that_computes_without_answering_is_not_frozen",),
+    ),
+    Mutant(
+        "learner/copies.py",
+        "        marker.unlink(missing_ok=True)\n",
+        "",
+        "a copy that is being written does not count",
+        (f"{COPIES}::test_a_copy_that_began_over_an_older_one_is_neither",),
+    ),
+    Mutant(
+        "learner/copies.py",
+        'found["generation"] == generation and all(',
+        "all(",
+        "an older copy is not taken for a newer",
+        (f"{COPIES}::test_an_older_copy_in_the_same_place_is_not_taken_for_a_newer",),
+    ),
+    Mutant(
+        "learner/copies.py",
+        "        return self.within(view).clone()\n",
+        "        return self.within(view)\n",
+        "what was read does not change with the file",
+        (f"{COPIES}::test_what_was_read_does_not_change_with_the_file",),
+    ),
+    Mutant(
+        "learner/checkpoint.py",
+        "                if path.name == best:\n",
+        "                if False:\n",
+        "the best checkpoint is kept",
+        (f"{EVALUATION}::test_the_best_checkpoint_is_kept_and_named",),
     ),
 )
