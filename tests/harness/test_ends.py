@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import inspect
 import os
 import signal
@@ -199,3 +201,22 @@ def test_a_run_that_ended_in_any_stage_is_continued_and_keeps_what_it_recorded(
     assert again == 0
     assert missing(before, records(run.folder)) == {"rows": [], "rollouts": []}
     as_if_nothing_had_happened(run, straight)
+
+
+def test_a_run_leaves_nothing_open_in_its_process(world: MakeWorld) -> None:
+    """Its journal's file, its lock, its event loop: one process may train many runs."""
+    assert world("first", run__steps=2).train() == 0
+    gc.collect()
+    before = opened()
+    assert world("second", run__steps=2).train() == 0
+    gc.collect()
+    assert opened() == before
+
+
+def opened() -> list[str]:
+    """What every descriptor of this process leads to."""
+    found = []
+    for entry in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found.append(os.readlink(entry))
+    return sorted(found)

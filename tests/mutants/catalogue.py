@@ -9,6 +9,7 @@ RESUME = "tests/harness/test_resume.py"
 CHAOS = "tests/harness/test_chaos.py"
 DURABLE = "tests/harness/test_durable.py"
 COSTS = "tests/harness/test_costs.py"
+ADMISSION = "tests/actors/test_admission.py"
 RECOVERY = "tests/actors/test_recovery.py"
 POOL = "tests/actors/test_pool.py"
 WATCH = "tests/actors/test_watch.py"
@@ -64,7 +65,7 @@ MUTANTS = (
         "return steps_done + max_staleness",
         "return steps_done + max_staleness + 1",
         "no completion is older than actors.max_staleness",
-        (f"{LOOP}::test_completions_are_as_old_as_allowed_and_never_older",),
+        (f"{ADMISSION}::test_both_uses_of_the_formula_agree",),
     ),
     Mutant(
         "cluster/run.py",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import signal
@@ -75,6 +76,16 @@ def test_waiting_for_a_core_on_a_busy_machine_is_not_too_much(bounded: Bounded) 
         later.join()
 
 
+def test_a_process_may_have_a_thousand_files_open(bounded: Bounded) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.ExitStack() as opened:
+        opened.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 2048)), hard))
+        for _ in range(1100):
+            opened.enter_context(open(os.devnull, "rb"))
+        assert bounded(30, "ok")
+
+
 def test_errors_and_long_results(bounded: Bounded) -> None:
     with pytest.raises(RuntimeError, match="KeyError: 'of its own'"):
         bounded(30, "raise")
@@ -86,9 +97,11 @@ def test_errors_and_long_results(bounded: Bounded) -> None:
 def test_it_ends_with_its_owner(tmp_path: Path) -> None:
     pid = os.fork()
     if pid == 0:
-        helper, _ = Bounded(work)(30, "ok")
-        (tmp_path / "helper").write_text(str(helper), encoding="utf-8")
-        os._exit(0)
+        try:
+            helper, _ = Bounded(work)(30, "ok")
+            (tmp_path / "helper").write_text(str(helper), encoding="utf-8")
+        finally:
+            os._exit(0)
     os.waitpid(pid, 0)
     helper = int((tmp_path / "helper").read_text(encoding="utf-8"))
     deadline = time.monotonic() + 5
