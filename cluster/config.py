@@ -79,11 +79,14 @@ class ModelConfig(Section):
         "checkpoint, a checkpoint, or an exported folder. Tokenizer and the KL's reference stay "
         "those of model.path. A new run, unlike run.resume: optimizer and prompts begin anew.",
     )
-    dtype: Dtype = Field(
-        "bfloat16",
+    dtype: Literal["auto"] | Dtype = Field(
+        "auto",
         description="Precision of engine and learner alike; float16 trains with loss scaling. "
-        "Master weights are always float32.",
+        "Master weights are always float32. auto: the checkpoint's when a run is resumed; float32 "
+        "where the run starts Ray on a machine without GPUs whose CPU has no bfloat16 arithmetic, "
+        "and is many times slower in bfloat16; else bfloat16.",
     )
+
     max_length: int | None = Field(
         None, ge=8, description="Prompt plus completion, tokens. Empty: as far as needed."
     )
@@ -92,6 +95,11 @@ class ModelConfig(Section):
         description="Given to the model's chat template: {enable_thinking: false} for Qwen3. One "
         "that the template does not read is an error.",
     )
+
+    @property
+    def precision(self) -> Dtype:
+        """The dtype; bfloat16 for auto where `prepare` has not chosen for this machine."""
+        return "bfloat16" if self.dtype == "auto" else self.dtype
 
 
 class ClusterConfig(Section):

@@ -190,7 +190,7 @@ def compare(config: Config, saved: Saved, now: Fingerprint) -> str:
         CheckpointError: This learner cannot load the checkpoint.
     """
     learner = config.learner
-    check_shape(saved.checkpoint, learner.workers, learner.zero_stage, config.model.dtype)
+    check_shape(saved.checkpoint, learner.workers, learner.zero_stage, config.model.precision)
     ranks, stage = shape_of(saved.checkpoint)
     divided = ""
     if (ranks, stage) != (learner.workers, learner.zero_stage):

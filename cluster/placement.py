@@ -130,6 +130,14 @@ def float16_on_this_cpu() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
+def bfloat16_on_this_cpu() -> bool:
+    """Whether this machine's CPU multiplies in bfloat16 about as fast as in float32 (AVX-512 does);
+    training is more than ten times slower where it does not."""
+    import torch
+
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def connected_cluster() -> Resources:
     """Resources of the Ray cluster this driver is connected to."""
     import ray
@@ -213,7 +221,7 @@ def _missing_on_cpus(config: Config, have: Resources, parameters: int) -> list[s
             f"learner.offload={config.learner.offload}: moves state from GPUs to main memory, "
             "where it is already on CPU machines; set it to none"
         )
-    if config.model.dtype == "float16" and not float16_on_this_cpu():
+    if config.model.precision == "float16" and not float16_on_this_cpu():
         problems.append(
             "model.dtype=float16: this CPU has no float16 arithmetic (avx512_fp16), which "
             "DeepSpeed requires; use bfloat16 or float32"
@@ -252,13 +260,13 @@ def _missing_on_gpus(config: Config, have: Resources) -> list[str]:
 
 def published_bytes(config: Config, parameters: int) -> int:
     """Bytes of two versions of the weights in /dev/shm: the one in use, the one being written."""
-    return 2 * WIDTH[config.model.dtype] * parameters
+    return 2 * WIDTH[config.model.precision] * parameters
 
 
 def checkpoint_bytes(config: Config, parameters: int) -> int:
     """Estimated bytes of a checkpoint: the weights for transformers; for DeepSpeed again the
     weights, with float32 master weights and two moments."""
-    return (2 * WIDTH[config.model.dtype] + 12) * parameters
+    return (2 * WIDTH[config.model.precision] + 12) * parameters
 
 
 def learner_state(config: Config, parameters: int) -> dict[str, int]:
@@ -269,7 +277,7 @@ def learner_state(config: Config, parameters: int) -> dict[str, int]:
     1910.02054, section 5).
     """
     ranks, stage = config.learner.workers, config.learner.zero_stage
-    width = WIDTH[config.model.dtype]
+    width = WIDTH[config.model.precision]
     return {
         "weights": width * parameters // (ranks if stage >= 3 else 1),
         "gradients": 4 * parameters // (ranks if stage >= 2 else 1),
@@ -285,13 +293,13 @@ def kept_bytes(config: Config, parameters: int) -> int:
     state, ranks = learner_state(config, parameters), config.learner.workers
     # Below ZeRO-1 all ranks hold the same optimizer, and rank 0 writes it.
     optimizer = state["optimizer"] * (ranks if config.learner.zero_stage >= 1 else 1)
-    return 2 * (WIDTH[config.model.dtype] * parameters + optimizer)
+    return 2 * (WIDTH[config.model.precision] * parameters + optimizer)
 
 
 def engine_bytes(config: Config, parameters: int) -> int:
     """Estimated bytes of a CPU engine: its weights twice (plain and packed), its cache, itself."""
     cache = int(config.actors.kv_cache_gib * GIB)
-    return 2 * WIDTH[config.model.dtype] * parameters + cache + ENGINE_OVERHEAD
+    return 2 * WIDTH[config.model.precision] * parameters + cache + ENGINE_OVERHEAD
 
 
 def memory_needed(config: Config, parameters: int) -> dict[str, int]:
@@ -299,7 +307,7 @@ def memory_needed(config: Config, parameters: int) -> dict[str, int]:
 
     An engine holds its `engine_bytes`, a learner rank its `learner_state`.
     """
-    width = WIDTH[config.model.dtype]
+    width = WIDTH[config.model.precision]
     ranks, stage = config.learner.workers, config.learner.zero_stage
     rank = sum(learner_state(config, parameters).values()) + RANK_OVERHEAD
     # Frozen, whole on every rank; partitioned under ZeRO-3.

@@ -18,7 +18,9 @@ from cohort.cluster.config import Config, expand
 from cohort.cluster.errors import RunError
 from cohort.cluster.lengths import Lengths, check_lengths, render_rows
 from cohort.cluster.model_folder import inspect_model, load_tokenizer, starting_weights
-from cohort.learner.checkpoint import latest
+from cohort.cluster.placement import bfloat16_on_this_cpu, this_machine
+from cohort.cluster.ray_start import ray_address
+from cohort.learner.checkpoint import dtype_of, latest
 from cohort.rewards.continuation import Continuation
 from cohort.rewards.environments.specs import environment_spec, find_tools
 from cohort.rewards.environments.worker import EnvironmentSpec, try_environment
@@ -45,7 +47,7 @@ class Prepared:
     """A config with everything that was loaded for it.
 
     Attributes:
-        config: The run's config.
+        config: The run's config, its precision chosen.
         model_path: A local folder or a hub id.
         parameters: Of the model.
         task: The loaded task.
@@ -89,6 +91,7 @@ def prepare(config: Config) -> Prepared:
     Raises:
         CohortError: A RunError, ConfigError, TaskError or RewardLoadError.
     """
+    config = with_dtype(config)
     path, context, parameters = inspect_model(config)
     tokenizer = load_tokenizer(path)
     task = load_task(config.task, config.run.seed)
@@ -100,14 +103,36 @@ def prepare(config: Config) -> Prepared:
     worker.close()
     renderer = make_renderer(config, tokenizer, context)
     lengths = check_lengths(config, render_rows(task, renderer), renderer, specs)
-    resumes = config.run.resume and latest(expand(config.run.dir) / "checkpoints") is not None
-    start = None if resumes else starting_weights(config)
+    start = None if resumed_checkpoint(config) else starting_weights(config)
     prepared = Prepared(config, path, parameters, task, specs, renderer, lengths, start)
     environment = prepared.environment()
     if environment is not None:
         # Likewise.
         try_environment(environment)
     return prepared
+
+
+def with_dtype(config: Config) -> Config:
+    """The config with a precision in the place of model.dtype=auto."""
+    if config.model.dtype != "auto":
+        return config
+    checkpoint = resumed_checkpoint(config)
+    alone = config.cluster.device != "cuda" and ray_address(config) is None
+    dtype = "bfloat16"
+    if checkpoint is not None:
+        dtype = dtype_of(checkpoint)
+    elif (
+        alone
+        and not bfloat16_on_this_cpu()
+        and (config.cluster.device == "cpu" or this_machine().gpus == 0)
+    ):
+        dtype = "float32"
+    return config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
+
+
+def resumed_checkpoint(config: Config) -> Path | None:
+    """The checkpoint that this run goes on from; None for a new run."""
+    return latest(expand(config.run.dir) / "checkpoints") if config.run.resume else None
 
 
 def longest_prompt(config: Config, context: int) -> int:

@@ -77,4 +77,4 @@ def usual_tolerance(config: Config) -> float:
     """How far engine and learner may be apart where the config does not say, nats a token."""
     if config.actors.quantization != "none" or config.learner.float8 != "off":
         return FLOAT8_PROBE_TOLERANCE
-    return PROBE_TOLERANCE[config.model.dtype]
+    return PROBE_TOLERANCE[config.model.precision]

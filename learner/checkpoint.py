@@ -23,11 +23,12 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from cohort.actors.errors import CohortError
 from cohort.actors.plain import JsonObject
 from cohort.learner.aside import Aside
+from cohort.learner.config import Dtype
 
 if TYPE_CHECKING:
     from cohort.learner.spec import LearnerSpec
@@ -262,12 +263,17 @@ def check_loadable(checkpoint: Path, spec: LearnerSpec) -> None:
     check_shape(checkpoint, spec.world_size, spec.learner.zero_stage, spec.dtype)
 
 
-def check_shape(checkpoint: Path, workers: int, zero_stage: int, dtype: str) -> None:
-    """Raise CheckpointError unless a learner of this shape can load the checkpoint."""
+def _learner_shape(checkpoint: Path) -> dict[str, Any]:
     file = checkpoint / LEARNER_FILE
     if not file.is_file():
         raise CheckpointError(f"{checkpoint} holds no learner state ({LEARNER_FILE} is missing)")
-    found = json.loads(file.read_text(encoding="utf-8"))
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return found
+
+
+def check_shape(checkpoint: Path, workers: int, zero_stage: int, dtype: str) -> None:
+    """Raise CheckpointError unless a learner of this shape can load the checkpoint."""
+    found = _learner_shape(checkpoint)
     # With ZeRO the state can be divided anew; without, and in another precision, it cannot.
     anew = zero_stage >= 1 and found["learner.zero_stage"] >= 1 and "updates_done" in found
     for key, wanted in _shape(workers, zero_stage, dtype).items():
@@ -281,8 +287,17 @@ def check_shape(checkpoint: Path, workers: int, zero_stage: int, dtype: str) -> 
 
 def shape_of(checkpoint: Path) -> tuple[int, int]:
     """The ranks and the ZeRO stage that wrote a checkpoint."""
-    found = json.loads((checkpoint / LEARNER_FILE).read_text(encoding="utf-8"))
+    found = _learner_shape(checkpoint)
     return found["learner.workers"], found["learner.zero_stage"]
+
+
+def dtype_of(checkpoint: Path) -> Dtype:
+    """The precision, `model.dtype`, that a checkpoint was trained in.
+
+    Raises:
+        CheckpointError: It holds no learner's state.
+    """
+    return cast(Dtype, _learner_shape(checkpoint)["model.dtype"])
 
 
 def export(run_dir: str | Path, out: str | Path) -> Path:

@@ -58,6 +58,7 @@ async def run_training(config: Config) -> int:
     with Signals() as signals:
         try:
             prepared = prepare(config)
+            config = prepared.config
             # What can be known to fail is said before anything is written.
             check_start(config, prepared.parameters)
             signals.check()

@@ -104,6 +104,7 @@ async def run_warmup(config: Config, given: WarmUp, out: Path) -> int:
     require_free(out)
     config = warmup_config(config, given)
     prepared = prepare(config)
+    config = prepared.config
     batches = demonstrations(prepared, given.examples)
     first = list(islice(batches, given.batch_size))  # what is wrong with a task shows here
     check_start(config, prepared.parameters)

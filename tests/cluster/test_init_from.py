@@ -78,7 +78,9 @@ def test_the_fingerprint_records_the_weights_and_a_resumed_run_needs_them_no_mor
     assert found["init_from"]["folder"] == str(prepared.init_from)
     assert "model.safetensors" in found["init_from"]
     checkpoints = Checkpoints(tmp_path / "new" / "checkpoints", keep=1)
-    shutil.copytree(tiny_model, checkpoints.begin(1) / "hf")
+    begun = checkpoints.begin(1)
+    shutil.copytree(tiny_model, begun / "hf")
+    (begun / "learner.json").write_text(json.dumps({"model.dtype": "float32"}))
     checkpoints.commit(1, {})
     start = config(tiny_model, earlier, run, "run.resume=true")
     shutil.rmtree(earlier)

@@ -67,7 +67,7 @@ def _step_bytes(prepared: Prepared, architecture: Architecture) -> int:
         max(learner.micro_batch_tokens, longest + completion),
         groups * (longest + task.group_size * completion),
     )
-    width = WIDTH[config.model.dtype]
+    width = WIDTH[config.model.precision]
     outputs = min(learner.logit_chunk_tokens, tokens)
     return activation_bytes(
         architecture, width, tokens, learner.gradient_checkpointing
@@ -115,7 +115,7 @@ def _check_cache(prepared: Prepared, architecture: Architecture | None, stage: S
     if architecture is None:
         stage.say("key-value cache and activations: not estimated for this architecture")
         return
-    token = kv_bytes_per_token(architecture, WIDTH[config.model.dtype])
+    token = kv_bytes_per_token(architecture, WIDTH[config.model.precision])
     room = int(config.actors.kv_cache_gib * GIB) // token
     group = config.task.group_size
     ahead = config.actors.max_staleness + 1
@@ -158,7 +158,7 @@ def _gpu_memory(config: Config, parameters: int, step: int | None, stage: Stage)
     rank = sum(parts.values())
     kinds = ", ".join(f"{kind} {size / GIB:.1f}" for kind, size in parts.items())
     stage.say(f"GPU memory of a learner rank, estimated: {rank / GIB:.1f} GiB ({kinds})")
-    engine = WIDTH[config.model.dtype] * parameters // config.actors.tensor_parallel
+    engine = WIDTH[config.model.precision] * parameters // config.actors.tensor_parallel
     stage.say(
         f"GPU memory of an engine: weights {engine / GIB:.1f} GiB, the rest of "
         f"actors.gpu_memory={config.actors.gpu_memory:g} is key-value cache"

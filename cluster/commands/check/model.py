@@ -60,7 +60,7 @@ def check_model(config: Config, stage: Stage) -> Model:
     """Architecture, weights (their headers only), tokenizer, end of sequence."""
     path, context, parameters = inspect_model(config)
     stage.say(
-        f"{path}: {parameters / 1e6:,.1f} million parameters, {config.model.dtype}, context "
+        f"{path}: {parameters / 1e6:,.1f} million parameters, {config.model.precision}, context "
         f"{context:,}"
     )
     if Path(path).is_dir():
