@@ -68,6 +68,20 @@ MUTANTS = (
         (f"{ADMISSION}::test_both_uses_of_the_formula_agree",),
     ),
     Mutant(
+        "cluster/prepare.py",
+        "        and not bfloat16_on_this_cpu()\n",
+        "        and False\n",
+        "a CPU without bfloat16 arithmetic trains in float32",
+        ("tests/cluster/test_precision.py::test_auto_is_bfloat16_where_that_is_fast",),
+    ),
+    Mutant(
+        "actors/process.py",
+        "@functools.cache\ndef _start_sweeper_of",
+        "def _start_sweeper_of",
+        "a process has one sweeper, however many runs it makes",
+        ("tests/harness/test_ends.py::test_a_run_leaves_nothing_open_in_its_process",),
+    ),
+    Mutant(
         "cluster/run.py",
         "progress.cursor = finished.batch.cursor",
         "progress.cursor = self.stream.cursor",
@@ -180,7 +194,7 @@ MUTANTS = (
     ),
     Mutant(
         "cluster/journal/writer.py",
-        "            os.ftruncate(self._open, self._end)\n",
+        "            os.ftruncate(self._descriptor, self._end)\n",
         "",
         "a record without room leaves nothing",
         (f"{SEGMENTS}::test_a_record_without_room_leaves_nothing_and_the_next_goes_on",),
