@@ -86,7 +86,6 @@ class ModelConfig(Section):
         "where the run starts Ray on a machine without GPUs whose CPU has no bfloat16 arithmetic, "
         "and is many times slower in bfloat16; else bfloat16.",
     )
-
     max_length: int | None = Field(
         None, ge=8, description="Prompt plus completion, tokens. Empty: as far as needed."
     )
