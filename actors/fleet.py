@@ -12,7 +12,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -184,14 +185,11 @@ class Fleet:
         slot.updating = True
         late = asyncio.get_running_loop().call_later(LATE_S, self._is_late, slot)
         try:
-            await self._pull(slot)
-        except ActorLost as lost:
-            self.lose(slot, generation, str(lost))
-        except RolloutError as error:
-            self.dispatcher.fail(error)
-        except Exception as error:  # noqa: BLE001 - those who wait must hear of it
-            failure = failure_of(error, f"updating rollout-{slot.index}")
-            self.dispatcher.fail(RolloutError(str(failure)))
+            with self._told(f"updating rollout-{slot.index}"):
+                try:
+                    await self._pull(slot)
+                except ActorLost as lost:
+                    self.lose(slot, generation, str(lost))
         finally:
             late.cancel()
             slot.updating = False
@@ -264,38 +262,47 @@ class Fleet:
 
     async def _repair(self, slot: Slot, why: str | None) -> None:
         """Replace a slot's actor until one has weights. why: None: bring up its first one."""
-        wait = FIRST_WAIT_S
         if slot.pulling is not None:
             # Of the actor that is lost; the new one pulls when it is up.
             slot.pulling.cancel()
         try:
-            while True:
-                if why is not None:
-                    slot.fail()
-                    if slot.leaving:
-                        return self._remove(slot)
-                    if slot.failures > MAX_RESTARTS:
-                        if any(other is not slot for other in self.staying):
-                            return self._retire(slot, why)
-                        self._give_up_in_time(slot, why)
-                        await asyncio.sleep(wait)
-                        wait = min(2 * wait, LONGEST_WAIT_S)
-                    self.restarts += 1
-                    self._notify(f"rollout-{slot.index} is replaced: {why}")
-                    slot.handle.kill()
-                    slot.replace(RolloutHandle(self._make_actor(f"rollout-{slot.index}")))
-                try:
-                    return await self._bring_up(slot)
-                except ActorLost as lost:
-                    why = str(lost)
-        except RolloutError as error:
-            self.dispatcher.fail(error)
-        except Exception as error:  # noqa: BLE001 - those who wait must hear of it
-            failure = failure_of(error, f"replacing rollout-{slot.index}")
-            self.dispatcher.fail(RolloutError(str(failure)))
+            with self._told(f"replacing rollout-{slot.index}"):
+                await self._until_up(slot, why)
         finally:
             slot.repair = None
             self.dispatcher.dispatch()
+
+    async def _until_up(self, slot: Slot, why: str | None) -> None:
+        wait = FIRST_WAIT_S
+        while True:
+            if why is not None:
+                slot.fail()
+                if slot.leaving:
+                    return self._remove(slot)
+                if slot.failures > MAX_RESTARTS:
+                    if any(other is not slot for other in self.staying):
+                        return self._retire(slot, why)
+                    self._give_up_in_time(slot, why)
+                    await asyncio.sleep(wait)
+                    wait = min(2 * wait, LONGEST_WAIT_S)
+                self.restarts += 1
+                self._notify(f"rollout-{slot.index} is replaced: {why}")
+                slot.handle.kill()
+                slot.replace(RolloutHandle(self._make_actor(f"rollout-{slot.index}")))
+            try:
+                return await self._bring_up(slot)
+            except ActorLost as lost:
+                why = str(lost)
+
+    @contextmanager
+    def _told(self, doing: str) -> Iterator[None]:
+        """A failure of what a task of the fleet is doing goes to those who wait for groups."""
+        try:
+            yield
+        except RolloutError as error:
+            self.dispatcher.fail(error)
+        except Exception as error:  # noqa: BLE001 - those who wait must hear of it
+            self.dispatcher.fail(RolloutError(str(failure_of(error, doing))))
 
     def _retire(self, slot: Slot, why: str) -> None:
         """Go on without a slot whose actors keep failing."""

@@ -169,7 +169,7 @@ def fill(state: RankState, saved: WholeState) -> None:
     for name, parameter in named.items():
         own = {kind: value.to(state.device) for kind, value in saved.parameters[name].items()}
         if stage3:
-            _fill_part(parameter, own, state.spec.world_size)
+            _fill_part(parameter, own, state.spec.rank, state.spec.world_size)
         else:
             _fill_fragment(parameter, own, flats, zero.optimizer)
         # The weights that are computed with, in the model's precision.
@@ -183,16 +183,19 @@ def _flats(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     return [group["params"][0] for group in optimizer.param_groups]
 
 
-def _fill_part(parameter: torch.nn.Parameter, own: dict[str, torch.Tensor], ranks: int) -> None:
-    """ZeRO-3: each rank takes an equal part of a parameter."""
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+def _fill_part(
+    parameter: torch.nn.Parameter, own: dict[str, torch.Tensor], rank: int, ranks: int
+) -> None:
+    """ZeRO-3: each rank takes an equal part of a parameter, the last one filled up with zeros."""
+    from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
     for kind, value in own.items():
         filled = torch.nn.functional.pad(value, (0, -value.numel() % ranks))
+        part = filled.chunk(ranks)[rank]
         if kind == WEIGHT:
-            safe_set_full_fp32_param(parameter, filled)
+            safe_set_local_fp32_param(parameter, part)
         else:
-            safe_set_full_optimizer_state(parameter, filled, kind)
+            safe_set_local_optimizer_state(parameter, part, kind)
 
 
 def _fill_fragment(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import inspect
 import os
 import signal
@@ -27,6 +25,7 @@ from cohort.learner.checkpoint import Checkpoints, is_complete
 from cohort.learner.learner import Learner
 from cohort.rewards.pool import RewardPool
 from tests.harness.world import World
+from tests.open_files import open_files
 
 MakeWorld = Callable[..., World]
 
@@ -206,17 +205,6 @@ def test_a_run_that_ended_in_any_stage_is_continued_and_keeps_what_it_recorded(
 def test_a_run_leaves_nothing_open_in_its_process(world: MakeWorld) -> None:
     """Its journal's file, its lock, its event loop: one process may train many runs."""
     assert world("first", run__steps=2).train() == 0
-    gc.collect()
-    before = opened()
+    before = open_files()
     assert world("second", run__steps=2).train() == 0
-    gc.collect()
-    assert opened() == before
-
-
-def opened() -> list[str]:
-    """What every descriptor of this process leads to."""
-    found = []
-    for entry in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):
-            found.append(os.readlink(entry))
-    return sorted(found)
+    assert not open_files() - before

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ from cohort.rewards.sandbox import Sandbox, SandboxError, SandboxLimits
 from cohort.rewards.specs import RewardSpec
 from cohort.rewards.worker import RewardWorker
 from tests import needs
+from tests.open_files import open_files
 
 pytestmark = pytest.mark.slow
 
@@ -194,7 +194,7 @@ def test_bad_options(options: dict[str, Any]) -> None:
 
 
 def test_no_descriptor_is_left_open(code_tests: CodeTests) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_files()
     for _ in range(3):
         score(code_tests, "print(7)", SUM[:1])
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert not open_files() - before

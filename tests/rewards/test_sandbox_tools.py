@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 import signal
 import subprocess
@@ -24,6 +23,7 @@ from cohort.rewards.environments.sandbox_tools import UNDONE, SandboxTools
 from cohort.rewards.environments.tools import ToolError
 from cohort.rewards.environments.worker import try_environment
 from tests import needs
+from tests.open_files import open_files
 
 pytestmark = [pytest.mark.slow, needs.bubblewrap]
 
@@ -39,10 +39,6 @@ def tools() -> Iterator[SandboxTools]:
 
 def mark() -> str:
     return str(uuid.uuid4().int % 10**9 + 10**9)
-
-
-def descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
 
 
 def test_files_are_kept_from_call_to_call(tools: SandboxTools) -> None:
@@ -107,7 +103,7 @@ BAD = {
 def test_a_call_beyond_a_limit_harms_nothing(tools: SandboxTools, what: str) -> None:
     tools.write_file("a", "before")
     name, code, words = BAD[what]
-    sleeping, open_before = mark(), descriptors()
+    sleeping, before = mark(), open_files()
     began = time.monotonic()
     try:
         answer = getattr(tools, name)(code.format(mark=sleeping))
@@ -119,7 +115,7 @@ def test_a_call_beyond_a_limit_harms_nothing(tools: SandboxTools, what: str) -> 
     assert time.monotonic() - began < 15
     assert gone(sleeping)
     assert tools.bash("echo still here") == "still here"
-    assert descriptors() == open_before
+    assert not open_files() - before
 
 
 LEAVING = """
@@ -196,13 +192,14 @@ def test_a_program_ends_with_its_episode() -> None:
     while not alive(sleeping):
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    began, open_before = time.monotonic(), descriptors()
+    began, before = time.monotonic(), open_files()
     tools.close()
     thread.join()
     assert time.monotonic() - began < 3
     assert gone(sleeping)
     assert "the episode has ended" in said[0]
-    assert descriptors() < open_before
+    assert before - open_files()
+    assert not open_files() - before
     with pytest.raises(EnvironmentFailed, match="the episode has ended"):
         tools.bash("true")
 

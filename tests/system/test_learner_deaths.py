@@ -32,6 +32,8 @@ SHAPES = [
         (2, 1, "bfloat16", True),
         (2, 2, "float32", False),
         (2, 3, "bfloat16", False),
+        (3, 1, "float32", False),
+        (3, 3, "float32", False),
     ]
 ]
 
