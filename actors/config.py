@@ -13,6 +13,14 @@ class ActorsConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     count: int = Field(1, ge=1, description="Rollout actors; each runs one vLLM engine.")
+    min_count: int | None = Field(
+        None,
+        ge=1,
+        description="With min_count or max_count, the run has between so many actors: more while "
+        "the learner waits for completions over a quarter of the time, fewer while it waits for "
+        "none. Empty: count.",
+    )
+    max_count: int | None = Field(None, ge=1, description="See min_count. Empty: count.")
     max_staleness: int = Field(
         0,
         ge=0,
@@ -61,3 +69,18 @@ class ActorsConfig(BaseModel):
         "float16, 0.01 in float32, 1 where either computes in float8; from then on five times "
         "what the first one showed, where that is less, but no less than a tenth of these.",
     )
+
+    @property
+    def elastic(self) -> bool:
+        """Whether the run itself changes how many actors it has."""
+        return self.min_count is not None or self.max_count is not None
+
+    @property
+    def fewest(self) -> int:
+        """The least number of actors that an elastic run has."""
+        return self.count if self.min_count is None else self.min_count
+
+    @property
+    def most(self) -> int:
+        """The greatest number of actors that an elastic run has."""
+        return self.count if self.max_count is None else self.max_count

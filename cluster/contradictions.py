@@ -53,6 +53,11 @@ def contradictions(config: Config) -> Iterator[str]:
             "cluster.cores=own: with actors.max_staleness=0 engines and learner never compute at "
             "once, and each would leave the other's cores idle; use shared"
         )
+    if actors.elastic and not actors.fewest <= actors.count <= actors.most:
+        yield (
+            f"actors.count={actors.count}, with which the run begins, must lie within "
+            f"actors.min_count={actors.fewest} and actors.max_count={actors.most}"
+        )
     if task.group_size > actors.max_concurrent:
         yield (
             f"task.group_size={task.group_size} exceeds actors.max_concurrent="

@@ -15,7 +15,6 @@ from cohort.cluster.evaluation import Evaluation
 from cohort.cluster.failures import check_failures
 from cohort.cluster.run import Finished, Run, StepTimer
 from cohort.cluster.saving import rescue, save_at_the_end, save_if_due
-from cohort.cluster.scaling import scale_if_asked
 from cohort.cluster.signals import unless_stopped
 from cohort.cluster.stream import MAX_GENERATIONS, Batch
 from cohort.learner.learner import LostGroups, StepResult
@@ -54,7 +53,8 @@ async def _steps(run: Run) -> None:
         await run.stream.admit(min(last, config.run.steps - 1), skipped)
 
         # 2. Wait for this step's groups, generated and scored.
-        batch = await unless_stopped(run.stop, run.stream.take(progress.step))
+        with timer("take"):
+            batch = await unless_stopped(run.stop, run.stream.take(progress.step))
         if batch is None:
             break
         check_failures(config, batch)
@@ -79,8 +79,8 @@ async def _steps(run: Run) -> None:
         # 6. Save now and then; what is saved is what `run.resume` continues from.
         await save_if_due(run, evaluation)
 
-        # Between two steps the run may become larger or smaller: `cohort scale`.
-        await scale_if_asked(run)
+        # Between two steps the run may become larger or smaller.
+        await run.sizing.adjust(run, times.step, timer.seconds["take"])
 
 
 async def evaluate_if_due(run: Run) -> Evaluation | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypedDict
@@ -146,6 +147,33 @@ def connected_cluster() -> Resources:
     return Resources(
         cpus=found.get("CPU", 0), gpus=found.get("GPU", 0), memory=int(found.get("memory", 0))
     )
+
+
+def several_machines() -> bool:
+    """Whether the Ray cluster that this driver is connected to has more than one node now."""
+    import ray
+
+    return sum(node["Alive"] for node in ray.nodes()) > 1
+
+
+def fitting(options: ActorOptions) -> int:
+    """How many more actors with these options Ray could place now."""
+    import ray
+
+    free = ray.available_resources()
+    cpus, gpus = options.get("num_cpus", 0), options.get("num_gpus", 0)
+    each = ((free.get("CPU", 0), cpus), (free.get("GPU", 0), gpus))
+    return min((int(there / needed + 1e-6) for there, needed in each if needed), default=0)
+
+
+def request_nodes(actors: Sequence[ActorOptions]) -> None:
+    """Ask the cluster's autoscaler for nodes that hold all of these actors; without one nothing
+    happens. Replaces what was asked for before."""
+    from ray.autoscaler.sdk import request_resources
+
+    names = {"num_cpus": "CPU", "num_gpus": "GPU"}
+    bundles = [{names[key]: number for key, number in one.items() if number} for one in actors]
+    request_resources(bundles=[bundle for bundle in bundles if bundle])
 
 
 def plan(config: Config, have: Resources, parameters: int) -> Placement:

@@ -8,6 +8,7 @@ from cohort.actors.pool import RolloutPool
 from cohort.actors.probe import Probe
 from cohort.cluster.config import Config
 from cohort.cluster.launch import Services
+from cohort.cluster.placement import several_machines
 from cohort.cluster.prepare import Prepared, first_probe
 from cohort.learner.learner import Learner
 
@@ -32,32 +33,29 @@ class Published:
     gap: float
 
 
-@dataclass(frozen=True)
+@dataclass
 class Publisher:
     """Publishes the learner's weights to the engines.
 
     probe: a sequence that learner and engines score under the same weights, and how far the two may
-    be apart (`actors.probe_tolerance`). remote: whether an engine may run on another machine than
-    the learner.
+    be apart (`actors.probe_tolerance`). remote: whether what was published last can be loaded on
+    other machines than the learner's.
     """
 
     learner: Learner
     pool: RolloutPool
     probe: Probe
-    remote: bool
+    remote: bool = False
 
     @classmethod
     def of(cls, prepared: Prepared, actors: Services) -> Publisher:
         """The publisher of a run whose actors were started."""
-        import ray
-
         tolerance = usual_tolerance(prepared.config)
         floor: float | None = PROBE_FLOOR * tolerance
         if (given := prepared.config.actors.probe_tolerance) is not None:
             tolerance, floor = given, None
         probe = Probe(first_probe(prepared), [], tolerance, floor)
-        remote = sum(node["Alive"] for node in ray.nodes()) > 1
-        return cls(actors.learner, actors.pool, probe, remote)
+        return cls(actors.learner, actors.pool, probe)
 
     async def publish(self) -> Published:
         """Have every engine load the learner's weights and prove that it did.
@@ -66,6 +64,7 @@ class Publisher:
             RolloutError: engines that do not hold these weights, again and again.
             LearnerError: the learner is lost.
         """
+        self.remote = several_machines()
         info = await self.learner.publish(remote=self.remote)
         # Not while the engines load: on shared cores both would wait for each other.
         logprobs = await self.learner.logprobs(self.probe.token_ids)

@@ -1,8 +1,7 @@
-"""How many rollout actors and reward workers a run has, changed while it runs: `cohort scale`.
+"""`cohort scale`: asks a run for other numbers of rollout actors and reward workers.
 
 The command leaves a request in the run directory, wherever that is shared from; the run's driver
-takes it up at the end of a step, and leaves its answer beside it. No group is lost: newcomers join
-when they have the newest weights, leavers end what they have begun or hand it back.
+takes it up at the end of a step (`cluster/sizing.py`), and leaves its answer beside it.
 """
 
 from __future__ import annotations
@@ -15,18 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from cohort.cluster.config import Config, ConfigError, expand
+from cohort.cluster.config import Config, ConfigError
 from cohort.cluster.errors import RunError
 from cohort.cluster.files import write_atomically
-from cohort.cluster.placement import (
-    Device,
-    Resources,
-    connected_cluster,
-    engine_bytes,
-    this_machine,
-    too_many,
-)
-from cohort.cluster.run import Run
+from cohort.cluster.placement import Device, Resources, engine_bytes, too_many
 from cohort.cluster.run_dir import SCALE_ANSWER, SCALE_REQUEST, living_owner
 
 POLL_S = 0.5
@@ -113,7 +104,9 @@ def ask(folder: Path, request: Request, wait_s: float, say: Callable[[str], None
     write_atomically(file, json.dumps(asdict(request)))
     say(f"asked {owner}; it answers at the end of its step")
     began = looked = time.monotonic()
-    while (answer := _read(folder / SCALE_ANSWER, Answer)) is None or answer.id != request.id:
+    while (
+        answer := read_message(folder / SCALE_ANSWER, Answer)
+    ) is None or answer.id != request.id:
         time.sleep(POLL_S)
         now = time.monotonic()
         if now - began > wait_s:
@@ -129,55 +122,6 @@ def ask(folder: Path, request: Request, wait_s: float, say: Callable[[str], None
     if not answer.done:
         raise RunError(answer.text)
     say(answer.text)
-
-
-async def scale_if_asked(run: Run) -> None:
-    """Take up a request that somebody left in the run directory; errors are its answer."""
-    folder = expand(run.config.run.dir)
-    file = folder / SCALE_REQUEST
-    if not file.is_file():
-        return
-    request = _read(file, Request)
-    file.unlink(missing_ok=True)
-    if request is None:
-        run.console.note(f"{file} held no request of `cohort scale`, and was removed")
-        return
-    refusal = _refusal(run, request)
-    answer = Answer(request.id, not refusal, refusal or await _scale(run, request))
-    run.console.note(answer.text)
-    try:
-        write_atomically(folder / SCALE_ANSWER, json.dumps(asdict(answer)))
-    except OSError as error:
-        # What was asked for is done; a full disk ends no run.
-        run.console.note(f"the answer to `cohort scale` could not be written: {error}")
-
-
-async def _scale(run: Run, request: Request) -> str:
-    """Begin what was asked for; what that is, in words."""
-    said = []
-    fleet, rewards = run.actors.pool.fleet, run.actors.rewards
-    if request.actors is not None:
-        said.append(f"rollout actors {len(fleet.staying)} -> {request.actors}")
-        fleet.scale(request.actors)
-    if request.rewards is not None:
-        said.append(f"reward workers {rewards.count} -> {request.rewards}")
-        await rewards.scale(request.rewards)
-    return f"after step {run.progress.step}: {', '.join(said)}"
-
-
-def _refusal(run: Run, request: Request) -> str:
-    """Why the machines cannot hold it; empty when they can."""
-    more = 0 if request.actors is None else request.actors - len(run.actors.pool.fleet.staying)
-    one_machine = run.publisher.remote is False
-    return why_not(
-        run.config,
-        request,
-        more,
-        run.actors.placement.device,
-        connected_cluster(),
-        run.learner.facts.parameters,
-        this_machine().memory if one_machine else None,
-    )
 
 
 def why_not(
@@ -217,7 +161,7 @@ def why_not(
     return f"not scaled: {'; '.join(problems)}" if problems else ""
 
 
-def _read(file: Path, kind: type[T]) -> T | None:
+def read_message(file: Path, kind: type[T]) -> T | None:
     """What a file of these holds; None when there is none, or something else in it."""
     try:
         return kind(**json.loads(file.read_text(encoding="utf-8")))

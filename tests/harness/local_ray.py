@@ -47,7 +47,7 @@ NODE = "0" * 56
 FIRST_PID = 1 << 40
 FUNCTIONS = (
     *("kill", "get", "put", "remote", "nodes", "init", "shutdown", "wait"),
-    "cluster_resources",
+    *("cluster_resources", "available_resources"),
 )
 SPAWN_S = 0.5
 RESTART_S = 2.0
@@ -311,6 +311,8 @@ class LocalRay:
         self.events: list[Event] = []
         self.hooks: list[Callable[[Event], None]] = []
         self.node_names = [NODE]
+        self.free: dict[str, float] | None = None
+        self.requested: list[list[dict[str, float]]] = []
         # How many times longer than usual an actor takes, by name.
         self.slow: dict[str, float] = {}
         # What the ranks of a learner share, by the port of their rendezvous.
@@ -325,6 +327,7 @@ class LocalRay:
 
         for name in FUNCTIONS:
             patch.setattr(ray, name, getattr(self, name))
+        patch.setattr("ray.autoscaler.sdk.request_resources", self.request_resources)
         patch.setattr(ray, "is_initialized", lambda: self._initialized)
         patch.setattr(ray, "get_runtime_context", lambda: _Context(_actor.get()))
         patch.setattr(ray, "ObjectRef", Ref)
@@ -348,6 +351,12 @@ class LocalRay:
 
     def cluster_resources(self) -> dict[str, float]:
         return {"CPU": 16.0 * len(self.node_names), "memory": float(64 << 30)}
+
+    def available_resources(self) -> dict[str, float]:
+        return self.cluster_resources() if self.free is None else self.free
+
+    def request_resources(self, bundles: list[dict[str, float]]) -> None:
+        self.requested.append(bundles)
 
     def next_node(self) -> str:
         return self.node_names[len(self.actors) % len(self.node_names)]

@@ -11,6 +11,7 @@ DURABLE = "tests/harness/test_durable.py"
 COSTS = "tests/harness/test_costs.py"
 ADMISSION = "tests/actors/test_admission.py"
 RECOVERY = "tests/actors/test_recovery.py"
+SIZING = "tests/harness/test_sizing.py"
 POOL = "tests/actors/test_pool.py"
 WATCH = "tests/actors/test_watch.py"
 WEIGHTS = "tests/harness/test_weights.py"
@@ -218,7 +219,7 @@ MUTANTS = (
     ),
     Mutant(
         "actors/fleet.py",
-        "                    self._give_up_in_time(slot, why)\n",
+        "                self._give_up_in_time(slot, why)\n",
         "",
         "a run without an actor that can start ends",
         (f"{POOL}::test_an_actor_that_keeps_failing_ends_the_run_with_its_last_words",),
@@ -826,10 +827,38 @@ MUTANTS = (
     ),
     Mutant(
         "cluster/loop.py",
-        "        await scale_if_asked(run)\n",
+        '        await run.sizing.adjust(run, times.step, timer.seconds["take"])\n',
         "",
         "`cohort scale` changes a run that goes on",
         ("tests/harness/test_scaling.py::test_a_run_grows_and_shrinks_and_loses_no_group",),
+    ),
+    Mutant(
+        "cluster/sizing.py",
+        "granted = min(wanted, have + fitting(run.actors.placement.rollout))",
+        "granted = wanted",
+        "a run grows by what the cluster has free",
+        (f"{SIZING}::test_what_does_not_fit_is_asked_for_and_comes_when_it_does",),
+    ),
+    Mutant(
+        "cluster/sizing.py",
+        "if several_machines() and not run.publisher.remote:",
+        "if False:",
+        "actors on a machine that has joined wait for weights that reach it",
+        (f"{SIZING}::test_a_machine_that_joins_gets_actors_once_weights_reach_it",),
+    ),
+    Mutant(
+        "actors/demand.py",
+        "            known = self._forget_in > 0 and actors - 1 <= self._too_few\n",
+        "            known = False\n",
+        "a number of actors that was found too small is not tried at once again",
+        ("tests/actors/test_demand.py::test_it_settles_where_the_learner_is_busy",),
+    ),
+    Mutant(
+        "actors/demand.py",
+        "        if joining:\n            return actors\n",
+        "",
+        "newcomers are waited for before more are asked for",
+        ("tests/actors/test_demand.py::test_the_bounds_hold_and_newcomers_are_waited_for",),
     ),
     Mutant(
         "actors/spans.py",
