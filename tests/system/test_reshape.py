@@ -18,13 +18,14 @@ pytestmark = pytest.mark.system
 # Each shape loads what the one before has saved: from ZeRO-1 and 2 to 3 and back, to more ranks
 # and to fewer.
 CHAINS = [
-    pytest.param("bfloat16", [(2, 1), (1, 3), (3, 2)]),
+    pytest.param("bfloat16", [(2, 1), (1, 3)]),
+    pytest.param("bfloat16", [(1, 3), (3, 2), (2, 1)], marks=pytest.mark.exhaustive),
     pytest.param(
         "float32",
         [(3, 3), (2, 2), (1, 1), (3, 1), (2, 3), (3, 3)],
         marks=pytest.mark.exhaustive,
     ),
-    pytest.param("bfloat16", [(3, 1), (2, 3), (1, 2), (2, 2)], marks=pytest.mark.exhaustive),
+    pytest.param("bfloat16", [(3, 1), (2, 3), (1, 2)], marks=pytest.mark.exhaustive),
 ]
 
 
