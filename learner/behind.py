@@ -7,12 +7,13 @@ by the same lines as in the foreground.
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import torch
 
-from cohort.learner.checkpoint import CheckpointError
+from cohort.learner.checkpoint import CheckpointError, sizes_in
 from cohort.learner.copies import INDEX, Copies, look_at
 from cohort.learner.saving import (
     DEEPSPEED_FOLDER,
@@ -24,6 +25,8 @@ from cohort.learner.saving import (
 from cohort.learner.state import RankState
 
 BESIDE = "beside"
+# What must be there, and how long: the copies have digests, these files have not.
+LISTING = "beside.json"
 # DeepSpeed's file of what all ranks hold alike. On every machine one rank copies it; in a
 # checkpoint it is rank 0's.
 HELD_ALIKE = "mp_rank_"
@@ -46,6 +49,9 @@ def prepare(state: RankState, copies: Copies) -> None:
             shutil.rmtree(target, ignore_errors=True)
             target.mkdir()
     write_rest(state, target, writing)
+    if state.spec.rank == 0:
+        with writing.kept():
+            (copies.folder / LISTING).write_text(json.dumps(sizes_in(target)), encoding="utf-8")
     try:
         writing.agree(state.device)
     except CheckpointError:
@@ -91,3 +97,7 @@ def _write(copies: Copies, generation: int, rank: int, target: Path) -> None:
         for script in copies.folder.glob("*.py"):
             shutil.copy(script, folder)
         shutil.copytree(copies.folder / BESIDE, target, dirs_exist_ok=True)
+        there = sizes_in(target)
+        listed = json.loads((copies.folder / LISTING).read_text(encoding="utf-8"))
+        if any(there.get(name) != size for name, size in listed.items()):
+            raise CheckpointError(f"what was left in {copies.folder / BESIDE} is not whole")

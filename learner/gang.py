@@ -83,7 +83,8 @@ class Gang:
         what = "saving a checkpoint"
         calls = [
             self._homes[place.node_id]
-            .write.options(concurrency_group=WRITING)
+            # Not again in one that takes its place: the copies have gone with it.
+            .write.options(concurrency_group=WRITING, max_task_retries=0)
             .remote(rank, generation, folder)
             for rank, place in enumerate(self._places)
         ]
