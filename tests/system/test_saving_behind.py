@@ -70,7 +70,7 @@ def test_a_checkpoint_written_behind_is_the_one_written_in_the_foreground(
         folder.mkdir()
 
     async def check() -> None:
-        group = await start(replace(spec, algorithm=ALGORITHM))
+        group = await start(replace(spec, algorithm=ALGORITHM, log_dir=str(tmp_path / "logs")))
 
         async def step() -> None:
             assert (await group.step([put(g) for g in batch()])).applied
