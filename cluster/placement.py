@@ -315,13 +315,15 @@ def learner_state(config: Config, parameters: int) -> dict[str, int]:
 
 def kept_bytes(config: Config, parameters: int) -> int:
     """Estimated bytes in shared memory of the learner's copies of its state, on one machine: the
-    weights once and every rank's optimizer, in two generations."""
+    weights once and every rank's optimizer, in two generations, and the weights once more while a
+    checkpoint is written."""
     if not config.learner.keep_copy:
         return 0
     state, ranks = learner_state(config, parameters), config.learner.workers
     # Below ZeRO-1 all ranks hold the same optimizer, and rank 0 writes it.
     optimizer = state["optimizer"] * (ranks if config.learner.zero_stage >= 1 else 1)
-    return 2 * (WIDTH[config.model.precision] * parameters + optimizer)
+    weights = WIDTH[config.model.precision] * parameters
+    return 2 * (weights + optimizer) + weights
 
 
 def engine_bytes(config: Config, parameters: int) -> int:

@@ -139,13 +139,27 @@ class Progress:
     unrecorded: Finished | None = None
 
 
+@dataclass(frozen=True)
+class Writing:
+    """A checkpoint that is being written.
+
+    step: of the checkpoint. task: ends when it is there, or with why it is not. before: the best
+    evaluation without this step's, which counts only with its checkpoint.
+    """
+
+    step: int
+    task: asyncio.Task[Exception | None]
+    before: Best | None
+
+
 @dataclass
 class Saves:
     """The checkpoints of a run.
 
     fingerprint: what a run that goes on from them is compared with. step: of the newest one.
     failed_at: when a checkpoint could last not be written, while none has been since. best: the
-    best evaluation so far; None while there is none.
+    best evaluation so far; None while there is none. writing: the one being written, until its end
+    is noted; None: none.
     """
 
     checkpoints: Checkpoints
@@ -153,6 +167,7 @@ class Saves:
     step: int
     failed_at: float | None = None
     best: Best | None = None
+    writing: Writing | None = None
 
 
 @dataclass

@@ -10,6 +10,7 @@ it. The ranks refuse to save weights that are not finite.
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import math
 import time
@@ -18,7 +19,7 @@ from pathlib import Path
 from cohort.cluster.continuing import Best, SavedState
 from cohort.cluster.evaluation import Evaluation
 from cohort.cluster.observe.metrics import StepTimes
-from cohort.cluster.run import Run
+from cohort.cluster.run import Run, Writing
 from cohort.learner.checkpoint import LEARNER_FILE, CheckpointError
 from cohort.learner.learner import LearnerError
 
@@ -35,27 +36,26 @@ async def save_if_due(run: Run, evaluation: Evaluation | None = None) -> None:
     """Save every `run.checkpoint_every` steps. A failed save is said, and tried again later.
 
     So is a step whose evaluation is the best so far, and its checkpoint is kept. The last step is
-    left to `save_at_the_end`. Raises LearnerError when the learner is lost.
+    left to `save_at_the_end`. The files are written while training goes on, where the ranks keep a
+    copy of their state; one checkpoint at a time. Raises LearnerError when the learner is lost.
     """
-    before = run.saves.best
-    better = evaluation is not None and _is_better(before, evaluation)
-    if evaluation is not None and better:
-        run.saves.best = {"step": run.progress.step, "score": evaluation.score}
-    if run.progress.step >= run.config.run.steps:
-        return
-    every = run.config.run.checkpoint_every
-    due = better or (bool(every) and run.progress.step % every == 0)
-    if run.saves.failed_at is not None:
-        due = due or time.monotonic() - run.saves.failed_at >= RETRY_S
-    if not due:
-        return
-    error = await _try_to_save(run)
-    if error is not None:
-        run.saves.best = before
-        run.console.note(
-            f"checkpoint {run.progress.step} could not be written, training goes on and tries "
-            f"again later: {error}"
-        )
+    saves, config, step = run.saves, run.config.run, run.progress.step
+    if saves.writing is not None and saves.writing.task.done():
+        await _settle_and_tell(run)
+    due = bool(config.checkpoint_every) and step % config.checkpoint_every == 0
+    if saves.failed_at is not None:
+        due = due or time.monotonic() - saves.failed_at >= RETRY_S
+    if due or step >= config.steps or _is_better(saves.best, evaluation):
+        # Before the comparison with the best: its checkpoint may turn out not to be there.
+        await _settle_and_tell(run)
+    before = saves.best
+    if evaluation is not None and _is_better(before, evaluation):
+        saves.best, due = {"step": step, "score": evaluation.score}, True
+    if due and step < config.steps:
+        # What has failed behind the learner is tried in the other way.
+        error = await _try_to_save(run, before, behind=saves.failed_at is None)
+        if error is not None:
+            _tell_failed(run, step, error)
 
 
 async def save_at_the_end(run: Run) -> None:
@@ -63,10 +63,11 @@ async def save_at_the_end(run: Run) -> None:
 
     Raises CheckpointError when it could not be saved, LearnerError when the learner is lost.
     """
+    await _settle_and_tell(run)
     if run.saves.step == run.progress.step:
         return
     began, wait, tries = time.monotonic(), FIRST_WAIT_S, 1
-    while error := await _try_to_save(run):
+    while error := await _try_to_save(run, run.saves.best):
         left = PATIENCE_S - (time.monotonic() - began)
         # Room comes back, a mistake in a program does not.
         may_pass = isinstance(error, (CheckpointError, LearnerError, OSError))
@@ -89,6 +90,8 @@ async def rescue(run: Run, error: BaseException) -> None:
     try:
         if not run.lost:
             await _record_late(run)
+            # Its files come from copies that outlive the ranks.
+            await _settle_and_tell(run)
         if run.saves.step == run.progress.step:
             return
         if run.lost or (isinstance(error, LearnerError) and not error.savable):
@@ -109,16 +112,56 @@ async def _record_late(run: Run) -> None:
         await run.record(StepTimes.of(finished.batch, finished.train_s), math.nan)
 
 
-async def save(run: Run) -> None:
-    """Write a complete checkpoint: weights, optimizer, and where the run stands.
+async def begin(run: Run, before: Best | None, behind: bool = False) -> Writing:
+    """Begin a complete checkpoint: weights, optimizer, and where the run stands.
 
-    Raises CheckpointError, OSError or LearnerError when it could not be written.
+    Args:
+        run: After a step.
+        before: The best evaluation without this step's.
+        behind: Have the ranks' files written from a copy while training goes on, where there is
+            one; otherwise they are there when this returns.
+
+    Raises:
+        CheckpointError, OSError or LearnerError when it could not be begun.
     """
-    skipped = run.learner.nonfinite_in_a_row
+    step, version, skipped = run.progress.step, run.learner.version, run.learner.nonfinite_in_a_row
     run.console.note(
-        f"saving checkpoint {run.progress.step}"
+        f"saving checkpoint {step}"
         + (" (the last update was not finite, and changed nothing)" if skipped else "")
     )
+    state = _state_of(run)
+    folder = run.saves.checkpoints.begin(step)
+    written = await run.learner.save_behind(folder) if behind else None
+    if written is None:
+        await run.learner.save(folder, after_skipped=True)
+
+    async def finish() -> Exception | None:
+        try:
+            if written is not None:
+                await written
+            _require_step(folder, version)
+            await _commit(run, step, state)
+        except Exception as error:  # noqa: BLE001 - told by who notes the end
+            return error
+        return None
+
+    return Writing(step, asyncio.create_task(finish()), before)
+
+
+async def _commit(run: Run, step: int, state: SavedState) -> None:
+    """Make what is written for a step its checkpoint."""
+    saves = run.saves
+    # Writing to disk can take long; rewards and retries of an overlapped run must not wait for it.
+    await asyncio.to_thread(saves.checkpoints.commit, step, state)
+    saves.step, saves.failed_at = step, None
+    best = state.get("best")
+    if best is not None and best["step"] == step:
+        await asyncio.to_thread(saves.checkpoints.mark_best, step)
+    await run.journal.trim(saves.checkpoints.steps())
+
+
+def _state_of(run: Run) -> SavedState:
+    """Where the run stands; nothing in it changes with the run."""
     history = run.stream.history
     state: SavedState = {
         "step": run.progress.step,
@@ -134,33 +177,66 @@ async def save(run: Run) -> None:
     }
     if run.saves.best is not None:
         state["best"] = run.saves.best
-    folder = run.saves.checkpoints.begin(run.progress.step)
-    await run.learner.save(folder, after_skipped=True)
-    _require_step(folder, run.learner.version)
-    # Writing to disk can take long; rewards and retries of an overlapped run must not wait for it.
-    await asyncio.to_thread(run.saves.checkpoints.commit, run.progress.step, state)
-    run.saves.step, run.saves.failed_at = run.progress.step, None
-    if run.saves.best is not None and run.saves.best["step"] == run.progress.step:
-        await asyncio.to_thread(run.saves.checkpoints.mark_best, run.progress.step)
-    await run.journal.trim(run.saves.checkpoints.steps())
+    return copy.deepcopy(state)
 
 
-def _is_better(best: Best | None, evaluation: Evaluation) -> bool:
+def _is_better(best: Best | None, evaluation: Evaluation | None) -> bool:
     """NaN, where no reward applies, is no score."""
+    if evaluation is None:
+        return False
     return evaluation.score > (best["score"] if best is not None else -math.inf)
 
 
-async def _try_to_save(run: Run) -> Exception | None:
-    """None when it was saved, or why not when it may be tried again."""
+async def _try_to_save(run: Run, before: Best | None, behind: bool = False) -> Exception | None:
+    """None when it was saved, or is being saved; or why not when it may be tried again."""
     try:
-        await save(run)
+        run.saves.writing = await begin(run, before, behind)
     except Exception as error:
-        run.saves.checkpoints.discard(run.progress.step)
         if isinstance(error, LearnerError) and not error.savable:
+            run.saves.checkpoints.discard(run.progress.step)
             raise
-        run.saves.failed_at = time.monotonic()
-        return error
-    return None
+        return _failed(run, run.progress.step, before, error)
+    return None if behind else await _settle(run)
+
+
+async def _settle(run: Run) -> Exception | None:
+    """Wait for what is being written, and note its end. Returns why it is not there, if so."""
+    writing = run.saves.writing
+    if writing is None:
+        return None
+    # Where the run is ended meanwhile, what is being written goes on.
+    await asyncio.wait({writing.task})
+    run.saves.writing = None
+    error = writing.task.result()
+    return None if error is None else _failed(run, writing.step, writing.before, error)
+
+
+async def _settle_and_tell(run: Run) -> None:
+    """Wait for what is being written behind the learner, and say it."""
+    writing = run.saves.writing
+    if writing is None:
+        return
+    if not writing.task.done():
+        run.console.note(f"waiting for checkpoint {writing.step} to be written")
+    error = await _settle(run)
+    if error is not None:
+        _tell_failed(run, writing.step, error)
+
+
+def _failed(run: Run, step: int, before: Best | None, error: Exception) -> Exception:
+    """Forget a checkpoint that could not be written."""
+    saves = run.saves
+    saves.checkpoints.discard(step)
+    if saves.best is not None and saves.best["step"] == step:
+        saves.best = before
+    saves.failed_at = time.monotonic()
+    return error
+
+
+def _tell_failed(run: Run, step: int, error: Exception) -> None:
+    run.console.note(
+        f"checkpoint {step} could not be written, training goes on and tries again later: {error}"
+    )
 
 
 def _require_step(folder: Path, version: int) -> None:

@@ -9,6 +9,7 @@ In the driver:
     packing, shapes   completions -> rows -> micro-batches of all ranks
     episodes          the turns of an episode -> branches of a row
     gang              the processes of all ranks: started, watched, started again
+    kept              the copies of the ranks' state, and checkpoints written from them
     ranks             typed calls to all rank actors, failures told from their consequences
     results           the sums of the ranks -> the result of a step
 
@@ -27,6 +28,7 @@ In every rank:
     publishing        weights -> shared memory, on weights
     saving            the rank's part of a checkpoint, on safe_load and reshape
     keeping           a copy of the rank's state after each step, on copies
+    behind            a checkpoint's files from such a copy, while training goes on
 
 On every machine of a rank:
 

@@ -149,8 +149,7 @@ class Checkpoints:
             raise CheckpointError(f"nothing was written into {temporary}")
         _write(temporary / STATE, json.dumps(state, indent=1))
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
-        sizes = {path.relative_to(temporary).as_posix(): path.stat().st_size for path in files}
-        _write(temporary / MANIFEST, json.dumps(sizes, indent=1))
+        _write(temporary / MANIFEST, json.dumps(sizes_in(temporary), indent=1))
         for path in files:
             _sync(path)
         for path in (temporary, *temporary.rglob("*")):
@@ -216,6 +215,12 @@ def size_of(count: int) -> str:
         if count >= unit:
             return f"{count / unit:.1f} {name}"
     return f"{count} bytes"
+
+
+def sizes_in(folder: Path) -> dict[str, int]:
+    """The size of every file in a folder and below it, by its path from there."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
 
 
 def latest(folder: str | Path) -> Path | None:

@@ -6,6 +6,7 @@
         *.pt                  the bytes of the tensors, one after another
         *.pt.index            where each of them lies, and what is not a tensor
         rank-0.json           written last: the generation, and digests of this rank's files
+      beside/                 what else a checkpoint has, while one is written from a copy
 
 DeepSpeed decides what belongs to the state, as for a checkpoint: `MemoryWriter` takes the place of
 its writer of files. Copying into memory that is mapped already takes a tenth of the time that torch
@@ -31,6 +32,7 @@ from cohort.learner.checkpoint import CheckpointError
 FOLDER = "copies"
 GENERATIONS = 2
 ALIGNMENT = 64
+INDEX = ".index"
 
 
 class Copies:
@@ -63,8 +65,8 @@ class Copies:
         temporary.write_text(json.dumps(found), encoding="utf-8")
         temporary.rename(marker)
 
-    def require(self, generation: int) -> None:
-        """Raise CheckpointError unless this rank's files of a generation are whole."""
+    def require(self, generation: int) -> list[str]:
+        """The names of this rank's files of a generation; CheckpointError unless they are whole."""
         marker = self._marker(generation)
         try:
             found = json.loads(marker.read_text(encoding="utf-8"))
@@ -79,9 +81,15 @@ class Copies:
         )
         if not whole:
             raise CheckpointError(f"copy {generation} of the state of rank {self._rank} is damaged")
+        return list(found["digests"])
 
     def _marker(self, generation: int) -> Path:
         return self.place(generation) / f"rank-{self._rank}.json"
+
+
+def same_place(one: int, other: int) -> bool:
+    """Whether one of two generations is written over the other."""
+    return one % GENERATIONS == other % GENERATIONS
 
 
 class MemoryWriter:
@@ -109,18 +117,15 @@ class MemoryWriter:
         target = Path(path)
         view = self._view(target, tensors.size)
         tensors.copy_into(view)
-        index = target.with_name(f"{target.name}.index")
+        index = target.with_name(f"{target.name}{INDEX}")
         index.write_bytes(pickle.dumps((tensors.layout, skeleton)))
         self.digests[target.name] = xxhash.xxh3_128_hexdigest(view)
         self.digests[index.name] = digest_of(index)
 
     def load(self, path: str, map_location: object = None) -> object:  # noqa: ARG002
         """The object, its tensors in main memory: copies, for the file is written again."""
-        file = Path(path)
-        layout, skeleton = pickle.loads(file.with_name(f"{file.name}.index").read_bytes())
-        with file.open("rb") as opened:
-            view = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
-        return _Unpickler(io.BytesIO(skeleton), [part.read(view) for part in layout]).load()
+        view, layout, skeleton = _opened(Path(path))
+        return _with_tensors(skeleton, [part.read(view) for part in layout])
 
     def create(self, info: object) -> None:
         """DeepSpeed tells when a checkpoint begins."""
@@ -155,12 +160,12 @@ class _Part:
         self.elements = tensor.numel()
 
     def within(self, view: mmap.mmap) -> torch.Tensor:
+        if self.elements == 0:
+            return torch.empty(self.shape, dtype=self.dtype)
         flat = torch.frombuffer(view, dtype=self.dtype, count=self.elements, offset=self.offset)
         return flat.view(self.shape)
 
     def read(self, view: mmap.mmap) -> torch.Tensor:
-        if self.elements == 0:
-            return torch.empty(self.shape, dtype=self.dtype)
         return self.within(view).clone()
 
 
@@ -213,6 +218,22 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: int) -> torch.Tensor:
         return self._tensors[pid]
+
+
+def look_at(path: Path) -> object:
+    """The object that `MemoryWriter.save` wrote; its tensors are the file, and change with it."""
+    view, layout, skeleton = _opened(path)
+    return _with_tensors(skeleton, [part.within(view) for part in layout])
+
+
+def _opened(path: Path) -> tuple[mmap.mmap, list[_Part], bytes]:
+    layout, skeleton = pickle.loads(path.with_name(f"{path.name}{INDEX}").read_bytes())
+    with path.open("rb") as opened:
+        return mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY), layout, skeleton
+
+
+def _with_tensors(skeleton: bytes, tensors: list[torch.Tensor]) -> object:
+    return _Unpickler(io.BytesIO(skeleton), tensors).load()
 
 
 def digest_of(path: Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
@@ -11,7 +11,7 @@ import ray
 from ray.exceptions import RayError
 
 from cohort.learner.home import LearnerHome, Whereabouts
-from cohort.learner.ranks import LearnerError, Ranks
+from cohort.learner.ranks import LearnerError, Ranks, message_of
 from cohort.learner.spec import LearnerSpec, ModelFacts
 from cohort.learner.worker import LearnerWorker
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 FROZEN_S = 12.0
 PULSE_S = 3.0
 IDLE_CPU_S = 0.05
+# The owner of a machine's memory writes checkpoints in a thread of its own.
+WRITING = "writing"
 HOME_S = 60.0
 
 
@@ -71,6 +73,34 @@ class Gang:
         nodes = [place.node_id for place in self._places]
         return [node not in nodes[:rank] for rank, node in enumerate(nodes)]
 
+    async def write(self, generation: int, folder: str) -> None:
+        """Have the owners of the memory write the ranks' copies into a checkpoint's folder.
+
+        Raises:
+            LearnerError: Once all are through: a part could not be written, or not in time. The
+                ranks have no share in it, and are as they were.
+        """
+        what = "saving a checkpoint"
+        calls = [
+            self._homes[place.node_id]
+            # Not again in one that takes its place: the copies have gone with it.
+            .write.options(concurrency_group=WRITING, max_task_retries=0)
+            .remote(rank, generation, folder)
+            for rank, place in enumerate(self._places)
+        ]
+        limit = self.spec.learner.step_timeout_s
+        try:
+            async with asyncio.timeout(limit):
+                found = await asyncio.gather(*map(_done, calls), return_exceptions=True)
+        except TimeoutError:
+            # What is late must not write into the folder of a later try.
+            for home in self._homes.values():
+                ray.kill(home, no_restart=False)
+            raise LearnerError(f"{what} behind the learner took more than {limit} s") from None
+        for rank, error in enumerate(found):
+            if error is not None:
+                raise LearnerError(f"learner rank {rank} failed {what}: {message_of(error)}")
+
     def kill(self) -> None:
         """End all ranks at once, then the owners of their memory, which goes with them."""
         self._ranks.kill()
@@ -115,19 +145,17 @@ class Gang:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         self._places = places
+        # Ray's types do not know this option.
+        owner = ray.remote(concurrency_groups={WRITING: 1})(LearnerHome)  # type: ignore[call-overload]
         for node in dict.fromkeys(place.node_id for place in places):
             if node not in self._homes:
                 # Ray starts it again when it dies; the ranks then copy into a new folder.
-                home = (
-                    ray.remote(LearnerHome)
-                    .options(
-                        num_cpus=0,
-                        max_restarts=-1,
-                        max_task_retries=-1,
-                        scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
-                    )
-                    .remote(self.spec.shm_dir)
-                )
+                home = owner.options(
+                    num_cpus=0,
+                    max_restarts=-1,
+                    max_task_retries=-1,
+                    scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
+                ).remote(self.spec.shm_dir)
                 self._homes[node] = cast("ActorHandle[LearnerHome]", home)
 
     async def _end_ranks(self) -> None:
@@ -168,6 +196,10 @@ class Gang:
             except RayError:
                 # It died, or its machine did: the call itself ends with that.
                 await asyncio.get_running_loop().create_future()
+
+
+async def _done(call: Awaitable[None]) -> None:
+    await call
 
 
 async def _answer_of(handle: ActorHandle[LearnerWorker]) -> bool:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
 from cohort.actors.process import start_reaper
 from cohort.actors.witness import look_at
+
+# How much less of a busy processor the writing of a checkpoint gets: 19 is the least.
+NICE = 10
 
 
 @dataclass(frozen=True)
@@ -28,20 +32,34 @@ class Whereabouts:
 class LearnerHome:
     """Owns the shared memory of the ranks on one machine: published weights and copies of state.
 
-    A plain class, which `cohort.learner.gang` makes a Ray actor. The memory outlives every rank,
-    and is removed when this process ends, however it ends.
+    It also writes checkpoints from these copies. A plain class, which `cohort.learner.gang` makes a
+    Ray actor. The memory outlives every rank, and is removed when this process ends, however it
+    ends.
 
     Args:
         folder: The folder in shared memory.
     """
 
     def __init__(self, folder: str) -> None:
-        start_reaper(Path(folder))
+        self._folder = Path(folder)
+        start_reaper(self._folder)
 
     def cpu_seconds(self, pid: int) -> float:
         """Seconds that a process on this machine has computed; 0 when it is gone."""
         look = look_at([pid])
         return 0.0 if look is None else look.cpu_s
+
+    def write(self, rank: int, generation: int, target: str) -> None:
+        """Write a rank's part of a checkpoint from its copy, in a thread of its own; see
+        `cohort.learner.behind`."""
+        # The ranks and engines beside it come first: nobody waits for this.
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+        # What was copied holds objects of DeepSpeed's, which looks for GPUs when it is imported.
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        from cohort.learner import behind, copies
+
+        there = copies.Copies(self._folder / copies.FOLDER, rank)
+        behind.write(there, generation, rank, Path(target))
 
     def end(self, ranks: list[Whereabouts]) -> None:
         """SIGKILL ranks on this machine that are still there: Ray asks, which one that is frozen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TypeVar
 from cohort.actors.records import ScoredRef, WeightsInfo
 from cohort.learner.checkpoint import CheckpointError, check_loadable
 from cohort.learner.gang import Gang
+from cohort.learner.kept import KeptCopies
 from cohort.learner.packing import MicroBatch, Packer, RowCost
 from cohort.learner.plan import StepPlan, plan_step, score_batches
 from cohort.learner.ranks import LearnerError, Ranks
@@ -69,9 +71,8 @@ class Learner:
         self._notify = notify
         self._published: int | None = None
         # What the ranks start again from: a copy, or else a checkpoint, or else the model folder.
-        self._kept: int | None = None
+        self._copies = None if gang is None else KeptCopies(gang, notify)
         self._loaded: str | None = None
-        self._generation = 0
         self._lost = False
 
     @classmethod
@@ -150,8 +151,8 @@ class Learner:
         self._ranks, _ = await self._gang.again()
         steps = [0]
         try:
-            if self._kept is not None:
-                steps = await self._ranks.all("taking its copy", LearnerWorker.restore, self._kept)
+            if self._copies is not None and (kept := self._copies.newest) is not None:
+                steps = await self._ranks.all("taking its copy", LearnerWorker.restore, kept)
             elif self._loaded is not None:
                 steps = await self._ranks.all(
                     "loading a checkpoint", LearnerWorker.load, self._loaded
@@ -176,30 +177,6 @@ class Learner:
             f"the learner goes on after step {self.version}, "
             f"{time.monotonic() - began:.1f} s after it was lost"
         )
-
-    async def _keep(self) -> None:
-        """Have all ranks copy their state. A copy that cannot be written is said, once."""
-        if self._gang is None or not self.spec.learner.keep_copy:
-            return
-        first = self._gang.first_on_their_machines()
-        generation = self._generation + 1
-        try:
-            await self._ranks.each(
-                "copying its state", LearnerWorker.keep, [(generation, flag) for flag in first]
-            )
-        except LearnerError as error:
-            if not error.savable:
-                raise
-            if self._kept is not None or self._generation == 0:
-                self._notify(
-                    f"{error}\nTraining goes on; the death of a learner rank would end it. Make "
-                    "room in /dev/shm, or set learner.keep_copy=false"
-                )
-            # What was kept is older than the weights are now.
-            self._kept = None
-        else:
-            self._kept = generation
-        self._generation = generation
 
     async def step(self, groups: Sequence[ScoredRef]) -> StepResult:
         """One step on these groups: `algorithm.updates_per_step` optimizer updates.
@@ -233,7 +210,8 @@ class Learner:
             results = await self._ranks.each("an optimizer step", LearnerWorker.step, arguments)
             _require_all(asked, [result.lost for result in results])
             _require_agreement(results)
-            await self._keep()
+            if self._copies is not None and self.spec.learner.keep_copy:
+                await self._copies.keep(self._ranks)
             return results
 
         results = await self._lasting(kept_step)
@@ -318,6 +296,27 @@ class Learner:
             lambda: self._ranks.all("saving a checkpoint", LearnerWorker.save, str(folder))
         )
 
+    async def save_behind(self, folder: str | Path) -> asyncio.Task[None] | None:
+        """Begin to write what `save` writes, from the ranks' copies of their state, while the
+        learner goes on. One at a time.
+
+        Args:
+            folder: On a file system that all ranks share.
+
+        Returns:
+            What ends when it is written, or raises LearnerError; None where there is no copy, and
+            nothing was begun.
+
+        Raises:
+            LearnerError: As `save` does, before anything is left to the background.
+        """
+        if self._copies is None or self._copies.newest is None:
+            return None
+        await self._lasting(
+            lambda: self._ranks.all("preparing a checkpoint", LearnerWorker.prepare_save)
+        )
+        return self._copies.write(str(folder))
+
     async def export(self, folder: str | Path) -> None:
         """Write the policy alone, as a Hugging Face folder; made if needed.
 
@@ -348,7 +347,9 @@ class Learner:
         )
         self.version = steps[0]
         self.nonfinite_in_a_row = 0
-        self._kept, self._loaded = None, str(folder)
+        self._loaded = str(folder)
+        if self._copies is not None:
+            self._copies.newest = None
         return self.version
 
     async def memory(self) -> list[dict[str, int]]:

@@ -131,7 +131,7 @@ async def results_of(
         if errors:
             rank = min(errors, key=lambda rank: _blame(errors[rank]))
             raise LearnerError(
-                f"learner rank {rank} failed {what}: {_message(errors[rank])}",
+                f"learner rank {rank} failed {what}: {message_of(errors[rank])}",
                 savable=not waiting and all(map(_is_alive, errors.values())),
                 lost=bool(waiting) or any(_blame(error) == 0 for error in errors.values()),
             ) from errors[rank]
@@ -182,7 +182,7 @@ def _blame(error: BaseException) -> int:
     return 2 if any(word in str(error).lower() for word in CONSEQUENCES) else 1
 
 
-def _message(error: BaseException) -> str:
+def message_of(error: BaseException) -> str:
     """The rank's own error; a mistake in its program with the traceback."""
     if isinstance(error, RayTaskError) and error.cause is not None and kind_of(error) != "bug":
         return f"{type(error.cause).__name__}: {error.cause}"

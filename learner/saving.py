@@ -60,9 +60,21 @@ def save(state: RankState, target: Path) -> None:
     Raises:
         CheckpointError: On every rank, when any could not write or the weights are not finite.
     """
-    first = state.spec.rank == 0
     require_finite(state.model, state.device)
     writing = write_engine(state, target / DEEPSPEED_FOLDER, DEEPSPEED_TAG)
+    write_rest(state, target, writing)
+    writing.agree(state.device)
+
+
+def write_rest(state: RankState, target: Path, writing: Writing) -> None:
+    """Write what a checkpoint has beside DeepSpeed's files: rank 0 does, the others take part.
+
+    Args:
+        state: This rank's.
+        target: An existing folder.
+        writing: Keeps the errors, for the ranks to agree on.
+    """
+    first = state.spec.rank == 0
     weights = _whole_weights(state)
     if first:
         with writing.kept():
@@ -77,7 +89,6 @@ def save(state: RankState, target: Path) -> None:
             facts["reference"] = state.reference.fingerprint
         with writing.kept():
             (target / LEARNER_FILE).write_text(json.dumps(facts, indent=1), encoding="utf-8")
-    writing.agree(state.device)
 
 
 def write_engine(state: RankState, folder: Path, tag: str) -> Writing:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 from cohort.actors.process import redirect_output, running_ray, stacks_if_late, start_reaper
 from cohort.actors.records import GroupRef, WeightsInfo
-from cohort.learner import copies, keeping, publishing, saving, setup, step
+from cohort.learner import behind, copies, keeping, publishing, saving, setup, step
 from cohort.learner.attention import Tree
 from cohort.learner.copies import Copies
 from cohort.learner.home import Whereabouts, here
@@ -185,6 +185,11 @@ class LearnerWorker:
     def keep(self, generation: int, first_on_machine: bool) -> None:
         """Copy this rank's state into shared memory; see `cohort.learner.keeping`."""
         keeping.keep(self.state, self._copies, generation, first_on_machine)
+
+    @_watched
+    def prepare_save(self) -> None:
+        """Leave beside the copies what else a checkpoint has; see `cohort.learner.behind`."""
+        behind.prepare(self.state, self._copies)
 
     @_watched
     def restore(self, generation: int) -> int:

@@ -24,6 +24,7 @@ DEPENDS_ON = (
     "tests/models.py",
     "tests/system/test_engine.py",
     "tests/system/test_learner.py",
+    "tests/system/test_saving_behind.py",
     "requirements/cpu.lock",
 )
 

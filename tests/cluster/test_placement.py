@@ -48,7 +48,7 @@ def test_the_quickstart_fits_a_laptop_and_reservations_fill_at_most_its_cores() 
         ({"actors": {"count": 3}}, "actors.count=3: .* there are 2"),
         ({"learner": {"workers": 8}}, "learner.workers=8"),
         ({"actors": {"tensor_parallel": 2}}, "actors.tensor_parallel"),
-        ({"actors": {"kv_cache_gib": 30}}, r"about 3\d\.\d GiB \(engines .* 20\.0 GiB"),
+        ({"actors": {"kv_cache_gib": 30}}, r"about 40\.\d GiB \(engines .* 20\.0 GiB"),
         ({"learner": {"offload": "optimizer"}}, "learner.offload=optimizer"),
         ({"cluster": {"device": "cuda"}}, "GPUs: needs 2 .* there are 0"),
     ],
@@ -136,8 +136,9 @@ def test_small_shared_memory_is_refused(device: str) -> None:
     wanted = config(cluster={"device": device})
     with pytest.raises(PlacementError, match=r"/dev/shm: two versions .* --shm-size"):
         plan(wanted, node, SMALL_MODEL)
-    # Twice the weights for engines, twice weights and optimizer as copies of the learner's state.
-    need = (4 + 2 * (2 + 12)) * SMALL_MODEL
+    # Twice the weights for engines, twice weights and optimizer as copies of the learner's state,
+    # and the weights once more, for checkpoints that are written from them.
+    need = (4 + 2 * (2 + 12) + 2) * SMALL_MODEL
     assert plan(wanted, replace(node, shared_memory=need + GIB), SMALL_MODEL).device == device
     assert plan(wanted, replace(node, shared_memory=None), SMALL_MODEL).device == device
     with pytest.raises(PlacementError, match="--shm-size"):

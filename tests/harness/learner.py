@@ -21,6 +21,7 @@ from ray.exceptions import ActorDiedError, ObjectLostError
 
 from cohort.actors.records import ScoredGroup, WeightsInfo
 from cohort.actors.weight_file import TensorSpec
+from cohort.learner.behind import BESIDE
 from cohort.learner.checkpoint import (
     LEARNER_FILE,
     CheckpointError,
@@ -28,7 +29,7 @@ from cohort.learner.checkpoint import (
     must_match,
     shape_of,
 )
-from cohort.learner.copies import FOLDER, Copies, MemoryWriter
+from cohort.learner.copies import FOLDER, Copies, MemoryWriter, look_at
 from cohort.learner.grpo import LossStats
 from cohort.learner.home import Whereabouts
 from cohort.learner.packing import MicroBatch
@@ -40,9 +41,12 @@ from tests.harness.local_ray import Ref, current_actor, current_ray
 LOAD_S = 5.0
 STEP_S = 2.0
 SAVE_S = 1.0
+PREPARE_S = 0.1
+WRITE_S = 1.0
 PUBLISH_S = 0.1
 KEEP_S = 0.1
 MOMENTUM = 0.5
+KINDS = ("momentum", "weights")
 
 
 class Gang:
@@ -66,6 +70,21 @@ class Gang:
         return await total
 
 
+def write_state(
+    target: Path,
+    rank: int,
+    momentum: policy.Weights,
+    weights: policy.Weights,
+    steps: int,
+    updates: int,
+) -> None:
+    """A rank's part of a checkpoint."""
+    (target / "deepspeed").mkdir(exist_ok=True)
+    state = {f"momentum.{name}": array for name, array in momentum.items()}
+    state |= {f"weights.{name}": array for name, array in weights.items()}
+    np.savez(target / "deepspeed" / f"rank-{rank}.npz", steps=steps, updates=updates, **state)
+
+
 class LocalLearnerHome:
     """The owner of a machine's shared memory; the ranks' pids are their numbers in LocalRay."""
 
@@ -73,6 +92,22 @@ class LocalLearnerHome:
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
+
+    async def write(self, rank: int, generation: int, target: str) -> None:
+        ray, actor = current_ray(), current_actor()
+        copies = Copies(Path(self.folder) / FOLDER, rank)
+        copies.require(generation)
+        # The memory itself: who writes into it changes what is written to the disk.
+        state: Any = look_at(copies.place(generation) / f"state-{rank}.pt")
+        ray.emit("write", actor.name, target)
+        await asyncio.sleep(WRITE_S * ray.slowness(actor.name))
+        arrays = [{n: t.numpy() for n, t in state[kind].items()} for kind in KINDS]
+        write_state(Path(target), rank, *arrays, *state["counts"])
+        if rank == 0:
+            beside = copies.folder / BESIDE
+            shutil.copytree(beside, target, dirs_exist_ok=True)
+            shutil.rmtree(beside)
+        ray.emit("written", actor.name, target)
 
     def cpu_seconds(self, pid: int) -> float:
         actor = current_ray().actors[pid]
@@ -254,16 +289,20 @@ class LocalLearnerWorker:
         ray, actor = current_ray(), current_actor()
         ray.emit("save", actor.name, folder)
         await asyncio.sleep(SAVE_S)
-        target = Path(folder)
-        (target / "deepspeed").mkdir(exist_ok=True)
-        state = {f"momentum.{name}": array for name, array in self.momentum.items()}
-        state |= {f"weights.{name}": array for name, array in self.weights.items()}
-        np.savez(
-            target / "deepspeed" / f"rank-{self.spec.rank}.npz",
-            steps=self.steps_done,
-            updates=self.updates_done,
-            **state,
-        )
+        write_state(
+            Path(folder), self.spec.rank, self.momentum, self.weights, self.steps_done,
+            self.updates_done,
+        )  # fmt: skip
+        await self._write_rest(Path(folder))
+
+    async def prepare_save(self) -> None:
+        current_ray().emit("save", current_actor().name)
+        await asyncio.sleep(PREPARE_S)
+        beside = self._copies.folder / BESIDE
+        beside.mkdir(parents=True, exist_ok=True)
+        await self._write_rest(beside)
+
+    async def _write_rest(self, target: Path) -> None:
         if self.spec.rank != 0:
             return
         await self.export(str(target / "hf"))

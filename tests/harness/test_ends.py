@@ -22,6 +22,7 @@ from cohort.cluster.observe.metrics_file import MetricsFile
 from cohort.cluster.observe.rollouts import RolloutWriter
 from cohort.cluster.run_dir import RunDir
 from cohort.learner.checkpoint import Checkpoints, is_complete
+from cohort.learner.gang import Gang
 from cohort.learner.learner import Learner
 from cohort.rewards.pool import RewardPool
 from tests.harness.world import World
@@ -54,7 +55,9 @@ DURING_TRAINING = {
     "the writing of completions": (RolloutWriter, "write", 2),
     "the writing of a fingerprint": (Journal, "after", 2),
     "the writing of metrics": (MetricsFile, "write", 2),
-    "a save": (Learner, "save", 1),
+    "a save": (Learner, "save_behind", 1),
+    "the writing of a copy": (Gang, "write", 1),
+    "the ranks' own save": (Learner, "save", 1),
     "the second save": (Checkpoints, "begin", 2),
     "the end of a save": (Checkpoints, "commit", 1),
     "the marker of a save": (cohort.learner.checkpoint, "_write", 4),

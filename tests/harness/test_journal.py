@@ -382,7 +382,7 @@ def test_histories_of_kills_lose_nothing_and_repeat_nothing(world: MakeWorld, se
             if not countdown:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        for kind in ("call", "done", "stored", "save", "publish"):
+        for kind in ("call", "done", "stored", "save", "written", "publish"):
             run.on(kind, kill)
         if life >= 5:
             run.forget_hooks()

@@ -199,24 +199,25 @@ def test_weights_that_are_not_finite_are_never_saved(
 ) -> None:
     from tests.harness.learner import LocalLearnerWorker
 
-    async def save(self: Any, folder: str) -> None:  # noqa: ARG001
-        raise NotFiniteError("the weights hold a NaN")
-
     run = world(run__steps=6, run__checkpoint_every=2)
     with monkeypatch.context() as patch:
         saved = 0
-        real = LocalLearnerWorker.save
+        real = LocalLearnerWorker.prepare_save
 
-        async def second(self: Any, folder: str) -> None:
+        async def prepare_save(self: Any) -> None:
             nonlocal saved
             saved += 1
-            await (real if saved == 1 else save)(self, folder)
+            if saved == 2:
+                raise NotFiniteError("the weights hold a NaN")
+            await real(self)
 
-        patch.setattr(LocalLearnerWorker, "save", second)
+        patch.setattr(LocalLearnerWorker, "prepare_save", prepare_save)
         with pytest.raises(LearnerError, match="the weights hold a NaN"):
             run.train()
     # At once: no retries, no further steps.
     assert saved == 2
+    assert len(run.events("step")) == 4
+    assert len(run.events("save")) == 1
     assert run.checkpoint().name == "step-2"
     assert [p.name for p in run.checkpoint().parent.iterdir()] == ["step-2"]
 
@@ -234,7 +235,8 @@ def test_a_full_disk_during_training_is_tried_again_after_later_steps(
     run = world(run__steps=40, run__checkpoint_every=10)
     fails(monkeypatch, Checkpoints, name, lambda call: call == 2)
     seen: list[str] = []
-    run.on("save", lambda event: seen.append(Path(event.what).name))
+    for kind in ("save", "write"):
+        run.on(kind, lambda event: seen.append(Path(event.what).name))
     assert run.train() == 0
     said = capsys.readouterr().out
     assert "checkpoint 20 could not be written, training goes on" in said

@@ -84,8 +84,11 @@ STAGES = {
     "scoring a part": ("call", "score_part", 5),
     "training": ("call", "step", 4),
     "load of weights": ("call", "sync", 6),
-    "save": ("call", "save", 2),
-    "after the ranks have saved": ("done", "save", 2),
+    "save": ("call", "save", 1),
+    "after the ranks have saved": ("done", "save", 1),
+    "preparing a save": ("call", "prepare_save", 2),
+    "the writing of a copy": ("call", "write", 2),
+    "after it is written": ("done", "write", 2),
 }
 
 

@@ -132,7 +132,7 @@ def test_thousands_of_histories_end_as_they_should(
     assert ends == {0, 1, TRY_AGAIN}
 
 
-KILLS = ("publish", "submit", "score_part", "collect", "step", "sync", "save")
+KILLS = ("publish", "submit", "score_part", "collect", "step", "sync", "prepare_save", "write")
 
 
 @pytest.mark.parametrize("seed", some(range(4), 4))

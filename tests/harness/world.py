@@ -24,9 +24,11 @@ W&B is off. Nothing here starts a process or opens a port.
 How to interfere: `world.on(kind, action, actor=..., what=..., nth=...)`, see `World.on`, with
 `world.ray.kill(name)`, `.freeze(name)`, `.thaw(name)`, `.slow[name] = 10` and `ref.lose()`.
 Events of stand-ins: `update` (an engine loads weights; reply "ignore" makes it keep the old ones),
-`reset` (of a prefix cache), `publish`, `step` (reply "nonfinite"), `save`; and `call`/`done` of
-every method of every actor, with `detail["args"]` and `detail["answer"]`, and `stored` with the
-`detail["ref"]` of what stays in the object store; `answer` of an environment's process.
+`reset` (of a prefix cache), `publish`, `step` (reply "nonfinite"), `save` (by a rank; without
+a folder where it only prepares one), `write` and `written` (of a rank's copy, by the owner of the
+memory); and `call`/`done` of every method of every actor, with `detail["args"]` and
+`detail["answer"]`, and `stored` with the `detail["ref"]` of what stays in the object store;
+`answer` of an environment's process.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ TURN_CREDIT = "tests/learner/test_turn_credit.py"
 RESCUE = "tests/harness/test_rescue.py"
 DEATHS = "tests/harness/test_learner_deaths.py"
 COPIES = "tests/learner/test_copies.py"
+BEHIND = "tests/harness/test_saving_behind.py"
 EVALUATION = "tests/harness/test_evaluation.py"
 RUN_DIR = "tests/cluster/test_run_dir.py"
 SAVED = "tests/learner/test_saved.py"
@@ -529,8 +530,8 @@ MUTANTS = (
     ),
     Mutant(
         "cluster/saving.py",
-        "    while error := await _try_to_save(run):\n",
-        "    if error := await _try_to_save(run):\n",
+        "    while error := await _try_to_save(run, run.saves.best):\n",
+        "    if error := await _try_to_save(run, run.saves.best):\n",
         "a full disk at the end of a run is waited for",
         (f"{RESCUE}::test_a_full_disk_at_the_end_is_waited_for",),
     ),
@@ -1217,10 +1218,17 @@ MUTANTS = (
     ),
     Mutant(
         "learner/learner.py",
-        "            await self._keep()\n",
-        "",
+        "await self._copies.keep(self._ranks)",
+        "pass",
         "a rank's death costs one step",
         (f"{DEATHS}::test_deaths_one_after_another_cost_one_step_each",),
+    ),
+    Mutant(
+        "learner/kept.py",
+        "        await self._until_unread(generation)\n",
+        "",
+        "a checkpoint holds the state after its step, though later steps run meanwhile",
+        (f"{BEHIND}::test_a_checkpoint_written_behind_holds_what_one_in_the_foreground_holds",),
     ),
     Mutant(
         "learner/gang.py",

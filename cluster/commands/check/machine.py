@@ -87,7 +87,7 @@ def _host_memory(
         f"ZeRO {config.learner.zero_stage}",
         "reference": "for the KL" if need["reference"] else "algorithm.kl_coef is 0",
         "rewards": f"{config.rewards.workers} x process",
-        "copies of the learner": "two in /dev/shm; learner.keep_copy=false: none",
+        "copies of the learner": "two in /dev/shm, weights to save; learner.keep_copy=false: none",
         "published weights": "two versions in /dev/shm",
     }
     if step is not None:
