@@ -378,14 +378,6 @@ class Fleet:
         serving = sum(slot.ready for slot in self.slots)
         return {"serving": serving, "restarts": self.restarts, "retired": self.retired}
 
-    async def memory(self) -> int:
-        """Peak resident bytes of all actors and engines that answer within half a minute."""
-        calls = [asyncio.ensure_future(slot.handle.memory()) for slot in self.slots]
-        done, late = await asyncio.wait(calls, timeout=30) if calls else (set(), set())
-        for call in late:
-            call.cancel()
-        return sum(call.result() for call in done if call.exception() is None)
-
     def kill(self) -> None:
         """End every actor now; their watchers end the engines."""
         for leaving in self._leaving:

@@ -206,7 +206,11 @@ class RolloutPool:
 
     async def memory(self) -> int:
         """Peak resident bytes of all actors and engines that answer within half a minute."""
-        return await self.fleet.memory()
+        calls = [asyncio.ensure_future(slot.handle.memory()) for slot in self.fleet.slots]
+        done, late = await asyncio.wait(calls, timeout=30) if calls else (set(), set())
+        for call in late:
+            call.cancel()
+        return sum(call.result() for call in done if call.exception() is None)
 
     def kill(self) -> None:
         """End every actor now; their watchers end the engines."""

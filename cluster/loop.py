@@ -16,6 +16,7 @@ from cohort.cluster.failures import check_failures
 from cohort.cluster.run import Finished, Run, StepTimer
 from cohort.cluster.saving import rescue, save_at_the_end, save_if_due
 from cohort.cluster.signals import unless_stopped
+from cohort.cluster.sizing import Sizing
 from cohort.cluster.stream import MAX_GENERATIONS, Batch
 from cohort.learner.learner import LostGroups, StepResult
 
@@ -41,7 +42,7 @@ async def train(run: Run) -> None:
 
 
 async def _steps(run: Run) -> None:
-    config, progress = run.config, run.progress
+    config, progress, sizing = run.config, run.progress, Sizing(run.config)
     # Engines start from the weights on disk; after a resume those are not the run's.
     await run.publisher.publish()
     while progress.step < config.run.steps and not run.stop.is_set():
@@ -76,11 +77,10 @@ async def _steps(run: Run) -> None:
         evaluation = await evaluate_if_due(run)
         await run.record(times, published.gap, evaluation)
 
-        # 6. Save now and then; what is saved is what `run.resume` continues from.
+        # 6. Save now and then; what is saved is what `run.resume` continues from. Then the run may
+        #    become larger or smaller.
         await save_if_due(run, evaluation)
-
-        # Between two steps the run may become larger or smaller.
-        await run.sizing.adjust(run, times.step, timer.seconds["take"])
+        await sizing.adjust(run, times.step, timer.seconds["take"])
 
 
 async def evaluate_if_due(run: Run) -> Evaluation | None:

@@ -28,7 +28,6 @@ from cohort.cluster.observe.rollouts import RolloutWriter
 from cohort.cluster.observe.tracking import Tracker
 from cohort.cluster.publishing import Publisher
 from cohort.cluster.ray_watch import Loss
-from cohort.cluster.sizing import Sizing
 from cohort.cluster.stream import Ahead, Batch, GroupStream
 from cohort.learner.checkpoint import Checkpoints
 from cohort.learner.learner import Learner, StepResult
@@ -186,7 +185,6 @@ class Run:
     recorder: Recorder
     saves: Saves
     progress: Progress
-    sizing: Sizing
     held_out: HeldOut | None = None
     stop: asyncio.Event = field(default_factory=asyncio.Event)
     lost: Loss | None = None

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 from cohort.actors.demand import Demand
 from cohort.cluster.config import Config, ConfigError, expand
@@ -23,11 +22,9 @@ from cohort.cluster.placement import (
     several_machines,
     this_machine,
 )
+from cohort.cluster.run import Run
 from cohort.cluster.run_dir import SCALE_ANSWER, SCALE_REQUEST
 from cohort.cluster.scaling import Answer, Request, read_message, why_not
-
-if TYPE_CHECKING:
-    from cohort.cluster.run import Run
 
 
 class Sizing:

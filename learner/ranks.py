@@ -130,10 +130,12 @@ async def results_of(
             errors = _errors(tasks)
         if errors:
             rank = min(errors, key=lambda rank: _blame(errors[rank]))
+            # It would refuse the same input again; the others only wait for it.
+            refused = _blame(errors[rank]) == 1 and kind_of(errors[rank]) == "data"
             raise LearnerError(
                 f"learner rank {rank} failed {what}: {message_of(errors[rank])}",
                 savable=not waiting and all(map(_is_alive, errors.values())),
-                lost=bool(waiting) or any(_blame(error) == 0 for error in errors.values()),
+                lost=not refused and (bool(waiting) or _blame(errors[rank]) == 0),
             ) from errors[rank]
         if waiting and watching.done():
             raise LearnerError(

@@ -20,6 +20,7 @@ RUNS = (
     "test_chaos.py",
     "test_check.py",
     "test_examples.py",
+    "test_nodes.py",
     "test_replay.py",
     "test_submit.py",
     "test_train.py",
@@ -68,7 +69,7 @@ def all_cores() -> Iterator[None]:
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Whole runs one after the other, the documents' commands likewise; beside them the parts of
-    the real stack, then all others."""
+    the real stack, file by file, then all others."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Groups(LoadScopeScheduling):
@@ -78,7 +79,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
                 return ONCE if file == ONCE else nodeid
             if file.endswith(COMMANDS):
                 return "commands"
-            return "runs" if file.endswith(RUNS) else "parts"
+            return "runs" if file.endswith(RUNS) else file
 
     return Groups(config, log)
 

@@ -35,7 +35,6 @@ from cohort.cluster.ray_watch import Loss, unless_ray_dies
 from cohort.cluster.run import Progress, Recorder, Run, Saves
 from cohort.cluster.run_dir import RunDir, claim_run_dir
 from cohort.cluster.signals import Signals, Stopped
-from cohort.cluster.sizing import Sizing
 from cohort.cluster.stream import GroupStream
 from cohort.cluster.waiting import stacks_on_request, tell_when_slow
 from cohort.learner.checkpoint import Checkpoints
@@ -206,7 +205,6 @@ def assemble(
         recorder=Recorder(tracker, writer, console),
         saves=saves,
         progress=Progress(saves.step, state["cursor"], counters, stream.ahead()),
-        sizing=Sizing(config),
         held_out=held_out,
     )
 

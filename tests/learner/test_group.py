@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from cohort.learner import ranks
 from cohort.learner.config import AlgorithmConfig, LearnerConfig
 from cohort.learner.grpo import LossStats
 from cohort.learner.learner import Learner, LearnerError
@@ -187,6 +188,19 @@ def test_the_cause_is_told_from_its_consequences() -> None:
     ]
     with pytest.raises(LearnerError, match=r"rank 1 failed a step: ValueError: bad completion"):
         asyncio.run(results_of("a step", calls, 5))
+
+
+@pytest.mark.parametrize(
+    ("error", "again"), [(ValueError("bad completion"), False), (RuntimeError("device"), True)]
+)
+def test_ranks_are_not_started_again_for_what_one_refuses(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, again: bool
+) -> None:
+    """The other rank waits for it without end, as in a collective operation."""
+    monkeypatch.setattr(ranks, "GRACE_S", 0.05)
+    with pytest.raises(LearnerError, match="rank 0 failed a step") as raised:
+        asyncio.run(results_of("a step", [fail_after(0.0, error), return_after(30, 2)], 60))
+    assert (raised.value.lost, raised.value.savable) == (again, False)
 
 
 def test_a_wait_ends_and_says_for_whom() -> None:

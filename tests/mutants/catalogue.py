@@ -828,7 +828,7 @@ MUTANTS = (
     ),
     Mutant(
         "cluster/loop.py",
-        '        await run.sizing.adjust(run, times.step, timer.seconds["take"])\n',
+        '        await sizing.adjust(run, times.step, timer.seconds["take"])\n',
         "",
         "`cohort scale` changes a run that goes on",
         ("tests/harness/test_scaling.py::test_a_run_grows_and_shrinks_and_loses_no_group",),

@@ -128,7 +128,7 @@ MAKERS = {
 }
 
 
-OFTEN = ("llama-tied", "llama-untied", "gpt2")
+OFTEN = ("llama-tied", "gpt2")
 
 
 @pytest.fixture(scope="module")
@@ -368,6 +368,7 @@ def test_an_engine_computes_on_the_cores_it_was_given(served: Served) -> None:
         assert len(engine.cpu_affinity()) == 1
 
 
+@pytest.mark.exhaustive
 def test_two_engines_side_by_side_never_give_copies(tmp_path: Path) -> None:
     """Different prompts' seeds differ, whichever engine; one prompt is the same on both. A third
     one beside them cannot start."""
@@ -440,6 +441,7 @@ def in_float8(model: Any) -> Any:
     return model
 
 
+@pytest.mark.exhaustive
 def test_float8_rollouts_are_rounded_again_at_every_update(tmp_path: Path) -> None:
     folder = tiny_llama(tmp_path / "model")
     [actor] = start(folder, quantization="fp8")

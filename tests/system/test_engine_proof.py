@@ -92,36 +92,38 @@ def cluster() -> Iterator[None]:
 MAKERS = {"llama-tied": tiny_llama, "gpt2": tiny_gpt2, "qwen2-tied": tiny_qwen2}
 
 
-@pytest.fixture(scope="module")
-def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Served]]:
-    cores = sorted(os.sched_getaffinity(0))
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(kind, marks=[] if kind == "llama-tied" else [pytest.mark.exhaustive])
+        for kind in MAKERS
+    ],
+)
+def engine(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = MAKERS[request.param](
+        tmp_path_factory.mktemp("engine") / "model", dtype=torch.bfloat16
+    )
+    limits = ActorsConfig(max_concurrent=64, kv_cache_gib=0.25)
+    spec = EngineSpec(str(folder), "bfloat16", "cpu", 512, limits, seed=0)
     remote = ray.remote(Open).options(
         num_cpus=0.1,
         runtime_env={"env_vars": {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}},
     )
-    made, waiting = {}, []
-    for index, (kind, make) in enumerate(MAKERS.items()):
-        folder = make(tmp_path_factory.mktemp(kind) / "model", dtype=torch.bfloat16)
-        limits = ActorsConfig(max_concurrent=64, kv_cache_gib=0.25)
-        spec = EngineSpec(str(folder), "bfloat16", "cpu", 512, limits, seed=0)
-        actor = remote.remote(f"proof-{kind}", spec, str(folder.parent / "logs"))
-        waiting.append(actor.start.remote((cores[index % len(cores)],)))
-        made[kind] = Served(actor, folder)
-    for answer in ray.get(waiting, timeout=2 * TIMEOUT):
-        assert isinstance(answer, float), answer
-    yield made
-    for served in made.values():
-        ray.kill(served.actor)
+    actor = remote.remote(f"proof-{request.param}", spec, str(folder.parent / "logs"))
+    cores = tuple(sorted(os.sched_getaffinity(0)))
+    answer = ray.get(actor.start.remote(cores), timeout=TIMEOUT)
+    assert isinstance(answer, float), answer
+    yield Served(actor, folder)
+    ray.kill(actor)
 
 
-@pytest.fixture(params=list(MAKERS))
-def served(request: Any, engines: dict[str, Served]) -> Served:
+@pytest.fixture
+def served(engine: Served) -> Served:
     """An engine that holds a version which it has loaded without a fault."""
-    found = engines[request.param]
     for _ in range(2):
-        answer = found.sync(found.publish())
+        answer = engine.sync(engine.publish())
         assert not isinstance(answer, Failure), answer.message
-    return found
+    return engine
 
 
 # What follows runs in the engine's process, once, at its next update.
