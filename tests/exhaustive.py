@@ -23,7 +23,10 @@ DEPENDS_ON = (
     "tests/learner",
     "tests/models.py",
     "tests/system/test_engine.py",
+    "tests/system/test_engine_proof.py",
     "tests/system/test_learner.py",
+    "tests/system/test_learner_deaths.py",
+    "tests/system/test_reshape.py",
     "tests/system/test_saving_behind.py",
     "requirements/cpu.lock",
 )
