@@ -19,7 +19,8 @@ from tests.system.conftest import COHORT, Cohort
 from tests.system.runs import rows
 from tests.system.test_submit import free_ports
 
-pytestmark = [pytest.mark.system, pytest.mark.slow]
+# Two minutes, which the two cores of a busy machine may not have to spare for three raylets.
+pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.exhaustive]
 
 RAY = str(Path(sys.executable).parent / "ray")
 
@@ -86,6 +87,7 @@ def nodes(cohort: Cohort, monkeypatch: pytest.MonkeyPatch) -> Iterator[Nodes]:
         made.end()
 
 
+@pytest.mark.usefixtures("all_cores")
 def test_nodes_that_join_get_engines_and_those_that_are_lost_are_done_without(
     cohort: Cohort, nodes: Nodes, nothing_left: Callable[[], None]
 ) -> None:
