@@ -73,11 +73,16 @@ def test_a_run_whose_driver_was_killed_leaves_nothing_and_resumes_exactly(
     every = {"run__checkpoint_every": 2, "run__keep_checkpoints": 100}
     process = cohort.start(run__dir=run, run__steps=500, **every, **keys)
     wait_for(cohort.folder / "out.log", "step   3/500", process)
+    # It is written while training goes on.
+    checkpoints = run / "checkpoints"
+    deadline = time.monotonic() + 60
+    while not (checkpoints / "step-2").is_dir():
+        assert time.monotonic() < deadline, (cohort.folder / "out.log").read_text()
+        time.sleep(0.1)
     process.kill()
     process.wait()
     nothing_left()
     # What came after the checkpoint is done again, a torn, newer checkpoint not chosen.
-    checkpoints = run / "checkpoints"
     for other in checkpoints.iterdir():
         if other.name != "step-2":
             shutil.rmtree(other)
