@@ -10,8 +10,8 @@ from pathlib import Path
 from cohort.actors.process import start_reaper
 from cohort.actors.witness import look_at
 
-# How much less of a busy processor the writing of a checkpoint gets: 19 is the least.
-NICE = 10
+# The least of a busy processor: Ray has given 15 to everything beside it.
+NICE = 19
 
 
 @dataclass(frozen=True)
