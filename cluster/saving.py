@@ -130,6 +130,8 @@ async def begin(run: Run, before: Best | None, behind: bool = False) -> Writing:
         + (" (the last update was not finite, and changed nothing)" if skipped else "")
     )
     state = _state_of(run)
+    # What follows is in parts of the journal of its own: those before can go with this checkpoint.
+    await run.journal.rotate()
     folder = run.saves.checkpoints.begin(step)
     written = await run.learner.save_behind(folder) if behind else None
     if written is None:

@@ -85,15 +85,22 @@ class JournalActor:
             return NotWritten("disk", str(error))
         return None
 
+    def rotate(self) -> NotWritten | None:
+        """Begin a new segment."""
+        try:
+            self._begun().rotate()
+        except (OSError, JournalError) as error:
+            return NotWritten("disk", str(error))
+        return None
+
     def trim(self, checkpoints: Sequence[int]) -> NotWritten | None:
-        """Begin a new segment and remove those that are not needed any more.
+        """Remove the segments that are not needed any more.
 
         Args:
             checkpoints: Steps of the complete checkpoints, in order.
         """
         try:
             writer = self._begun()
-            writer.rotate()
             older = {n: size for n, size in writer.sizes.items() if n != writer.current}
             last, limits = writer.last_steps, self._limits
             gone = removable(older, last, checkpoints, limits.limit_bytes, limits.keep_all)

@@ -9,6 +9,7 @@ was not scored yet.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar, cast
@@ -218,6 +219,11 @@ class Journal:
         self._ahead.pop(batch.step, None)
         for scored in batch.groups:
             del self._writing[scored.meta.group_id], self._seeds[scored.meta.group_id]
+
+    async def rotate(self) -> None:
+        """Begin a new segment. Raises nothing: what cannot be parted is only removed later."""
+        with contextlib.suppress(JournalError):
+            await self._ask(lambda actor: actor.rotate.remote())
 
     async def trim(self, checkpoints: Sequence[int]) -> None:
         """Remove what is not needed any more; checkpoints: steps of the complete ones, in order.
