@@ -6,7 +6,6 @@ import logging
 import os
 import re
 import socket
-import sys
 from pathlib import Path
 
 from cohort.actors.process import start_sweeper
@@ -83,17 +82,6 @@ def check_start(config: Config, parameters: int | None = None) -> None:
         plan(config, this_machine(), parameters)
 
 
-def use_own_programs() -> None:
-    """Have what this process starts find the programs of its Python installation first.
-
-    At every start ninja looks at DeepSpeed's compiled part. A ninja of another version, on another
-    PATH, takes what this one has built for outdated and builds it again: a minute or two each time.
-    """
-    own = str(Path(sys.executable).parent)
-    path = os.environ.get("PATH", os.defpath).split(os.pathsep)
-    os.environ["PATH"] = os.pathsep.join([own, *(place for place in path if place != own)])
-
-
 def check_own_ray() -> None:
     """Check what starting Ray needs of this machine. Raises RunError when something is missing."""
     folder = ray_folder()
@@ -138,7 +126,6 @@ def connect(config: Config, here: Resources | None = None) -> Resources:
     have = here or this_machine()
     check_own_ray()
     start_sweeper()
-    use_own_programs()
     try:
         ray.init(
             # Otherwise Ray would join a cluster that runs on this machine.

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from cohort.cluster.ray_start import use_own_programs
-
 if TYPE_CHECKING:
     from tests.harness.world import World
 
@@ -44,8 +42,6 @@ def pytest_configure() -> None:
     ):
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, action)
-    # One ninja for all that the tests start, as for runs.
-    use_own_programs()
     use_own_cores()
 
 

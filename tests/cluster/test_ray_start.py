@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +26,6 @@ from cohort.cluster.ray_start import (
     check_start,
     connect,
     ray_address,
-    use_own_programs,
 )
 
 HERE = Resources(cpus=2, gpus=0, memory=8 * GIB, shared_memory=GIB)
@@ -273,13 +269,3 @@ def test_what_a_later_try_may_cure_is_told_to_who_starts_it_again(
     with pytest.raises(RunError) as caught:
         check_reachable("http://127.0.0.1:8265")
     assert caught.value.exit_code == 1
-
-
-def test_programs_of_the_own_installation_are_found_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two versions of ninja would build DeepSpeed's compiled part again for each other."""
-    own = str(Path(sys.executable).parent)
-    for path in ("/usr/bin:/bin", f"/usr/bin:{own}:/bin", f"{own}:/usr/bin:/bin"):
-        monkeypatch.setenv("PATH", path)
-        use_own_programs()
-        assert os.environ["PATH"] == f"{own}:/usr/bin:/bin"
-    assert shutil.which("ninja") == f"{own}/ninja"
