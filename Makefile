@@ -16,7 +16,7 @@ help:
 	@echo "make train      set up, then train the quickstart (CONFIG=..., ARGS='key=value ...')"
 	@echo "make test       set up, then run all tests (about half an hour)"
 	@echo "make test-fast  the tests that need no engine and wait for no process (under three minutes)"
-	@echo "make exhaustive the learner's other combinations, unless they have passed on this code"
+	@echo "make exhaustive what make test only samples, unless it has passed on this code"
 	@echo "make mutants    put known faults into copies of the code; the fast tests must notice each"
 	@echo "make lint       ruff and mypy"
 	@echo "make lock       resolve requirements/cpu.in again"

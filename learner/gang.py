@@ -155,7 +155,7 @@ class Gang:
                     max_restarts=-1,
                     max_task_retries=-1,
                     scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
-                ).remote(self.spec.shm_dir)
+                ).remote(self.spec.shm_dir, self.spec.trial_dir is not None)
                 self._homes[node] = cast("ActorHandle[LearnerHome]", home)
 
     async def _end_ranks(self) -> None:

@@ -10,9 +10,6 @@ from pathlib import Path
 from cohort.actors.process import start_reaper
 from cohort.actors.witness import look_at
 
-# The least of a busy processor: Ray has given 15 to everything beside it.
-NICE = 19
-
 
 @dataclass(frozen=True)
 class Whereabouts:
@@ -38,11 +35,15 @@ class LearnerHome:
 
     Args:
         folder: The folder in shared memory.
+        writes: Whether there will be checkpoints to write.
     """
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, writes: bool) -> None:
         self._folder = Path(folder)
         start_reaper(self._folder)
+        if writes:
+            # Seconds of imports, which the first checkpoint would bring into the middle of a step.
+            threading.Thread(target=_import_the_writing, daemon=True).start()
 
     def cpu_seconds(self, pid: int) -> float:
         """Seconds that a process on this machine has computed; 0 when it is gone."""
@@ -52,10 +53,7 @@ class LearnerHome:
     def write(self, rank: int, generation: int, target: str) -> None:
         """Write a rank's part of a checkpoint from its copy, in a thread of its own; see
         `cohort.learner.behind`."""
-        # The ranks and engines beside it come first: nobody waits for this.
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
-        # What was copied holds objects of DeepSpeed's, which looks for GPUs when it is imported.
-        os.environ["DS_ACCELERATOR"] = "cpu"
+        _import_the_writing()
         from cohort.learner import behind, copies
 
         there = copies.Copies(self._folder / copies.FOLDER, rank)
@@ -74,6 +72,22 @@ class LearnerHome:
                     process.wait(timeout=10)
             except (psutil.NoSuchProcess, psutil.TimeoutExpired):
                 continue
+
+
+def _come_last() -> None:
+    """Have this thread compute only while the ranks and engines beside it leave a core free, or
+    nearly so: nobody waits for it, and of a lower priority alone a third of a core would be left.
+    """
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+
+
+def _import_the_writing() -> None:
+    _come_last()
+    # What was copied holds objects of DeepSpeed's, which looks for GPUs when it is imported.
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed  # noqa: F401
+
+    from cohort.learner import behind  # noqa: F401
 
 
 def here(node_id: str) -> Whereabouts:

@@ -1,9 +1,9 @@
 """`make exhaustive`: the tests marked so, unless they have passed on this very code.
 
-They take minutes and depend on the learner and the actors alone, so they are run when those have
-changed: what they passed on is written down, as a hash over its files, in
-`tests/exhaustive.passed`. Commit that file with a change of the learner; where it does not fit,
-continuous integration runs them.
+They take minutes, so each of their groups is run when something has changed that it can see a
+difference in: what it passed on is written down, as a hash over these files, in
+`tests/exhaustive.passed`. Commit that file with the change; where it does not fit, continuous
+integration runs the group.
 """
 
 from __future__ import annotations
@@ -11,59 +11,102 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "tests" / "exhaustive.passed"
-# What an exhaustive test can see a difference in.
-DEPENDS_ON = (
-    "actors",
-    "learner",
-    "tests/learner",
-    "tests/models.py",
-    "tests/system/test_engine.py",
-    "tests/system/test_engine_proof.py",
-    "tests/system/test_learner.py",
-    "tests/system/test_learner_deaths.py",
-    "tests/system/test_reshape.py",
-    "tests/system/test_saving_behind.py",
-    "requirements/cpu.lock",
-)
+CODE = (".py", ".md", ".yaml", ".lock")
 
 
-def files(root: Path = ROOT) -> Iterator[Path]:
-    """Every file that counts, in a fixed order."""
-    for name in DEPENDS_ON:
-        path = root / name
-        found = [path] if path.is_file() else sorted(path.rglob("*.py"))
-        assert found, f"{name} is not there any more: change DEPENDS_ON"
-        yield from found
+@dataclass(frozen=True)
+class Group:
+    """Tests that are run together.
+
+    Attributes:
+        tests: Their files and folders.
+        code: What else they can see a difference in.
+    """
+
+    tests: tuple[str, ...]
+    code: tuple[str, ...]
+
+    def files(self, root: Path) -> Iterator[Path]:
+        """Every file that counts, in a fixed order."""
+        for name in (*self.tests, *self.code):
+            path = root / name
+            found = [path]
+            if path.is_dir():
+                found = sorted(f for f in path.rglob("*") if f.suffix in CODE)
+            assert found and found[0].is_file(), f"{name} is not there any more: change GROUPS"
+            yield from found
+
+    def content_hash(self, root: Path) -> str:
+        """Of the files' names and contents."""
+        digest = hashlib.sha256()
+        for path in self.files(root):
+            data = path.read_bytes()
+            digest.update(f"{path.relative_to(root)} {len(data)}\n".encode())
+            digest.update(data)
+        return digest.hexdigest()
 
 
-def content_hash(root: Path = ROOT) -> str:
-    """Of the files' names and contents."""
-    digest = hashlib.sha256()
-    for path in files(root):
-        data = path.read_bytes()
-        digest.update(f"{path.relative_to(root)} {len(data)}\n".encode())
-        digest.update(data)
-    return digest.hexdigest()
+GROUPS = {
+    "learner": Group(
+        tests=(
+            "tests/system/test_engine.py",
+            "tests/system/test_engine_proof.py",
+            "tests/system/test_learner.py",
+            "tests/system/test_learner_deaths.py",
+            "tests/system/test_reshape.py",
+            "tests/system/test_saving_behind.py",
+        ),
+        code=("actors", "learner", "requirements/cpu.lock", "tests/learner", "tests/models.py"),
+    ),
+    "runs": Group(
+        tests=(
+            "tests/harness",
+            "tests/rewards/travel",
+            "tests/system/test_examples.py",
+            "tests/system/test_nodes.py",
+            "tests/system/test_pool_recovery.py",
+            "tests/system/test_readme.py",
+            "tests/system/test_train.py",
+        ),
+        code=(
+            *("README.md", "CONTRIBUTING.md", "docs", "deploy", "examples"),
+            *("actors", "cluster", "cohort", "learner", "rewards", "requirements/cpu.lock"),
+            *("tests/shown.py", "tests/system/conftest.py", "tests/system/runs.py"),
+        ),
+    ),
+}
 
 
-def main() -> int:
-    now = content_hash()
-    if RECORD.is_file() and RECORD.read_text().strip() == now:
-        print("exhaustive: passed on this learner already (tests/exhaustive.passed)")
+def passed() -> dict[str, str]:
+    """The hash that each group has passed on, by its name."""
+    lines = RECORD.read_text(encoding="utf-8").splitlines() if RECORD.is_file() else []
+    return {name: digest for name, _, digest in (line.partition(" ") for line in lines)}
+
+
+def run(name: str, group: Group, arguments: Sequence[str], root: Path = ROOT) -> int:
+    """Run a group's tests unless they have passed; returns pytest's code."""
+    now = group.content_hash(root)
+    if passed().get(name) == now:
+        print(f"exhaustive: {name}: passed on this code already (tests/exhaustive.passed)")
         return 0
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-m", "exhaustive", "-n", "2", *sys.argv[1:]], cwd=ROOT
-    )
-    if done.returncode == 0 and not sys.argv[1:] and content_hash() == now:
-        RECORD.write_text(now + "\n")
-        print("exhaustive: passed; commit tests/exhaustive.passed")
+    command = [sys.executable, "-m", "pytest", "-m", "exhaustive", "-n", "2"]
+    done = subprocess.run([*command, *group.tests, *arguments], cwd=root)
+    if done.returncode == 0 and not arguments and group.content_hash(root) == now:
+        record = passed() | {name: now}
+        RECORD.write_text("".join(f"{key} {record[key]}\n" for key in sorted(record)))
+        print(f"exhaustive: {name}: passed; commit tests/exhaustive.passed")
     return done.returncode
 
 
+def main(arguments: Sequence[str]) -> int:
+    return max([run(name, group, arguments) for name, group in GROUPS.items()])
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

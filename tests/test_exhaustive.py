@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import shutil
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests import exhaustive
+from tests.exhaustive import GROUPS, ROOT, Group
 
 
 @pytest.fixture
 def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of what the hash is over, and a record of its own."""
-    for file in exhaustive.files():
-        target = tmp_path / file.relative_to(exhaustive.ROOT)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(file, target)
-    real = exhaustive.content_hash
-    monkeypatch.setattr(exhaustive, "content_hash", lambda: real(tmp_path))
+    """A small tree with a record of its own."""
+    for name in ("learner/grpo.py", "learner/deep/step.py", "tests/test_it.py", "cpu.lock"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x = 1\n")
     monkeypatch.setattr(exhaustive, "RECORD", tmp_path / "record")
-    monkeypatch.setattr("sys.argv", ["exhaustive"])
     return tmp_path
 
 
@@ -33,28 +30,60 @@ class Pytest:
         self.runs = 0
 
     def __call__(self, command: list[str], **_: Any) -> Pytest:
-        assert command[-4:] == ["-m", "exhaustive", "-n", "2"]
+        assert command[3:] == ["-m", "exhaustive", "-n", "2", "tests/test_it.py"]
         self.runs += 1
         return self
 
 
-def test_they_run_again_when_the_learner_changes_and_until_they_pass(
+def test_they_run_again_when_their_code_changes_and_until_they_pass(
     tree: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    group = Group(tests=("tests/test_it.py",), code=("learner", "cpu.lock"))
     passing, failing = Pytest(0), Pytest(1)
+
+    def run(name: str = "learner") -> int:
+        return exhaustive.run(name, group, (), tree)
+
     monkeypatch.setattr("subprocess.run", failing)
-    assert exhaustive.main() == 1
+    assert run() == 1
     monkeypatch.setattr("subprocess.run", passing)
-    assert [exhaustive.main(), exhaustive.main()] == [0, 0]
+    assert [run(), run()] == [0, 0]
     assert (failing.runs, passing.runs) == (1, 1)
-    for name in ("learner/grpo.py", "tests/system/test_learner.py", "requirements/cpu.lock"):
+    # Each group has its own line.
+    assert [run("other"), run("other"), run()] == [0, 0, 0]
+    assert passing.runs == 2
+    for name in ("learner/grpo.py", "learner/deep/step.py", "tests/test_it.py", "cpu.lock"):
         with (tree / name).open("a") as file:
             file.write("# changed\n")
         monkeypatch.setattr("subprocess.run", failing)
-        assert exhaustive.main() == 1, name
+        assert run() == 1, name
         monkeypatch.setattr("subprocess.run", passing)
-        assert exhaustive.main() == 0
+        assert run() == 0
     (tree / "learner" / "new.py").write_text("")
     before = passing.runs
-    assert exhaustive.main() == 0
+    assert [run(), run()] == [0, 0]
     assert passing.runs == before + 1
+
+
+def test_every_exhaustive_test_is_in_one_group() -> None:
+    """One that is in none would never be run."""
+    marked = [
+        path.relative_to(ROOT)
+        for path in (ROOT / "tests").rglob("test_*.py")
+        if re.search(r"mark\.exhaustive\b", path.read_text(encoding="utf-8"))
+    ]
+    assert len(marked) > 8
+    for file in marked:
+        if file.name == Path(__file__).name:
+            continue
+        groups = [
+            name
+            for name, group in GROUPS.items()
+            if any(file.is_relative_to(place) for place in group.tests)
+        ]
+        assert len(groups) == 1, (file, groups)
+
+
+def test_what_the_groups_name_is_there() -> None:
+    for group in GROUPS.values():
+        assert len(group.content_hash(ROOT)) == 64

@@ -90,10 +90,11 @@ class LocalLearnerHome:
 
     kind = "home"
 
-    def __init__(self, folder: str) -> None:
-        self.folder = folder
+    def __init__(self, folder: str, writes: bool) -> None:
+        self.folder, self.writes = folder, writes
 
     async def write(self, rank: int, generation: int, target: str) -> None:
+        assert self.writes
         ray, actor = current_ray(), current_actor()
         copies = Copies(Path(self.folder) / FOLDER, rank)
         copies.require(generation)

@@ -132,6 +132,7 @@ def run(folder: Path, main: Callable[[Run], Awaitable[None]], **options: Any) ->
     asyncio.run(asyncio.wait_for(program(), 400))
 
 
+@pytest.mark.exhaustive
 def test_two_actors_outlive_each_other(tmp_path: Path) -> None:
     files = shared_files()
 

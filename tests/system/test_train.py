@@ -155,20 +155,24 @@ def wait_for(path: Path, text: str, process: subprocess.Popen[str], timeout: flo
         time.sleep(0.1)
 
 
-def test_a_start_that_was_stopped_at_any_moment_is_started_again(
+def test_a_start_that_was_stopped_at_any_moment_and_a_run_that_lost_its_ray_go_on(
     cohort: Cohort, nothing_left: Callable[[], None]
 ) -> None:
     """The same command every time: ended before Ray is there, in the middle of the start by each
-    signal, by an engine that does not start in time; then it trains."""
+    signal, by an engine that does not start in time; then it trains. The rollout writer is
+    replaced. Without Ray nothing goes on: the run ends, and says so. It is resumed to a nearer end
+    of its cosine, which it must be told to."""
     run = cohort.folder / "again"
     log = cohort.folder / "out.log"
+    cosine: dict[str, object] = {"run__dir": run, "learner__lr_schedule": "cosine"}
+    long = {**cosine, "run__steps": 500, "run__checkpoint_every": 2}
     for number, text in (
         (signal.SIGTERM, ""),
         (signal.SIGTERM, "starting Ray"),
         (signal.SIGINT, "starting 1 engine(s)"),
         (signal.SIGKILL, "starting 1 engine(s)"),
     ):
-        process = cohort.start(run__dir=run)
+        process = cohort.start(**long)
         if text:
             wait_for(log, text, process)
         time.sleep(1)
@@ -178,30 +182,11 @@ def test_a_start_that_was_stopped_at_any_moment_is_started_again(
         assert "Traceback" not in log.read_text(), log.read_text()
         assert "PC: @" not in log.read_text(), log.read_text()
         nothing_left()
-    failed = cohort.train(run__dir=run, actors__start_timeout_s=0.5)
+    failed = cohort.train(**long, actors__start_timeout_s=0.5)
     assert failed.returncode == 1, shown(failed)
     assert "actors.start_timeout_s" in failed.stderr
     nothing_left()
-    done = cohort.train(run__dir=run)
-    assert done.returncode == 0, shown(done)
-    assert "_GatheringFuture" not in shown(done)
-    assert [row["step"] for row in rows(run)] == [0, 1]
-    # It is a run now, and is not overwritten.
-    again = cohort.train(run__dir=run)
-    assert again.returncode == 1
-    assert "run.resume=true" in again.stderr
-    nothing_left()
-
-
-def test_a_run_whose_rollout_writer_or_ray_dies(
-    cohort: Cohort, nothing_left: Callable[[], None]
-) -> None:
-    """The rollout writer is replaced. Without Ray nothing goes on: the run ends, and says so. It
-    is resumed to a nearer end of its cosine, which it must be told to."""
-    run = cohort.folder / "dies"
-    cosine: dict[str, object] = {"run__dir": run, "learner__lr_schedule": "cosine"}
-    process = cohort.start(**cosine, run__steps=500, run__checkpoint_every=2)
-    log = cohort.folder / "out.log"
+    process = cohort.start(**long)
     wait_for(log, "step   3/500", process)
     cohort.process("ray::_Writer").kill()
     wait_for(log, "step   8/500", process)
@@ -210,7 +195,12 @@ def test_a_run_whose_rollout_writer_or_ray_dies(
     raylet.kill()
     assert process.wait(90) == 75, log.read_text()
     assert "died, and no run goes on without it" in log.read_text()
+    assert "_GatheringFuture" not in log.read_text()
     nothing_left()
+    # It is a run now, and is not overwritten.
+    again = cohort.train(**long)
+    assert again.returncode == 1
+    assert "run.resume=true" in again.stderr
     steps = len(rows(run)) + 2
     more: dict[str, object] = {**cosine, "run__steps": steps, "run__resume": "true"}
     refused = cohort.train(**more)
@@ -261,6 +251,7 @@ def test_killed_engines_are_replaced_and_sigterm_saves(
     nothing_left()
 
 
+@pytest.mark.exhaustive
 def test_a_hanging_reward_stops_the_run_with_one_message(
     cohort: Cohort, nothing_left: Callable[[], None]
 ) -> None:
