@@ -74,6 +74,7 @@ def test_a_game_of_several_turns(cohort: Cohort, nothing_left: Callable[[], None
     nothing_left()
 
 
+@pytest.mark.exhaustive
 def test_an_agent_with_its_own_loop(cohort: Cohort, nothing_left: Callable[[], None]) -> None:
     """Its requests are the turns, and every token that is trained was sampled for one of them."""
     folder = cohort.folder / "agent"
@@ -100,7 +101,9 @@ def test_an_agent_with_its_own_loop(cohort: Cohort, nothing_left: Callable[[], N
     nothing_left()
 
 
-@pytest.mark.parametrize("script", ["custom_reward.py", "custom_task.py"])
+@pytest.mark.parametrize(
+    "script", ["custom_reward.py", pytest.param("custom_task.py", marks=pytest.mark.exhaustive)]
+)
 def test_a_run_with_something_of_ones_own(
     script: str, cohort: Cohort, tiny_model: Path, nothing_left: Callable[[], None]
 ) -> None:

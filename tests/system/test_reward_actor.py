@@ -137,6 +137,7 @@ def test_a_hang_is_ended_and_no_process_is_left(hang_file: Path) -> None:
     ray.kill(actor)
 
 
+@pytest.mark.exhaustive
 def test_a_hundred_hanging_samples_on_four_workers(hang_file: Path) -> None:
     """Groups of five, all hanging, among groups that do not; every worker lives on."""
     actors = [make_actor([RewardSpec("hang", f"{hang_file}:hang_each")], 0.5) for _ in range(4)]

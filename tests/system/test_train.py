@@ -217,6 +217,7 @@ def test_a_start_that_was_stopped_at_any_moment_and_a_run_that_lost_its_ray_go_o
     assert list(run.glob("replaced-*/config.yaml"))
 
 
+@pytest.mark.exhaustive
 def test_killed_engines_are_replaced_and_sigterm_saves(
     cohort: Cohort, nothing_left: Callable[[], None]
 ) -> None:
