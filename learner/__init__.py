@@ -23,10 +23,11 @@ In every rank:
     batch             planned micro-batch -> tensors
     logprobs          the model as a scorer of tokens, on attention, norm and output_layer
     float8            linear layers in float8
+    lora, lora_config adapters beside frozen layers, merged into what is published
     reference         the frozen policy of the KL term
     grpo              the loss, on objectives and corrections
     publishing        weights -> shared memory, on weights
-    saving            the rank's part of a checkpoint, on safe_load and reshape
+    saving            the rank's part of a checkpoint, on safe_load, reshape and adapter_files
     keeping           a copy of the rank's state after each step, on copies
     behind            a checkpoint's files from such a copy, while training goes on
 

@@ -4,7 +4,8 @@
       tmp-40/            being written; moved aside at the next start
       best               a link to the checkpoint with the best evaluation, which is kept
       step-20/
-        hf/              the policy as a Hugging Face folder
+        hf/              the policy as a Hugging Face folder, adapters merged into its weights
+        adapter/         what model.lora has trained, alone, in PEFT's format
         deepspeed/       optimizer state, one part per rank
         learner.json     what the learner must have in common with the run that loads it
         state.json       the driver's own state
@@ -31,6 +32,7 @@ from cohort.learner.aside import Aside
 from cohort.learner.config import Dtype
 
 if TYPE_CHECKING:
+    from cohort.learner.lora_config import LoraConfig
     from cohort.learner.spec import LearnerSpec
 
 LEARNER_FILE = "learner.json"
@@ -38,6 +40,7 @@ STATE = "state.json"
 MANIFEST = "manifest.json"
 COMPLETE = "COMPLETE"
 HF_FOLDER = "hf"
+ADAPTER_FOLDER = "adapter"
 TRIAL = "tmp-trial"
 BEST = "best"
 DRIVER_WAS_HERE = "driver"
@@ -252,20 +255,21 @@ def load_state(checkpoint: str | Path) -> JsonObject:
 
 def must_match(spec: LearnerSpec) -> dict[str, object]:
     """What the learner that loads a checkpoint has in common with the one that wrote it."""
-    return _shape(spec.world_size, spec.learner.zero_stage, spec.dtype)
+    return _shape(spec.world_size, spec.learner.zero_stage, spec.dtype, spec.lora)
 
 
-def _shape(workers: int, zero_stage: int, dtype: str) -> dict[str, object]:
+def _shape(workers: int, zero_stage: int, dtype: str, lora: LoraConfig | None) -> dict[str, object]:
     return {
         "learner.workers": workers,
         "learner.zero_stage": zero_stage,
         "model.dtype": dtype,
+        "model.lora": None if lora is None else lora.model_dump(mode="json"),
     }
 
 
 def check_loadable(checkpoint: Path, spec: LearnerSpec) -> None:
     """Raise CheckpointError unless a learner of this spec can load the checkpoint."""
-    check_shape(checkpoint, spec.world_size, spec.learner.zero_stage, spec.dtype)
+    check_shape(checkpoint, spec.world_size, spec.learner.zero_stage, spec.dtype, spec.lora)
 
 
 def _learner_shape(checkpoint: Path) -> dict[str, Any]:
@@ -276,17 +280,23 @@ def _learner_shape(checkpoint: Path) -> dict[str, Any]:
     return found
 
 
-def check_shape(checkpoint: Path, workers: int, zero_stage: int, dtype: str) -> None:
+def check_shape(
+    checkpoint: Path, workers: int, zero_stage: int, dtype: str, lora: LoraConfig | None = None
+) -> None:
     """Raise CheckpointError unless a learner of this shape can load the checkpoint."""
-    found = _learner_shape(checkpoint)
+    # Older ones trained all weights, and do not say so.
+    found = {"model.lora": None, **_learner_shape(checkpoint)}
     # With ZeRO the state can be divided anew; without, and in another precision, it cannot.
     anew = zero_stage >= 1 and found["learner.zero_stage"] >= 1 and "updates_done" in found
-    for key, wanted in _shape(workers, zero_stage, dtype).items():
-        if found[key] != wanted and (key == "model.dtype" or not anew):
+    for key, wanted in _shape(workers, zero_stage, dtype, lora).items():
+        if found[key] != wanted and (key.startswith("model.") or not anew):
+            before, now = (x if isinstance(x, str) else json.dumps(x) for x in (found[key], wanted))
+            new_run = f"model.init_from={checkpoint}"
+            if key == "model.lora":
+                new_run = f"model.path={checkpoint / HF_FOLDER}"
             raise CheckpointError(
-                f"{checkpoint} was written with {key}={found[key]}, this run has {key}={wanted}: "
-                f"resume with {key}={found[key]}, or start a new run from it with "
-                f"model.init_from={checkpoint}"
+                f"{checkpoint} was written with {key}={before}, this run has {key}={now}: "
+                f"resume with {key}={before}, or start a new run from it with {new_run}"
             )
 
 
@@ -305,8 +315,13 @@ def dtype_of(checkpoint: Path) -> Dtype:
     return cast(Dtype, _learner_shape(checkpoint)["model.dtype"])
 
 
-def export(run_dir: str | Path, out: str | Path) -> Path:
+def export(run_dir: str | Path, out: str | Path, adapter: bool = False) -> Path:
     """Copy the Hugging Face folder of the newest complete checkpoint of a run to `out`.
+
+    Args:
+        run_dir: Of the run.
+        out: The folder to make.
+        adapter: Of a run with `model.lora`, only the adapter, in PEFT's format.
 
     Raises:
         CheckpointError: The run has none, or `out` exists and is not empty.
@@ -315,8 +330,11 @@ def export(run_dir: str | Path, out: str | Path) -> Path:
     checkpoint = latest(folder)
     if checkpoint is None:
         raise CheckpointError(f"no complete checkpoint in {folder}")
+    source = checkpoint / (ADAPTER_FOLDER if adapter else HF_FOLDER)
+    if not source.is_dir():
+        raise CheckpointError(f"{checkpoint} holds no adapter: the run trained without model.lora")
     with new_folder(out) as temporary:
-        shutil.copytree(checkpoint / HF_FOLDER, temporary, dirs_exist_ok=True)
+        shutil.copytree(source, temporary, dirs_exist_ok=True)
     return Path(out)
 
 

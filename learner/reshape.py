@@ -153,7 +153,7 @@ def fill(state: RankState, saved: WholeState) -> None:
     Raises:
         CheckpointError: The checkpoint is of another model.
     """
-    named = dict(state.policy.named_parameters())
+    named = {n: p for n, p in state.policy.named_parameters() if p.requires_grad}
     if different := sorted(named.keys() ^ saved.parameters.keys()):
         raise CheckpointError(f"the checkpoint is of another model: {different[0]}")
     zero = state.engine.optimizer

@@ -15,7 +15,9 @@ import torch
 import torch.distributed as dist
 
 from cohort.learner import reshape
+from cohort.learner.adapter_files import whole_adapter, write_adapter
 from cohort.learner.checkpoint import (
+    ADAPTER_FOLDER,
     DRIVER_WAS_HERE,
     HF_FOLDER,
     LEARNER_FILE,
@@ -25,6 +27,7 @@ from cohort.learner.checkpoint import (
     must_match,
     shape_of,
 )
+from cohort.learner.lora import take_trained
 from cohort.learner.safe_load import only_data
 from cohort.learner.state import CheckpointWriter, Engine, RankState, everywhere
 from cohort.learner.weights import gather_named_weights
@@ -79,6 +82,11 @@ def write_rest(state: RankState, target: Path, writing: Writing) -> None:
     if first:
         with writing.kept():
             write_model(state.model, weights, state.model_folder, target / HF_FOLDER)
+    if state.spec.lora is not None:
+        adapter = whole_adapter(state)
+        if first:
+            with writing.kept():
+                write_adapter(state, adapter, target / ADAPTER_FOLDER)
     if state.reference is not None and state.reference.refreshed:
         with writing.kept():
             state.reference.save(target, write=first)
@@ -87,12 +95,16 @@ def write_rest(state: RankState, target: Path, writing: Writing) -> None:
         facts = {**counts, **must_match(state.spec)}
         if state.reference is not None:
             facts["reference"] = state.reference.fingerprint
+        if state.base is not None:
+            facts["base"] = state.base
         with writing.kept():
             (target / LEARNER_FILE).write_text(json.dumps(facts, indent=1), encoding="utf-8")
 
 
 def write_engine(state: RankState, folder: Path, tag: str) -> Writing:
     """Have DeepSpeed write what it holds, with the counts, into `folder`/`tag`.
+
+    Frozen weights are left out: they come from the model folder again.
 
     Returns:
         The errors so far, for the ranks to agree on.
@@ -104,6 +116,7 @@ def write_engine(state: RankState, folder: Path, tag: str) -> Writing:
                 tag=tag,
                 client_state={"steps_done": state.steps_done, "updates_done": state.updates_done},
                 save_latest=False,
+                exclude_frozen_parameters=state.spec.lora is not None,
             )
         except OSError as error:
             # A script that DeepSpeed copies beside its files; the others wait at the end.
@@ -115,7 +128,10 @@ def write_engine(state: RankState, folder: Path, tag: str) -> Writing:
 def read_engine(state: RankState, folder: Path, tag: str) -> int:
     """Restore what `write_engine` wrote; returns the optimizer steps done."""
     path, counts = state.engine.load_checkpoint(
-        str(folder), tag=tag, load_lr_scheduler_states=False
+        str(folder),
+        tag=tag,
+        load_lr_scheduler_states=False,
+        custom_load_fn=None if state.spec.lora is None else take_trained,
     )
     if path is None:
         raise CheckpointError(f"DeepSpeed found nothing to load in {folder / tag}")
@@ -136,16 +152,18 @@ def load(state: RankState, source: Path) -> int:
 
     Raises:
         CheckpointError: Before anything is loaded, when the checkpoint was written by a learner of
-            another shape, or with another reference.
+            another shape, or with another reference or frozen model.
     """
     check_loadable(source, state.spec)
-    if state.reference is not None:
-        known = json.loads((source / LEARNER_FILE).read_text(encoding="utf-8")).get("reference")
-        if known not in (None, state.reference.fingerprint):
+    facts = json.loads((source / LEARNER_FILE).read_text(encoding="utf-8"))
+    own = None if state.reference is None else state.reference.fingerprint
+    for what, mine in (("reference", own), ("base", state.base)):
+        if mine is not None and facts.get(what) not in (None, mine):
             raise CheckpointError(
-                f"{source} was written with another reference than the model at "
+                f"{source} was written with another {what} than the model at "
                 f"{state.model_folder}: set model.path to the model that the run started from"
             )
+    if state.reference is not None:
         state.reference.load(source)
     ranks, stage = shape_of(source)
     with only_data(source):
@@ -153,7 +171,6 @@ def load(state: RankState, source: Path) -> int:
             return read_engine(state, source / DEEPSPEED_FOLDER, DEEPSPEED_TAG)
         folder = source / DEEPSPEED_FOLDER / DEEPSPEED_TAG
         reshape.fill(state, reshape.gather(folder, ranks, stage))
-    facts = json.loads((source / LEARNER_FILE).read_text(encoding="utf-8"))
     state.steps_done, state.updates_done = int(facts["steps_done"]), int(facts["updates_done"])
     return state.steps_done
 

@@ -124,6 +124,30 @@ def compile_if_it_works(
     logger.warning("the learner is not compiled and slower (learner.compile): it %s", problem)
 
 
+def check_adapters(policy: PolicyModel, temperature: float) -> None:
+    """Raise UnsupportedModel unless every adapter of the policy has a part in its scores.
+
+    Some architectures read a layer's weight beside its forward pass: an adapter there would be
+    merged into what is published, and never be trained.
+
+    Args:
+        policy: Whole, on its device, with adapters.
+        temperature: Of the rollouts.
+    """
+    row = _Row.of(policy)
+    row = row if policy.shares_prompts else row.alone()
+    trained = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
+    with torch.enable_grad():
+        score = row.score(policy, temperature).sum()
+        gradients = torch.autograd.grad(score, list(trained.values()), allow_unused=True)
+    unused = [name for name, found in zip(trained, gradients, strict=True) if found is None]
+    if unused:
+        raise UnsupportedModel(
+            f"model.lora.targets: {unused[0].rpartition('.')[0]} of {type(policy.model).__name__} "
+            "has no part in the log-probs of a text: name other layers"
+        )
+
+
 @dataclass(frozen=True)
 class _Row:
     """Tokens to score: the second completion of a prompt, behind the first or alone."""
@@ -181,6 +205,8 @@ def _try(policy: PolicyModel, row: _Row, temperature: float, expected: torch.Ten
         with torch.enable_grad():
             found = row.score(policy, temperature)
             weight = policy.model.get_input_embeddings().weight
+            if not weight.requires_grad:  # only adapters are trained
+                weight = next(p for p in policy.parameters() if p.requires_grad)
             (gradient,) = torch.autograd.grad(found.sum(), weight)
     except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise

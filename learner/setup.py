@@ -13,7 +13,7 @@ from cohort.actors.machine import split_cores
 from cohort.learner.flex import FLEX_MULTIPLE
 from cohort.learner.logprobs import PolicyModel
 from cohort.learner.saving import try_to_write
-from cohort.learner.self_check import compile_if_it_works, self_check
+from cohort.learner.self_check import check_adapters, compile_if_it_works, self_check
 from cohort.learner.shapes import LENGTH_MULTIPLE
 from cohort.learner.spec import LearnerSpec, ModelFacts
 from cohort.learner.state import Engine, RankState
@@ -44,7 +44,8 @@ def set_up(
     """
     device = _join(spec, store, address, port)
     folder = resolve(spec.model_path)
-    weights = folder if spec.init_from is None else Path(spec.init_from)
+    start = None if spec.init_from is None else Path(spec.init_from)
+    weights = folder if start is None or spec.lora is not None else start
     policy = load_policy(spec, weights, device, spec.learner.gradient_checkpointing)
     parameters = sum(p.numel() for p in policy.parameters())
     self_check(policy, spec.temperature)
@@ -54,10 +55,16 @@ def set_up(
         from cohort.learner.float8 import convert
 
         convert(policy.model, spec.learner.float8, device)
+    base = None if spec.lora is None else _put_adapters(spec, policy, start)
     if spec.learner.compiles(spec.device):
         compile_if_it_works(policy, spec.temperature, spec.learner.compile == "on")
-    state = RankState(spec, device, folder, policy, _deepspeed_engine(spec, policy))
-    if spec.algorithm.kl_coef > 0:
+    state = RankState(spec, device, folder, policy, _deepspeed_engine(spec, policy), base=base)
+    if spec.algorithm.kl_coef > 0 and base is not None:
+        from cohort.learner.reference import AdapterReference
+
+        stage = spec.learner.zero_stage
+        state.reference = AdapterReference(state.model, state.engine, stage, base)
+    elif spec.algorithm.kl_coef > 0:
         from cohort.learner.reference import ReferencePolicy
 
         original = load_policy(spec, folder, device, gradient_checkpointing=False)
@@ -113,6 +120,25 @@ def load_policy(
     return PolicyModel(model, spec.learner.attention, gradient_checkpointing).to(device)
 
 
+def _put_adapters(spec: LearnerSpec, policy: PolicyModel, start: Path | None) -> str:
+    """Freeze the policy and give it adapters; returns a digest of what is frozen.
+
+    start: a folder with the adapter to begin with; None: with one that changes nothing.
+    """
+    from cohort.learner.adapter_files import check_adapter, load_adapter
+    from cohort.learner.lora import adapter_shapes, add_adapters
+    from cohort.learner.weights import digest_of
+
+    assert spec.lora is not None
+    base, shapes = digest_of(policy.model), adapter_shapes(policy.model, spec.lora)
+    add_adapters(policy, spec.lora, spec.seed)
+    if start is not None:
+        check_adapter(start, spec.lora, shapes)
+        load_adapter(policy.model, start, spec.dtype, base)
+    check_adapters(policy, spec.temperature)
+    return base
+
+
 def _deepspeed_engine(spec: LearnerSpec, policy: PolicyModel) -> Engine:
     import deepspeed
     from deepspeed.utils import logger
@@ -123,9 +149,10 @@ def _deepspeed_engine(spec: LearnerSpec, policy: PolicyModel) -> Engine:
     logger.setLevel("ERROR")
     extensions.load(spec.device)
     deepspeed.init_distributed(_backend(spec), auto_mpi_discovery=False, verbose=False)
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     engine, *_ = deepspeed.initialize(
         model=policy,
-        optimizer=client_optimizer(policy.parameters(), spec.learner, spec.dtype),
+        optimizer=client_optimizer(trained, spec.learner, spec.dtype),
         config=deepspeed_config(spec.learner, spec.dtype, spec.device),
         dist_init_required=False,
     )

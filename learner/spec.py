@@ -7,6 +7,7 @@ from typing import Literal
 
 from cohort.learner.config import AlgorithmConfig, Dtype, LearnerConfig
 from cohort.learner.grpo import LossStats
+from cohort.learner.lora_config import LoraConfig
 from cohort.learner.shapes import LENGTH_MULTIPLE
 
 
@@ -16,8 +17,9 @@ class LearnerSpec:
 
     Attributes:
         model_path: A Hugging Face folder, or a hub id.
-        init_from: A folder with other weights of this architecture to start from; the reference
-            stays that of model_path.
+        init_from: A folder with other weights of this architecture to start from, or under `lora`
+            with an adapter of model_path; the reference stays that of model_path.
+        lora: The adapters to train; None trains all weights.
         temperature: Of the rollouts.
         max_tokens: The longest completion of the rollouts.
         threads: CPU threads of the rank.
@@ -46,6 +48,7 @@ class LearnerSpec:
     trial_dir: str | None = None
     init_from: str | None = None
     cores: tuple[int, ...] = ()
+    lora: LoraConfig | None = None
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -15,7 +16,7 @@ from cohort.learner.spec import LearnerSpec
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from cohort.learner.reference import ReferencePolicy
+    from cohort.learner.reference import Reference
 
 
 class LossScaler(Protocol):
@@ -63,11 +64,22 @@ class Engine(Protocol):
     def get_global_grad_norm(self) -> float: ...
 
     def save_checkpoint(
-        self, save_dir: str, *, tag: str, client_state: dict[str, int], save_latest: bool
+        self,
+        save_dir: str,
+        *,
+        tag: str,
+        client_state: dict[str, int],
+        save_latest: bool,
+        exclude_frozen_parameters: bool,
     ) -> object: ...
 
     def load_checkpoint(
-        self, load_dir: str, *, tag: str, load_lr_scheduler_states: bool
+        self,
+        load_dir: str,
+        *,
+        tag: str,
+        load_lr_scheduler_states: bool,
+        custom_load_fn: Callable[[Mapping[str, torch.Tensor], torch.nn.Module], None] | None,
     ) -> tuple[str | None, dict[str, int]]: ...
 
 
@@ -82,6 +94,7 @@ class RankState:
         policy: The model; under ZeRO-3 each rank holds a part of it.
         engine: DeepSpeed around the policy.
         reference: The frozen policy of the KL term; None without one.
+        base: xxh3-128 over the frozen weights where adapters are trained; None without them.
         steps_done: Steps with an update that was applied.
         updates_done: Optimizer updates that were applied.
     """
@@ -91,7 +104,8 @@ class RankState:
     model_folder: Path
     policy: PolicyModel
     engine: Engine
-    reference: ReferencePolicy | None = None
+    reference: Reference | None = None
+    base: str | None = None
     steps_done: int = 0
     updates_done: int = 0
 

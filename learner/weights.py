@@ -1,5 +1,7 @@
 """The policy's weights as a published file: gathered under ZeRO, written once, fingerprinted.
 
+Adapters are published as the weights that they are merged into.
+
 The file is plain safetensors in shared memory, under the names of a Hugging Face checkpoint. A tied
 tensor appears once, under its first name, as in the checkpoint; the receiving engine knows that its
 output layer shares it.
@@ -19,6 +21,7 @@ import torch
 import xxhash
 
 from cohort.actors.weight_file import TensorSpec, encode_header
+from cohort.learner.lora import LoraLayer, lora_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,16 +47,29 @@ def check_names(model: PreTrainedModel) -> None:
 
 
 def named_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The model's tensors in the order of its state dict, a tied one once."""
+    """The model's tensors in the order of its state dict, a tied one once; no adapters."""
     # The state dict holds tied parameters under all names, and only persistent buffers.
     # keep_vars: the parameters themselves, which carry what ZeRO-3 knows about them.
-    seen: set[int] = set()
+    seen = {id(tensor) for layer in lora_layers(model).values() for tensor in _adapter(layer)}
     named = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
             seen.add(id(tensor))
             named[name] = tensor
     return named
+
+
+def _adapter(layer: LoraLayer) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
+    return layer.lora_A, layer.lora_B
+
+
+def digest_of(model: torch.nn.Module) -> str:
+    """xxh3-128 over names and numbers of the model's tensors, which are whole."""
+    digest = xxhash.xxh3_128()
+    for name, tensor in named_tensors(model).items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _shape(tensor: torch.Tensor, zero_stage: int) -> tuple[int, ...]:
@@ -74,13 +90,28 @@ def gather_named_weights(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Whole tensors under their Hugging Face names; a tied tensor under its first name only.
 
+    Of a layer with an adapter: the weight that it computes with.
+
     Every rank must run the iterator to its end: under ZeRO-3 each bucket is gathered by all ranks
     together, in the same order. A tensor is valid until the next one is asked for.
     """
+    layers = {id(layer.weight): layer for layer in lora_layers(model).values()}
     for bucket in shared_buckets(named_tensors(model), zero_stage):
-        with whole([t for _, t in bucket]) if zero_stage == 3 else nullcontext():
+        needed = [tensor for _, tensor in bucket]
+        needed += [t for x in needed if id(x) in layers for t in _adapter(layers[id(x)])]
+        with whole(needed) if zero_stage == 3 else nullcontext():
             for name, tensor in bucket:
-                yield name, tensor.detach()
+                layer = layers.get(id(tensor))
+                yield name, tensor.detach() if layer is None else layer.merged()
+
+
+def gather_adapters(
+    model: torch.nn.Module, zero_stage: int
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Name, A and B of every layer with an adapter, whole; as `gather_named_weights` does it."""
+    for name, layer in lora_layers(model).items():
+        with whole(_adapter(layer)) if zero_stage == 3 else nullcontext():
+            yield name, layer.lora_A.detach(), layer.lora_B.detach()
 
 
 def whole(
