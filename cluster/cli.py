@@ -178,12 +178,19 @@ def warmup(
 def export(
     run_dir: Annotated[Path, typer.Argument(help="A run directory.")],
     out: Annotated[Path, typer.Argument(help="The folder to make; must not exist or be empty.")],
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Of a run with model.lora: the adapter, for PEFT.")
+    ] = False,
 ) -> None:
-    """Write the last checkpoint as a Hugging Face folder for transformers and vLLM."""
+    """Write the last checkpoint as a Hugging Face folder for transformers and vLLM.
+
+    Adapters (model.lora) are merged into its weights, or with --adapter written alone.
+    """
 
     from cohort.learner.checkpoint import export as export_checkpoint
 
-    typer.echo(f"model written to {export_checkpoint(run_dir, out)}")
+    what = "adapter" if adapter else "model"
+    typer.echo(f"{what} written to {export_checkpoint(run_dir, out, adapter)}")
 
 
 @app.command(context_settings=EXTRA)

@@ -13,6 +13,7 @@ from cohort.actors.errors import CohortError
 from cohort.actors.plain import JsonObject
 from cohort.cluster.values import write_yaml
 from cohort.learner.config import AlgorithmConfig, Dtype, LearnerConfig
+from cohort.learner.lora_config import LoraConfig
 from cohort.learner.presets import SECTION_PRESETS
 from cohort.rewards.config import EnvironmentsConfig, RewardsConfig, TaskConfig
 
@@ -85,6 +86,13 @@ class ModelConfig(Section):
         "Master weights are always float32. auto: the checkpoint's when a run is resumed; float32 "
         "where the run starts Ray on a machine without GPUs whose CPU has no bfloat16 arithmetic, "
         "and is many times slower in bfloat16; else bfloat16.",
+    )
+    lora: LoraConfig | None = Field(
+        None,
+        description="Train low-rank adapters beside the frozen model, as {rank: 16, alpha: 32, "
+        "targets: [q_proj, v_proj]}: alpha / rank is their scale, targets name linear layers (left "
+        "out: all but the output layer). Empty: all weights are trained. With it, model.init_from "
+        "names an adapter.",
     )
     max_length: int | None = Field(
         None, ge=8, description="Prompt plus completion, tokens. Empty: as far as needed."

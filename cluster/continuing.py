@@ -61,6 +61,7 @@ BREAKS = {
     "run.seed": "other rows may be held out, and come in another order",
     "run.steps": "the learning rate's schedule ends there",
     "model.path": "another model, tokenizer or template",
+    "model.lora": "other weights are trained than those that were saved",
     "model": "the same rows become other prompts, or are left out",
     "task.prompts_per_step": "other steps than those that the schedule counts",
     "task.group_size": "advantages of other groups",
@@ -189,22 +190,8 @@ def compare(config: Config, saved: Saved, now: Fingerprint) -> str:
         RunError: Something differs that must not, and run.allow_changed does not name it.
         CheckpointError: This learner cannot load the checkpoint.
     """
-    learner = config.learner
-    check_shape(saved.checkpoint, learner.workers, learner.zero_stage, config.model.precision)
-    ranks, stage = shape_of(saved.checkpoint)
-    divided = ""
-    if (ranks, stage) != (learner.workers, learner.zero_stage):
-        divided = (
-            f"the learner's state was saved by {ranks} rank(s) under ZeRO-{stage}, and is divided "
-            f"anew among {learner.workers} under ZeRO-{learner.zero_stage}\n"
-        )
     before = saved.state.get("fingerprint")
-    if not before:
-        return (
-            f"{divided}{saved.checkpoint} is of an older version and holds no fingerprint of its "
-            "run: whether data, model and config are the same is not known"
-        )
-    found = differences(before, now, saved.step)
+    found = differences(before, now, saved.step) if before else []
     if wrong := refused(found, config.run.allow_changed):
         keys = ",".join(dict.fromkeys(item.key for item in wrong))
         raise RunError(
@@ -212,6 +199,20 @@ def compare(config: Config, saved: Saved, now: Fingerprint) -> str:
             f"the one that was saved after step {saved.step}:\n{table(wrong)}\nSet these back, or "
             "choose another run.dir for a new run. To go on with the changes all the same: "
             f"'run.allow_changed=[{keys}]'"
+        )
+    learner, model = config.learner, config.model
+    check_shape(saved.checkpoint, learner.workers, learner.zero_stage, model.precision, model.lora)
+    ranks, stage = shape_of(saved.checkpoint)
+    divided = ""
+    if (ranks, stage) != (learner.workers, learner.zero_stage):
+        divided = (
+            f"the learner's state was saved by {ranks} rank(s) under ZeRO-{stage}, and is divided "
+            f"anew among {learner.workers} under ZeRO-{learner.zero_stage}\n"
+        )
+    if not before:
+        return (
+            f"{divided}{saved.checkpoint} is of an older version and holds no fingerprint of its "
+            "run: whether data, model and config are the same is not known"
         )
     return divided + (f"changed since the checkpoint:\n{table(found)}" if found else "")
 

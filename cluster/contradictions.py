@@ -32,6 +32,11 @@ def contradictions(config: Config) -> Iterator[str]:
         )
     if config.model.dtype == "float16" and learner.float8 != "off":
         yield f"learner.float8={learner.float8} needs model.dtype=bfloat16 or float32"
+    if config.model.lora is not None and learner.float8 != "off":
+        yield (
+            f"learner.float8={learner.float8} does not apply to the layers of model.lora: set one "
+            "of them to its default"
+        )
     prompts, updates = task.prompts_per_step, config.algorithm.updates_per_step
     if config.algorithm.update_on == "share" and updates > prompts:
         yield (

@@ -115,7 +115,7 @@ async def launch(
         else:
             console.stage("starting Ray")
             have = await _connect(config, signals)
-        services = Services(plan(config, have, prepared.parameters))
+        services = Services(plan(config, have, prepared.parameters, prepared.trained))
         slow = config.model.precision == "bfloat16" and not bfloat16_on_this_cpu()
         if slow and services.placement.device == "cpu":
             console.note(
@@ -358,6 +358,7 @@ async def start_learner(
         trial_dir=None if trial is None else str(trial),
         cores=cores,
         init_from=None if prepared.init_from is None else str(prepared.init_from),
+        lora=config.model.lora,
     )
     environment = cpu_environment(threads) if placement.device == "cpu" else {}
     options = [

@@ -78,20 +78,13 @@ def starting_weights(config: Config) -> Path | None:
     if config.model.init_from is None:
         return None
     key = f"model.init_from={config.model.init_from}"
-    folder = expand(config.model.init_from)
-    if (folder / "checkpoints").is_dir():
-        newest = latest(folder / "checkpoints")
-        if newest is None:
-            raise RunError(f"{key}: the run has no complete checkpoint")
-        folder = newest
-    if (folder / HF_FOLDER / "config.json").is_file():
-        if not is_complete(folder):
-            raise RunError(f"{key}: the checkpoint is not complete")
-        folder = folder / HF_FOLDER
+    folder = starting_folder(key, expand(config.model.init_from), HF_FOLDER)
     if not (folder / "config.json").is_file():
-        raise RunError(f"{key}: no run directory, checkpoint or folder with a config.json")
+        only = adapter(folder) if (folder / "adapter_config.json").is_file() else ""
+        instead = f"{only}, or set model.lora to train it" if only else ""
+        raise RunError(f"{key}: no run directory, checkpoint or folder with a config.json{instead}")
     path, _ = _locate(config.model.path)
-    own, other = (_shapes(_empty_model(name, _read_config(name))) for name in (path, str(folder)))
+    own, other = (_shapes(empty_model(name)) for name in (path, str(folder)))
     different = sorted(
         name for name in own.keys() | other.keys() if own.get(name) != other.get(name)
     )
@@ -106,6 +99,30 @@ def starting_weights(config: Config) -> Path | None:
     except RunError as error:
         raise RunError(f"{key}: {error}") from error
     return folder.resolve()
+
+
+def starting_folder(key: str, given: Path, inside: str) -> Path:
+    """The folder `inside` a checkpoint, or a run's newest one; else the folder that is given.
+
+    Raises:
+        RunError: There is no complete checkpoint. key: what names it.
+    """
+    folder = given
+    if (folder / "checkpoints").is_dir():
+        newest = latest(folder / "checkpoints")
+        if newest is None:
+            raise RunError(f"{key}: the run has no complete checkpoint")
+        folder = newest
+    if not (folder / HF_FOLDER / "config.json").is_file():
+        return folder
+    if not is_complete(folder):
+        raise RunError(f"{key}: the checkpoint is not complete")
+    return folder / inside
+
+
+def empty_model(path: str) -> PreTrainedModel:
+    """The model of a folder or hub id on the meta device. Raises RunError if there is none."""
+    return _empty_model(path, _read_config(path))
 
 
 def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:

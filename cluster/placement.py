@@ -176,13 +176,14 @@ def request_nodes(actors: Sequence[ActorOptions]) -> None:
     request_resources(bundles=[bundle for bundle in bundles if bundle])
 
 
-def plan(config: Config, have: Resources, parameters: int) -> Placement:
+def plan(config: Config, have: Resources, parameters: int, trained: int | None = None) -> Placement:
     """Decide each actor's resources.
 
     Args:
         config: The run's config.
         have: What the machines have.
         parameters: Of the model.
+        trained: Of the adapters beside it; None: all parameters are trained.
 
     Raises:
         PlacementError: Something is missing. The message has what is needed, what is available, and
@@ -192,7 +193,7 @@ def plan(config: Config, have: Resources, parameters: int) -> Placement:
     if device == "auto":
         device = "cuda" if have.gpus else "cpu"
     if device == "cpu":
-        problems = _missing_on_cpus(config, have, parameters)
+        problems = _missing_on_cpus(config, have, parameters, trained)
         placement = Placement(
             device,
             rollout={"num_cpus": CPU_ENGINE},
@@ -208,7 +209,7 @@ def plan(config: Config, have: Resources, parameters: int) -> Placement:
             reward={"num_cpus": 1},
         )
     shared, objects = published_bytes(config, parameters), object_store_bytes(have)
-    kept = kept_bytes(config, parameters)
+    kept = kept_bytes(config, parameters, trained)
     if have.shared_memory is not None and shared + kept + objects > have.shared_memory:
         problems.append(
             f"{SHM}: two versions of the weights take {shared / GIB:.1f} GiB, copies of the "
@@ -239,7 +240,9 @@ def _cores_missing(config: Config, have: Resources) -> list[str]:
     ]
 
 
-def _missing_on_cpus(config: Config, have: Resources, parameters: int) -> list[str]:
+def _missing_on_cpus(
+    config: Config, have: Resources, parameters: int, trained: int | None
+) -> list[str]:
     """What keeps the run from CPU machines; memory is looked at where the rest is right."""
     problems = _cores_missing(config, have)
     if config.actors.tensor_parallel > 1:
@@ -254,7 +257,7 @@ def _missing_on_cpus(config: Config, have: Resources, parameters: int) -> list[s
             "model.dtype=float16: this CPU has no float16 arithmetic (avx512_fp16), which "
             "DeepSpeed requires; use bfloat16 or float32"
         )
-    need = memory_needed(config, parameters)
+    need = memory_needed(config, parameters, trained)
     total = sum(need.values())
     if not problems and total > have.memory:
         table = ", ".join(f"{what} {size / GIB:.1f}" for what, size in need.items())
@@ -291,39 +294,46 @@ def published_bytes(config: Config, parameters: int) -> int:
     return 2 * WIDTH[config.model.precision] * parameters
 
 
-def checkpoint_bytes(config: Config, parameters: int) -> int:
+def checkpoint_bytes(config: Config, parameters: int, trained: int | None = None) -> int:
     """Estimated bytes of a checkpoint: the weights for transformers; for DeepSpeed again the
-    weights, with float32 master weights and two moments."""
-    return (2 * WIDTH[config.model.precision] + 12) * parameters
+    weights, with float32 master weights and two moments. Of adapters: both forms, beside the merged
+    weights."""
+    width = WIDTH[config.model.precision]
+    if trained is not None:
+        return width * parameters + (2 * width + 12) * trained
+    return (2 * width + 12) * parameters
 
 
-def learner_state(config: Config, parameters: int) -> dict[str, int]:
+def learner_state(config: Config, parameters: int, trained: int | None = None) -> dict[str, int]:
     """Estimated bytes of training state on each learner rank: weights, gradients, optimizer.
 
-    The optimizer's are float32 master weights and two moments. ZeRO divides over the ranks the
-    optimizer from stage 1 on, gradients from 2, weights from 3 (Rajbhandari et al. 2020, arXiv
-    1910.02054, section 5).
+    Frozen weights have neither gradients nor an optimizer. The optimizer's are float32 master
+    weights and two moments. ZeRO divides over the ranks the optimizer from stage 1 on, gradients
+    from 2, weights from 3 (Rajbhandari et al. 2020, arXiv 1910.02054, section 5).
     """
     ranks, stage = config.learner.workers, config.learner.zero_stage
     width = WIDTH[config.model.precision]
+    held = parameters + (trained or 0)
+    moving = parameters if trained is None else trained
     return {
-        "weights": width * parameters // (ranks if stage >= 3 else 1),
-        "gradients": 4 * parameters // (ranks if stage >= 2 else 1),
-        "optimizer": 12 * parameters // (ranks if stage >= 1 else 1),
+        "weights": width * held // (ranks if stage >= 3 else 1),
+        "gradients": 4 * moving // (ranks if stage >= 2 else 1),
+        "optimizer": 12 * moving // (ranks if stage >= 1 else 1),
     }
 
 
-def kept_bytes(config: Config, parameters: int) -> int:
+def kept_bytes(config: Config, parameters: int, trained: int | None = None) -> int:
     """Estimated bytes in shared memory of the learner's copies of its state, on one machine: the
-    weights once and every rank's optimizer, in two generations, and the weights once more while a
-    checkpoint is written."""
+    trained weights once and every rank's optimizer, in two generations, and all weights once more
+    while a checkpoint is written."""
     if not config.learner.keep_copy:
         return 0
-    state, ranks = learner_state(config, parameters), config.learner.workers
+    state, ranks = learner_state(config, parameters, trained), config.learner.workers
     # Below ZeRO-1 all ranks hold the same optimizer, and rank 0 writes it.
     optimizer = state["optimizer"] * (ranks if config.learner.zero_stage >= 1 else 1)
-    weights = WIDTH[config.model.precision] * parameters
-    return 2 * (weights + optimizer) + weights
+    width = WIDTH[config.model.precision]
+    weights = width * (parameters if trained is None else trained)
+    return 2 * (weights + optimizer) + width * parameters
 
 
 def engine_bytes(config: Config, parameters: int) -> int:
@@ -332,21 +342,22 @@ def engine_bytes(config: Config, parameters: int) -> int:
     return 2 * WIDTH[config.model.precision] * parameters + cache + ENGINE_OVERHEAD
 
 
-def memory_needed(config: Config, parameters: int) -> dict[str, int]:
+def memory_needed(config: Config, parameters: int, trained: int | None = None) -> dict[str, int]:
     """Estimated bytes of memory on CPU machines, by kind of process.
 
     An engine holds its `engine_bytes`, a learner rank its `learner_state`.
     """
     width = WIDTH[config.model.precision]
     ranks, stage = config.learner.workers, config.learner.zero_stage
-    rank = sum(learner_state(config, parameters).values()) + RANK_OVERHEAD
-    # Frozen, whole on every rank; partitioned under ZeRO-3.
+    rank = sum(learner_state(config, parameters, trained).values()) + RANK_OVERHEAD
+    # Frozen, whole on every rank; partitioned under ZeRO-3. Beside adapters: the model itself.
     reference = width * parameters * (1 if stage >= 3 else ranks)
+    has_reference = config.algorithm.kl_coef > 0 and trained is None
     return {
         "engines": engine_bytes(config, parameters) * config.actors.count,
         "learner": rank * ranks,
-        "reference": int(reference) if config.algorithm.kl_coef > 0 else 0,
-        "copies of the learner": kept_bytes(config, parameters),
+        "reference": int(reference) if has_reference else 0,
+        "copies of the learner": kept_bytes(config, parameters, trained),
         "rewards": REWARD_OVERHEAD * config.rewards.workers,
         "published weights": published_bytes(config, parameters),
     }

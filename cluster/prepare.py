@@ -14,6 +14,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cohort.cluster.adapter_folder import starting_adapter, trained_parameters
 from cohort.cluster.config import Config, expand
 from cohort.cluster.errors import RunError
 from cohort.cluster.lengths import Lengths, check_lengths, render_rows
@@ -54,8 +55,9 @@ class Prepared:
         rewards: The reward functions in use.
         renderer: Renders the task's rows to prompts.
         lengths: Of its prompts, in tokens.
-        init_from: The folder of the weights to start from; None: those of `model_path`, or of the
-            checkpoint that a run is resumed from.
+        init_from: The folder of the weights (or adapter) to start from; None: those of
+            `model_path`, or of the checkpoint that a run is resumed from.
+        trained: Of the adapters that are trained; None: all parameters are.
     """
 
     config: Config
@@ -66,6 +68,7 @@ class Prepared:
     renderer: PromptRenderer
     lengths: Lengths
     init_from: Path | None = None
+    trained: int | None = None
 
     def environment(self) -> EnvironmentSpec | None:
         """What a worker of environments gets; None: there is no environment."""
@@ -93,6 +96,7 @@ def prepare(config: Config) -> Prepared:
     """
     config = with_dtype(config)
     path, context, parameters = inspect_model(config)
+    trained = trained_parameters(config, path)
     tokenizer = load_tokenizer(path)
     task = load_task(config.task, config.run.seed)
     specs = reward_specs(task, config.rewards, environment=config.task.environment is not None)
@@ -103,8 +107,9 @@ def prepare(config: Config) -> Prepared:
     worker.close()
     renderer = make_renderer(config, tokenizer, context)
     lengths = check_lengths(config, render_rows(task, renderer), renderer, specs)
-    start = None if resumed_checkpoint(config) else starting_weights(config)
-    prepared = Prepared(config, path, parameters, task, specs, renderer, lengths, start)
+    starting = starting_weights if config.model.lora is None else starting_adapter
+    start = None if resumed_checkpoint(config) else starting(config)
+    prepared = Prepared(config, path, parameters, task, specs, renderer, lengths, start, trained)
     environment = prepared.environment()
     if environment is not None:
         # Likewise.

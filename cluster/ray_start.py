@@ -66,20 +66,21 @@ def check_reachable(address: str) -> None:
         raise RayLostError(f"{what}: cannot connect to Ray: {error}") from error
 
 
-def check_start(config: Config, parameters: int | None = None) -> None:
+def check_start(config: Config, parameters: int | None = None, trained: int | None = None) -> None:
     """Raise RunError if it is clear already that Ray cannot be joined or started.
 
     Args:
         config: The run's config.
         parameters: Of the model; where given, this machine must also hold the run, when Ray is to
             be started on it.
+        trained: Of its adapters; None: all parameters are trained.
     """
     if address := ray_address(config):
         check_reachable(address)
         return
     check_own_ray()
     if parameters is not None:
-        plan(config, this_machine(), parameters)
+        plan(config, this_machine(), parameters, trained)
 
 
 def check_own_ray() -> None:

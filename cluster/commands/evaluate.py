@@ -44,9 +44,16 @@ async def _evaluate(
     config: Config, model: Path | None, console: Console, signals: Signals
 ) -> Evaluation:
     if model is not None:
-        changed = config.model.model_copy(update={"path": str(model)})
+        # What it was trained from is of no matter.
+        other = {"path": str(model), "init_from": None, "lora": None}
+        changed = config.model.model_copy(update=other)
         config = config.model_copy(update={"model": changed})
     prepared = prepare(config)
+    if prepared.init_from is not None and config.model.lora is not None:
+        raise RunError(
+            "model.init_from: an adapter, which engines do not load by themselves: evaluate the "
+            "run's directory, or what `cohort export` makes of it, with --model"
+        )
     if prepared.init_from is not None:
         # Without a learner, engines serve what a folder holds.
         prepared = replace(prepared, model_path=str(prepared.init_from))

@@ -60,7 +60,7 @@ async def run_training(config: Config) -> int:
             prepared = prepare(config)
             config = prepared.config
             # What can be known to fail is said before anything is written.
-            check_start(config, prepared.parameters)
+            check_start(config, prepared.parameters, prepared.trained)
             signals.check()
             with (
                 claim_run_dir(config) as run_dir,
@@ -105,7 +105,7 @@ async def _train_in(prepared: Prepared, run_dir: RunDir, console: Console, signa
     checkpoints = Checkpoints(
         run_dir.path / "checkpoints",
         config.run.keep_checkpoints,
-        checkpoint_bytes(config, prepared.parameters),
+        checkpoint_bytes(config, prepared.parameters, prepared.trained),
         run_dir.aside,
     )
     checkpoints.require_space(planned_saves(config, first_step))

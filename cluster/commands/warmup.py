@@ -107,7 +107,7 @@ async def run_warmup(config: Config, given: WarmUp, out: Path) -> int:
     config = prepared.config
     batches = demonstrations(prepared, given.examples)
     first = list(islice(batches, given.batch_size))  # what is wrong with a task shows here
-    check_start(config, prepared.parameters)
+    check_start(config, prepared.parameters, prepared.trained)
     with (
         Signals() as signals,
         passing_logs("warmup") as log_dir,

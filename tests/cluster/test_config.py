@@ -286,7 +286,7 @@ def test_compact_has_the_keys_that_differ_from_their_defaults() -> None:
 def test_the_config_stays_small() -> None:
     keys = all_keys()
     assert len(keys) == len(set(keys))
-    assert 50 <= len(keys) <= 117
+    assert 50 <= len(keys) <= 118
 
 
 def test_every_key_has_a_description() -> None:

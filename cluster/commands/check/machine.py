@@ -12,7 +12,7 @@ from cohort.cluster.commands.check.estimate import (
     logit_bytes,
 )
 from cohort.cluster.commands.check.stages import Stage
-from cohort.cluster.config import Config, expand
+from cohort.cluster.config import expand
 from cohort.cluster.placement import (
     GIB,
     RANK_OVERHEAD,
@@ -28,6 +28,9 @@ from cohort.cluster.placement import (
 )
 from cohort.cluster.prepare import Prepared
 from cohort.learner.checkpoint import nearest_existing
+
+# Why none is loaded: whether all weights are trained.
+NO_REFERENCE = {True: "algorithm.kl_coef is 0", False: "the model without its adapters"}
 
 
 def check_machine(
@@ -47,15 +50,15 @@ def check_machine(
     cuda = config.cluster.device == "cuda" or (config.cluster.device == "auto" and have.gpus > 0)
     step = None if architecture is None else _step_bytes(prepared, architecture)
     if cuda:
-        _gpu_memory(config, prepared.parameters, step, stage)
+        _gpu_memory(prepared, step, stage)
     else:
-        _host_memory(config, prepared.parameters, step, have, stage)
+        _host_memory(prepared, step, have, stage)
         _check_cache(prepared, architecture, stage)
     if here:
-        _check_folders(config, prepared.parameters, have, stage)
+        _check_folders(prepared, have, stage)
     else:
         stage.say("shared memory and disks of the cluster's nodes cannot be seen from here")
-    plan(config, have, prepared.parameters)
+    plan(config, have, prepared.parameters, prepared.trained)
 
 
 def _step_bytes(prepared: Prepared, architecture: Architecture) -> int:
@@ -74,18 +77,17 @@ def _step_bytes(prepared: Prepared, architecture: Architecture) -> int:
     ) + logit_bytes(architecture, width, outputs)
 
 
-def _host_memory(
-    config: Config, parameters: int, step: int | None, have: Resources, stage: Stage
-) -> None:
-    need = memory_needed(config, parameters)
-    state = learner_state(config, parameters)
+def _host_memory(prepared: Prepared, step: int | None, have: Resources, stage: Stage) -> None:
+    config = prepared.config
+    need = memory_needed(config, prepared.parameters, prepared.trained)
+    state = learner_state(config, prepared.parameters, prepared.trained)
     kinds = ", ".join(f"{kind} {size / GIB:.1f}" for kind, size in state.items())
     details = {
         "engines": f"{config.actors.count} x (weights twice, key-value cache "
         f"{config.actors.kv_cache_gib:g}, process)",
         "learner": f"{config.learner.workers} x ({kinds}, process {RANK_OVERHEAD / GIB:.1f}), "
         f"ZeRO {config.learner.zero_stage}",
-        "reference": "for the KL" if need["reference"] else "algorithm.kl_coef is 0",
+        "reference": "for the KL" if need["reference"] else NO_REFERENCE[prepared.trained is None],
         "rewards": f"{config.rewards.workers} x process",
         "copies of the learner": "two in /dev/shm, weights to save; learner.keep_copy=false: none",
         "published weights": "two versions in /dev/shm",
@@ -146,14 +148,16 @@ def _round_up(size: int) -> float:
     return -(-size * 4 // GIB) / 4
 
 
-def _gpu_memory(config: Config, parameters: int, step: int | None, stage: Stage) -> None:
+def _gpu_memory(prepared: Prepared, step: int | None, stage: Stage) -> None:
     """What one GPU of a rank and one of an engine need."""
-    state = learner_state(config, parameters)
+    config, parameters = prepared.config, prepared.parameters
+    state = learner_state(config, parameters, prepared.trained)
     if config.learner.offload != "none":
         state["optimizer"] = 0
     if config.learner.offload == "all":
         state["weights"] = 0
-    reference = memory_needed(config, parameters)["reference"] // config.learner.workers
+    needed = memory_needed(config, parameters, prepared.trained)
+    reference = needed["reference"] // config.learner.workers
     parts = {**state, "reference": reference, "activations": step or 0}
     rank = sum(parts.values())
     kinds = ", ".join(f"{kind} {size / GIB:.1f}" for kind, size in parts.items())
@@ -190,17 +194,19 @@ def gpu_bytes() -> int | None:
     return int(torch.cuda.get_device_properties(0).total_memory)
 
 
-def _check_folders(config: Config, parameters: int, have: Resources, stage: Stage) -> None:
+def _check_folders(prepared: Prepared, have: Resources, stage: Stage) -> None:
     """Shared memory for the published weights, disk for the checkpoints."""
+    config, parameters, trained = prepared.config, prepared.parameters, prepared.trained
     if have.shared_memory is not None:
-        published, kept = published_bytes(config, parameters), kept_bytes(config, parameters)
+        published = published_bytes(config, parameters)
+        kept = kept_bytes(config, parameters, trained)
         stage.say(
             f"{SHM}: {have.shared_memory / GIB:.1f} GiB free, published weights take "
             f"{published / GIB:.1f}, copies of the learner {kept / GIB:.1f}, "
             f"Ray's objects up to {object_store_bytes(have) / GIB:.1f}"
         )
     folder = expand(config.run.dir).absolute()
-    one = checkpoint_bytes(config, parameters)
+    one = checkpoint_bytes(config, parameters, trained)
     # An old one goes after the new one is there.
     all_kept = (config.run.keep_checkpoints + 1) * one
     free = shutil.disk_usage(nearest_existing(folder)).free

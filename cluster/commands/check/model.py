@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cohort.actors.engine import stop_token_ids
+from cohort.cluster.adapter_folder import trained_parameters
 from cohort.cluster.commands.check.estimate import Architecture
 from cohort.cluster.commands.check.stages import Stage
 from cohort.cluster.config import Config
@@ -31,6 +32,7 @@ class Model:
         parameters: How many numbers it has.
         tokenizer: Its tokenizer.
         architecture: Its sizes; None where its config lacks those that every decoder has.
+        trained: How many numbers its adapters have; None: all of the model's are trained.
     """
 
     path: str
@@ -38,6 +40,7 @@ class Model:
     parameters: int
     tokenizer: PreTrainedTokenizerBase
     architecture: Architecture | None
+    trained: int | None = None
 
 
 def check_run_dir(config: Config, stage: Stage) -> Saved | None:
@@ -63,6 +66,8 @@ def check_model(config: Config, stage: Stage) -> Model:
         f"{path}: {parameters / 1e6:,.1f} million parameters, {config.model.precision}, context "
         f"{context:,}"
     )
+    if (trained := trained_parameters(config, path)) is not None:
+        stage.say(f"model.lora: {trained / 1e6:,.2f} million of adapters are trained")
     if Path(path).is_dir():
         stage.say(weight_files(Path(path)).describe())
     tokenizer = load_tokenizer(path)
@@ -75,7 +80,7 @@ def check_model(config: Config, stage: Stage) -> Model:
             f"model.path={path}: neither the tokenizer nor config.json names an end-of-sequence "
             "token, so every completion runs to actors.max_tokens: set eos_token_id there"
         )
-    return Model(path, context, parameters, tokenizer, read_architecture(path))
+    return Model(path, context, parameters, tokenizer, read_architecture(path), trained)
 
 
 def read_architecture(path: str) -> Architecture | None:

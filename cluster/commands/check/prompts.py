@@ -79,7 +79,10 @@ def check_prompts(
             f"the others are rendered when they are sampled: the run has room for "
             f"{found.longest:,} tokens"
         )
-    ready = Prepared(config, model.path, model.parameters, task, list(specs), renderer, found)
+    ready = Prepared(
+        config, model.path, model.parameters, task, list(specs), renderer, found,
+        trained=model.trained,
+    )  # fmt: skip
     return ready, rendered.train
 
 
