@@ -27,6 +27,7 @@ BEHIND = "tests/harness/test_saving_behind.py"
 EVALUATION = "tests/harness/test_evaluation.py"
 RUN_DIR = "tests/cluster/test_run_dir.py"
 SAVED = "tests/learner/test_saved.py"
+LORA = "tests/learner/test_lora.py"
 TEMPLATES = "tests/rewards/test_templates.py"
 CONTINUATION = "tests/rewards/test_continuation.py"
 FINAL_PART = "tests/rewards/test_final_part.py"
@@ -1264,5 +1265,47 @@ MUTANTS = (
         "                if False:\n",
         "the best checkpoint is kept",
         (f"{EVALUATION}::test_the_best_checkpoint_is_kept_and_named",),
+    ),
+    Mutant(
+        "learner/lora.py",
+        "        return product(x, merge(weight, a, b, scale, transposed), bias, transposed)\n",
+        "        return product(x, weight, bias, transposed) + scale * (x @ a.t() @ b.t())\n",
+        "the learner computes with the numbers that are published",
+        (f"{LORA}::test_an_update_below_the_resolution_is_in_neither",),
+    ),
+    Mutant(
+        "learner/weights.py",
+        "yield name, tensor.detach() if layer is None else layer.merged()",
+        "yield name, tensor.detach()",
+        "what is published of an adapter is the merged weight",
+        (f"{LORA}::test_what_is_published_is_what_the_learner_computes_with",),
+    ),
+    Mutant(
+        "learner/lora.py",
+        "da = ((g @ b).mul_(ctx.scale).t() @ flat)",
+        "da = ((g @ b).t() @ flat)",
+        "gradients of adapters have their scale",
+        (f"{LORA}::test_the_product_has_the_gradients_of_its_formula",),
+    ),
+    Mutant(
+        "learner/lora.py",
+        "        if self.as_reference:\n",
+        "        if False:\n",
+        "the reference is the policy without adapters",
+        (f"{LORA}::test_the_reference_is_the_policy_without_adapters",),
+    ),
+    Mutant(
+        "learner/lora.py",
+        '            state.pop(f"{prefix}{name}", None)\n',
+        "            pass\n",
+        "frozen weights are in no copy and no checkpoint",
+        (f"{LORA}::test_only_adapters_are_saved_and_loaded",),
+    ),
+    Mutant(
+        "learner/checkpoint.py",
+        '(key.startswith("model.") or not anew)',
+        '(key == "model.dtype" or not anew)',
+        "a checkpoint of other adapters is not loaded",
+        ("tests/cluster/test_lora.py::test_another_rank_is_not_resumed",),
     ),
 )
