@@ -59,6 +59,7 @@ GROUPS = {
             "tests/system/test_engine_proof.py",
             "tests/system/test_learner.py",
             "tests/system/test_learner_deaths.py",
+            "tests/system/test_lora.py",
             "tests/system/test_reshape.py",
             "tests/system/test_saving_behind.py",
         ),
