@@ -191,18 +191,20 @@ def test_an_update_below_the_resolution_is_in_neither() -> None:
     nn.init.ones_(layer.weight)
     one = LoraLayer(layer, LoraConfig(rank=1, alpha=1.0), torch.Generator())
     with torch.no_grad():
-        one.lora_A.fill_(2.0**-5)
+        one.lora_A.copy_(torch.tensor([[2.0**-5, 0.0, 0.0, 0.0]]))
         one.lora_B.fill_(2.0**-5)  # their product is 2^-10
     assert torch.equal(one.merged(), layer.weight)
-    x = torch.eye(4, dtype=torch.bfloat16)
-    assert torch.equal(one(x), layer(x))
+    # The weights cancel: an update that were added by itself would be all that is left.
+    x = torch.tensor([[1.0, -1.0, 0.0, 0.0]], dtype=torch.bfloat16)
+    assert torch.equal(one(x), torch.zeros(1, 4, dtype=torch.bfloat16))
     # The gradient does not stop there.
     one(x).sum().backward()
+    assert one.lora_B.grad is not None
     assert float(one.lora_B.grad.abs().min()) > 0
     with torch.no_grad():
         one.lora_A.fill_(0.25)
-    assert torch.equal(one.merged(), one(x).t())
     assert float(one.merged()[0, 0]) == 1 + 2.0**-7
+    assert torch.equal(one.merged(), one(torch.eye(4, dtype=torch.bfloat16)).t())
 
 
 def test_merging_adds_in_float32() -> None:
