@@ -63,7 +63,10 @@ GROUPS = {
             "tests/system/test_reshape.py",
             "tests/system/test_saving_behind.py",
         ),
-        code=("actors", "learner", "requirements/cpu.lock", "tests/learner", "tests/models.py"),
+        code=(
+            *("actors", "learner", "requirements/cpu.lock"),
+            *("tests/learner", "tests/models.py", "tests/system/conftest.py"),
+        ),
     ),
     "runs": Group(
         tests=(

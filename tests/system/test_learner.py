@@ -107,6 +107,15 @@ async def start(spec: LearnerSpec) -> Learner:
             raise
 
 
+async def removed(folder: Path) -> None:
+    """Fail unless what killed ranks had in shared memory goes within ten seconds."""
+    for _ in range(100):
+        if not folder.exists():
+            return
+        await asyncio.sleep(0.1)
+    raise AssertionError(f"{folder} is still there")
+
+
 def put(group: ScoredGroup) -> ScoredRef:
     meta, scores = metas(group)
     return ScoredRef(meta, scores, ray.put(group))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
 from dataclasses import replace
@@ -14,7 +13,17 @@ from safetensors.torch import load_file
 
 from cohort.learner.config import AlgorithmConfig
 from cohort.learner.learner import Learner
-from tests.system.test_learner import batch, cluster, models, put, run, spec_for, start, weights
+from tests.system.test_learner import (
+    batch,
+    cluster,
+    models,
+    put,
+    removed,
+    run,
+    spec_for,
+    start,
+    weights,
+)
 
 __all__ = ["cluster", "models", "run"]
 pytestmark = pytest.mark.system
@@ -88,11 +97,7 @@ def test_killed_and_frozen_ranks_change_nothing(
             return await weights(group), losses
         finally:
             group.kill()
-            for _ in range(100):
-                if not shm.exists():
-                    break
-                await asyncio.sleep(0.1)
-            assert not shm.exists()
+            await removed(shm)
 
     async def both() -> None:
         (straight, losses), (broken, again) = await train("straight", {}), await train("b", faults)

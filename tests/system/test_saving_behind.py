@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,17 @@ import torch
 
 from cohort.learner.config import AlgorithmConfig
 from tests.learner.test_copies import same
-from tests.system.test_learner import batch, cluster, models, put, run, spec_for, start, weights
+from tests.system.test_learner import (
+    batch,
+    cluster,
+    models,
+    put,
+    removed,
+    run,
+    spec_for,
+    start,
+    weights,
+)
 
 __all__ = ["cluster", "models", "run"]
 pytestmark = pytest.mark.system
@@ -99,9 +108,6 @@ def test_a_checkpoint_written_behind_is_the_one_written_in_the_foreground(
             assert all(one[name].equal(other[name]) for name in one)
         finally:
             group.kill()
-            for _ in range(100):
-                if not shm.exists():
-                    break
-                await asyncio.sleep(0.1)
+            await removed(shm)
 
     run(check())
