@@ -63,8 +63,10 @@ class Plain:
     """The model with merged weights that autograd knows as functions of A and B."""
 
     def __init__(self, model: Path, adapter: dict[str, torch.Tensor]) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-        self.leaves = {name: t.clone().requires_grad_() for name, t in adapter.items()}
+        dtype = next(iter(adapter.values())).dtype
+        # Frozen weights have the model's precision; the sum has float32's.
+        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).float().eval()
+        self.leaves = {name: t.float().clone().requires_grad_() for name, t in adapter.items()}
         self.weights = {}
         for name, layer in self.model.named_modules():
             if f"{PREFIX}{name}.lora_A.weight" in adapter:
