@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 
+from cohort.cluster.commands import evaluate as evaluating
 from cohort.cluster.config import Config
 from cohort.cluster.config_file import load_config
 from cohort.cluster.errors import RunError
 from cohort.cluster.fingerprint import fingerprint
 from cohort.cluster.model_folder import starting_weights
-from cohort.cluster.prepare import prepare
+from cohort.cluster.observe.console import Console
+from cohort.cluster.prepare import Prepared, prepare
 from cohort.learner.checkpoint import Checkpoints
 from tests.harness.world import CONFIG
 
@@ -85,3 +88,22 @@ def test_the_fingerprint_records_the_weights_and_a_resumed_run_needs_them_no_mor
     start = config(tiny_model, earlier, run, "run.resume=true")
     shutil.rmtree(earlier)
     assert prepare(start).init_from is None
+
+
+@pytest.mark.parametrize("key", ["model.init_from={earlier}", "model.lora={{rank: 2}}"])
+def test_an_evaluated_checkpoint_is_scored_as_it_is(
+    key: str, tiny_model: Path, earlier: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever its run has started from: that is in the config beside it."""
+    seen: list[Prepared] = []
+
+    def prepared(given: Config) -> Prepared:
+        seen.append(prepare(given))
+        raise RunError("enough")
+
+    monkeypatch.setattr(evaluating, "prepare", prepared)
+    trained = earlier / "checkpoints" / "step-1" / "hf"
+    given = load_config(CONFIG, [f"model.path={tiny_model}", key.format(earlier=earlier)])
+    with Console(1, "plain") as console, pytest.raises(RunError, match="enough"):
+        asyncio.run(evaluating.evaluate(given, trained, console))
+    assert (seen[0].model_path, seen[0].init_from, seen[0].trained) == (str(trained), None, None)
