@@ -77,6 +77,7 @@ GROUPS = {
             "tests/system/test_pool_recovery.py",
             "tests/system/test_readme.py",
             "tests/system/test_reward_actor.py",
+            "tests/system/test_served_models.py",
             "tests/system/test_train.py",
         ),
         code=(

@@ -105,9 +105,8 @@ def test_an_agent_with_its_own_loop(cohort: Cohort, nothing_left: Callable[[], N
     nothing_left()
 
 
-@pytest.mark.parametrize(
-    "script", ["custom_reward.py", pytest.param("custom_task.py", marks=pytest.mark.exhaustive)]
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("script", ["custom_reward.py", "custom_task.py"])
 def test_a_run_with_something_of_ones_own(
     script: str, cohort: Cohort, tiny_model: Path, nothing_left: Callable[[], None]
 ) -> None:

@@ -31,7 +31,7 @@ from cohort.rewards.reward_model import RewardModel
 from tests.models import tiny_reward_model
 from tests.scripts import ask_for_a_trip
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.system, pytest.mark.exhaustive]
 
 START_S = 180
 # Compact JSON: a random model would spend all its tokens on white space between the parts.

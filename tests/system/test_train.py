@@ -155,17 +155,15 @@ def wait_for(path: Path, text: str, process: subprocess.Popen[str], timeout: flo
         time.sleep(0.1)
 
 
-def test_a_start_that_was_stopped_at_any_moment_and_a_run_that_lost_its_ray_go_on(
+def test_a_start_stopped_at_any_moment_is_started_again_and_a_run_without_ray_ends(
     cohort: Cohort, nothing_left: Callable[[], None]
 ) -> None:
     """The same command every time: ended before Ray is there, in the middle of the start by each
     signal, by an engine that does not start in time; then it trains. The rollout writer is
-    replaced. Without Ray nothing goes on: the run ends, and says so. It is resumed to a nearer end
-    of its cosine, which it must be told to."""
+    replaced. Without Ray nothing goes on: the run ends, and says so."""
     run = cohort.folder / "again"
     log = cohort.folder / "out.log"
-    cosine: dict[str, object] = {"run__dir": run, "learner__lr_schedule": "cosine"}
-    long = {**cosine, "run__steps": 500, "run__checkpoint_every": 2}
+    long: dict[str, object] = {"run__dir": run, "run__steps": 500, "run__checkpoint_every": 2}
     for number, text in (
         (signal.SIGTERM, ""),
         (signal.SIGTERM, "starting Ray"),
@@ -201,6 +199,17 @@ def test_a_start_that_was_stopped_at_any_moment_and_a_run_that_lost_its_ray_go_o
     again = cohort.train(**long)
     assert again.returncode == 1
     assert "run.resume=true" in again.stderr
+
+
+@pytest.mark.exhaustive
+def test_a_run_is_resumed_to_a_nearer_end_of_its_cosine(cohort: Cohort) -> None:
+    """Which it must be told to."""
+    run = cohort.folder / "cosine"
+    cosine: dict[str, object] = {"run__dir": run, "learner__lr_schedule": "cosine"}
+    process = cohort.start(**cosine, run__steps=500, run__checkpoint_every=2)
+    wait_for(cohort.folder / "out.log", "step   8/500", process)
+    process.kill()
+    process.wait()
     steps = len(rows(run)) + 2
     more: dict[str, object] = {**cosine, "run__steps": steps, "run__resume": "true"}
     refused = cohort.train(**more)
