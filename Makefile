@@ -29,7 +29,9 @@ $(STAMP): requirements/cpu.lock pyproject.toml
 	@echo "making the virtual environment $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
 	@echo "installing the packages of requirements/cpu.lock (two to five minutes, once)"
-	@$(PIP) --no-deps -r requirements/cpu.lock
+	@$(PIP) --no-deps --no-compile -r requirements/cpu.lock
+	@# What pip does itself, on all cores. Some packages carry files that no Python 3 compiles.
+	@$(BIN)/python -m compileall -q -q -j 0 $(VENV)/lib || true
 	@echo "installing cohort"
 	@$(PIP) --no-deps --no-build-isolation -e .
 	@touch $(STAMP)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from dataclasses import dataclass
@@ -78,7 +79,9 @@ def _come_last() -> None:
     """Have this thread compute only while the ranks and engines beside it leave a core free, or
     nearly so: nobody waits for it, and of a lower priority alone a third of a core would be left.
     """
-    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    # A sandbox may refuse it; what is written then takes its share of the cores.
+    with contextlib.suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 def _import_the_writing() -> None:

@@ -36,6 +36,17 @@ def test_checkpoints_are_written_where_cores_are_idle(seen: list[int], tmp_path:
     assert os.sched_getscheduler(0) == os.SCHED_OTHER
 
 
+def test_a_sandbox_that_allows_no_policy_has_its_checkpoints_too(
+    seen: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "sched_setscheduler", refuse)
+    LearnerHome(str(tmp_path), writes=False).write(0, 1, str(tmp_path / "checkpoint"))
+    assert seen == [os.SCHED_OTHER]
+
+
 @pytest.mark.parametrize("writes", [False, True])
 def test_what_writing_imports_is_there_before_the_first_checkpoint(
     writes: bool, seen: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
