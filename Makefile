@@ -31,7 +31,7 @@ $(STAMP): requirements/cpu.lock pyproject.toml
 	@echo "installing the packages of requirements/cpu.lock (two to five minutes, once)"
 	@$(PIP) --no-deps --no-compile -r requirements/cpu.lock
 	@# What pip does itself, on all cores. Some packages carry files that no Python 3 compiles.
-	@$(BIN)/python -m compileall -q -q -j 0 $(VENV)/lib || true
+	@$(BIN)/python -m compileall -q -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true
 	@echo "installing cohort"
 	@$(PIP) --no-deps --no-build-isolation -e .
 	@touch $(STAMP)
