@@ -299,7 +299,7 @@ LIMITS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "turns": ({"max_turns": 2}, {}, "turns"),
     "tool_calls": ({"max_tool_calls": 0}, {"keys": {"tools": [{"type": "function", "function": {
         "name": "price"}}]}}, "tool_calls"),
-    "time": ({"episode_timeout_s": 0.4}, {"seconds": 0.5}, "time"),
+    "time": ({"episode_timeout_s": 2.0}, {"seconds": 2.2}, "time"),
     "context": ({"message_chars": 10**6}, {"questions": ["word " * 9000]},
                 "context_length_exceeded"),
 }  # fmt: skip
