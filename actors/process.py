@@ -19,6 +19,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import IO
 
+# The same for every process, by whichever path it was imported.
+HERE = str(Path(__file__).resolve())
 MARKER = "COHORT_REAP"
 # In the environment of every process that a supervisor's run starts.
 SUPERVISED = "COHORT_SUPERVISED"
@@ -127,7 +129,7 @@ def start_watcher(marker: str, *folders: Path, kill: bool = True) -> IO[bytes]:
     """
     environment = {k: value for k, value in os.environ.items() if k not in (MARKER, SUPERVISED)}
     watcher = subprocess.Popen(
-        [sys.executable, "-S", "-E", __file__, marker, str(int(kill)), *folders],
+        [sys.executable, "-S", "-E", HERE, marker, str(int(kill)), *folders],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -280,7 +282,7 @@ def _marked(marker: bytes) -> list[int]:
 def is_watcher(pid: int) -> bool:
     """Whether this is a watcher of `start_watcher`."""
     try:
-        return __file__.encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        return HERE.encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except (FileNotFoundError, ProcessLookupError):
         return False
 

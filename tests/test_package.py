@@ -93,7 +93,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel, built in a copy without network; the links in cohort/ are followed."""
     copy = tmp_path_factory.mktemp("wheel")
     skip = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "cohort", copy / "cohort", ignore=skip)
+    shutil.copytree(ROOT / "src", copy / "src", ignore=skip)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
     offline = ("--no-index", "--no-deps", "--no-build-isolation", "--disable-pip-version-check")
@@ -115,6 +115,49 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     [packages] = folder.glob("lib/python*/site-packages")
     (packages / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return folder / "bin"
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """The Python of an environment with a checkout installed by `pip install -e`."""
+    skip = shutil.ignore_patterns("__pycache__")
+    for name in ("src", "cohort", *PACKAGES):
+        shutil.copytree(ROOT / name, tmp_path / "clone" / name, symlinks=True, ignore=skip)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path / "clone")
+    run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "environment", check=True)
+    python = tmp_path / "environment" / "bin" / "python"
+    [packages] = (tmp_path / "environment").glob("lib/python*/site-packages")
+    (packages / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    offline = ("--no-index", "--no-deps", "--no-build-isolation", "--disable-pip-version-check")
+    done = run(
+        sys.executable, "-m", "pip", "--python", python, "install", *offline,
+        "--ignore-installed", "-e", tmp_path / "clone",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return python
+
+
+def test_an_editable_install_shows_its_types_and_no_other_name(
+    checkout: Path, tmp_path: Path
+) -> None:
+    """Type checkers and editors follow paths, not the hooks of imports."""
+    folder = tmp_path / "user"
+    folder.mkdir()
+    (folder / "mypy.ini").write_text(f"[mypy]\n[mypy-{HEAVY}]\nfollow_imports = skip\n")
+    (folder / "load_config.py").write_text(
+        f"from cohort import load_config\n{PUBLIC['load_config']}"
+    )
+    done = run(
+        sys.executable, "-m", "mypy", "--python-executable", checkout, "load_config.py",
+        cwd=folder, env=environment(),
+    )  # fmt: skip
+    assert 'Revealed type is "int"' in done.stdout and "has no attribute" in done.stdout
+    code = "import cohort; print(cohort.__file__)"
+    found = run(checkout, "-c", code, cwd=folder, env=environment()).stdout
+    assert Path(found.strip()) == tmp_path / "clone" / "src" / "cohort" / "__init__.py"
+    for name in (*PACKAGES, "tests"):
+        assert run(checkout, "-c", f"import {name}", cwd=folder, env=environment()).returncode == 1
 
 
 @pytest.fixture

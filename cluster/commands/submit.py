@@ -37,6 +37,8 @@ EXCLUDES = [
     ".mypy_cache",
     ".pytest_cache",
     ".ruff_cache",
+    # A link to what is uploaded as `cohort`.
+    "/src/cohort",
 ]
 REACH_S = 10.0
 """Longest wait for the job server to answer at all."""
