@@ -8,6 +8,7 @@ import math
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -60,7 +61,8 @@ class DatasetTask:
             answer, which the model goes on from. demonstration: an answer, which is removed from
             the prompt and becomes the column `demonstration`. auto: continue where the column is
             called `prompt`; in any other (`messages`) one of the two must be chosen.
-        demonstration: The column (ours) with a good answer, from which `cohort warmup` learns.
+        demonstration: The column (ours) from which `cohort warmup` learns: a good answer or, where
+            there is an environment, the list of an episode's replies.
         json_texts: Messages, reward_model, reward_spec, extra_info, tests and columns of a dotted
             path that are text in JSON (as in CSV) are read.
         eval_share: Without eval_data, the fraction of different prompts that is held out. It is
@@ -131,12 +133,12 @@ class DatasetTask:
     def eval_row(self, index: int) -> Row:
         return self._eval_rows.row(self._eval[index])
 
-    def demonstration(self, row: Row, epoch: int) -> str | None:  # noqa: ARG002
-        """The text of the row's column `task.options.demonstration`."""
+    def demonstration(self, row: Row, epoch: int) -> str | list[str] | None:  # noqa: ARG002
+        """The row's column `task.options.demonstration`: a text, or the replies of an episode."""
         if self._demonstration is None:
             return None
-        text = row.columns.get(self._demonstration)
-        return None if text is None else str(text)
+        shown: Any = row.columns.get(self._demonstration)
+        return str(shown) if isinstance(shown, int | float) else shown
 
     def survey(self) -> Survey:
         """See `cohort.rewards.survey.Surveys`."""

@@ -259,3 +259,15 @@ def test_a_column_can_hold_demonstrations(tmp_path: Path) -> None:
     assert [silent.demonstration(row, 0) for row in rows_of(silent)] == [None] * 4
     with pytest.raises(TaskError, match="it has solution"):
         make(file, demonstration="answer")
+
+
+def test_a_demonstration_is_what_the_column_holds(tmp_path: Path) -> None:
+    """The replies of an episode stay a list; what is neither text nor number is refused later."""
+    held = [["first", "second"], 4, 2.5, {"text": "no"}]
+    file = lines(
+        tmp_path / "a.jsonl", [{"prompt": f"Q{n}", "shown": x} for n, x in enumerate(held)]
+    )
+    task = make(file, demonstration="shown")
+    assert isinstance(task, Demonstrates)
+    shown = [task.demonstration(row, 0) for row in rows_of(task)]
+    assert shown == [["first", "second"], "4", "2.5", {"text": "no"}]
