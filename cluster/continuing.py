@@ -16,7 +16,7 @@ from pydantic import JsonValue
 from cohort.cluster.config import SECTIONS, ClusterConfig, Config, RunConfig, TrackingConfig
 from cohort.cluster.errors import RunError
 from cohort.cluster.files import write_atomically
-from cohort.cluster.fingerprint import ConfigTree, Fingerprint
+from cohort.cluster.fingerprint import COMMIT, ConfigTree, Fingerprint
 from cohort.cluster.observe.metrics_file import read_metrics
 from cohort.cluster.stream import Ahead
 from cohort.learner.aside import Aside
@@ -268,15 +268,18 @@ def differences(saved: Fingerprint, now: Fingerprint, step: int) -> list[Differe
         Difference(rows_key, before, after, BREAKS["task"], f"{name} rows")
         for name, before, after in _unequal(saved["rows"], now["rows"])
     ]
+    # A folder and a hub id cannot be compared, only their names.
+    comparable = (COMMIT in saved["model"]) == (COMMIT in now["model"])
     model = [
         Difference("model.path", before, after, BREAKS["model.path"], name)
         for name, before, after in _unequal(saved["model"], now["model"])
+        if comparable
     ]
     same = set()
     if not rows:
         # The same rows from another place.
         same |= {"task.data", "task.eval_data"}
-    if saved["model"] and not model:
+    if saved["model"] and now["model"] and comparable and not model:
         same.add("model.path")
     config = [
         Difference(key, str(before), str(after), "" if key in same else breaks)

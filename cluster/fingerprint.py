@@ -36,10 +36,15 @@ MODEL_FILES = (
     "pytorch_model*.bin",
     "*.model",
     "*.jinja",
+    "tokenizer.model*",
+    "*.tiktoken",
     "vocab.*",
     "merges.txt",
     "chat_templates/*",
+    "additional_chat_templates/*",
 )
+# Stands for the files of a hub id, which are fetched one by one while a run starts.
+COMMIT = "commit"
 # Section -> key -> value.
 ConfigTree = dict[str, dict[str, JsonValue]]
 
@@ -51,7 +56,8 @@ class Fingerprint(TypedDict):
         version: Of this layout.
         config: Every key.
         rows: Name of a part of the data -> its size and digest.
-        model: File of the model folder -> its size and digest; empty where it is not known.
+        model: File of the model folder -> its size and digest; of a hub id, `commit` -> that of
+            its repository. Empty where it is not known.
         code: `rewards.functions: PATH`, `task.name: PATH` or `task.environment: PATH` -> digest of
             its file.
         init_from: As `model`, of the folder whose weights the run started from, where that was
@@ -119,10 +125,11 @@ def _sampled(size: int, row: Callable[[int], Row]) -> str:
 
 
 def model_digests(path: str) -> dict[str, str]:
-    """Size and digest of each file of a model; empty for a hub id that is not in the cache."""
-    folder = Path(path) if Path(path).is_dir() else _cached(path)
-    if folder is None:
-        return {}
+    """Size and digest of each file of a model folder; the commit of a hub id in the cache."""
+    folder = Path(path)
+    if not folder.is_dir():
+        cached = _cached(path)
+        return {} if cached is None else {COMMIT: cached.name}
     files = {file for pattern in MODEL_FILES for file in folder.glob(pattern) if file.is_file()}
     return {
         file.relative_to(folder).as_posix(): f"{file.stat().st_size:,} bytes, {file_digest(file)}"

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import pytest
 
 import cohort.cluster.commands.train
@@ -28,9 +29,12 @@ from cohort.cluster.errors import RunError
 from cohort.cluster.fingerprint import (
     BLOCK_BYTES,
     WHOLE_BYTES,
+    ConfigTree,
+    Fingerprint,
     code_digests,
     file_digest,
     fingerprint,
+    model_digests,
     row_digests,
 )
 from cohort.learner.checkpoint import CheckpointError
@@ -304,6 +308,55 @@ def test_another_model_is_refused_and_the_same_one_elsewhere_is_not(
         resume(run, model__path=other)
     same = shutil.copytree(run.model, tmp_path / "same")
     assert resume(run, model__path=same) == 0
+
+
+@pytest.mark.parametrize(
+    "name", ["additional_chat_templates/tool_use.jinja", "tokenizer.model.v3", "qwen.tiktoken"]
+)
+def test_every_file_that_decides_tokens_is_known(tmp_path: Path, name: str) -> None:
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("first")
+    known = model_digests(str(tmp_path))
+    file.write_text("other")
+    assert list(known) == [name] and model_digests(str(tmp_path)) != known
+
+
+def test_a_hub_id_is_known_by_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its files are fetched one by one, most of them after a run has been fingerprinted."""
+    repository = tmp_path / "models--org--name"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert model_digests("org/name") == {}
+
+    def fetch(commit: str, *names: str) -> dict[str, str]:
+        (repository / "refs").mkdir(parents=True, exist_ok=True)
+        (repository / "refs" / "main").write_text(commit)
+        (repository / "snapshots" / commit).mkdir(parents=True, exist_ok=True)
+        for name in names:
+            (repository / "snapshots" / commit / name).write_text("{}")
+        return model_digests("org/name")
+
+    def table_of(
+        before: dict[str, str], after: dict[str, str], path: str = "org/name"
+    ) -> list[str]:
+        saved, now = (
+            Fingerprint(version=1, config=keys, rows={}, model=model, code={})
+            for keys, model in ((given("org/name"), before), (given(path), after))
+        )
+        return [item.name for item in refused(differences(saved, now, 2), ())]
+
+    def given(path: str) -> ConfigTree:
+        return load_config(None, [f"model.path={path}"]).model_dump(mode="json")
+
+    first = fetch("aaa", "config.json", "tokenizer.json")
+    whole = fetch("aaa", "model.safetensors", "generation_config.json")
+    assert first == whole == {"commit": "aaa"}
+    assert table_of(first, whole) == []
+    assert table_of(first, fetch("bbb", "config.json")) == ["model.path (commit)"]
+    # Checkpoints of before hold the files that were there; without any, only the name is known.
+    assert table_of({"config.json": "3 bytes"}, first) == []
+    assert table_of(first, {}, "org/other") == ["model.path"]
+    assert table_of(first, {"config.json": "3 bytes"}, "a/folder") == ["model.path"]
 
 
 def test_large_files_are_known_by_blocks_and_both_ends(tmp_path: Path) -> None:
