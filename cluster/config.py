@@ -35,7 +35,10 @@ class RunConfig(Section):
 
     dir: str = Field("runs/default", description="Everything the run writes goes here.")
     steps: int = Field(100, ge=1, description="Optimizer steps of the whole run.")
-    seed: int = Field(0, ge=0, description="Seed of prompts, sampling and initialisation.")
+    # torch takes 64 bits, and each rank of the learner adds its number.
+    seed: int = Field(
+        0, ge=0, le=2**63 - 1, description="Seed of prompts, sampling and initialisation."
+    )
     resume: bool = Field(
         False, description="Continue from the last complete checkpoint in run.dir."
     )

@@ -13,8 +13,8 @@ def contradictions(config: Config) -> Iterator[str]:
     """One line for each problem, with the keys to change; see also those of the sections."""
     for section, values in config.model_dump().items():
         for key, value in values.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                yield f"{section}.{key}: must be finite (got {value})"
+            if (found := _not_finite(value)) is not None:
+                yield f"{section}.{key}: must be finite (got {found})"
     yield from config.algorithm.contradictions()
     yield from config.learner.contradictions()
     actors, learner, task = config.actors, config.learner, config.task
@@ -81,3 +81,14 @@ def contradictions(config: Config) -> Iterator[str]:
         yield "task.data: required by task.name=dataset"
     if task.name != "dataset" and (task.data or task.eval_data):
         yield f"task.data is only read by task.name=dataset, not by {task.name}"
+
+
+def _not_finite(value: object) -> float | None:
+    """The first number in a value of a key that is infinite or NaN."""
+    if isinstance(value, float):
+        return None if math.isfinite(value) else value
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return next((found for part in value if (found := _not_finite(part)) is not None), None)
+    return None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cohort.actors.plain import JsonObject
 from cohort.learner.presets import PRESETS, Preset
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
 Dtype = Literal["bfloat16", "float16", "float32"]
 
 
@@ -35,7 +36,7 @@ class LearnerConfig(BaseModel):
         le=1,
         description="Fraction of the peak at the last update; for lr_schedule=linear and cosine.",
     )
-    adam_betas: tuple[float, float] = Field((0.9, 0.99), description="Betas of AdamW.")
+    adam_betas: tuple[Beta, Beta] = Field((0.9, 0.99), description="Betas of AdamW.")
     adam_eps: float = Field(1e-8, gt=0, description="Epsilon of AdamW.")
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay of AdamW.")
     gradient_clip: float = Field(1.0, gt=0, description="Largest global gradient norm.")

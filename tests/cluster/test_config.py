@@ -245,6 +245,12 @@ def test_numbers_in_task_options(tmp_path: Path) -> None:
         (["task.data=rows.jsonl"], ["task.data", "task.name=dataset", "addition"]),
         (["actors.temperature=.inf"], ["actors.temperature: must be finite"]),
         (["learner.learning_rate=.nan"], ["learner.learning_rate"]),
+        (["learner.adam_betas=[.nan,0.9]"], ["learner.adam_betas"]),
+        (["learner.adam_betas=[0.9,1]"], ["learner.adam_betas", "less than 1"]),
+        (["learner.adam_betas=[-1,0.9]"], ["learner.adam_betas"]),
+        (["model.lora={rank: 8, alpha: .inf}"], ["model.lora: must be finite"]),
+        (["task.options={levels: [1, .nan]}"], ["task.options: must be finite"]),
+        (["run.seed=18446744073709551616"], ["run.seed", "less than or equal"]),
     ],
 )
 def test_contradictions(overrides: list[str], named: list[str]) -> None:
