@@ -8,6 +8,7 @@ restarts.
 from __future__ import annotations
 
 import errno
+import socket
 
 from cohort.actors.records import Failure
 from cohort.actors.turns import FailureKind
@@ -42,7 +43,23 @@ class CohortError(Exception):
 
 
 # The machine is short of something now; the same work may succeed later or elsewhere.
-SHORTAGES = frozenset({errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE})
+SHORTAGES = frozenset(
+    {errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.EAGAIN}
+)
+# What Python says where the machine has no thread left.
+NO_THREAD = "can't start new thread"
+# A disk, a network file system or a network that does not work now, here.
+OUTAGES = frozenset(
+    {
+        errno.EIO,
+        errno.ESTALE,
+        errno.EREMOTEIO,
+        errno.ENETDOWN,
+        errno.ENETUNREACH,
+        errno.EHOSTDOWN,
+        errno.EHOSTUNREACH,
+    }
+)
 
 
 def kind_of(error: BaseException) -> FailureKind:
@@ -77,8 +94,10 @@ def kind_of(error: BaseException) -> FailureKind:
         return "bug"
     if isinstance(error, (RayError, TimeoutError, ConnectionError, MemoryError)):
         return "infra"
+    if isinstance(error, socket.gaierror) or str(error) == NO_THREAD:
+        return "infra"
     if isinstance(error, OSError):
-        return "infra" if error.errno in SHORTAGES else "bug"
+        return "infra" if error.errno in SHORTAGES | OUTAGES else "bug"
     return "data" if isinstance(error, (ValueError, TypeError)) else "bug"
 
 

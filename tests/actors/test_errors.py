@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import socket
 
 import pytest
 import ray.exceptions
@@ -43,6 +44,13 @@ def test_every_error_of_ray_is_infra_but_those_that_a_program_makes(kind: type[R
         (ObjectLostError("00" * 28, None, ""), "infra"),
         (MemoryError(), "infra"),
         (OSError(28, "No space left on device"), "infra"),
+        (OSError(113, "No route to host"), "infra"),
+        (OSError(116, "Stale file handle"), "infra"),
+        (OSError(5, "Input/output error"), "infra"),
+        (BlockingIOError(11, "Resource temporarily unavailable"), "infra"),
+        (socket.gaierror(-3, "Temporary failure in name resolution"), "infra"),
+        (RuntimeError("can't start new thread"), "infra"),
+        (RuntimeError("something else"), "bug"),
         (TimeoutError(), "infra"),
         (ValueError("prompt too long"), "data"),
         (TypeError("not a list"), "data"),
