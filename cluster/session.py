@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import asyncio
-import statistics
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from cohort.cluster.failures import check_failures
 from cohort.cluster.launch import Services
 from cohort.cluster.launch import launch as launch_services
 from cohort.cluster.observe.console import Console
+from cohort.cluster.observe.stats import mean
 from cohort.cluster.prepare import Prepared, passing_logs, prepare
 from cohort.cluster.publishing import Publisher
 from cohort.cluster.ray_start import check_start
@@ -87,10 +87,8 @@ class Scored(list[ScoredRef]):
 
     @property
     def mean_reward(self) -> float:
-        """Mean total reward of the completions that have one."""
-        return statistics.fmean(
-            total for group in self for total in group.scores.totals if total is not None
-        )
+        """Mean total reward of the completions that have one; NaN if none has."""
+        return mean(total for group in self for total in group.scores.totals)
 
 
 class Session:
@@ -112,7 +110,12 @@ class Session:
 
         A curriculum chooses them without the pass rates of earlier steps, which only `cohort train`
         keeps.
+
+        Raises:
+            ValueError: `step` is negative.
         """
+        if step < 0:
+            raise ValueError(f"step must be 0 or more (got {step})")
         while len(self._cursors) < step + 2:
             self._cursors.append(self._sample(self._cursors[-1]).cursor)
         return list(self._sample(self._cursors[step]).prompts)
@@ -145,6 +148,8 @@ class Session:
         Raises:
             TrainingError: more of them failed than `rewards.max_error_rate` allows.
         """
+        if not groups:
+            return Scored([])
         results = await asyncio.gather(*map(self._score, groups))
         scored = Scored(
             [result for result in results if isinstance(result, ScoredRef)],

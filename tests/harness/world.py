@@ -45,6 +45,7 @@ from typing import Any, TypeVar
 import pytest
 from ray.exceptions import OutOfMemoryError
 
+import cohort
 import cohort.actors.rollout
 import cohort.cluster.commands.train
 import cohort.cluster.launch
@@ -57,6 +58,7 @@ from cohort.cluster.config import Config
 from cohort.cluster.config_file import load_config
 from cohort.cluster.observe.console import Console
 from cohort.cluster.placement import GIB, Resources
+from cohort.cluster.session import Session
 from cohort.learner.checkpoint import latest, load_state
 from tests.harness import clock, policy
 from tests.harness.engine import LocalRolloutActor, install_vllm
@@ -138,6 +140,19 @@ class World:
         """The product's exit code; raises what the run raises."""
         config = self.config(**overrides)
         return self._here(lambda: run_training(config))
+
+    def session(
+        self, body: Callable[[Session], Coroutine[Any, Any, None]], **overrides: Any
+    ) -> None:
+        """Run a loop of a user's own, between the start and the end of `cohort.launch`."""
+        config = self.config(**overrides)
+
+        async def command() -> int:
+            async with cohort.launch(config) as session:
+                await body(session)
+            return 0
+
+        self._here(command)
 
     def replay(self, steps: str = ":") -> tuple[int, list[str]]:
         """The exit code of `cohort replay`, and the lines of its table."""
