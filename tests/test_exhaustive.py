@@ -54,7 +54,7 @@ def test_they_run_again_when_their_code_changes_and_until_they_pass(
     assert passing.runs == 2
     for name in ("learner/grpo.py", "learner/deep/step.py", "tests/test_it.py", "cpu.lock"):
         with (tree / name).open("a") as file:
-            file.write("# changed\n")
+            file.write("y = 2\n")
         monkeypatch.setattr("subprocess.run", failing)
         assert run() == 1, name
         monkeypatch.setattr("subprocess.run", passing)
@@ -63,6 +63,27 @@ def test_they_run_again_when_their_code_changes_and_until_they_pass(
     before = passing.runs
     assert [run(), run()] == [0, 0]
     assert passing.runs == before + 1
+
+
+def test_words_about_the_code_do_not_count(tree: Path) -> None:
+    group = Group(tests=("tests/test_it.py",), code=("learner", "cpu.lock"))
+    file = tree / "learner" / "grpo.py"
+    file.write_text("def f(x):\n    return x + 1\n")
+    before = group.content_hash(tree)
+    file.write_text(
+        '"""A module."""\n\n\ndef f(x):\n    """One more."""\n    return x + 1  # one\n'
+    )
+    assert group.content_hash(tree) == before
+    file.write_text("def f(x):\n    return x + 2\n")
+    assert group.content_hash(tree) != before
+    file.write_text('TEXT = """A module."""\n')
+    other = group.content_hash(tree)
+    file.write_text('TEXT = """Another."""\n')
+    assert group.content_hash(tree) != other
+    # In tests and elsewhere they do.
+    with (tree / "tests" / "test_it.py").open("a") as opened:
+        opened.write("# more\n")
+    assert group.content_hash(tree) != other
 
 
 def test_every_exhaustive_test_is_in_one_group() -> None:
