@@ -37,7 +37,9 @@ def same(run: World, straight: World) -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize(("ranks", "victim"), [(1, 0), (2, 0), (2, 1)])
+@pytest.mark.parametrize(
+    ("ranks", "victim"), [(1, 0), pytest.param(2, 0, marks=pytest.mark.exhaustive), (2, 1)]
+)
 def test_a_ranks_death_in_any_stage_changes_nothing(
     world: MakeWorld, stage: str, ranks: int, victim: int
 ) -> None:

@@ -52,6 +52,7 @@ def test_the_loop_learns_addition(cohort: Cohort, nothing_left: Callable[[], Non
     nothing_left()
 
 
+@pytest.mark.exhaustive
 def test_a_game_of_several_turns(cohort: Cohort, nothing_left: Callable[[], None]) -> None:
     """Every token that is trained was sampled, with the log-prob that the learner finds too."""
     folder = cohort.folder / "game"

@@ -175,6 +175,7 @@ def test_two_actors_outlive_each_other(tmp_path: Path) -> None:
         time.sleep(0.2)
 
 
+@pytest.mark.exhaustive
 def test_a_healthy_engine_may_take_as_long_as_it_likes(tmp_path: Path) -> None:
     """Far longer than group_timeout_s for a group, and longer still for those that queue."""
 

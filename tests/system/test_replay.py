@@ -16,6 +16,7 @@ pytestmark = [pytest.mark.system, pytest.mark.slow]
 STEPS = 12
 
 
+@pytest.mark.exhaustive
 def test_an_overlapped_run_that_was_killed_goes_on_with_its_groups_and_is_replayed(
     cohort: Cohort,
 ) -> None:

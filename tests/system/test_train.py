@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -155,21 +155,30 @@ def wait_for(path: Path, text: str, process: subprocess.Popen[str], timeout: flo
         time.sleep(0.1)
 
 
+MOMENTS = (
+    (signal.SIGKILL, "starting 1 engine(s)"),
+    (signal.SIGTERM, ""),
+    (signal.SIGTERM, "starting Ray"),
+    (signal.SIGINT, "starting 1 engine(s)"),
+)
+
+
+@pytest.mark.parametrize(
+    "moments", [MOMENTS[:1], pytest.param(MOMENTS[1:], marks=pytest.mark.exhaustive)]
+)
 def test_a_start_stopped_at_any_moment_is_started_again_and_a_run_without_ray_ends(
-    cohort: Cohort, nothing_left: Callable[[], None]
+    moments: Sequence[tuple[signal.Signals, str]],
+    cohort: Cohort,
+    nothing_left: Callable[[], None],
+    tmp_path: Path,
 ) -> None:
     """The same command every time: ended before Ray is there, in the middle of the start by each
     signal, by an engine that does not start in time; then it trains. The rollout writer is
     replaced. Without Ray nothing goes on: the run ends, and says so."""
-    run = cohort.folder / "again"
+    run = tmp_path / "again"
     log = cohort.folder / "out.log"
     long: dict[str, object] = {"run__dir": run, "run__steps": 500, "run__checkpoint_every": 2}
-    for number, text in (
-        (signal.SIGTERM, ""),
-        (signal.SIGTERM, "starting Ray"),
-        (signal.SIGINT, "starting 1 engine(s)"),
-        (signal.SIGKILL, "starting 1 engine(s)"),
-    ):
+    for number, text in moments:
         process = cohort.start(**long)
         if text:
             wait_for(log, text, process)

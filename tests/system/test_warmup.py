@@ -31,6 +31,7 @@ def start(cohort: Cohort, out: Path, *flags: str) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("all_cores")
 def test_warmup(cohort: Cohort, nothing_left: Callable[[], None]) -> None:
     """Twice the same weights. A run on two ranks that is stopped writes nothing."""
