@@ -91,6 +91,7 @@ GROUPS = {
             "tests/system/test_replay.py",
             "tests/system/test_reward_actor.py",
             "tests/system/test_served_models.py",
+            "tests/system/test_submit.py",
             "tests/system/test_train.py",
             "tests/system/test_warmup.py",
         ),

@@ -86,8 +86,7 @@ ENDS: dict[str, Callable[[], Any]] = {
 
 
 def every_end(stages: Iterable[str]) -> list[Any]:
-    """Every stage with every end; with three of them in turns always, with others slow. The rarer
-    ends take as long again."""
+    """Every stage with every end; with three of them in turns always."""
     return [
         pytest.param(stage, how, marks=_marks(n, how))
         for n, stage in enumerate(stages)
@@ -96,10 +95,8 @@ def every_end(stages: Iterable[str]) -> list[Any]:
 
 
 def _marks(number: int, how: str) -> list[Any]:
-    if how in ("exit", "SIGINT"):
-        return [pytest.mark.exhaustive]
     always = ("error", "SIGKILL", "SIGTERM")[number % 3]
-    return [] if how == always else [pytest.mark.slow]
+    return [] if how == always else [pytest.mark.exhaustive]
 
 
 def end_at(patch: pytest.MonkeyPatch, place: tuple[Any, str, int], end: Callable[[], Any]) -> None:

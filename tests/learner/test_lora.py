@@ -316,6 +316,7 @@ def test_targets_that_cannot_be(kind: str, targets: list[str], message: str) -> 
         chosen_layers(tiny_model(kind), LoraConfig(targets=targets))
 
 
+@pytest.mark.slow  # the first compilation of a process
 def test_the_start_tries_the_adapters() -> None:
     policy = PolicyModel(tiny_model("llama-tied"))
     self_check(policy, TEMPERATURE)

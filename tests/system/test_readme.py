@@ -1,9 +1,9 @@
 """The documents' commands, as they are written, on the real stack with tiny models.
 
 In the order of the documents, all in one scratch copy: a command finds what those before it have
-made; one that is shown twice is run once. What other documents show beyond the README is left to
-`make exhaustive`: other tests run each of these subcommands, only with other keys. Words are added
-behind a command to make it small; none are taken away, and the only ones replaced stand for
+made; one that is shown twice is run once. It is left to `make exhaustive`: `.ci/run` has the
+README's commands, and other tests run each of the subcommands, only with other keys. Words are
+added behind a command to make it small; none are taken away, and the only ones replaced stand for
 something that the reader has (JUDGE, REWARD_MODEL).
 """
 
@@ -29,7 +29,7 @@ from tests.models import tiny_llama, tiny_reward_model
 from tests.shown import Shown, commands, environment, scratch_copy
 from tests.system.test_served_models import START_S, healthy
 
-pytestmark = [pytest.mark.system, pytest.mark.slow]
+pytestmark = [pytest.mark.system, pytest.mark.exhaustive]
 
 # A made-up model has no opinion on how long a prompt may be; travel's are long.
 CONTEXT = 8192
@@ -172,17 +172,11 @@ def run_as_shown(command: Shown, reader: Reader) -> None:
 STACK = list({command.text: command for command in commands() if command.where == "stack"}.values())
 
 
-def marked(command: Shown) -> object:
-    marks = [] if command.document == "README.md" else [pytest.mark.exhaustive]
-    return pytest.param(command, marks=marks, id=str(command))
-
-
-@pytest.mark.parametrize("command", map(marked, STACK))
+@pytest.mark.parametrize("command", STACK, ids=str)
 def test_a_command_does_what_the_document_says(command: Shown, reader: Reader) -> None:
     run_as_shown(command, reader)
 
 
-@pytest.mark.exhaustive
 def test_every_server_has_started_and_every_folder_is_there(reader: Reader) -> None:
     for index in range(len(reader.servers)):
         reader.wait_for_server(index)

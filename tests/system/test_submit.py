@@ -134,6 +134,7 @@ def answers(url: str) -> bool:
         return False
 
 
+@pytest.mark.exhaustive
 def test_a_run_with_two_of_everything(cluster: Cluster, tmp_path: Path) -> None:
     """Two actors, ranks and reward workers on a cluster, overlapped by a step; its directory."""
     files = shared_files()
