@@ -164,7 +164,7 @@ def template_fields(template: str | None) -> tuple[str, ...]:
 
 
 def checked_prompt(content: Any, where: str) -> str | Messages:
-    """The prompt of a row, if it is a text or messages.
+    """The prompt of a row, if it is a text or messages; see `_given` for their keys.
 
     Args:
         content: The row's prompt.
@@ -173,9 +173,37 @@ def checked_prompt(content: Any, where: str) -> str | Messages:
     Raises:
         TaskError: It is something else.
     """
+    try:
+        content = _given(content)
+    except RecursionError as error:
+        raise TaskError(f"{where}: 'prompt' is nested too deeply") from error
     if problem := _problem(content):
         raise TaskError(f"{where}: {problem}")
     return content
+
+
+def _given(prompt: Any) -> Any:
+    """Messages without keys that have no value.
+
+    In a table, every message has the keys of all, and templates take a key for its value. One that
+    only calls tools has an empty text.
+    """
+    if not isinstance(prompt, list):
+        return prompt
+    messages = [_without_nulls(message) for message in prompt]
+    for message in messages:
+        if isinstance(message, dict) and message.get("tool_calls") == []:
+            del message["tool_calls"]
+    for message in messages[:-1]:
+        if isinstance(message, dict) and "tool_calls" in message:
+            message.setdefault("content", "")
+    return messages
+
+
+def _without_nulls(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _problem(content: object) -> str | None:

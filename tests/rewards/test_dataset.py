@@ -140,6 +140,32 @@ def test_verl_parquet(tmp_path: Path) -> None:
     assert json.loads(json.dumps(row.columns)) == row.columns
 
 
+def test_keys_that_a_table_adds_to_messages_are_left_out(tmp_path: Path) -> None:
+    """A template takes a key for its value: `tool_calls` for calls, whatever it holds."""
+    arguments = {"function": {"name": "add", "arguments": {"a": 1}}}
+    called: list[dict[str, Any]] = [
+        {"role": "user", "content": "Q1"},
+        {"role": "assistant", "content": None, "tool_calls": [arguments]},
+        {"role": "tool", "content": "3", "name": "add"},
+        {"role": "assistant", "content": "3", "tool_calls": []},
+        {"role": "user", "content": "Q2"},
+    ]
+    other = {"function": {"name": "find", "arguments": {"name": "x"}}}
+    found = [{"role": "assistant", "tool_calls": [other]}, {"role": "user", "content": "Q3"}]
+    rows = [{"prompt": [{"role": "user", "content": "Q"}]}, {"prompt": called}, {"prompt": found}]
+    read = [row.content for row in rows_of(make(parquet(tmp_path / "a.parquet", rows)))]
+    del called[3]["tool_calls"]
+    called[1]["content"] = ""
+    assert read == [rows[0]["prompt"], called, [{**found[0], "content": ""}, found[1]]]
+    last = [{"role": "user", "content": "Q1"}, called[1] | {"content": None}]
+    with pytest.raises(TaskError, match="no text under 'content'"):
+        make(lines(tmp_path / "a.jsonl", [{"prompt": last}]))
+    deep = '{"prompt": [{"role": "user", "content": "Q", "x": ' + "[" * 700 + "]" * 700 + "}]}"
+    (tmp_path / "a.jsonl").write_text(deep)
+    with pytest.raises(TaskError, match="nested too deeply"):
+        make(tmp_path / "a.jsonl")
+
+
 def test_skyrl_and_openrlhf_layouts(tmp_path: Path) -> None:
     sky = [
         {"prompt": row["prompt"], "env_class": "gsm8k", "reward_spec": {"ground_truth": "7"}}
