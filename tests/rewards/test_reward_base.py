@@ -54,6 +54,7 @@ def test_string_prompts_give_string_completions_and_repeated_columns() -> None:
     # As in TRL, functions that log are among the arguments.
     assert callable(seen.pop("log_extra"))
     assert callable(seen.pop("log_metric"))
+    assert seen.pop("trainer_state").global_step == 0
     assert seen == {
         "prompts": ["Q", "Q", "Q"],
         "completions": ["text 0", "text 1", "text 2"],
