@@ -208,6 +208,30 @@ def test_bytes_in_a_column_name_the_way_out(tmp_path: Path) -> None:
         make(data)
 
 
+UNREADABLE: dict[str, Any] = {
+    "a date after 9999": lambda pa: pa.array([1, 10**7], pa.int32()).cast(pa.date32()),
+    "a time before 1": lambda pa: pa.array([1, -(2**62)], pa.timestamp("us")),
+    "no UTF-8": lambda pa: pa.array([b"a", b"caf\xe9"]).view(pa.string()),
+    "no UTF-8, in a list": lambda pa: pa.ListArray.from_arrays(
+        [0, 1, 2], pa.array([b"a", b"\xff"]).view(pa.string())
+    ),
+    "a time zone": lambda pa: pa.array([None, 2], pa.timestamp("us", tz="Mars/X")),
+}
+
+
+@pytest.mark.parametrize("what", UNREADABLE)
+def test_a_value_that_python_cannot_hold_is_named(tmp_path: Path, what: str) -> None:
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    file = tmp_path / "a.parquet"
+    table = pa.table({"prompt": ["A", "B"], "x": UNREADABLE[what](pa)})
+    pyarrow.parquet.write_table(table, file)
+    with pytest.raises(TaskError, match=r"a\.parquet:2: the column 'x' .*columns: \{x: null\}"):
+        make(file)
+    assert [row.columns for row in rows_of(make(file, columns={"x": None}))] == [{}, {}]
+
+
 def test_chat_system_template_and_answer_after(tmp_path: Path) -> None:
     rows = [{"prompt": f"{{x}} {n}", "answer": f"a #### b\n#### {n} "} for n in range(12)]
     data = lines(tmp_path / "a.jsonl", rows)
