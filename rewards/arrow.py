@@ -59,11 +59,13 @@ def arrow_rows(
         The row's number as `row3`, and the row.
 
     Raises:
-        TaskError: A value has no form in JSON.
+        TaskError: A value has no form in JSON, or two columns have one name.
     """
     number = 0
     for batch in batches:
         names = batch.schema.names
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise TaskError(f"{source}: a column needs a name of its own: '{twice[0]}'")
         special = [
             field.name
             for field in batch.schema

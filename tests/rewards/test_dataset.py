@@ -232,6 +232,17 @@ def test_a_value_that_python_cannot_hold_is_named(tmp_path: Path, what: str) -> 
     assert [row.columns for row in rows_of(make(file, columns={"x": None}))] == [{}, {}]
 
 
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    file = tmp_path / "a.parquet"
+    table = pa.Table.from_arrays([pa.array(["A", "B"])] * 3, names=["prompt", "x", "x"])
+    pyarrow.parquet.write_table(table, file)
+    with pytest.raises(TaskError, match="a name of its own: 'x'"):
+        make(file)
+
+
 def test_chat_system_template_and_answer_after(tmp_path: Path) -> None:
     rows = [{"prompt": f"{{x}} {n}", "answer": f"a #### b\n#### {n} "} for n in range(12)]
     data = lines(tmp_path / "a.jsonl", rows)
