@@ -167,6 +167,13 @@ class RowOptions:
                 raise TaskError(
                     f"task.options.columns: {ours!r}: {theirs!r} are not names of columns"
                 )
+        for name, text in (("answer_after", self.answer_after), ("system", self.system)):
+            # A system message may be empty: some templates have one of their own otherwise.
+            if not (text is None or isinstance(text, str)) or (name != "system" and text == ""):
+                raise TaskError(f"task.options.{name} must be a text, not {text!r}")
+        for name, choice in (("chat", self.chat), ("json_texts", self.json_texts)):
+            if not isinstance(choice, bool):
+                raise TaskError(f"task.options.{name} must be true or false, got {choice!r}")
         for name, value, known in (
             ("layout", self.layout, ("auto", *LAYOUTS)),
             ("final_assistant", self.final_assistant, FINAL_ASSISTANT),
