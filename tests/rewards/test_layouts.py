@@ -133,6 +133,15 @@ def test_a_dotted_path_reaches_into_a_text(tmp_path: Path) -> None:
     assert [row.columns["answer"] for row in rows_of(task)] == [0, 1]
 
 
+def test_messages_as_text_inside_another_column(tmp_path: Path) -> None:
+    rows = [{"meta": {"chat": json.dumps(MESSAGES)}, "cases": '[{"in": 1}]'}]
+    file = lines(tmp_path / "a.jsonl", [*rows, {"meta": {"chat": "Q"}}])
+    columns = {"prompt": "meta.chat", "tests": "cases"}
+    assert contents(file, columns=columns) == [MESSAGES, "Q"]
+    assert rows_of(make(file, columns=columns))[0].columns["tests"] == [{"in": 1}]
+    assert contents(file, columns=columns, json_texts=False) == [json.dumps(MESSAGES), "Q"]
+
+
 # A last message of the assistant ------------------------------------------------------------------
 
 
