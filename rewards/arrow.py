@@ -59,20 +59,51 @@ def arrow_rows(
         The row's number as `row3`, and the row.
 
     Raises:
-        TaskError: A value has no form in JSON.
+        TaskError: A value has no form in JSON, or two columns have one name.
     """
     number = 0
     for batch in batches:
+        names = batch.schema.names
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise TaskError(f"{source}: a column needs a name of its own: '{twice[0]}'")
         special = [
             field.name
             for field in batch.schema
             if field.name not in without and not _is_plain(field.type)
         ]
-        for row in batch.to_pylist():
+        columns = [
+            _values(batch.column(name), name, source, number, name in without) for name in names
+        ]
+        for values in zip(*columns, strict=True):
             number += 1
+            row = dict(zip(names, values, strict=True))
             for name in special:
                 row[name] = _plain_column(row[name], name, f"{source}:{number}")
             yield f"row{number}", row
+
+
+def _values(
+    column: pyarrow.Array, name: str, source: str, rows_before: int, left_out: bool
+) -> list[object]:
+    """The column's values; None for what Python cannot hold, where it is left out later."""
+    # Dates beyond the year 9999, unknown time zones, texts that are not UTF-8.
+    errors = (ValueError, ArithmeticError, LookupError, NotImplementedError)
+    try:
+        return list(column.to_pylist())
+    except errors:
+        values: list[object] = []
+        for number, item in enumerate(column, rows_before + 1):
+            try:
+                values.append(item.as_py())
+            except errors as error:
+                if not left_out:
+                    raise TaskError(
+                        f"{source}:{number}: the column '{name}' ({column.type}) holds a value "
+                        f"that cannot be read: {error}; to leave it out: task.options.columns: "
+                        f"{{{name}: null}}"
+                    ) from error
+                values.append(None)
+        return values
 
 
 def _is_plain(kind: pyarrow.DataType) -> bool:

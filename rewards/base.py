@@ -10,10 +10,10 @@ It may be `async def`. It gets only the keyword arguments it names, or all of th
 `completions` are strings, or lists of messages when the dataset's prompt is a list of messages (a
 completion is then `[{"role": "assistant", "content": text}]`); `completion_ids` are token ids; a
 dataset column has the same value n times. Arguments are to be read, not changed: entries may share
-one object. A function that names `prompt_texts` gets the prompts as the model read them; one that
-names `trainer_state` a `TrainerState`; one that names `prefills` what the answer begins with before
-the model's own words: the last message of the prompt where it is the assistant's, else a `<think>`
-that the template opens ("" for others).
+one object. `trainer_state` is a `TrainerState`, unless a column has that name. A function that
+names `prompt_texts` gets the prompts as the model read them; one that names `prefills` what the
+answer begins with before the model's own words: the last message of the prompt where it is the
+assistant's, else a `<think>` that the template opens ("" for others).
 `completions` hold the model's own words only, special tokens included, end and padding left out.
 `log_extra(column, values)` and `log_metric(name, value)` are functions, see
 `cohort.rewards.results`, which also says what may be returned besides numbers and None.
@@ -161,6 +161,7 @@ def arguments(
     offered["completion_ids"] = [item.token_ids.tolist() for item in group.completions]
     offered["log_extra"] = log.log_extra
     offered["log_metric"] = log.log_metric
+    offered.setdefault("trainer_state", _trainer_state(group, max_steps))
     # Options are given already; a column of the same name must not replace them.
     fixed = function.keywords if isinstance(function, functools.partial) else {}
     offered = {name: value for name, value in offered.items() if name not in fixed}
@@ -178,8 +179,6 @@ def arguments(
         accepted["prompt_texts"] = [_prompt_text(group)] * n
     if any(item.name == "prefills" for item in parameters):
         accepted["prefills"] = [group.prompt.prefill] * n
-    if "trainer_state" in named and "trainer_state" not in accepted:
-        accepted["trainer_state"] = _trainer_state(group, max_steps)
     missing = [
         item.name
         for item in parameters

@@ -107,10 +107,11 @@ class DatasetTask:
             demonstration = SHOWN
         self._demonstration = demonstration
         self._rows = self._eval_rows = _read(data, "task.data", "", "train", how)
-        if demonstration is not None and demonstration not in self._rows.names:
+        names = list(self._rows.names)
+        if demonstration is not None and demonstration not in names:
             raise TaskError(
                 f"task.options.demonstration={demonstration}: no such column in task.data; it has "
-                f"{', '.join(self._rows.names) or 'none'}"
+                f"{', '.join(names) or 'none'}"
             )
         if eval_data is None:
             held_out = _held_out(self._rows, eval_share, data)

@@ -8,12 +8,15 @@ A result has one entry a completion, as a list, tuple, array, tensor, pandas Ser
     an exception     this completion could not be scored; the others keep their values
 
 or one dict of such lists: {"score": [...], "part": [...], ...}. Parts that are numbers become
-metrics, other parts are shown with the completion.
+metrics, other parts are shown with the completion; what has no name of 1 to MAX_NAME characters, or
+comes after MAX_NAMES names, is left out with a warning.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
+import logging
 import math
 import traceback
 from collections.abc import Iterable, Mapping, Sequence, Set
@@ -26,6 +29,8 @@ import numpy as np
 
 from cohort.actors.plain import JsonObject
 from cohort.actors.records import Group, RewardError
+
+logger = logging.getLogger(__name__)
 
 Cause = Literal["raised", "timeout", "wrong_length", "wrong_type", "died"]
 CAUSES = frozenset(get_args(Cause))
@@ -156,7 +161,7 @@ def read_result(name: str, group: Group, result: object, log: Log) -> RewardResu
         parts_of.append(row)
         if cause is not None:
             errors.append(RewardError(name, completion.id, cause, message[-MAX_MESSAGE:]))
-    parts, extra = _read_parts(parts_of)
+    parts, extra = _read_parts(parts_of, log.extra, name)
     return RewardResult(
         tuple(values),
         tuple(errors),
@@ -259,13 +264,20 @@ def _read_value(item: object) -> tuple[float | None, Cause | None, str]:
 
 
 def _read_parts(
-    rows: Sequence[Mapping[str, object]],
+    rows: Sequence[Mapping[str, object]], logged: Iterable[str], function: str
 ) -> tuple[dict[str, tuple[float | None, ...]], dict[str, tuple[object, ...]]]:
-    """(columns of numbers, other columns); a number that is not finite is None."""
+    """(columns of numbers, other columns); a number that is not finite is None.
+
+    What has a name that cannot be logged is left out: it must not cost the scores.
+    """
     names: dict[str, None] = {}
+    known = dict.fromkeys(logged)
     for row in rows:
         for key in row:
-            names[checked_name(key, names, "a part")] = None
+            try:
+                names[checked_name(key, known, "a part")] = known[key] = None
+            except ValueError as error:
+                _warn_once(f"{function}: not everything that it returned is logged: {error}")
     parts: dict[str, tuple[float | None, ...]] = {}
     extra: dict[str, tuple[object, ...]] = {}
     for key in names:
@@ -275,6 +287,11 @@ def _read_parts(
         else:
             extra[key] = tuple(shown_value(value) for value in column)
     return parts, extra
+
+
+@functools.lru_cache(maxsize=MAX_NAMES)
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 def checked_name(name: object, known: Mapping[str, object], what: str) -> str:

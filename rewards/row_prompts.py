@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
 import json
 import re
@@ -28,9 +29,11 @@ LAYOUTS: dict[str, dict[str, str | None]] = {
 FINAL_ASSISTANT = ("auto", "continue", "demonstration")
 # Columns that files without nested values (CSV) hold as text, by the field's conventions.
 STRUCTURED = ("reward_model", "reward_spec", "extra_info")
-# What messages look like as a text, in JSON or as Python prints them: the beginning, two keys.
-BEGINS = re.compile(r"\s*\[?\s*\{")
-KEY = re.compile(r"""["'](?:role|content)["']\s*:""")
+# What messages look like as a text, in JSON or as Python and numpy print them.
+BEGINS = re.compile(r"(?:array\s*)?\(?\s*\[?\s*\{")
+KEY = re.compile(r"""["'](role|content|from|value)["']\s*:""")
+# Of an object that stands for messages.
+MESSAGE_KEYS = {"role", "content", "from", "messages", "conversations"}
 LONGEST_LITERAL = 1_000_000
 
 
@@ -50,18 +53,57 @@ def read_texts(values: dict[str, object], prompt: str, names: Collection[str], w
         TaskError: A text begins like one of these and cannot be read.
     """
     text = values.get(prompt)
-    if type(text) is str and BEGINS.match(text) and len(KEY.findall(text)) > 1:
-        found = _read(text, prompt, where)
-        values[prompt] = [found] if isinstance(found, dict) else found
+    if type(text) is str:
+        values[prompt] = _messages(text, prompt, where)
     for name in (*STRUCTURED, *names):
         text = values.get(name)
-        if type(text) is str and name != prompt and text.lstrip()[:1] == "{":
-            values[name] = _read(text, name, where)
+        if type(text) is str and name != prompt and (bare := _bare(text))[:1] == "{":
+            values[name] = _read(bare, name, where)
     text = values.get("tests")
-    if type(text) is str and text.lstrip()[:1] in ("[", "{"):
+    if type(text) is str and (bare := _bare(text))[:1] in ("[", "{"):
         # A test may be code, which can begin like this too.
-        strict = re.match(r"""\s*\[?\s*\{\s*["']""", text) is not None
-        values["tests"] = _read(text, "tests", where, strict)
+        strict = re.match(r"""\[?\s*\{\s*["']""", bare) is not None
+        found = _read(bare, "tests", where, strict)
+        values["tests"] = text if found is bare else found
+
+
+def _messages(text: str, name: str, where: str) -> object:
+    """The messages that a prompt's text stands for, or the text.
+
+    Raises:
+        TaskError: It stands for messages of another form, or cannot be read.
+    """
+    bare = _bare(text)
+    if not BEGINS.match(bare):
+        return text
+    # A question may begin like this too, and then goes on in words.
+    keys, whole = KEY.findall(bare), bare[-1] in "]})"
+    sure = sum(key in ("role", "content") for key in keys) > 1
+    sure = sure or (whole and ({"from", "value"} <= {*keys} or (keys != [] and bare[0] in "a(")))
+    if not (sure or whole):
+        return text
+    found = _read(bare, name, where, sure)
+    if isinstance(found, dict):
+        sure = sure or bool(MESSAGE_KEYS & found.keys())
+        found = [found] if sure else list(found.values())
+    if not isinstance(found, list) or not found or not all(isinstance(m, dict) for m in found):
+        return text
+    try:
+        return checked_prompt(found, where)
+    except TaskError as error:
+        raise TaskError(
+            f"{error} (the column '{name}' is a text in JSON; task.options.json_texts=false keeps "
+            "it a text)"
+        ) from error
+
+
+def _bare(text: str) -> str:
+    """A text without what programs put around JSON: a mark of the byte order, quotes."""
+    bare = text.strip().removeprefix("\ufeff").lstrip()
+    if bare[:1] == '"':
+        with contextlib.suppress(ValueError):
+            return _bare(json.loads(bare))
+    return bare
 
 
 def _read(text: str, name: str, where: str, strict: bool = True) -> object:
@@ -125,6 +167,13 @@ class RowOptions:
                 raise TaskError(
                     f"task.options.columns: {ours!r}: {theirs!r} are not names of columns"
                 )
+        for name, text in (("answer_after", self.answer_after), ("system", self.system)):
+            # A system message may be empty: some templates have one of their own otherwise.
+            if not (text is None or isinstance(text, str)) or (name != "system" and text == ""):
+                raise TaskError(f"task.options.{name} must be a text, not {text!r}")
+        for name, choice in (("chat", self.chat), ("json_texts", self.json_texts)):
+            if not isinstance(choice, bool):
+                raise TaskError(f"task.options.{name} must be true or false, got {choice!r}")
         for name, value, known in (
             ("layout", self.layout, ("auto", *LAYOUTS)),
             ("final_assistant", self.final_assistant, FINAL_ASSISTANT),
@@ -164,7 +213,7 @@ def template_fields(template: str | None) -> tuple[str, ...]:
 
 
 def checked_prompt(content: Any, where: str) -> str | Messages:
-    """The prompt of a row, if it is a text or messages.
+    """The prompt of a row, if it is a text or messages; see `_given` for their keys.
 
     Args:
         content: The row's prompt.
@@ -173,9 +222,37 @@ def checked_prompt(content: Any, where: str) -> str | Messages:
     Raises:
         TaskError: It is something else.
     """
+    try:
+        content = _given(content)
+    except RecursionError as error:
+        raise TaskError(f"{where}: 'prompt' is nested too deeply") from error
     if problem := _problem(content):
         raise TaskError(f"{where}: {problem}")
     return content
+
+
+def _given(prompt: Any) -> Any:
+    """Messages without keys that have no value.
+
+    In a table, every message has the keys of all, and templates take a key for its value. One that
+    only calls tools has an empty text.
+    """
+    if not isinstance(prompt, list):
+        return prompt
+    messages = [_without_nulls(message) for message in prompt]
+    for message in messages:
+        if isinstance(message, dict) and message.get("tool_calls") == []:
+            del message["tool_calls"]
+    for message in messages[:-1]:
+        if isinstance(message, dict) and "tool_calls" in message:
+            message.setdefault("content", "")
+    return messages
+
+
+def _without_nulls(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _problem(content: object) -> str | None:

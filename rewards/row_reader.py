@@ -63,6 +63,9 @@ class RowReader:
                     f"{where}: rename the column '{name}': reward functions get another "
                     f"(task.options.columns: {{other_name: {name}}})"
                 )
+        if how.json_texts and self._mapping:
+            # What is under our names only now, from inside another column for example.
+            read_texts(values, "prompt", (), where)
         source = values.get(SOURCE_COLUMN) if self._has_sources else None
         prompt = None
         if "prompt" in values:

@@ -1,10 +1,11 @@
 """Running untrusted programs: bubblewrap namespaces and resource limits.
 
-Inside, a program sees a read-only /usr, an empty /tmp of bounded size, no network, no other
-process, no file of the host and no variable of its environment, and can make no namespaces of its
-own. Memory and processes are bounded for a program and all that it starts together, and nothing of
-it is left when it ends. Bubblewrap keeps honest mistakes and ordinary malice away from the run;
-against attacks on the kernel itself use a machine, or a gVisor runtime, that holds nothing else.
+Inside, a program sees a read-only /usr, an empty /tmp of bounded size, no network (not even a
+loopback of its own), no other process, no file of the host and no variable of its environment, and
+can make no namespaces of its own. Memory and processes are bounded for a program and all that it
+starts together, and nothing of it is left when it ends. Bubblewrap keeps honest mistakes and
+ordinary malice away from the run; against attacks on the kernel itself use a machine, or a gVisor
+runtime, that holds nothing else.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ class Sandbox:
     """Runs programs, isolated by bubblewrap or only limited.
 
     Args:
-        mode: "bwrap", or "none": only limited.
+        mode: "bwrap", or "none": only limited; memory that no process holds, in sockets for
+            example, is bounded there by a control group alone.
         limits: On each program.
         control_groups: Bound memory by a control group where one can be made; elsewhere the memory
             is measured every few milliseconds.
@@ -190,7 +192,9 @@ class Sandbox:
                 options += ["--ro-bind", str(folder), str(folder)]
         options += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
         options += ["--ro-bind-try", "/etc/alternatives", "/etc/alternatives"]
-        options += ["--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev"]
+        # A mapping of /dev/zero would be memory that no process holds; /dev/full reads the same.
+        options += ["--proc", "/proc", "--dev", "/dev", "--dev-bind", "/dev/full", "/dev/zero"]
+        options += ["--remount-ro", "/dev"]
         options += ["--size", str(self.limits.file_bytes), "--tmpfs", "/tmp"]
         return [*options, "--perms", "0755", "--dir", "/work"]
 

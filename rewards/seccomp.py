@@ -2,7 +2,8 @@
 
 Refused is what could leave the sandbox or hold memory that no limit of it counts: namespaces,
 mounts, files and segments in memory without a process, keys, tracing, and what the kernel runs on a
-program's behalf.
+program's behalf. Of sockets only those between the program's own processes are left, with buffers
+of the usual size, which `cohort.rewards.usage.look` counts.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ from __future__ import annotations
 import errno
 import platform
 import struct
+from collections.abc import Sequence
+
+Instruction = tuple[int, int, int, int]
 
 # Calls that have the same number everywhere.
 COMMON = {
@@ -30,12 +34,30 @@ REFUSED = {
         "process_vm_readv": 270, "process_vm_writev": 271,
     },
 }  # fmt: skip
+# Calls that a program finds missing, as in an older kernel, and does without. The first four can
+# keep a page that its process has given back; the others make queues of thousands of events.
+MISSING = {
+    "x86_64": {
+        "splice": 275, "tee": 276, "vmsplice": 278, "sendfile": 40, "inotify_init": 253,
+        "inotify_init1": 294, "fanotify_init": 300,
+    },
+    "aarch64": {
+        "splice": 76, "tee": 77, "vmsplice": 75, "sendfile": 71, "inotify_init1": 26,
+        "fanotify_init": 262,
+    },
+}  # fmt: skip
+# Calls that are refused with some arguments.
+PARTLY = {
+    "x86_64": {"clone": 56, "mmap": 9, "setsockopt": 54, "socket": 41, "socketpair": 53},
+    "aarch64": {"clone": 220, "mmap": 222, "setsockopt": 208, "socket": 198, "socketpair": 199},
+}
 ARCHITECTURE = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-CLONE = {"x86_64": 56, "aarch64": 220}
 CLONE3 = 435
 # CLONE_NEWTIME to CLONE_NEWNET: the flags of clone that make a namespace, without NEWTIME's bit,
 # which means an exit signal there.
 NEW_NAMESPACES = 0x7E020000
+MAP_SHARED, MAP_ANONYMOUS = 0x01, 0x20
+AF_UNIX, SO_SNDBUF, SO_SNDBUFFORCE = 1, 7, 32
 X32 = 0x40000000
 
 LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
@@ -67,13 +89,28 @@ def refused_calls(machine: str | None = None) -> bytes | None:
         program += [(AT_LEAST, 0, 1, X32), (RETURN, 0, 0, refuse)]
     for number in (COMMON | REFUSED[machine]).values():
         program += [(EQUAL, 0, 1, number), (RETURN, 0, 0, refuse)]
-    # Its flags are in memory, which a filter cannot read: the C library then falls back to clone.
-    program += [(EQUAL, 0, 1, CLONE3), (RETURN, 0, 0, ERROR | errno.ENOSYS)]
-    program += [
-        (EQUAL, 0, 3, CLONE[machine]),
-        (LOAD, 0, 0, FIRST_ARGUMENT),
-        (ANY_BIT, 0, 1, NEW_NAMESPACES),
-        (RETURN, 0, 0, refuse),
-        (RETURN, 0, 0, ALLOW),
-    ]
+    # clone3's flags are in memory, which a filter cannot read: the C library falls back to clone.
+    for number in (CLONE3, *MISSING[machine].values()):
+        program += [(EQUAL, 0, 1, number), (RETURN, 0, 0, ERROR | errno.ENOSYS)]
+    partly = PARTLY[machine]
+    program += _when(partly["clone"], 0, [(ANY_BIT, 0, 1, NEW_NAMESPACES)], refuse)
+    # Pages that stay when they are unmapped, as long as one page of the mapping is left.
+    shared = [(ANY_BIT, 0, 2, MAP_ANONYMOUS), (ANY_BIT, 0, 1, MAP_SHARED)]
+    program += _when(partly["mmap"], 3, shared, refuse)
+    larger = [(EQUAL, 1, 0, SO_SNDBUF), (EQUAL, 0, 1, SO_SNDBUFFORCE)]
+    program += _when(partly["setsockopt"], 2, larger, refuse)
+    # Buffers of other families grow by themselves.
+    for name in ("socket", "socketpair"):
+        other = [(EQUAL, 1, 0, AF_UNIX)]
+        program += _when(partly[name], 0, other, ERROR | errno.EAFNOSUPPORT)
+    program += [(RETURN, 0, 0, ALLOW)]
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
+
+
+def _when(
+    number: int, argument: int, tests: Sequence[Instruction], answer: int
+) -> list[Instruction]:
+    """Give an answer to a call if its argument passes tests, which otherwise jump over it."""
+    body = [(LOAD, 0, 0, FIRST_ARGUMENT + 8 * argument), *tests]
+    body += [(RETURN, 0, 0, answer), (LOAD, 0, 0, NUMBER)]
+    return [(EQUAL, 0, len(body), number), *body]

@@ -2,17 +2,20 @@
 
 A limit of the kernel on a process (RLIMIT_AS) bounds each one alone. A control group bounds their
 sum, with files in memory and the kernel's own. Where none can be made (no root, no delegation),
-`look` adds up what a program and all that it started hold now.
+`look` adds up what a program and all that it started hold now, sockets of a sandbox included. Pipes
+are left to the kernel's own bound (fs.pipe-user-pages-soft, 64 MiB for all of a user's).
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import re
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -170,7 +173,7 @@ def look(pid: int, most_bytes: int, most_processes: int) -> Look:
     memory = sum(_resident(each) for each in pids)
     if memory > most_bytes:
         memory = sum(_shared_out(each) for each in pids)
-    return Look(len(pids), memory + _temporary_files(pids[-1]))
+    return Look(len(pids), memory + _temporary_files(pids[-1]) + _sockets(pids))
 
 
 def descendants(pid: int, most: int) -> list[int]:
@@ -238,6 +241,34 @@ def _temporary_files(pid: int) -> int:
         return 0
     used = (files.f_blocks - files.f_bfree) * files.f_frsize
     return used + (files.f_files - files.f_ffree) * INODE_BYTES
+
+
+def _sockets(pids: Sequence[int]) -> int:
+    """The most that sockets of a network of these processes' own may hold, read or not.
+
+    No process's memory has it, and a closed socket keeps it until what it has sent is read.
+    """
+    own = _network("self")
+    for pid in pids:
+        # Parents come first: after bwrap itself, this is one that the program cannot end.
+        if _network(pid) not in (own, None):
+            used = re.search(r"^sockets: used (\d+)", _read(Path(f"/proc/{pid}/net/sockstat")))
+            # A message may be begun below the bound of a buffer, and end above it.
+            return 2 * _socket_buffer() * int(used[1]) if used else 0
+    return 0
+
+
+def _network(pid: int | str) -> int | None:
+    try:
+        return os.stat(f"/proc/{pid}/ns/net").st_ino
+    except OSError:
+        return None
+
+
+@functools.cache
+def _socket_buffer() -> int:
+    # In a container the file may be missing.
+    return int(_read(Path("/proc/sys/net/core/wmem_default")) or 212_992)
 
 
 def _read(file: Path) -> str:

@@ -116,8 +116,14 @@ def sandbox() -> Sandbox:
         ("open('/etc/passwd')", "No such file"),
         ("import os; os.listdir('/root')", "No such file"),
         ("import os; os.listdir('/home')", "No such file"),
-        ("import socket; socket.create_connection(('1.1.1.1', 53), 2)", "Network is unreachable"),
-        ("import socket; socket.create_connection(('127.0.0.1', 22), 2)", "Connection refused"),
+        (
+            "import socket; socket.create_connection(('1.1.1.1', 53), 2)",
+            "Address family not supported",
+        ),
+        (
+            "import socket; socket.create_connection(('127.0.0.1', 22), 2)",
+            "Address family not supported",
+        ),
         ("import os\nfor _ in range(7): os.fork()", "Resource temporarily unavailable"),
         ("import os; os.kill(-1, 9)", "No such process"),
         ("print(open('/proc/1/environ').read().strip() or 'nothing')", "nothing"),

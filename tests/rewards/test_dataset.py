@@ -140,6 +140,32 @@ def test_verl_parquet(tmp_path: Path) -> None:
     assert json.loads(json.dumps(row.columns)) == row.columns
 
 
+def test_keys_that_a_table_adds_to_messages_are_left_out(tmp_path: Path) -> None:
+    """A template takes a key for its value: `tool_calls` for calls, whatever it holds."""
+    arguments = {"function": {"name": "add", "arguments": {"a": 1}}}
+    called: list[dict[str, Any]] = [
+        {"role": "user", "content": "Q1"},
+        {"role": "assistant", "content": None, "tool_calls": [arguments]},
+        {"role": "tool", "content": "3", "name": "add"},
+        {"role": "assistant", "content": "3", "tool_calls": []},
+        {"role": "user", "content": "Q2"},
+    ]
+    other = {"function": {"name": "find", "arguments": {"name": "x"}}}
+    found = [{"role": "assistant", "tool_calls": [other]}, {"role": "user", "content": "Q3"}]
+    rows = [{"prompt": [{"role": "user", "content": "Q"}]}, {"prompt": called}, {"prompt": found}]
+    read = [row.content for row in rows_of(make(parquet(tmp_path / "a.parquet", rows)))]
+    del called[3]["tool_calls"]
+    called[1]["content"] = ""
+    assert read == [rows[0]["prompt"], called, [{**found[0], "content": ""}, found[1]]]
+    last = [{"role": "user", "content": "Q1"}, called[1] | {"content": None}]
+    with pytest.raises(TaskError, match="no text under 'content'"):
+        make(lines(tmp_path / "a.jsonl", [{"prompt": last}]))
+    deep = '{"prompt": [{"role": "user", "content": "Q", "x": ' + "[" * 700 + "]" * 700 + "}]}"
+    (tmp_path / "a.jsonl").write_text(deep)
+    with pytest.raises(TaskError, match="nested too deeply"):
+        make(tmp_path / "a.jsonl")
+
+
 def test_skyrl_and_openrlhf_layouts(tmp_path: Path) -> None:
     sky = [
         {"prompt": row["prompt"], "env_class": "gsm8k", "reward_spec": {"ground_truth": "7"}}
@@ -182,6 +208,41 @@ def test_bytes_in_a_column_name_the_way_out(tmp_path: Path) -> None:
         make(data)
 
 
+UNREADABLE: dict[str, Any] = {
+    "a date after 9999": lambda pa: pa.array([1, 10**7], pa.int32()).cast(pa.date32()),
+    "a time before 1": lambda pa: pa.array([1, -(2**62)], pa.timestamp("us")),
+    "no UTF-8": lambda pa: pa.array([b"a", b"caf\xe9"]).view(pa.string()),
+    "no UTF-8, in a list": lambda pa: pa.ListArray.from_arrays(
+        [0, 1, 2], pa.array([b"a", b"\xff"]).view(pa.string())
+    ),
+    "a time zone": lambda pa: pa.array([None, 2], pa.timestamp("us", tz="Mars/X")),
+}
+
+
+@pytest.mark.parametrize("what", UNREADABLE)
+def test_a_value_that_python_cannot_hold_is_named(tmp_path: Path, what: str) -> None:
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    file = tmp_path / "a.parquet"
+    table = pa.table({"prompt": ["A", "B"], "x": UNREADABLE[what](pa)})
+    pyarrow.parquet.write_table(table, file)
+    with pytest.raises(TaskError, match=r"a\.parquet:2: the column 'x' .*columns: \{x: null\}"):
+        make(file)
+    assert [row.columns for row in rows_of(make(file, columns={"x": None}))] == [{}, {}]
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    file = tmp_path / "a.parquet"
+    table = pa.Table.from_arrays([pa.array(["A", "B"])] * 3, names=["prompt", "x", "x"])
+    pyarrow.parquet.write_table(table, file)
+    with pytest.raises(TaskError, match="a name of its own: 'x'"):
+        make(file)
+
+
 def test_chat_system_template_and_answer_after(tmp_path: Path) -> None:
     rows = [{"prompt": f"{{x}} {n}", "answer": f"a #### b\n#### {n} "} for n in range(12)]
     data = lines(tmp_path / "a.jsonl", rows)
@@ -212,6 +273,12 @@ def test_chat_system_template_and_answer_after(tmp_path: Path) -> None:
         ({"template": "{prompt} {level}"}, r"a\.jsonl:1: task.options.template names 'level'"),
         ({"system": "S"}, "task.options.chat=true"),
         ({"answer_after": "####"}, r"a\.jsonl:1: no '####' in 'answer'"),
+        ({"answer_after": ""}, "answer_after must be a text, not ''"),
+        ({"answer_after": 5}, "answer_after must be a text, not 5"),
+        ({"system": 5, "chat": True}, "system must be a text, not 5"),
+        ({"chat": "no"}, "chat must be true or false, got 'no'"),
+        ({"json_texts": "false"}, "json_texts must be true or false"),
+        ({"demonstration": ["answer"]}, "no such column"),
         ({"layout": "alpaca"}, "must be one of auto, trl, verl"),
         ({"columns": ["prompt"]}, "must be a mapping"),
         ({"columns": {"prompt": 3}}, "not names of columns"),

@@ -62,8 +62,53 @@ def test_only_text_that_is_json_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        '[{"id": 1}, {"id": 2}] is a list. How long is it?',
+        '{"from": "A", "to": "B", "value": 2} Say this in words.',
+        '{"task": "add", "a": 1}',
+        '["Who?", "Why?"]',
+        "[{1, 2}, {3}]",
+        "({'a': 1},)",
+        '"Who?"',
+        '"[1, 2]"',
+        '"',
+        "\ufeffWho?",
+    ],
+)
+def test_a_question_that_begins_like_json_stays_a_text(tmp_path: Path, text: str) -> None:
+    assert contents(lines(tmp_path / "a.jsonl", [{"prompt": text}] * 2 + QA))[0] == text
+
+
+WRAPPED = {"twice": json.dumps, "thrice": lambda text: json.dumps(json.dumps(text))}
+WRAPPED["byte order"] = lambda text: f"\ufeff {text}"
+
+
+@pytest.mark.parametrize("how", WRAPPED)
+def test_what_programs_put_around_json_is_taken_away(tmp_path: Path, how: str) -> None:
+    columns = {**VERL[0], "tests": [{"in": "1"}]}
+    names = ("prompt", "reward_model", "tests")
+    row = {**columns, **{name: WRAPPED[how](json.dumps(columns[name])) for name in names}}
+    read = rows_of(make(lines(tmp_path / "a.jsonl", [row, {**row, "prompt": "Q"}])))[0]
+    assert read.content == VERL[0]["prompt"]
+    assert {name: read.columns[name] for name in names[1:]} == {
+        name: columns[name] for name in names[1:]
+    }
+
+
+@pytest.mark.parametrize(
     ("name", "text"),
     [
+        ("prompt", json.dumps([{"from": "human", "value": "Q"}])),
+        ("prompt", str(np.array([{"from": "human", "value": "Q"}] * 2, dtype=object))),
+        ("prompt", repr(np.array([{"content": "Q"}], dtype=object))),
+        ("prompt", json.dumps([{"content": "Q"}])),
+        ("prompt", json.dumps([{"text": "Q"}])),
+        ("prompt", json.dumps({"content": "Q"})),
+        ("prompt", json.dumps({"0": {"text": "Q"}})),
+        ("prompt", json.dumps({"messages": MESSAGES})),
+        ("prompt", str(tuple(MESSAGES))),
+        ("prompt", json.dumps(json.dumps([{"from": "human", "value": "Q"}]))),
         ("prompt", json.dumps(MESSAGES)[:-1]),
         ("prompt", json.dumps(MESSAGES)[:-3] + "}"),
         ("reward_model", '{"ground_truth": '),
@@ -75,7 +120,7 @@ def test_broken_json_in_a_column_is_named_with_the_way_out(
     tmp_path: Path, name: str, text: str
 ) -> None:
     data = lines(tmp_path / "a.jsonl", [{"prompt": "A"}, {"prompt": "B", name: text}])
-    words = rf"a\.jsonl:2: the column '{name}' .*task.options.json_texts=false"
+    words = rf"a\.jsonl:2: .*the column '{name}' .*task.options.json_texts=false"
     with pytest.raises(TaskError, match=words):
         make(data)
     row = rows_of(make(data, json_texts=False))[1]
@@ -86,6 +131,15 @@ def test_a_dotted_path_reaches_into_a_text(tmp_path: Path) -> None:
     rows = [{"prompt": f"Q{n}", "meta": json.dumps({"gold": n})} for n in range(2)]
     task = make(table(tmp_path / "a.csv", rows), columns={"answer": "meta.gold"})
     assert [row.columns["answer"] for row in rows_of(task)] == [0, 1]
+
+
+def test_messages_as_text_inside_another_column(tmp_path: Path) -> None:
+    rows = [{"meta": {"chat": json.dumps(MESSAGES)}, "cases": '[{"in": 1}]'}]
+    file = lines(tmp_path / "a.jsonl", [*rows, {"meta": {"chat": "Q"}}])
+    columns = {"prompt": "meta.chat", "tests": "cases"}
+    assert contents(file, columns=columns) == [MESSAGES, "Q"]
+    assert rows_of(make(file, columns=columns))[0].columns["tests"] == [{"in": 1}]
+    assert contents(file, columns=columns, json_texts=False) == [json.dumps(MESSAGES), "Q"]
 
 
 # A last message of the assistant ------------------------------------------------------------------

@@ -19,6 +19,7 @@ from cohort.rewards.base import RewardLoadError, combine, load_function, resolve
 from cohort.rewards.config import RewardsConfig
 from cohort.rewards.loading import BUILT_IN, load_attribute
 from cohort.rewards.result_json import from_json, to_json
+from cohort.rewards.results import _warn_once
 from cohort.rewards.specs import reward_specs
 from tests.shown import ROOT
 
@@ -54,6 +55,7 @@ def test_string_prompts_give_string_completions_and_repeated_columns() -> None:
     # As in TRL, functions that log are among the arguments.
     assert callable(seen.pop("log_extra"))
     assert callable(seen.pop("log_metric"))
+    assert seen.pop("trainer_state").global_step == 0
     assert seen == {
         "prompts": ["Q", "Q", "Q"],
         "completions": ["text 0", "text 1", "text 2"],
@@ -216,8 +218,6 @@ def test_exceptions_in_the_list_fail_their_completions_only() -> None:
         ({"score": 1.0}, "wrong_type", "a float, not a list"),
         ({"reward": [1.0] * 3}, "wrong_type", "without 'score'"),
         ([{"acc": 1.0}, 1.0, 1.0], "wrong_type", "without 'score'"),
-        ({"score": [1.0] * 3, 7: [1.0] * 3}, "raised", "the name must be a text"),
-        ([{"score": 1.0, "x" * 101: 1.0}] * 3, "raised", "1 to 100 characters"),
     ],
 )
 def test_dicts_that_are_wrong(result: Any, cause: str, words: str) -> None:
@@ -238,6 +238,37 @@ def test_log_extra_and_log_metric() -> None:
     assert result.errors == ()
     assert result.extra == {"solution": ("x" * 2000, None, "{1: 2}"), "index": (0, 1, 2)}
     assert result.metrics == {"tries": (0.0, 1.0, 2.0)}
+
+
+@pytest.mark.parametrize(
+    ("parts", "kept", "words"),
+    [
+        ({5: 2, "a": 1}, ["a"], "the name must be a text"),
+        ({"": 2, "a": 1}, ["a"], "the name must be a text"),
+        ({"x" * 101: 2, "a": "text"}, ["a"], "1 to 100 characters"),
+        ({"\ud800": 2, "a": 1}, ["a"], "half a surrogate"),
+        ({f"n{i}": i for i in range(100)}, [f"n{i}" for i in range(63)], "more than 64 names"),
+        ({f"n{i}": "text" for i in range(100)}, [f"n{i}" for i in range(63)], "64 names"),
+    ],
+)
+def test_a_name_that_cannot_be_logged_costs_no_score(
+    parts: dict[Any, Any], kept: list[str], words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    _warn_once.cache_clear()
+    columns = {"score": [1.0] * 3, **{name: [part] * 3 for name, part in parts.items()}}
+    for returned in ([{"score": 1.0, **parts}] * 3, columns):
+
+        def reward(log_extra: Any, returned: Any = returned) -> Any:
+            log_extra("logged", ["x"] * 3)
+            return returned
+
+        result = score_group(reward, "reward", make_group())
+        # As it comes from the reward's process.
+        result = from_json("reward", json.loads(json.dumps(to_json(result))), 3)
+        assert (result.values, result.errors) == ((1.0,) * 3, ())
+        assert sorted([*result.parts, *result.extra]) == sorted([*kept, "logged"])
+    assert words in caplog.text
+    assert len(caplog.records) == 1
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import functools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -293,6 +294,17 @@ def test_trl_trainer_state() -> None:
     group = make_group("a")
     object.__setattr__(group, "id", "3:0-17")
     assert score_group(reward, "f", group, max_steps=20).values == (23.0,)
+
+    def unnamed(completions: list[str], **kwargs: Any) -> list[float]:
+        return [kwargs["trainer_state"].global_step for _ in completions]
+
+    assert score_group(unnamed, "f", group).values == (3.0,)
+    # A column or an option of this name is a person's own.
+    group.prompt.columns["trainer_state"] = SimpleNamespace(global_step=7)
+    assert score_group(lambda **_: [_["trainer_state"][0].global_step], "f", group).values == (7.0,)
+    optional = functools.partial(reward, trainer_state=SimpleNamespace(global_step=1, max_steps=1))
+    assert score_group(optional, "f", group).values == (2.0,)
+    del group.prompt.columns["trainer_state"]
 
     def needs_more(environments: Any) -> list[float]:
         return [float(len(environments))]
