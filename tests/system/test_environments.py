@@ -12,6 +12,7 @@ import sys
 import time
 import venv
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,28 @@ def roomy_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@contextmanager
+def serving(python: str, script: Path, *more: str) -> Iterator[str]:
+    """A script that serves the port it is given, until the block is left; its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen([python, str(script), str(port), *more])
+    try:
+        deadline = time.monotonic() + 90
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), 1).close()
+                break
+            except OSError:
+                assert time.monotonic() < deadline and server.poll() is None
+                time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.kill()
+        server.wait()
+
+
 @pytest.fixture(scope="module")
 def openenv_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A server of the real package, in a virtual environment of its own."""
@@ -52,21 +75,8 @@ def openenv_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     venv.create(folder, with_pip=True)
     python = str(folder / "bin" / "python")
     subprocess.run([python, "-m", "pip", "install", "--quiet", OPENENV], check=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = subprocess.Popen([python, str(OPENENV_SERVER), str(port), "16"])
-    deadline = time.monotonic() + 90
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", port), 1).close()
-            break
-        except OSError:
-            assert time.monotonic() < deadline and server.poll() is None
-            time.sleep(0.1)
-    yield f"http://127.0.0.1:{port}"
-    server.kill()
-    server.wait()
+    with serving(python, OPENENV_SERVER, "16") as url:
+        yield url
 
 
 def questions(file: Path, **columns: Any) -> Path:
@@ -95,60 +105,59 @@ def train(cohort: Cohort, folder: Path, model: Path, **keys: Any) -> list[dict[s
     return found
 
 
-@pytest.mark.parametrize(
-    ("environment", "options", "tool", "arguments", "answer"),
-    [
-        pytest.param(
-            "mcp",
-            {"servers": {"sums": {"command": sys.executable, "args": [str(MCP_SERVER)]}},
-             "tools": ["add"]},
-            "add", {"a": 2, "b": 3}, "5", id="mcp",
-        ),
-        pytest.param(
-            "sandbox", {"seconds": 20}, "python", {"code": "print(2 + 3)"}, "5", id="sandbox",
-            marks=needs.bubblewrap,
-        ),
-    ],
-)  # fmt: skip
-def test_tools(
-    environment: str,
-    options: dict[str, Any],
-    tool: str,
-    arguments: dict[str, Any],
-    answer: str,
-    cohort: Cohort,
-    roomy_model: Path,
-    nothing_left: Callable[[], None],
+def calls_in_training(
+    cohort: Cohort, model: Path, tool: str, arguments: dict[str, Any], played: str, trained: str
 ) -> None:
-    """A model that has learned to call a tool calls it in training, and reads what it answers."""
-    said = json.dumps({"name": tool, "arguments": arguments})
-    call = f"<tool_call>\n{said}\n</tool_call>"
-    data = questions(cohort.folder / "calls.jsonl", shown=[call, call, "7"])
+    """A model that has learned to call a tool calls it in training, and reads what it answers.
+
+    played, trained: keys of the environment, for its demonstrations and for training.
+    """
+    call = f"<tool_call>\n{json.dumps({'name': tool, 'arguments': arguments})}\n</tool_call>"
     keys = {
         "task.name": "dataset",
-        "task.data": data,
+        "task.data": questions(cohort.folder / f"{tool}.jsonl", shown=[call, call, "7"]),
         "task.options": "{demonstration: shown}",
-        "task.environment": environment,
-        "task.environment_options": json.dumps(options),
         "actors.max_tokens": 96,
         "model.max_length": ROOM,
     }
-    warm, run = cohort.folder / f"warm-{environment}", cohort.folder / environment
+    warm, run = cohort.folder / f"{tool}-warm", cohort.folder / tool
     warmed = cohort.run(
-        COHORT, "warmup", CONFIG, str(warm), "--steps", "120", "--batch-size", "8",
-        "--learning-rate", "3e-3", f"model.path={roomy_model}", "model.dtype=float32",
-        *(f"{key}={value}" for key, value in keys.items()),
+        COHORT, "warmup", CONFIG, str(warm), "--steps", "80", "--batch-size", "8",
+        "--learning-rate", "3e-3", f"model.path={model}", "model.dtype=float32",
+        *(f"{key}={value}" for key, value in keys.items()), *played.split("\n"),
     )  # fmt: skip
     assert warmed.returncode == 0, warmed.stdout + warmed.stderr
-    found = train(cohort, run, warm, **keys)
+    more = dict(line.split("=", 1) for line in trained.split("\n"))
+    found = train(cohort, run, warm, **keys, **more)
     told = [
         message["content"]
         for sample in found
         for message in sample["episode"]["messages"]
         if message["role"] == "tool"
     ]
-    assert sum(answer in content for content in told) > len(found), told
+    assert sum("5" in content for content in told) > len(found), told
     assert rows(run)[0]["episodes/turns"] > 1
+
+
+def test_mcp(cohort: Cohort, roomy_model: Path, nothing_left: Callable[[], None]) -> None:
+    """Over HTTP, and over stdio with a server of each episode's own."""
+
+    def keys(server: dict[str, Any]) -> str:
+        options = json.dumps({"servers": {"sums": server}, "tools": ["add"]})
+        return f"task.environment=mcp\ntask.environment_options={options}"
+
+    stdio = keys({"command": sys.executable, "args": [str(MCP_SERVER)]})
+    with serving(sys.executable, MCP_SERVER) as url:
+        http = keys({"url": f"{url}/mcp"})
+        calls_in_training(cohort, roomy_model, "add", {"a": 2, "b": 3}, http, stdio)
+    nothing_left()
+
+
+@needs.bubblewrap
+def test_sandbox(cohort: Cohort, roomy_model: Path, nothing_left: Callable[[], None]) -> None:
+    keys = "task.environment=sandbox\ntask.environment_options={seconds: 20}"
+    code = {"code": "print(2 + 3)"}
+    calls_in_training(cohort, roomy_model, "python", code, keys, keys)
     nothing_left()
 
 
