@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -125,6 +126,23 @@ def test_the_command_line_starts_without_heavy_libraries() -> None:
     assert "cohort.learner.config" in seen
     found = {other for name in seen for other in at_import(MODULES[name].body)}
     assert not HEAVY & {other.partition(".")[0] for other in found}
+
+
+def children(name: str) -> set[str]:
+    """The modules of a package, and its packages with a slash behind."""
+    below = {module[len(name) + 1 :] for module in MODULES if module.startswith(f"{name}.")}
+    inner = {module.partition(".")[0] for module in below if "." in module}
+    return {f"{module}/" if module in inner else module for module in below if "." not in module}
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "cohort" and children(name)])
+def test_a_package_names_its_parts(name: str) -> None:
+    """Each part of a package is in a list of its docstring, once, and what is there exists."""
+    doc = ast.get_docstring(MODULES[name]) or ""
+    heads = re.findall(r"^- ((?:`\w+/?`(?:, )?)+): ", doc, re.M)
+    assert sorted(part.strip("`") for head in heads for part in head.split(", ")) == sorted(
+        children(name)
+    )
 
 
 def test_no_file_is_too_long() -> None:
