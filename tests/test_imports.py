@@ -145,6 +145,32 @@ def test_a_package_names_its_parts(name: str) -> None:
     )
 
 
+def test_the_errors_for_people_are_listed_with_their_base() -> None:
+    """The list in the docstring of `CohortError` is the tree of its subclasses."""
+    classes = [
+        node
+        for tree in MODULES.values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+    ]
+    base = {"CohortError": ""}
+    while found := {
+        node.name: parent
+        for node in classes
+        for parent in (ast.unparse(of).rpartition(".")[2] for of in node.bases)
+        if parent in base and node.name not in base
+    }:
+        base |= found
+    assert base["NotFiniteError"] == "CheckpointError"
+    [root] = [node for node in classes if node.name == "CohortError"]
+    listed: dict[str, str] = {}
+    above = [""]
+    for indent, names in re.findall(r"^( *)- ([\w, ]+)", ast.get_docstring(root) or "", re.M):
+        above[len(indent) // 2 + 1 :] = [names]
+        listed |= dict.fromkeys(names.split(", "), above[-2])
+    assert listed == base
+
+
 def test_no_file_is_too_long() -> None:
     too_long = {
         file.relative_to(ROOT).as_posix()
