@@ -122,7 +122,10 @@ class Group:
     Example:
         What a program of your own sees of a group that was scored (see `cohort.launch`):
 
+            import ray
+
             for scored in await c.score(await c.generate(c.prompts(0))):
+                assert isinstance(scored.ref, ray.ObjectRef)  # in Ray's object store
                 group = (await scored.ref).group
                 print(group.prompt.text, [completion.text for completion in group.completions])
     """

@@ -156,7 +156,14 @@ class TrackingConfig(Section):
 
 
 class Config(Section):
-    """The whole config of a run."""
+    """The whole config of a run.
+
+    Each attribute is a section with the keys of that name; `cohort keys` lists them all.
+
+    Example:
+        config = cohort.load_config("gsm8k.yaml", ["run.steps=100"])
+        print(config.run.steps, config.actors.temperature)
+    """
 
     run: RunConfig = RunConfig()
     model: ModelConfig
