@@ -113,7 +113,7 @@ async def learn(run: Run, batch: Batch) -> tuple[Batch, StepResult]:
             await run.journal.before(batch)
             return batch, await run.learner.step(batch.groups)
         except LostGroups as lost:
-            run.console.note(f"step {batch.step}: {lost}; they are made again")
+            run.console.note(f"step {batch.step}: {lost}; they are generated again")
             batch = await run.stream.again(batch, lost.group_ids)
             check_failures(run.config, batch)
     await run.journal.before(batch)

@@ -63,6 +63,6 @@ async def tell_when_slow(
             if step() != watched:
                 break
             waited_s += pause_s
-            what = "; ".join(map(str, pending())) or "no group: the learner or the engines' weights"
+            what = "; ".join(map(str, pending())) or "the learner, or the engines' new weights"
             tell(f"step {watched}: {waited_s:.0f} s without an end; waiting for {what}")
             pause_s = waited_s

@@ -74,7 +74,7 @@ class Compared:
     replayed: str
 
     @property
-    def verdict(self) -> str:
+    def outcome(self) -> str:
         if self.recorded is None:
             return "not recorded"
         return "equal" if self.recorded == self.replayed else "DIFFERENT"
@@ -167,7 +167,7 @@ async def run_replay(
                     rows.append(row)
     for line in table(rows):
         show(line)
-    return int(any(row.verdict == "DIFFERENT" for row in rows))
+    return int(any(row.outcome == "DIFFERENT" for row in rows))
 
 
 async def _step(learner: Learner, history: History, folder: Path, step: int) -> Compared:
@@ -199,11 +199,11 @@ def table(rows: Sequence[Compared]) -> list[str]:
         recorded = (row.recorded or "-")[:16]
         lines.append(
             f"{row.step:>6}  {row.groups:>6}  {recorded:<16}  {row.replayed[:16]:<16}  "
-            f"{row.verdict}"
+            f"{row.outcome}"
         )
-    verdicts = [row.verdict for row in rows]
+    outcomes = [row.outcome for row in rows]
     return [
         *lines,
-        f"{len(rows)} steps: {verdicts.count('equal')} equal, {verdicts.count('DIFFERENT')} "
-        f"different, {verdicts.count('not recorded')} not recorded",
+        f"{len(rows)} steps: {outcomes.count('equal')} equal, {outcomes.count('DIFFERENT')} "
+        f"different, {outcomes.count('not recorded')} not recorded",
     ]

@@ -49,7 +49,7 @@ def environment_path(name: str, base: Path) -> str:
     near = difflib.get_close_matches(name, BUILT_IN, n=1)
     hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(BUILT_IN)}."
     raise EnvironmentLoadError(
-        f"task.environment={name} is none of Cohort's environments: {hint} Your own is "
+        f"task.environment={name} is not one of Cohort's environments: {hint} Your own is "
         "module:Class or path/to/file.py:Class"
     )
 
