@@ -61,7 +61,7 @@ class Dispatcher:
         self.broken: RolloutError | None = None
 
     def reserve_now(self, job: Job) -> Slot | None:
-        """Room for a job that nobody who waits has to go before; None when there is none."""
+        """Room for a job, if no job that waits goes before it; None when there is none."""
         if self.queue and job.priority > self.queue[0][0]:
             return None
         return self._reserve(job)

@@ -57,11 +57,14 @@ HANDLERS_S = 0.05
 
 @dataclass
 class Services:
-    """What of a run lives in other processes. A part that was not asked for is not there.
+    """The parts of a run in other processes. A part that was not asked for is not there.
 
-    pool: the rollout actors with their engines. rewards: the reward workers. learner: the ranks.
-    environments: their workers; None where the task has no environment. servers: Ray's own, which
-    all of these need.
+    Attributes:
+        pool: The rollout actors with their engines.
+        rewards: The reward workers.
+        learner: The ranks.
+        environments: Their workers; None where the task has no environment.
+        servers: Ray's own, which all of these need.
     """
 
     placement: Placement

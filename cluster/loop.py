@@ -86,7 +86,7 @@ async def _steps(run: Run) -> None:
 async def evaluate_if_due(run: Run) -> Evaluation | None:
     """Every `run.evaluate_every` steps, score the weights that the engines have just pulled.
 
-    An evaluation that fails is said, and training goes on.
+    An evaluation that fails is reported, and training goes on.
     """
     every, step = run.config.run.evaluate_every, run.progress.step
     if run.held_out is None or step % every:

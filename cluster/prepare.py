@@ -112,7 +112,7 @@ def prepare(config: Config) -> Prepared:
     prepared = Prepared(config, path, parameters, task, specs, renderer, lengths, start, trained)
     environment = prepared.environment()
     if environment is not None:
-        # Likewise.
+        # It too, in a process of its own.
         try_environment(environment)
     return prepared
 

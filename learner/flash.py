@@ -27,7 +27,7 @@ from cohort.learner.shapes import RowShape, Span, padded_length
 
 # transformers takes every name with "flash" in it for a package of kernels.
 FLASH = "cohort_parts"
-# Longest sequences are said to the kernels as a multiple of this, their own block.
+# The kernels are given the longest length rounded up to a multiple of this, their block size.
 KERNEL_BLOCK = 128
 
 
@@ -69,7 +69,7 @@ class Parts:
             ]
             start += row.length
         if start < length:
-            own.append((start, length))  # padding: nobody looks at it
+            own.append((start, length))  # padding: nothing attends to it
         queries = [span for span, _ in continued]
         keys = [span for _, spans in continued for span in spans]
         lengths = [

@@ -198,7 +198,7 @@ class Continuation:
         plain: list[Message] = [{"role": "assistant", "content": text} for text in texts]
         rendered: list[tuple[tuple[Message, ...], list[int]]] = []
         refusals: list[RenderError] = []
-        # As it was parsed first: some templates count turns, and a call is none of Mistral's.
+        # The parsed form first: some templates count turns, and Mistral's does not count calls.
         for form in plain if reply is None else [reply, *plain]:
             messages = (*before, form, *new)
             try:
@@ -206,7 +206,7 @@ class Continuation:
             except RenderError as error:
                 refusals.append(error)
                 continue
-            # A reply that was cut may be parsed to words that are not there yet.
+            # A truncated reply may be parsed to words that are not there yet.
             if ids[: len(old)] == old and (form is not reply or end is not None):
                 return Extension(tuple(ids[len(old) :]), len(old), messages, None, False)
             rendered.append((messages, ids))

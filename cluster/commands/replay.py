@@ -37,7 +37,7 @@ class Range:
         """Read A:B, A: or :B.
 
         Raises:
-            RunError: It is none of these.
+            RunError: It has another form.
 
         Example:
             >>> Range.parse("3:5")

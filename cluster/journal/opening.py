@@ -42,7 +42,7 @@ def open_journal(
         first_step: Steps that are done.
         now: The run's fingerprint, which its segments will name.
         threads: Of each rank of its learner.
-        console: Where it is said what becomes of the past.
+        console: Shows what becomes of the past.
 
     Raises:
         RunError: A record in the middle of the journal is damaged.

@@ -33,7 +33,7 @@ class Session(Protocol):
         """The model's reply.
 
         Raises:
-            ApiError: There is none.
+            ApiError: There is no reply to this request.
             asyncio.CancelledError: The client has gone.
         """
         ...

@@ -38,7 +38,7 @@ def environment_path(name: str, base: Path) -> str:
         base: The folder from which files are named.
 
     Raises:
-        EnvironmentLoadError: A word that is no short name.
+        EnvironmentLoadError: It is a word, but not one of the short names.
 
     Example:
         >>> environment_path("sandbox", Path("."))
@@ -102,7 +102,7 @@ def load_class(path: str, stubs: Path | None = None) -> Callable[..., object]:
         stubs: See `cohort.rewards.loading.load_function`.
 
     Raises:
-        EnvironmentLoadError: There is no such thing, or it is no environment.
+        EnvironmentLoadError: It does not exist, or is not an environment.
     """
     try:
         factory = load_attribute(path, stubs)

@@ -28,7 +28,7 @@ EXIT_TICKS, TICK_S = 25, 0.02
 
 
 class ProcessLost(Exception):
-    """The process of environments died, or said something that is none of its answers."""
+    """The process of environments died, or sent something that is not an answer."""
 
 
 class CallFailed(Exception):
