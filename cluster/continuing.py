@@ -89,8 +89,12 @@ NONE = "none"
 
 
 class SavedAhead(TypedDict):
-    """What `GroupStream.ahead` says, as JSON. steps: of each step its number, where its prompts
-    begin, and how many were asked for."""
+    """What `GroupStream.ahead` says, as JSON.
+
+    Attributes:
+        steps: Of each step its number, where its prompts begin, and how many were asked for.
+        cursor: As in `Ahead`.
+    """
 
     steps: list[list[int]]
     cursor: int

@@ -55,8 +55,12 @@ class Range:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is replayed. start: steps that are done in the checkpoint that it begins with; 0: the
-    model folder. first, end: the steps that are compared."""
+    """What is replayed.
+
+    Attributes:
+        start: Steps that are done in the checkpoint that it begins with; 0: the model folder.
+        first, end: The steps that are compared, without `end`.
+    """
 
     start: int
     first: int
@@ -65,8 +69,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class Compared:
-    """A step's fingerprints: the one that was recorded (None: the run ended before), and this
-    learner's."""
+    """A step's fingerprints.
+
+    Attributes:
+        recorded: The one in the journal; None: the run ended before.
+        replayed: This learner's.
+    """
 
     step: int
     groups: int
