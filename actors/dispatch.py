@@ -24,8 +24,10 @@ Outcome: TypeAlias = "tuple[GroupMeta | Failure, ObjectRef[Group] | None]"
 class Job:
     """A group that the pool was asked for.
 
-    order: of arrival. arrived: called with each of its completions as soon as it exists.
-    attempt: how many attempts to generate it have failed.
+    Attributes:
+        order: Of arrival.
+        arrived: Called with each of its completions as soon as it exists.
+        attempt: How many attempts to generate it have failed.
     """
 
     request: Request

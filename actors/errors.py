@@ -100,5 +100,10 @@ def words(error: BaseException) -> str:
 
 
 def failure_of(error: BaseException, what: str) -> Failure:
-    """The error as a value. what: what was being done, in words, with the actor's name."""
+    """The error as a value.
+
+    Args:
+        error: What was raised.
+        what: What was being done, in words, with the actor's name.
+    """
     return Failure(kind_of(error), what, words(error))

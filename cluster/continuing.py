@@ -296,7 +296,12 @@ def differences(saved: Fingerprint, now: Fingerprint, step: int) -> list[Differe
 
 
 def refused(found: Sequence[Difference], allowed: Sequence[str]) -> list[Difference]:
-    """The differences that keep a run from going on; allowed: the keys of run.allow_changed."""
+    """The differences that keep a run from going on.
+
+    Args:
+        found: All differences.
+        allowed: The keys of run.allow_changed.
+    """
     return [item for item in found if item.breaks and item.key not in allowed]
 
 

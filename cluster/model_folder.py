@@ -104,8 +104,13 @@ def starting_weights(config: Config) -> Path | None:
 def starting_folder(key: str, given: Path, inside: str) -> Path:
     """The folder `inside` a checkpoint, or a run's newest one; else the folder that is given.
 
+    Args:
+        key: The key of the config with its value, for messages.
+        given: Where it points to.
+        inside: The name of the folder in a checkpoint.
+
     Raises:
-        RunError: There is no complete checkpoint. key: what names it.
+        RunError: There is no complete checkpoint.
     """
     folder = given
     if (folder / "checkpoints").is_dir():

@@ -236,7 +236,11 @@ def tree_flash_backward(
     sizes: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients by q, k and v; gradient: by `out`, as it and as contiguous."""
+    """The gradients by q, k and v.
+
+    Args:
+        gradient: By `out`, with its shape, and contiguous like it; the others as of `tree_flash`.
+    """
     backward = _plain_backward if q.is_cpu else _kernel_backward
     first, rest = _calls(places, sizes)
     dq, dk, dv = backward(gradient, q, k, v, out, lse, first, scale)

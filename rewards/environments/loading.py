@@ -81,7 +81,11 @@ class AgentEnv(Played):
         return inspect.iscoroutinefunction(self.instance.run)
 
     async def run(self, offered: Mapping[str, object]) -> object:
-        """What the instance's `run` returns; offered: arguments that it may name."""
+        """What the instance's `run` returns.
+
+        Args:
+            offered: Arguments that it may name.
+        """
         run = self.instance.run
         return await self._run(run, **accepted(run, offered))
 

@@ -120,7 +120,13 @@ class HostProcess:
     async def call(
         self, episode: str, what: str, arguments: Mapping[str, object], timeout_s: float | None
     ) -> JsonObject:
-        """What an environment answers. timeout_s: None: the caller knows when to give up.
+        """What an environment answers.
+
+        Args:
+            episode: The id of its episode.
+            what: What it is asked to do.
+            arguments: By name.
+            timeout_s: Longest wait; None: the caller knows when to give up.
 
         Raises:
             TimeoutError: It did not answer in time.
