@@ -24,8 +24,10 @@ Outcome: TypeAlias = "tuple[GroupMeta | Failure, ObjectRef[Group] | None]"
 class Job:
     """A group that the pool was asked for.
 
-    order: of arrival. arrived: called with each of its completions as soon as it exists.
-    attempt: how many attempts to generate it have failed.
+    Attributes:
+        order: Of arrival.
+        arrived: Called with each of its completions as soon as it exists.
+        attempt: How many attempts to generate it have failed.
     """
 
     request: Request
@@ -61,7 +63,7 @@ class Dispatcher:
         self.broken: RolloutError | None = None
 
     def reserve_now(self, job: Job) -> Slot | None:
-        """Room for a job that nobody who waits has to go before; None when there is none."""
+        """Room for a job, if no job that waits goes before it; None when there is none."""
         if self.queue and job.priority > self.queue[0][0]:
             return None
         return self._reserve(job)

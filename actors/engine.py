@@ -42,7 +42,11 @@ LIVENESS_S = 0.5
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """How to build one engine. cores: CPU cores it is bound to (CPU only)."""
+    """How to build one engine.
+
+    Attributes:
+        cores: CPU cores that it is bound to (CPU only).
+    """
 
     model_path: str
     dtype: str
@@ -57,7 +61,10 @@ class EngineSpec:
 class RawCompletion:
     """What the engine returned for one completion: T token ids and their T log-probs.
 
-    spans: which weights they came from, in order; empty where they did not come from an engine.
+    Attributes:
+        token_ids: [T] int64.
+        logprobs: [T] float32, nats.
+        spans: Which weights they came from, in order; empty where they did not come from an engine.
     """
 
     token_ids: np.ndarray

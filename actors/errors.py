@@ -24,12 +24,19 @@ class CohortError(Exception):
     - CohortError
       - ConfigError: a key of the config, or its value (exit code 2)
       - TaskError: rows and prompts of a task
+        - RenderError: a prompt that the tokenizer cannot render
       - RewardLoadError: a reward function that cannot be loaded
+      - EnvironmentLoadError: an environment that cannot be loaded
       - PlacementError: the machines cannot hold the run
       - RunError: anything else that keeps a run from starting or going on
-      - RolloutError, RewardPoolError, LearnerError: actors that fail again and again
+        - RayLostError: Ray's own processes are gone or did not start (exit code 75)
+      - RolloutError, RewardPoolError: actors that fail again and again
+      - LearnerError: ranks that fail again and again
+        - LostGroups: groups of a step that were lost with a machine
       - TrainingError: a step that cannot be trained
       - CheckpointError: a checkpoint that cannot be written or read
+        - NotFiniteError: weights with a NaN or an infinity, which are not saved
+      - JournalError: a journal that cannot be written or read
       - ReportError, SubmitError: of the commands of these names
 
     Example:
@@ -112,5 +119,10 @@ def words(error: BaseException) -> str:
 
 
 def failure_of(error: BaseException, what: str) -> Failure:
-    """The error as a value. what: what was being done, in words, with the actor's name."""
+    """The error as a value.
+
+    Args:
+        error: What was raised.
+        what: What was being done, in words, with the actor's name.
+    """
     return Failure(kind_of(error), what, words(error))

@@ -23,8 +23,10 @@ NO_LIMIT = 1 << 60
 class CgroupLimits:
     """Bounds of the cgroups that a process is in; None where there is none.
 
-    cpus: cores' worth of time (a quota of 1.5), or the size of the cpuset. memory: bytes that all
-    of the group may use; available: what is left of them, not counting cache of files.
+    Attributes:
+        cpus: Cores' worth of time (a quota of 1.5), or the size of the cpuset.
+        memory: Bytes that all of the group may use.
+        available: Bytes that are left of them; cache of files counts as free.
     """
 
     cpus: float | None
@@ -33,7 +35,12 @@ class CgroupLimits:
 
 
 def cgroup_limits(root: Path = Path("/"), pid: str = "self") -> CgroupLimits:
-    """The tightest bounds on a process. root: where /proc and /sys are found."""
+    """The tightest bounds on a process.
+
+    Args:
+        root: Where /proc and /sys are found.
+        pid: The process; "self": this one.
+    """
     cpus: list[float] = []
     memory: list[int] = []
     available: list[int] = []

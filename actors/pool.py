@@ -73,11 +73,16 @@ class RolloutPool:
     async def generate(
         self, requests: list[Request], arrived: Arrived | None = None
     ) -> list[asyncio.Task[Outcome]]:
-        """Start generating; one task a request, in order. Each ends in a group's sizes and its
-        reference, or in a Failure once it was tried often enough.
+        """Start generating.
 
-        arrived: called with every completion as soon as it exists, and with all of them before
-        the group's task ends. A group that is tried again has new ones, which count alone.
+        Args:
+            requests: One for each group.
+            arrived: Called with every completion as soon as it exists, and with all of them before
+                the group's task ends. A group that is tried again has new ones, which count alone.
+
+        Returns:
+            One task a request, in order. Each ends in a group's sizes and its reference, or in a
+            Failure once it was tried often enough.
         """
         if self._next_host is not None:
             requests = [replace(request, host=self._next_host()) for request in requests]

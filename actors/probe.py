@@ -19,9 +19,12 @@ RESOLVED_GAPS = 4.0
 class Probe:
     """A token sequence that learner and engines score under the same weights, to compare.
 
-    logprobs: the learner's, of tokens 1..n-1. tolerance: largest mean absolute difference that an
-    engine may show, in nats. floor: where given, the limit is FIRST_GAPS times the gap at the first
-    update instead, but no less than this and no more than `tolerance`.
+    Attributes:
+        token_ids: The n tokens.
+        logprobs: The learner's, of tokens 1..n-1, nats.
+        tolerance: Largest mean absolute difference that an engine may show, nats.
+        floor: Where given, the limit is FIRST_GAPS times the gap at the first update instead, but
+            no less than this and no more than `tolerance`.
     """
 
     token_ids: list[int]
@@ -37,7 +40,11 @@ def probe_gap(learner: Sequence[float], engine: Sequence[float]) -> float:
 
 
 def limit_of(probe: Probe, first_gap: float | None) -> float:
-    """The largest gap that an engine may show. first_gap: the run's first; None: this is it.
+    """The largest gap that an engine may show, nats.
+
+    Args:
+        probe: What is scored.
+        first_gap: The run's first; None: this is it.
 
     >>> limit_of(Probe([1], [], tolerance=0.5, floor=0.01), first_gap=0.004)
     0.02

@@ -124,8 +124,13 @@ def _watch_this_process(*folders: Path, kill: bool = True) -> None:
 def start_watcher(marker: str, *folders: Path, kill: bool = True) -> IO[bytes]:
     """A watcher as `start_reaper`'s, for the processes that have `marker` as their MARKER variable.
 
-    kill: end them; otherwise only wait for their end, for SWEEP_S at most.
-    Returns its pipe: keep it for as long as these processes may live, and close it to end them.
+    Args:
+        marker: The variable's value.
+        folders: Of shared memory; they are removed in the end.
+        kill: End them; otherwise only wait for their end, for SWEEP_S at most.
+
+    Returns:
+        Its pipe: keep it for as long as these processes may live, and close it to end them.
     """
     environment = {k: value for k, value in os.environ.items() if k not in (MARKER, SUPERVISED)}
     watcher = subprocess.Popen(

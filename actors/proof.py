@@ -148,7 +148,9 @@ class Proof:
     def wrong(self, held: Sequence[Held], published: Mapping[str, int]) -> str | None:
         """What the engine holds otherwise than published, in words; None when all is right.
 
-        published: the digests of the file, with the tensors of `transposed` turned.
+        Args:
+            held: Of each worker, the digests of what its layers compute with.
+            published: The digests of the file, with the tensors of `transposed` turned.
         """
         values = self._values(held)
         bad: list[str] = []

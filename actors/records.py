@@ -1,6 +1,6 @@
 """The records that every package shares: prompts -> completions -> groups -> scored groups.
 
-A sample is a record with an id; joins are by id, never by position. Token ids are the truth;
+Each record has an id; joins are by id, never by position. Token ids are the truth;
 text exists only for rewards and for people to read.
 """
 
@@ -76,14 +76,15 @@ class Prompt:
 class Completion:
     """One sampled answer, or all replies of one episode.
 
-    token_ids: [T] int64, what the engine sampled, including sampled end-of-sequence tokens.
-    logprobs: [T] float32, behaviour log-probabilities of those tokens, after temperature.
-    weight_versions: the first and the last weight version that produced a token.
-    spans: (version, tokens), in order: which weights every token came from. Empty where it did not
-        come from an engine.
-    turns: of an episode, in order; the sampled tokens of the turns, one after another, are
-        token_ids. Empty: one turn that continues the prompt.
-    end: how an episode ended; None where there was no environment.
+    Attributes:
+        token_ids: [T] int64, what the engine sampled, including sampled end-of-sequence tokens.
+        logprobs: [T] float32, behaviour log-probs of those tokens, nats, after temperature.
+        weight_versions: The first and the last weight version that produced a token.
+        turns: Of an episode, in order; the sampled tokens of the turns, one after another, are
+            token_ids. Empty: one turn that continues the prompt.
+        end: How an episode ended; None where there was no environment.
+        spans: (version, tokens), in order: which weights every token came from. Empty where it did
+            not come from an engine.
     """
 
     id: str
@@ -122,7 +123,10 @@ class Group:
     Example:
         What a program of your own sees of a group that was scored (see `cohort.launch`):
 
+            import ray
+
             for scored in await c.score(await c.generate(c.prompts(0))):
+                assert isinstance(scored.ref, ray.ObjectRef)  # in Ray's object store
                 group = (await scored.ref).group
                 print(group.prompt.text, [completion.text for completion in group.completions])
     """
@@ -146,11 +150,13 @@ class RewardError:
 class ScoredGroup:
     """A group with its rewards.
 
-    by_function: name -> G values; None where the function does not apply or failed.
-    totals: G weighted sums; None where no function gave a value, or one failed.
-    parts: "function/part" -> G numbers that the function returned besides its value.
-    extra: "function/name" -> G entries for people (texts, numbers, None).
-    sample_s: G entries, seconds that the calls which scored the completion took.
+    Attributes:
+        by_function: Name -> G values; None where the function does not apply or failed.
+        totals: G weighted sums; None where no function gave a value, or one failed.
+        latency_s: Seconds that scoring the group took.
+        parts: "function/part" -> G numbers that the function returned besides its value.
+        extra: "function/name" -> G entries for people (texts, numbers, None).
+        sample_s: G entries, seconds that the calls which scored the completion took.
     """
 
     group: Group
@@ -167,8 +173,12 @@ class ScoredGroup:
 class GroupMeta:
     """What the driver knows of a group: sizes and versions. The tokens stay in the object store.
 
-    turns, episodes: of each completion; empty where there is no environment, and each completion is
-        one turn that continues the prompt.
+    Attributes:
+        completion_tokens: Of each completion, as are `completion_ids` and `truncated`.
+        weight_versions: The first and the last of all its tokens.
+        seconds: That the actor took.
+        turns, episodes: Of each completion; empty where there is no environment: each completion is
+            one turn that continues the prompt.
     """
 
     group_id: str
@@ -210,9 +220,12 @@ class GroupMeta:
 class ScoreMeta:
     """What the driver knows of a group's rewards.
 
-    parts, sample_s: as in ScoredGroup. metrics: "function/name" -> what the function logged.
-    turn_rewards: of each completion, what the environment gave for each of its turns; empty where
-        there is no environment.
+    Attributes:
+        totals, by_function, parts, sample_s: As in ScoredGroup.
+        seconds: That scoring the group took.
+        metrics: "function/name" -> what the function logged.
+        turn_rewards: Of each completion, what the environment gave for each of its turns; empty
+            where there is no environment.
     """
 
     group_id: str
@@ -234,7 +247,8 @@ GroupRef: TypeAlias = "ObjectRef[ScoredGroup] | ScoredGroup"
 class ScoredRef:
     """A scored group as the driver holds it: sizes, rewards, and where the tokens are.
 
-    ref: a Ray object reference to the ScoredGroup (or the ScoredGroup itself).
+    Attributes:
+        ref: A Ray object reference to the ScoredGroup (or the ScoredGroup itself).
     """
 
     meta: GroupMeta
@@ -246,9 +260,11 @@ class ScoredRef:
 class Failure:
     """An error as a value at a process boundary.
 
-    kind "infra": the process or machine failed, the work may succeed elsewhere.
-    kind "data": this input fails wherever it runs.
-    kind "bug": the program is wrong; `message` holds its traceback.
+    Attributes:
+        kind: "infra": the process or machine failed, the work may succeed elsewhere. "data": this
+            input fails wherever it runs. "bug": the program is wrong.
+        what: What was being done, in words.
+        message: The error; for a bug, with its traceback.
     """
 
     kind: FailureKind
@@ -268,10 +284,11 @@ class NotSynced(Failure):
 class Place:
     """Where an actor runs (its node, the cores it may use, its process), and how far it is.
 
-    progress: a number that moves with every token that its engine produces and every stage of an
-    update; while there is work, one that stands still means that it hangs. working: whether its
-    engine has something to do right now. look: at the engine's processes; None: they cannot be
-    seen.
+    Attributes:
+        progress: A number that changes with every token of its engine and every stage of an update;
+            while there is work, one that stands still means that the actor hangs.
+        working: Whether its engine has something to do right now.
+        look: At the engine's processes; None: they cannot be seen.
     """
 
     node_id: str
@@ -286,7 +303,8 @@ class Place:
 class SamplingSpec:
     """Every sampling field that matters, stated: nothing comes from a model's own defaults.
 
-    stop: texts that end a completion and are a part of it, besides the model's own end.
+    Attributes:
+        stop: Texts that end a completion and are a part of it, besides the model's own end.
     """
 
     max_tokens: int
@@ -304,8 +322,9 @@ class EpisodeHost(Protocol):
     ) -> NextTurn | EpisodeEnd:
         """Make an environment and reset it.
 
-        seed: the same for all episodes of a group. alone: in a process of its own, because one that
-        it shared was lost.
+        Args:
+            seed: The same for all episodes of a group.
+            alone: In a process of its own, because one that it shared was lost.
         """
         ...
 
@@ -318,22 +337,25 @@ class EpisodeHost(Protocol):
     ) -> NextTurn | EpisodeEnd:
         """Give the environment the model's reply. An episode that ended is forgotten.
 
-        logprobs: of its tokens, for an agent that asks for them.
+        Args:
+            logprobs: Of its tokens, nats, for an agent that asks for them.
         """
         ...
 
     def forget(self, episode_id: str) -> None:
-        """End an episode that nobody waits for; what it started is killed."""
+        """End an episode that is no longer waited for; what it started is killed."""
         ...
 
 
 @dataclass(frozen=True)
 class Request:
-    """One group to generate. greedy: for evaluation, temperature 0 and no seed.
+    """One group to generate.
 
-    step: that it is for; groups of older steps go first where they have to wait. oldest: the oldest
-    weights that it may be begun with (see `actors/admission.py`). host: where the environment of
-    its episodes runs; None: there is none.
+    Attributes:
+        greedy: For evaluation, temperature 0 and no seed.
+        step: That it is for; groups of older steps go first where they have to wait.
+        oldest: The oldest weights that it may be begun with (see `actors/admission.py`).
+        host: Where the environment of its episodes runs; None: there is none.
     """
 
     group_id: str
@@ -349,8 +371,11 @@ class Request:
 class WeightsInfo:
     """One published version of the weights: what it holds and where to pull it.
 
-    names: in file order. fingerprint: xxh3-128 over the file's bytes. path: a safetensors file on
-    node `node_id`. remote: object reference to the same bytes for engines on other nodes.
+    Attributes:
+        names: In file order.
+        fingerprint: xxh3-128 over the file's bytes.
+        path: A safetensors file on node `node_id`.
+        remote: Object reference to the same bytes, for engines on other nodes.
     """
 
     version: int

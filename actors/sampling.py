@@ -18,8 +18,12 @@ if TYPE_CHECKING:
 def tokens_at(probabilities_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
     """[B] int64: of each row, the entry in which its distribution function passes uniform.
 
-    uniform_B: float64 in [0, 1). Entries of probability 0 are never chosen; rows need not add up to
-    1. In float64, for float32 could not tell apart entries less probable than 6e-8.
+    Entries of probability 0 are never chosen. In float64, for float32 could not tell apart entries
+    less probable than 6e-8.
+
+    Args:
+        probabilities_BV: [B, V]; rows need not add up to 1.
+        uniform_B: [B] float64 in [0, 1).
     """
     cumulative_BV = probabilities_BV.cumsum(-1, dtype=torch.float64)
     point_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]

@@ -59,8 +59,10 @@ class Served:
     ) -> Iterator[None]:
         """Keep the digests of every layer that is loaded in this block.
 
-        specs, base: what the file holds, and where it is mapped. executor: digests tensors beside
-        the loading.
+        Args:
+            specs: What the file holds: each tensor, and the byte at which it begins.
+            base: The address at which the file is mapped.
+            executor: Digests tensors beside the loading.
         """
         places = sorted(
             (base + start, base + start + spec.nbytes, spec.name) for spec, start in specs

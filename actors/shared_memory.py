@@ -58,8 +58,13 @@ class InitInfo(WeightTransferInitInfo):
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """path: a safetensors file. names: what the sender says is in it, in order; [] to skip.
-    fingerprint: xxh3-128 of the file's bytes, "" to skip."""
+    """One update of the weights.
+
+    Attributes:
+        path: A safetensors file.
+        names: What the sender says is in it, in order; [] to skip the comparison.
+        fingerprint: xxh3-128 of the file's bytes; "" to skip the comparison.
+    """
 
     path: str
     names: list[str]

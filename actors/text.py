@@ -42,8 +42,12 @@ def completion_text(
 def prefill_of(content: str | Sequence[Mapping[str, object]], text: str | None = None) -> str:
     """What the answer to a prompt begins with before the model's own words; "" for most prompts.
 
-    content: a prompt, as a text or messages. text: the prompt as the model reads it. A last message
-    of the assistant, else thinking that is opened at the end of the prompt (`<think>`).
+    That is a last message of the assistant, else thinking that is opened at the end of the prompt
+    (`<think>`).
+
+    Args:
+        content: A prompt, as a text or messages.
+        text: The prompt as the model reads it.
     """
     if not isinstance(content, str) and content and content[-1]["role"] == "assistant":
         return str(content[-1]["content"])

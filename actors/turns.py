@@ -31,9 +31,12 @@ CUT: tuple[StopReason, ...] = ("length", "context")
 
 @dataclass(frozen=True)
 class EpisodeFailure:
-    """Why an episode has no reward. kind: as in `Failure`; "infra" may work elsewhere.
+    """Why an episode has no reward.
 
-    stage: what the environment was doing.
+    Attributes:
+        kind: As in `Failure`; "infra" may work elsewhere.
+        stage: What the environment was doing.
+        message: The error, for people.
     """
 
     kind: FailureKind

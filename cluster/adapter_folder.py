@@ -41,8 +41,8 @@ def starting_adapter(config: Config) -> Path | None:
     folder = starting_folder(key, expand(config.model.init_from), ADAPTER_FOLDER)
     if not (folder / "adapter_config.json").is_file():
         raise RunError(
-            f"{key}: no adapter_config.json, and with model.lora it must name an adapter: to train "
-            "a new one beside other weights, set model.path to those"
+            f"{key}: no adapter_config.json there. With model.lora, this key must name an adapter; "
+            "to train a new adapter on other weights, set model.path to those weights"
         )
     try:
         check_adapter(folder, lora, _shapes(config, str(expand(config.model.path))))

@@ -179,7 +179,7 @@ def export(
     run_dir: Annotated[Path, typer.Argument(help="A run directory.")],
     out: Annotated[Path, typer.Argument(help="The folder to make; must not exist or be empty.")],
     adapter: Annotated[
-        bool, typer.Option("--adapter", help="Of a run with model.lora: the adapter, for PEFT.")
+        bool, typer.Option("--adapter", help="Write the adapter of model.lora alone, for PEFT.")
     ] = False,
 ) -> None:
     """Write the last checkpoint as a Hugging Face folder for transformers and vLLM.
@@ -201,10 +201,10 @@ def scale(
     wait: Annotated[float, typer.Option(min=0, help="Longest wait for the answer, seconds.")] = 600,
     address: Annotated[
         str | None,
-        typer.Option(help="Of a job server: ask from there, where RUN_DIR is of the cluster."),
+        typer.Option(help="Job server to ask from, where RUN_DIR can be read on its cluster only."),
     ] = None,
     working_dir: Annotated[
-        Path, typer.Option(help="With --address: the folder that is sent, as with `submit`.")
+        Path, typer.Option(help="With --address: the folder that is sent, as by `submit`.")
     ] = Path("."),
 ) -> None:
     """Change how many rollout actors and reward workers a run has, while it runs.
@@ -230,7 +230,7 @@ def scale(
 def replay(
     run_dir: Annotated[Path, typer.Argument(help="A run directory that no driver uses now.")],
     steps: Annotated[
-        str, typer.Option(help="A:B, as 10:20 for the steps 10 to 19. Empty: all that are there.")
+        str, typer.Option(help="A:B, as 10:20 for the steps 10 to 19. Empty: all of them.")
     ] = "",
 ) -> None:
     """Train a run's steps again from its journal and compare the weights, bit for bit.
@@ -262,7 +262,7 @@ def report(
     prompts: Annotated[
         int,
         typer.Option(
-            min=0, help="Prompts shown at several steps. 0: none, and reads only those steps."
+            min=0, help="Prompts shown at several steps. 0: none; fewer files are read then."
         ),
     ] = 6,
     max_mb: Annotated[
@@ -295,7 +295,7 @@ def submit(
         ),
     ],
     working_dir: Annotated[
-        Path, typer.Option(help="The folder that is packed and sent; holds the config.")
+        Path, typer.Option(help="The folder that is packed and sent, with the config in it.")
     ] = Path("."),
     follow: Annotated[
         bool, typer.Option(help="Stream the job's log and return its exit code.")

@@ -45,7 +45,7 @@ class RunConfig(Section):
     checkpoint_every: int = Field(
         20,
         ge=0,
-        description="Steps between checkpoints; the last step is always saved. 0: only it.",
+        description="Steps between checkpoints; the last step is always saved. 0: only that one.",
     )
     keep_checkpoints: int = Field(2, ge=1, description="Complete checkpoints to keep.")
     journal_gb: float = Field(
@@ -79,9 +79,9 @@ class ModelConfig(Section):
     path: str = Field(description="A Hugging Face folder, or a hub id when the hub is reachable.")
     init_from: str | None = Field(
         None,
-        description="Start from other weights of this architecture: of a run directory's newest "
-        "checkpoint, a checkpoint, or an exported folder. Tokenizer and the KL's reference stay "
-        "those of model.path. A new run, unlike run.resume: optimizer and prompts begin anew.",
+        description="Start from other weights of this architecture: a run directory (its newest "
+        "checkpoint), a checkpoint, or an exported folder. Tokenizer and the KL's reference stay "
+        "those of model.path. Unlike run.resume, optimizer and prompts start from the beginning.",
     )
     dtype: Literal["auto"] | Dtype = Field(
         "auto",
@@ -123,7 +123,7 @@ class ClusterConfig(Section):
     )
     cores: Literal["auto", "shared", "own"] = Field(
         "auto",
-        description="Of one CPU machine. own: engines and learner have cores of their own, for "
+        description="On one CPU machine. own: engines and learner have cores of their own, for "
         "overlapped training; shared: both use all. auto: own with actors.max_staleness of 1 or "
         "more where each engine and rank gets two cores, else shared.",
     )
@@ -159,7 +159,14 @@ class TrackingConfig(Section):
 
 
 class Config(Section):
-    """The whole config of a run."""
+    """The whole config of a run.
+
+    Each attribute is a section with the keys of that name; `cohort keys` lists them all.
+
+    Example:
+        config = cohort.load_config("gsm8k.yaml", ["run.steps=100"])
+        print(config.run.steps, config.actors.temperature)
+    """
 
     run: RunConfig = RunConfig()
     model: ModelConfig

@@ -89,8 +89,12 @@ NONE = "none"
 
 
 class SavedAhead(TypedDict):
-    """What `GroupStream.ahead` says, as JSON. steps: of each step its number, where its prompts
-    begin, and how many were asked for."""
+    """What `GroupStream.ahead` says, as JSON.
+
+    Attributes:
+        steps: Of each step its number, where its prompts begin, and how many were asked for.
+        cursor: As in `Ahead`.
+    """
 
     steps: list[list[int]]
     cursor: int
@@ -295,7 +299,12 @@ def differences(saved: Fingerprint, now: Fingerprint, step: int) -> list[Differe
 
 
 def refused(found: Sequence[Difference], allowed: Sequence[str]) -> list[Difference]:
-    """The differences that keep a run from going on; allowed: the keys of run.allow_changed."""
+    """The differences that keep a run from going on.
+
+    Args:
+        found: All differences.
+        allowed: The keys of run.allow_changed.
+    """
     return [item for item in found if item.breaks and item.key not in allowed]
 
 

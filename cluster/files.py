@@ -46,7 +46,12 @@ def write_atomically(path: Path, text: str) -> None:
 def require_writable(folder: Path, what: str, advice: str = "") -> None:
     """Raise RunError unless a file can be made in the folder, or the nearest that is there.
 
-    It leaves nothing behind. what, advice: for the message.
+    It leaves nothing behind.
+
+    Args:
+        folder: Where something will be written.
+        what: What cannot be written otherwise, for the message.
+        advice: What to do, for the message.
     """
     place = nearest_existing(folder)
     try:

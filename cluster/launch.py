@@ -57,11 +57,14 @@ HANDLERS_S = 0.05
 
 @dataclass
 class Services:
-    """What of a run lives in other processes. A part that was not asked for is not there.
+    """The parts of a run in other processes. A part that was not asked for is not there.
 
-    pool: the rollout actors with their engines. rewards: the reward workers. learner: the ranks.
-    environments: their workers; None where the task has no environment. servers: Ray's own, which
-    all of these need.
+    Attributes:
+        pool: The rollout actors with their engines.
+        rewards: The reward workers.
+        learner: The ranks.
+        environments: Their workers; None where the task has no environment.
+        servers: Ray's own, which all of these need.
     """
 
     placement: Placement
@@ -271,7 +274,16 @@ def make_pool(
     environments: EnvironmentPool | None = None,
     cores: tuple[int, ...] = (),
 ) -> RolloutPool:
-    """The rollout actors, not started yet. cores: of their engines; empty: all."""
+    """The rollout actors, not started yet.
+
+    Args:
+        prepared: Config, model and prompts.
+        placement: Where the actors go.
+        log_dir: For the logs of their processes.
+        console: Shows what happens to actors.
+        environments: The workers of environments; None: the task has no environment.
+        cores: Of their engines; empty: all.
+    """
     import ray
 
     config = prepared.config
@@ -333,9 +345,14 @@ async def start_learner(
 ) -> Learner:
     """The learner's ranks, ready to train from the model folder.
 
-    threads: of each rank. cores: that the ranks are bound to; empty: to none. trial: where they try
-    to save first (see `Checkpoints.trial`); None: nothing will be saved. notify: told when ranks
-    are lost and started again.
+    Args:
+        prepared: Config and model.
+        placement: Where the ranks go.
+        log_dir: For the logs of their processes.
+        threads: Of each rank.
+        cores: That the ranks are bound to; empty: to none.
+        trial: Where they try to save first (see `Checkpoints.trial`); None: nothing will be saved.
+        notify: Called with a line when ranks are lost and started again.
     """
     config = prepared.config
     ranks = config.learner.workers

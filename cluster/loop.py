@@ -86,7 +86,7 @@ async def _steps(run: Run) -> None:
 async def evaluate_if_due(run: Run) -> Evaluation | None:
     """Every `run.evaluate_every` steps, score the weights that the engines have just pulled.
 
-    An evaluation that fails is said, and training goes on.
+    An evaluation that fails is reported, and training goes on.
     """
     every, step = run.config.run.evaluate_every, run.progress.step
     if run.held_out is None or step % every:
@@ -113,7 +113,7 @@ async def learn(run: Run, batch: Batch) -> tuple[Batch, StepResult]:
             await run.journal.before(batch)
             return batch, await run.learner.step(batch.groups)
         except LostGroups as lost:
-            run.console.note(f"step {batch.step}: {lost}; they are made again")
+            run.console.note(f"step {batch.step}: {lost}; they are generated again")
             batch = await run.stream.again(batch, lost.group_ids)
             check_failures(run.config, batch)
     await run.journal.before(batch)

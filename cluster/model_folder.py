@@ -104,8 +104,13 @@ def starting_weights(config: Config) -> Path | None:
 def starting_folder(key: str, given: Path, inside: str) -> Path:
     """The folder `inside` a checkpoint, or a run's newest one; else the folder that is given.
 
+    Args:
+        key: The key of the config with its value, for messages.
+        given: Where it points to.
+        inside: The name of the folder in a checkpoint.
+
     Raises:
-        RunError: There is no complete checkpoint. key: what names it.
+        RunError: There is no complete checkpoint.
     """
     folder = given
     if (folder / "checkpoints").is_dir():
@@ -243,21 +248,21 @@ def _refuse_other_kinds(path: str, found: PreTrainedConfig) -> None:
     heads = [name for name in names if str(name).endswith(OTHER_HEADS)]
     if heads:
         raise RunError(
-            f"model.path={path}: a {heads[0]} (a reward model, a classifier or an encoder), and no "
-            "language model that can be trained to write: its architecture must be ...ForCausalLM"
+            f"model.path={path}: a {heads[0]} (a reward model, a classifier or an encoder) cannot "
+            "be trained to write text: its architecture must be ...ForCausalLM"
         )
     if sizes.get("is_encoder_decoder") or (
         found.model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
         and not any(str(name).endswith("ForCausalLM") for name in names)
     ):
         raise RunError(
-            f"model.path={path}: {found.model_type} is an encoder and a decoder; what is trained "
-            "here is a decoder alone (...ForCausalLM)"
+            f"model.path={path}: {found.model_type} has an encoder and a decoder; only decoders "
+            "(...ForCausalLM) can be trained here"
         )
     if found.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and sizes.get("is_decoder") is False:
         raise RunError(
-            f"model.path={path}: {found.model_type} is an encoder, which writes no text; what is "
-            "trained here is a decoder (...ForCausalLM)"
+            f"model.path={path}: {found.model_type} is an encoder, which writes no text; only "
+            "decoders (...ForCausalLM) can be trained here"
         )
 
 
@@ -271,8 +276,8 @@ def _empty_model(path: str, found: PreTrainedConfig) -> PreTrainedModel:
         logging.getLogger(name).setLevel(logging.ERROR)
     if type(found) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise RunError(
-            f"model.path={path}: {found.model_type} is no language model that transformers can "
-            "continue a text with (AutoModelForCausalLM does not know it)"
+            f"model.path={path}: {found.model_type} is not a language model that transformers "
+            "can generate text with (AutoModelForCausalLM does not know it)"
         )
     try:
         with torch.device("meta"):
@@ -293,8 +298,9 @@ def _context(config: Config, found: PreTrainedConfig) -> int:
             return size
     if config.model.max_length is None:
         raise RunError(
-            f"model.path={config.model.path}: config.json names no longest sequence "
-            f"({found.model_type} has none): set model.max_length to prompt plus completion"
+            f"model.path={config.model.path}: config.json does not say how long a sequence may "
+            f"be ({found.model_type} has no key for it): set model.max_length to the tokens of "
+            "prompt plus completion"
         )
     return config.model.max_length
 

@@ -112,7 +112,7 @@ def prepare(config: Config) -> Prepared:
     prepared = Prepared(config, path, parameters, task, specs, renderer, lengths, start, trained)
     environment = prepared.environment()
     if environment is not None:
-        # Likewise.
+        # It too, in a process of its own.
         try_environment(environment)
     return prepared
 
@@ -162,7 +162,12 @@ def longest_prompt(config: Config, context: int) -> int:
 def make_renderer(
     config: Config, tokenizer: PreTrainedTokenizerBase, context: int
 ) -> PromptRenderer:
-    """Make the renderer of this config's prompts; context: the model's, in tokens.
+    """Make the renderer of this config's prompts.
+
+    Args:
+        config: Of the run.
+        tokenizer: The model's.
+        context: The model's longest sequence, tokens.
 
     Raises:
         RunError: The context has no room for a prompt.

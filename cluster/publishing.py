@@ -24,8 +24,9 @@ PROBE_FLOOR = 0.1
 class Published:
     """Weights that every engine has proven to hold.
 
-    fingerprint: of the bytes that were published. gap: the largest between learner and engines on
-    the probe, nats a token.
+    Attributes:
+        fingerprint: Of the bytes that were published.
+        gap: The largest between learner and engines on the probe, nats a token.
     """
 
     version: int
@@ -37,9 +38,10 @@ class Published:
 class Publisher:
     """Publishes the learner's weights to the engines.
 
-    probe: a sequence that learner and engines score under the same weights, and how far the two may
-    be apart (`actors.probe_tolerance`). remote: whether what was published last can be loaded on
-    other machines than the learner's.
+    Attributes:
+        probe: A sequence that learner and engines score under the same weights, and how far the two
+            may be apart (`actors.probe_tolerance`).
+        remote: Whether what was published last can be loaded on other machines than the learner's.
     """
 
     learner: Learner

@@ -32,7 +32,12 @@ LEAVE_S = 15.0
 
 @dataclass(frozen=True)
 class Loss:
-    """A server of Ray that is gone. how: in words."""
+    """A server of Ray that is gone.
+
+    Attributes:
+        server: Its name.
+        how: What happened, in words.
+    """
 
     server: str
     how: str
@@ -72,7 +77,8 @@ class RayHealth:
 def ray_servers(joined: bool) -> dict[str, Server]:
     """The servers that this driver's actors need, by name.
 
-    joined: Ray was running already, perhaps on other machines: its ports are tried then.
+    Args:
+        joined: Ray was running already, perhaps on other machines: its ports are tried then.
     """
     if not joined:
         return {

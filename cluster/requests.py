@@ -9,7 +9,11 @@ from cohort.cluster.config import Config
 def group_request(config: Config, step: int, prompt: Prompt, oldest: int = 0) -> Request:
     """What a step asks for a prompt: a group, whose seed is its own in every run and step.
 
-    oldest: the oldest weights that it may be begun with.
+    Args:
+        config: Of the run.
+        step: That the group is for.
+        prompt: Of the group.
+        oldest: The oldest weights that it may be begun with.
     """
     sampling = SamplingSpec(
         max_tokens=config.actors.max_tokens,

@@ -65,7 +65,8 @@ class StepTimer:
 class Recorder:
     """Where the steps of a run are written: metrics, completions, the terminal.
 
-    missed: how often something could not be recorded, by its name.
+    Attributes:
+        missed: How often something could not be recorded, by its name.
     """
 
     tracker: Tracker
@@ -77,7 +78,8 @@ class Recorder:
     async def record(self, batch: Batch, places: Sequence[Place], metrics: MetricRow) -> None:
         """Write down one step: completions, metrics, a line for people. Raises nothing.
 
-        places: where the journal has its groups.
+        Args:
+            places: Where the journal has its groups.
         """
         for failure in batch.failures:
             self._note_once(
@@ -127,8 +129,11 @@ class Recorder:
 class Progress:
     """Where a run stands.
 
-    step: the next one; so many are done. cursor: where its prompts begin. ahead: what is drawn for
-    it and later ones already. unrecorded: the step that is done and not written down yet.
+    Attributes:
+        step: The next one; so many are done.
+        cursor: Where its prompts begin.
+        ahead: What is drawn for it and later ones already.
+        unrecorded: The step that is done and not written down yet.
     """
 
     step: int
@@ -142,8 +147,10 @@ class Progress:
 class Writing:
     """A checkpoint that is being written.
 
-    step: of the checkpoint. task: ends when it is there, or with why it is not. before: the best
-    evaluation without this step's, which counts only with its checkpoint.
+    Attributes:
+        step: Of the checkpoint.
+        task: Ends when it is there, or with why it is not.
+        before: The best evaluation without this step's, which counts only with its checkpoint.
     """
 
     step: int
@@ -155,10 +162,12 @@ class Writing:
 class Saves:
     """The checkpoints of a run.
 
-    fingerprint: what a run that goes on from them is compared with. step: of the newest one.
-    failed_at: when a checkpoint could last not be written, while none has been since. best: the
-    best evaluation so far; None while there is none. writing: the one being written, until its end
-    is noted; None: none.
+    Attributes:
+        fingerprint: What a run that goes on from them is compared with.
+        step: Of the newest one.
+        failed_at: When writing one failed last (`time.monotonic`); None once one was written since.
+        best: The best evaluation so far; None while there is none.
+        writing: The one being written, until its end is noted; None: none.
     """
 
     checkpoints: Checkpoints
@@ -173,8 +182,10 @@ class Saves:
 class Run:
     """A run whose actors are started, ready to train.
 
-    held_out: what evaluations are made on; None: there are none. stop: set when it is to end after
-    the current step. lost: the server of Ray that is gone.
+    Attributes:
+        held_out: What evaluations are made on; None: there are none.
+        stop: Set when it is to end after the current step.
+        lost: The server of Ray that is gone.
     """
 
     config: Config

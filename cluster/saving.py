@@ -33,7 +33,7 @@ FIRST_WAIT_S, LONGEST_WAIT_S = 2.0, 60.0
 
 
 async def save_if_due(run: Run, evaluation: Evaluation | None = None) -> None:
-    """Save every `run.checkpoint_every` steps. A failed save is said, and tried again later.
+    """Save every `run.checkpoint_every` steps. A failed save is reported, and tried again later.
 
     So is a step whose evaluation is the best so far, and its checkpoint is kept. The last step is
     left to `save_at_the_end`. The files are written while training goes on, where the ranks keep a

@@ -75,8 +75,9 @@ class NoMemory:
 class Ahead:
     """Which prompts are drawn already for steps that are not trained yet.
 
-    steps: step -> where its prompts begin, and how many were asked for. cursor: behind all that was
-    drawn, also in place of groups without gradient.
+    Attributes:
+        steps: Step -> where its prompts begin, and how many were asked for.
+        cursor: After all that was drawn, also in place of groups without gradient.
     """
 
     steps: dict[int, tuple[int, int]]
@@ -87,11 +88,14 @@ class Ahead:
 class Batch:
     """The scored groups of one step.
 
-    failed: the ids of the groups that failed, with their failures. cursor: where the next step's
-    prompts begin. generate_s, reward_s: seconds the learner waited for each. generation_wall_s:
-    from admission to the last completion. refill_rounds: how often new prompts were drawn in place
-    of groups without gradient. outcomes: of the groups, in order. overlong: prompts that were
-    drawn, and left out as too long.
+    Attributes:
+        cursor: Where the next step's prompts begin.
+        failed: The ids of the groups that failed, with their failures.
+        generate_s, reward_s: Seconds that the learner waited for each.
+        generation_wall_s: Seconds from admission to the last completion.
+        refill_rounds: How often new prompts were drawn in place of groups without gradient.
+        outcomes: Of the groups, in order.
+        overlong: Prompts that were drawn, and left out as too long.
     """
 
     step: int
@@ -175,7 +179,8 @@ class GroupStream:
     async def admit(self, until_step: int, skipped: int = 0) -> None:
         """Start on the prompts of every step up to and including `until_step`.
 
-        skipped: how many of the steps done so far have changed no weights.
+        Args:
+            skipped: How many of the steps done so far have changed no weights.
         """
         staleness = self._config.actors.max_staleness
         while self._next <= until_step:

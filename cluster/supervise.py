@@ -44,7 +44,12 @@ LAST_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Again:
-    """Start the run again after so many seconds. why: for people."""
+    """Start the run again.
+
+    Attributes:
+        pause_s: Seconds to wait before.
+        why: For people.
+    """
 
     pause_s: float
     why: str
@@ -52,7 +57,12 @@ class Again:
 
 @dataclass(frozen=True)
 class Leave:
-    """End with this exit code. why: for people."""
+    """End the supervisor.
+
+    Attributes:
+        code: The exit code.
+        why: For people.
+    """
 
     code: int
     why: str
@@ -139,7 +149,12 @@ class Heartbeat:
     seen_at: float | None = None
 
     def silent(self, touched: float | None, now: float) -> bool:
-        """Whether nothing was heard for SILENCE_S; touched: the lock's time, None: not ours."""
+        """Whether nothing was heard for SILENCE_S.
+
+        Args:
+            touched: The time of the lock's file; None: the lock is not ours.
+            now: Seconds on the clock that `seen_at` is of.
+        """
         if touched is None or self.seen_at is None or touched != self.touched:
             self.touched, self.seen_at = touched or 0.0, now
         return now - self.seen_at > SILENCE_S

@@ -21,7 +21,12 @@ STACKS = signal.SIGUSR1
 
 @dataclass(frozen=True)
 class Pending:
-    """What a step still waits for. where: what happens to these now. names: of groups."""
+    """What a step still waits for.
+
+    Attributes:
+        where: What happens to these now.
+        names: Of groups.
+    """
 
     where: str
     names: Sequence[str]
@@ -32,7 +37,12 @@ class Pending:
 
 
 def pending_groups(tasks: Mapping[str, asyncio.Future[T]], scoring: set[str]) -> list[Pending]:
-    """Those of a step's groups that are not done. scoring: groups that have all completions."""
+    """Those of a step's groups that are not done.
+
+    Args:
+        tasks: Of each group by its id.
+        scoring: Groups that have all completions.
+    """
     left = {group for group, task in tasks.items() if not task.done()}
     found = [
         Pending("scores of", sorted(left & scoring)),
@@ -63,6 +73,6 @@ async def tell_when_slow(
             if step() != watched:
                 break
             waited_s += pause_s
-            what = "; ".join(map(str, pending())) or "no group: the learner or the engines' weights"
+            what = "; ".join(map(str, pending())) or "the learner, or the engines' new weights"
             tell(f"step {watched}: {waited_s:.0f} s without an end; waiting for {what}")
             pause_s = waited_s

@@ -3,6 +3,7 @@
 python examples/custom_reward.py run.steps=10
 """
 
+import json
 import re
 import sys
 
@@ -23,6 +24,7 @@ def near(completions, answer, **columns):
 
 
 if __name__ == "__main__":
-    functions = f"rewards.functions=[{__file__}:near, {{path: number_only, weight: 0.1}}]"
+    near_path = json.dumps(f"{__file__}:near")  # quoted, as folders may have any name
+    functions = f"rewards.functions=[{near_path}, {{path: number_only, weight: 0.1}}]"
     overrides = [functions, "run.dir=runs/custom_reward", *sys.argv[1:]]
     sys.exit(cohort.train(cohort.load_config("deploy/configs/addition.yaml", overrides)))

@@ -22,7 +22,12 @@ from cohort.learner.shapes import Join
 class Place:
     """Where the tokens of a turn lie: in which branch, after how many tokens of that branch.
 
-    turn: index in the episode. They are its inserted tokens, then its sampled ones.
+    They are the turn's inserted tokens, then its sampled ones.
+
+    Attributes:
+        turn: Its index in the episode.
+        branch: The branch's index.
+        offset: Tokens of the branch before them.
     """
 
     turn: int

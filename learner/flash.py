@@ -27,7 +27,7 @@ from cohort.learner.shapes import RowShape, Span, padded_length
 
 # transformers takes every name with "flash" in it for a package of kernels.
 FLASH = "cohort_parts"
-# Longest sequences are said to the kernels as a multiple of this, their own block.
+# The kernels are given the longest length rounded up to a multiple of this, their block size.
 KERNEL_BLOCK = 128
 
 
@@ -69,7 +69,7 @@ class Parts:
             ]
             start += row.length
         if start < length:
-            own.append((start, length))  # padding: nobody looks at it
+            own.append((start, length))  # padding: nothing attends to it
         queries = [span for span, _ in continued]
         keys = [span for _, spans in continued for span in spans]
         lengths = [
@@ -236,7 +236,11 @@ def tree_flash_backward(
     sizes: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients by q, k and v; gradient: by `out`, as it and as contiguous."""
+    """The gradients by q, k and v.
+
+    Args:
+        gradient: By `out`, with its shape, and contiguous like it; the others as of `tree_flash`.
+    """
     backward = _plain_backward if q.is_cpu else _kernel_backward
     first, rest = _calls(places, sizes)
     dq, dk, dv = backward(gradient, q, k, v, out, lse, first, scale)

@@ -77,8 +77,8 @@ class Gang:
         """Have the owners of the memory write the ranks' copies into a checkpoint's folder.
 
         Raises:
-            LearnerError: Once all are through: a part could not be written, or not in time. The
-                ranks have no share in it, and are as they were.
+            LearnerError: A part could not be written, or not in time; raised when all have
+                finished. The ranks take no part in this and can go on.
         """
         what = "saving a checkpoint"
         calls = [

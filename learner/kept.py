@@ -30,7 +30,7 @@ class KeptCopies:
         self._read: tuple[int, asyncio.Task[None]] | None = None
 
     async def keep(self, ranks: Ranks) -> None:
-        """Have all ranks copy their state. A copy that cannot be written is said, once."""
+        """Have all ranks copy their state. A copy that cannot be written is reported once."""
         first = self._gang.first_on_their_machines()
         generation = self._generation + 1
         await self._until_unread(generation)

@@ -78,7 +78,17 @@ class LoraProduct(torch.autograd.Function):
 def product(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, transposed: bool
 ) -> torch.Tensor:
-    """x W^T + bias, of a weight that is [in, out] when transposed. x: [..., in]."""
+    """x W^T + bias.
+
+    Args:
+        x: [..., in].
+        weight: [out, in]; [in, out] when transposed.
+        bias: [out], or None.
+        transposed: Whether the weight lies as GPT-2's.
+
+    Returns:
+        [..., out].
+    """
     flat, across = x.reshape(-1, x.shape[-1]), weight if transposed else weight.t()
     y = flat @ across if bias is None else torch.addmm(bias, flat, across)
     return y.view(*x.shape[:-1], y.shape[-1])

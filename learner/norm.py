@@ -24,7 +24,17 @@ class RootMeanSquareNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
-        """x: [..., H]; weight: [H], of x's dtype. Returns [..., H] in x's dtype."""
+        """The normed vectors.
+
+        Args:
+            ctx: Of autograd.
+            x: [..., H].
+            weight_H: [H], of x's dtype.
+            eps: Added to the mean square.
+
+        Returns:
+            [..., H] in x's dtype.
+        """
         x_NH = x.reshape(-1, x.shape[-1])
         y_NH = torch.empty_like(x_NH)
         scale_N1 = x_NH.new_empty(len(x_NH), 1, dtype=torch.float32)

@@ -62,7 +62,9 @@ class Segment:
 class PackedRow:
     """A prompt followed by some completions of its group.
 
-    prompt_tokens: of the group's prompt; a row of one branch has as many of them as that continues.
+    Attributes:
+        prompt_tokens: Of the group's prompt; a row of one branch has as many of them as that branch
+            continues.
     """
 
     group_id: str

@@ -24,8 +24,9 @@ def padded_length(length: int, multiple: int = LENGTH_MULTIPLE) -> int:
 class Join(NamedTuple):
     """Which tokens a branch continues.
 
-    parent: the earlier branch whose sequence it continues; None: the prompt.
-    kept: leading tokens of that sequence, the prompt counted, which it continues.
+    Attributes:
+        parent: The earlier branch whose sequence it continues; None: the prompt.
+        kept: Leading tokens of that sequence, the prompt counted, which it continues.
     """
 
     parent: int | None

@@ -26,7 +26,11 @@ class LossScaler(Protocol):
 
 
 class EngineOptimizer(Protocol):
-    """The optimizer of DeepSpeed's engine. loss_scaler: only in float16."""
+    """The optimizer of DeepSpeed's engine.
+
+    Attributes:
+        loss_scaler: Only in float16.
+    """
 
     param_groups: list[dict[str, object]]
     loss_scaler: LossScaler

@@ -80,8 +80,8 @@ class RewardFunctionConfig(BaseModel):
     )
     secrets: list[str] = Field(
         default_factory=list,
-        description="Environment variables, as of keys and addresses, that the reward children may "
-        "see beside harmless ones (PATH, HOME, PYTHON*, caches, threads).",
+        description="Environment variables, such as keys and addresses, that the reward children "
+        "may see besides harmless ones (PATH, HOME, PYTHON*, caches, threads).",
     )
     sources: list[str] = Field(
         default_factory=list,
@@ -167,7 +167,7 @@ class EnvironmentsConfig(BaseModel):
     )
     secrets: list[str] = Field(
         default_factory=list,
-        description="Environment variables that environments may see beside harmless ones.",
+        description="Environment variables that environments may see besides harmless ones.",
     )
     tool_parser: str = Field(
         "auto",

@@ -184,7 +184,7 @@ class Continuation:
             '<|im_end|>\\n<|im_start|>user\\nGo '
         """
         if not new:
-            raise ValueError("no new messages: there is nothing to put behind the reply")
+            raise ValueError("no new messages: there is nothing to put after the reply")
         old = [*prompt_ids, *sampled_ids]
         end = sampled_ids[-1] if sampled_ids and sampled_ids[-1] in self._ends else None
         # Behind the prompt's last tokens: some tokenizers drop a space at the beginning of a text.
@@ -198,7 +198,7 @@ class Continuation:
         plain: list[Message] = [{"role": "assistant", "content": text} for text in texts]
         rendered: list[tuple[tuple[Message, ...], list[int]]] = []
         refusals: list[RenderError] = []
-        # As it was parsed first: some templates count turns, and a call is none of Mistral's.
+        # The parsed form first: some templates count turns, and Mistral's does not count calls.
         for form in plain if reply is None else [reply, *plain]:
             messages = (*before, form, *new)
             try:
@@ -206,7 +206,7 @@ class Continuation:
             except RenderError as error:
                 refusals.append(error)
                 continue
-            # A reply that was cut may be parsed to words that are not there yet.
+            # A truncated reply may be parsed to words that are not there yet.
             if ids[: len(old)] == old and (form is not reply or end is not None):
                 return Extension(tuple(ids[len(old) :]), len(old), messages, None, False)
             rendered.append((messages, ids))
@@ -235,7 +235,7 @@ class Continuation:
         hint = f"; task.history={other} can" if possible else ""
         roles = ", ".join(str(message["role"]) for message in new)
         raise RenderError(
-            f"task.history={self._history} cannot put the new messages ({roles}) behind the "
+            f"task.history={self._history} cannot put the new messages ({roles}) after the "
             f"model's reply: {refusals[-1]}{hint}"
         )
 
@@ -352,11 +352,11 @@ def first_difference(ours: str, theirs: str) -> str:
 
     Example:
         >>> first_difference("1 + 1 = 2", "1 + 1 = 3")
-        "behind '1 + 1 = ' the sequence has '2', the template '3'"
+        "after '1 + 1 = ' the sequence has '2', the template '3'"
     """
     at = _common(ours, theirs)
     before, mine, other = ours[max(0, at - 20) : at], ours[at : at + 40], theirs[at : at + 40]
-    return f"behind {before!r} the sequence has {mine!r}, the template {other!r}"
+    return f"after {before!r} the sequence has {mine!r}, the template {other!r}"
 
 
 def _common(one: Sequence[object], other: Sequence[object]) -> int:

@@ -30,7 +30,7 @@ NAMES = frozenset(
     """.split()  # noqa: SIM905
 )
 PREFIXES = ("LC_", "PYTHON", "OMP_", "GOMP_", "KMP_", "MKL_", "MALLOC_", "COHORT_")
-# For names under a prefix: PYTHON_API_TOKEN is none of Python's.
+# For names under a prefix: PYTHON_API_TOKEN is not one that Python reads.
 SECRET = re.compile(r"TOKEN|SECRET|KEY|PASSW|CREDENTIAL|_PAT$", re.IGNORECASE)
 # A user or a password in an address, as in http://me:word@proxy.
 USER_IN_ADDRESS = re.compile(r"://[^/\s]*@")

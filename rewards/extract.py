@@ -12,7 +12,7 @@ from cohort.rewards.base import completion_texts
 AnswerIn = Literal["boxed", "tags"]
 
 BOX = "\\boxed{"
-# A longer answer is none; the bound also keeps a megabyte of braces cheap.
+# A longer text is not taken for an answer. The bound also keeps a megabyte of braces cheap.
 MAX_ANSWER = 1000
 FENCE = re.compile(r"^```([^\n`]*)\n(.*?)^```[ \t]*$", re.DOTALL | re.MULTILINE)
 MAX_CODE = 100_000

@@ -53,7 +53,7 @@ class LLMJudge:
         timeout_s: Seconds for one request.
         deadline_s: Seconds for a whole group; keep it below rewards.timeout_s.
         max_tokens: Of the judge's reply.
-        max_characters: Of the completion that the judge sees; it is told how many are cut.
+        max_characters: Of the completion that the judge sees; it is told how many are left out.
         max_reason: Characters of the reason that the schema allows; for servers that take
             `maxLength` in a schema, as vLLM does and OpenAI's own API may not.
     """
@@ -128,7 +128,7 @@ class LLMJudge:
         choice = reply.choices[0]
         if choice.finish_reason == "length":
             raise ValueError(
-                f"the judge's reply was cut at max_tokens={self._max_tokens}; it ends in "
+                f"the judge's reply was truncated at max_tokens={self._max_tokens}; it ends in "
                 f"{(choice.message.content or '')[-80:]!r} (see LLMJudge on endless replies)"
             )
         return self._read(choice.message.content)
@@ -152,7 +152,7 @@ class LLMJudge:
         mark = f"==={hashlib.sha256(text.encode(errors='replace')).hexdigest()[:16]}==="
         shown = text[: self._max_characters]
         if len(shown) < len(text):
-            shown += f"\n[cut: {len(text) - len(shown)} more characters]"
+            shown += f"\n[{len(text) - len(shown)} more characters were left out]"
         parts = [f"The question:\n\n{question}"]
         if reference is not None:
             parts.append(f"A right answer for comparison:\n\n{reference}")

@@ -220,7 +220,7 @@ def _made(
         return function
     try:
         made = function()
-    # It is no factory, or a broken one: then every call says so, and is counted.
+    # Not a factory, or a broken one: then every call fails, and is counted.
     except Exception:  # noqa: BLE001
         return function
     if inspect.iscoroutine(made):

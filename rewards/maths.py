@@ -132,7 +132,7 @@ class MathAnswer:
             )
         except MemoryError:
             raise
-        except Exception:  # noqa: BLE001  what sympy cannot read is no answer
+        except Exception:  # noqa: BLE001  what sympy cannot read is not an answer
             return []
 
     def _equal(self, expected: list[object], given: list[object]) -> bool:

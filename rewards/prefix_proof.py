@@ -65,12 +65,12 @@ def prove(
     cases: list[tuple[str, Message, list[Message], int]] = [
         ("a plain reply", says, [user], 0),
         ("an empty reply", {**says, "content": ""}, [user], 0),
-        ("a reply cut by its length", says, [user], 1),
+        ("a truncated reply", says, [user], 1),
         ("a reply with thinking", {**says, **thinking}, [user], 0),
         ("a tool call", one, [first], 0),
         ("a tool call with thinking", {**one, **thinking}, [first], 0),
         ("two tool results", two, [first, second], 0),
-        ("a user's message behind a tool result", one, [first, user], 0),
+        ("a user's message after a tool result", one, [first, user], 0),
     ]
     prompt = continuation.prompt_ids([QUESTION])
     lines = []

@@ -199,7 +199,7 @@ def _read_dataset(
         except Exception as error:
             local = path.is_dir()
             what = f"the folder {path.absolute()}" if local else f"the dataset {name} of the hub"
-            hint = "" if local else f"; nor is there a file {path.absolute()}"
+            hint = "" if local else f"; and there is no file {path.absolute()}"
             raise TaskError(
                 f"{key}={location}: {what} cannot be loaded: {type(error).__name__}: "
                 f"{str(error)[:500]}{hint}"

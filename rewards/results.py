@@ -237,7 +237,7 @@ _MISSING = object()
 
 
 def _listed(value: object) -> list[object] | None:
-    """The entries of a list, tuple, array, tensor, Series or generator; None for what is none."""
+    """The entries of a list, tuple, array, tensor, Series or generator; None for others."""
     if isinstance(value, (str, bytes, bytearray, memoryview, Mapping, Set)):
         return None
     if isinstance(value, (list, tuple)):

@@ -78,7 +78,7 @@ class RewardModel:
         if self._label is None and len(values) != 1:
             raise ValueError(f"the reward model has {len(values)} classes: say which by `label`")
         if self._label is not None and self._label >= len(values):
-            raise ValueError(f"label {self._label} is none of the model's {len(values)} classes")
+            raise ValueError(f"label {self._label}: the model has {len(values)} classes, from 0")
         value = values[self._label or 0]
         if not math.isfinite(value):
             raise ValueError(f"the reward model replied with {value}")

@@ -182,7 +182,7 @@ def _watch(
             ready = selector.select(max(0.0, min(left, GLANCE_S if bounded else LOOK_S)))
             running = ended in watched
             if left <= 0:
-                # When it has ended, who still holds its output is none of it.
+                # Once it has ended, others that hold its output open do not count against its time.
                 stopped = "time" if running else ""
                 break
             for key, _ in ready:

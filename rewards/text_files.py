@@ -124,7 +124,7 @@ def _items(stream: io.TextIOWrapper) -> Iterator[object]:
 
 
 def _skip(text: str, at: int) -> int:
-    """Where the next character is that is no whitespace."""
+    """Where the next character is that is not whitespace."""
     match = BLANK.match(text, at)
     assert match is not None  # it matches nothing, too
     return match.end()

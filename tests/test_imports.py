@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -127,12 +128,56 @@ def test_the_command_line_starts_without_heavy_libraries() -> None:
     assert not HEAVY & {other.partition(".")[0] for other in found}
 
 
+def children(name: str) -> set[str]:
+    """The modules of a package, and its packages with a slash behind."""
+    below = {module[len(name) + 1 :] for module in MODULES if module.startswith(f"{name}.")}
+    inner = {module.partition(".")[0] for module in below if "." in module}
+    return {f"{module}/" if module in inner else module for module in below if "." not in module}
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "cohort" and children(name)])
+def test_a_package_names_its_parts(name: str) -> None:
+    """Each part of a package is in a list of its docstring, once, and what is there exists."""
+    doc = ast.get_docstring(MODULES[name]) or ""
+    heads = re.findall(r"^- ((?:`\w+/?`(?:, )?)+): ", doc, re.M)
+    assert sorted(part.strip("`") for head in heads for part in head.split(", ")) == sorted(
+        children(name)
+    )
+
+
+def test_the_errors_for_people_are_listed_with_their_base() -> None:
+    """The list in the docstring of `CohortError` is the tree of its subclasses."""
+    classes = [
+        node
+        for tree in MODULES.values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+    ]
+    base = {"CohortError": ""}
+    while found := {
+        node.name: parent
+        for node in classes
+        for parent in (ast.unparse(of).rpartition(".")[2] for of in node.bases)
+        if parent in base and node.name not in base
+    }:
+        base |= found
+    assert base["NotFiniteError"] == "CheckpointError"
+    [root] = [node for node in classes if node.name == "CohortError"]
+    listed: dict[str, str] = {}
+    above = [""]
+    for indent, names in re.findall(r"^( *)- ([\w, ]+)", ast.get_docstring(root) or "", re.M):
+        above[len(indent) // 2 + 1 :] = [names]
+        listed |= dict.fromkeys(names.split(", "), above[-2])
+    assert listed == base
+
+
 def test_no_file_is_too_long() -> None:
     too_long = {
         file.relative_to(ROOT).as_posix()
         for folder in BELOW
-        for file in (ROOT / folder).rglob("*.py")
-        if len(file.read_text(encoding="utf-8").splitlines()) > LONGEST
+        for file in (ROOT / folder).rglob("*.*")
+        if file.suffix in {".py", ".js", ".css", ".html"}
+        and len(file.read_text(encoding="utf-8").splitlines()) > LONGEST
     }
     assert too_long == set()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import shutil
@@ -12,6 +13,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+import cohort
 
 pytestmark = pytest.mark.slow
 
@@ -60,10 +63,60 @@ def run(config: Config) -> None:
     reveal_type(train(config))  #: Revealed type is "int"
     train("run.yaml")  #: Argument 1 to "train" has incompatible type "str"; expected "Config"
 """,
+    "Config": """
+def keys(config: Config) -> None:
+    reveal_type(config.actors.temperature)  #: Revealed type is "float"
+    config.actors.temprature  #: "ActorsConfig" has no attribute "temprature"
+""",
     "Group": """
+import ray
+from cohort import Config, launch
+
 def first(group: Group) -> str:
     reveal_type(group.prompt.id)  #: Revealed type is "str"
     return group.completions[0].text
+
+async def every(config: Config) -> None:
+    async with launch(config) as c:
+        for scored in await c.score(await c.generate(c.prompts(0))):
+            await scored.ref  #: Incompatible types in "await"
+            assert isinstance(scored.ref, ray.ObjectRef)
+            first((await scored.ref).group)
+""",
+    "Agent": """
+class Solver(Agent):
+    async def run(self, row, base_url, api_key):
+        return 1.0
+
+async def play(agent: Agent) -> None:
+    await agent.run({}, "url", "key", "seed", "policy")  #: Argument 4 to "run" of "Agent" has inco
+""",
+    "Env": """
+from cohort import Reply, Step
+
+class Guess(Env):
+    async def step(self, reply: Reply) -> Step:
+        reveal_type(await self.reset({}, 0))  #: Revealed type is "typing.Sequence[
+        return Step("No.")
+
+class Wrong(Env):
+    async def step(self, reply: Reply) -> str:  #: Return type "Coroutine[Any, Any, str]" of "step"
+        return "No."
+""",
+    "Reply": """
+def length(reply: Reply) -> int:
+    reveal_type(reply.text)  #: Revealed type is "str"
+    reveal_type(reply.tool_calls[0].name)  #: Revealed type is "str"
+    reply.tokens  #: "Reply" has no attribute "tokens"
+    return len(reply.token_ids)
+""",
+    "Step": """
+def answers() -> list[Step]:
+    return [
+        Step("Higher.", reward=-0.1),
+        Step([{"role": "user", "content": "Right."}], reward=1.0, done=True),
+        Step(done="yes"),  #: Argument "done" to "Step" has incompatible type "str"
+    ]
 """,
     "Prompt": """
 def tokens(prompt: Prompt) -> int:
@@ -189,7 +242,8 @@ def test_the_wheel_holds_cohort_and_nothing_else(wheel: Path) -> None:
         for file in (ROOT / package).rglob("*")
         if file.is_file() and "__pycache__" not in file.parts
     }
-    assert ours >= {f"cohort/cluster/observe/report/page.{kind}" for kind in ("html", "css", "js")}
+    parts = ("page.html", "page.css", "charts.js", "page.js")
+    assert ours >= {f"cohort/cluster/observe/report/{name}" for name in parts}
     assert len(ours) > 100
     found = {name for name in names if name.startswith("cohort/")}
     assert found == ours | {"cohort/__init__.py", "cohort/py.typed"}
@@ -216,7 +270,13 @@ def told(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return found
 
 
-@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_name_is_shown() -> None:
+    assert sorted(PUBLIC) == sorted(cohort.__all__)
+    for name in cohort.__all__:
+        assert "Example:\n" in (inspect.getdoc(getattr(cohort, name)) or ""), name
+
+
+@pytest.mark.parametrize("name", cohort.__all__)
 def test_type_checkers_see_the_public_names(told: dict[str, dict[int, str]], name: str) -> None:
     lines = f"from cohort import {name}\n{PUBLIC[name]}".splitlines()
     expected = {

@@ -7,6 +7,8 @@ import ast
 import importlib.util
 import json
 import re
+import runpy
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -26,6 +28,7 @@ from cohort.rewards.tasks import load_task
 from tests.shown import DOCUMENTS, ROOT, Shown, blocks, commands, environment, scratch_copy
 
 if TYPE_CHECKING:
+    from cohort.cluster.config import Config
     from tests.harness.world import World
 
 PACKAGES = ("actors", "learner", "rewards", "cluster")
@@ -190,10 +193,11 @@ def test_messages_that_the_troubleshooting_page_quotes_exist() -> None:
     assert not [message for message in quoted if message not in messages()]
 
 
-def test_the_code_that_the_readme_quotes_is_the_learners() -> None:
-    table = (ROOT / "README.md").read_text().partition("| formula | code |")[2]
+def test_the_code_that_the_readme_quotes_is_in_the_files_that_it_links_to() -> None:
+    section = (ROOT / "README.md").read_text().partition("## The algorithm")[2]
+    links, _, table = section.partition("| formula | code |")
     quoted = re.findall(r"\| `(.+)` \|$", table.partition("\n\n")[0], re.M)
-    code = "\n".join(path.read_text() for path in (ROOT / "learner").glob("*.py"))
+    code = "\n".join((ROOT / path).read_text() for path in re.findall(r"\]\((.+?\.py)\)", links))
     assert len(quoted) == 3
     assert not [line for line in quoted if line not in code]
 
@@ -204,6 +208,24 @@ def test_cohort_keys_lists_every_key_with_its_meaning() -> None:
     lines = result.output.splitlines()
     assert [line.split("=")[0] for line in lines[0::2]] == all_keys()
     assert all(line.startswith("    ") and len(line) > 12 for line in lines[1::2])
+
+
+def test_the_example_of_a_reward_finds_itself_in_a_folder_of_any_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Config] = []
+    monkeypatch.setattr("cohort.train", lambda config: seen.append(config) or 0, raising=False)
+    monkeypatch.chdir(ROOT)
+    for name in ("a, b", "a: b", "a [b]", "a #b", "a'b"):
+        script = tmp_path / name / "custom_reward.py"
+        script.parent.mkdir()
+        shutil.copy(ROOT / "examples" / "custom_reward.py", script)
+        monkeypatch.setattr("sys.argv", [str(script)])
+        with pytest.raises(SystemExit, match="0"):
+            runpy.run_path(str(script), run_name="__main__")
+        spec, _ = reward_specs(load_task(seen[-1].task, seed=0), seen[-1].rewards)
+        assert spec.path == f"{script}:near"
+        assert callable(load_reward(spec.path, spec.kind, spec.options))
 
 
 def snippets(language: str) -> list[Any]:

@@ -51,8 +51,8 @@ async def _evaluate(
     prepared = prepare(config)
     if prepared.init_from is not None and config.model.lora is not None:
         raise RunError(
-            "model.init_from: an adapter, which engines do not load by themselves: evaluate the "
-            "run's directory, or what `cohort export` makes of it, with --model"
+            "model.init_from names an adapter, which engines do not load: evaluate the directory "
+            "of the run that trained it, or give what `cohort export` makes of that as --model"
         )
     if prepared.init_from is not None:
         # Without a learner, engines serve what a folder holds.

@@ -37,7 +37,7 @@ class Range:
         """Read A:B, A: or :B.
 
         Raises:
-            RunError: It is none of these.
+            RunError: It has another form.
 
         Example:
             >>> Range.parse("3:5")
@@ -55,8 +55,12 @@ class Range:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is replayed. start: steps that are done in the checkpoint that it begins with; 0: the
-    model folder. first, end: the steps that are compared."""
+    """What is replayed.
+
+    Attributes:
+        start: Steps that are done in the checkpoint that it begins with; 0: the model folder.
+        first, end: The steps that are compared, without `end`.
+    """
 
     start: int
     first: int
@@ -65,8 +69,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class Compared:
-    """A step's fingerprints: the one that was recorded (None: the run ended before), and this
-    learner's."""
+    """A step's fingerprints.
+
+    Attributes:
+        recorded: The one in the journal; None: the run ended before.
+        replayed: This learner's.
+    """
 
     step: int
     groups: int
@@ -74,7 +82,7 @@ class Compared:
     replayed: str
 
     @property
-    def verdict(self) -> str:
+    def outcome(self) -> str:
         if self.recorded is None:
             return "not recorded"
         return "equal" if self.recorded == self.replayed else "DIFFERENT"
@@ -167,7 +175,7 @@ async def run_replay(
                     rows.append(row)
     for line in table(rows):
         show(line)
-    return int(any(row.verdict == "DIFFERENT" for row in rows))
+    return int(any(row.outcome == "DIFFERENT" for row in rows))
 
 
 async def _step(learner: Learner, history: History, folder: Path, step: int) -> Compared:
@@ -199,11 +207,11 @@ def table(rows: Sequence[Compared]) -> list[str]:
         recorded = (row.recorded or "-")[:16]
         lines.append(
             f"{row.step:>6}  {row.groups:>6}  {recorded:<16}  {row.replayed[:16]:<16}  "
-            f"{row.verdict}"
+            f"{row.outcome}"
         )
-    verdicts = [row.verdict for row in rows]
+    outcomes = [row.outcome for row in rows]
     return [
         *lines,
-        f"{len(rows)} steps: {verdicts.count('equal')} equal, {verdicts.count('DIFFERENT')} "
-        f"different, {verdicts.count('not recorded')} not recorded",
+        f"{len(rows)} steps: {outcomes.count('equal')} equal, {outcomes.count('DIFFERENT')} "
+        f"different, {outcomes.count('not recorded')} not recorded",
     ]

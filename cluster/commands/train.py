@@ -212,7 +212,9 @@ def assemble(
 def rate_history(prepared: Prepared, saved: dict[str, JsonValue] | None) -> RateHistory | None:
     """The pass rates for a task that chooses its rows by them; None for other tasks.
 
-    saved: those of a checkpoint.
+    Args:
+        prepared: With the task.
+        saved: The rates of a checkpoint; None: there is none.
     """
     if not isinstance(prepared.task, Curriculum):
         return None

@@ -49,7 +49,15 @@ class JournalActor:
     def put_group(
         self, step: int, seed: int, meta: GroupMeta, scores: ScoreMeta, group: Sequence[GroupRef]
     ) -> Place | NotWritten:
-        """Write a scored group; group: its reference, in a list so that it arrives as one."""
+        """Write a scored group.
+
+        Args:
+            step: That it is for.
+            seed: Of the group.
+            meta: Its sizes and versions.
+            scores: Its rewards.
+            group: Its reference, in a list so that it arrives as a reference.
+        """
         import ray
         from ray.exceptions import RayError
 

@@ -226,10 +226,13 @@ class Journal:
             await self._ask(lambda actor: actor.rotate.remote())
 
     async def trim(self, checkpoints: Sequence[int]) -> None:
-        """Remove what is not needed any more; checkpoints: steps of the complete ones, in order.
+        """Remove what is not needed any more.
 
         Raises nothing: the next checkpoint is another occasion, and the next step needs the journal
         and says what is wrong with it.
+
+        Args:
+            checkpoints: Steps of the complete ones, in order.
         """
         failed: NotWritten | None
         try:

@@ -42,7 +42,7 @@ def open_journal(
         first_step: Steps that are done.
         now: The run's fingerprint, which its segments will name.
         threads: Of each rank of its learner.
-        console: Where it is said what becomes of the past.
+        console: Shows what becomes of the past.
 
     Raises:
         RunError: A record in the middle of the journal is damaged.
@@ -72,11 +72,11 @@ def open_journal(
 
 
 def _another(config: Config, past: History, step: int, now: Fingerprint) -> str:
-    """Why what is journaled is not of this run's future; empty when it is."""
+    """Why this run cannot go on with the journal; empty when it can."""
     if not config.run.resume:
-        return "it is of a start that recorded nothing else, and run.resume is not set"
+        return "it is from a start that recorded nothing else, and run.resume is not set"
     if past.head is None:
-        return "it does not say of which run it is"
+        return "it does not say which run it belongs to"
     before = cast(Fingerprint, past.head.run)
     changed = refused(differences(before, now, step), ())
     if changed:

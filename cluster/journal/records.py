@@ -34,8 +34,10 @@ class Place:
 class Head:
     """The first record of every segment.
 
-    run: the fingerprint of the run that wrote it. threads: that each rank of its learner computes
-    with; sums over another number of them have other bits.
+    Attributes:
+        run: The fingerprint of the run that wrote it.
+        threads: That each rank of its learner computes with; sums over another number of them have
+            other bits.
     """
 
     run: dict[str, JsonValue]
@@ -47,7 +49,8 @@ class Head:
 class GroupRecord:
     """A group that was generated and scored for a step: all that training it again needs.
 
-    seed: of the group; those of its completions are in them.
+    Attributes:
+        seed: Of the group; those of its completions are in them.
     """
 
     step: int
@@ -66,8 +69,9 @@ class GroupRecord:
 class StepRecord:
     """What a step trains, written before it does. The last one of a step counts.
 
-    groups: ids and places in the order of the batch. failed: ids of the groups that could not be
-    generated or scored, and why.
+    Attributes:
+        groups: Ids and places in the order of the batch.
+        failed: Ids of the groups that could not be generated or scored, and why.
     """
 
     step: int
@@ -95,7 +99,11 @@ CODEC = Codec(
 
 @dataclass(frozen=True)
 class Label:
-    """What can be known of a record without reading all of it. id: of a group; else empty."""
+    """What can be known of a record without reading all of it.
+
+    Attributes:
+        id: Of a group; else empty.
+    """
 
     kind: str
     step: int = -1

@@ -116,7 +116,7 @@ def read_at(folder: Path, place: Place) -> Record:
         with _contents(file) as data:
             found: Frame | None = frame_at(data, place.offset)
     except FileNotFoundError as error:
-        raise JournalError(f"{file} is gone, and a step's groups lie in it") from error
+        raise JournalError(f"{file} is missing, and it holds groups of a step") from error
     if found is None:
         raise damaged(file, place.offset)
     return from_bytes(found.payload)
@@ -143,8 +143,8 @@ def cut(folder: Path, segment: Segment) -> str:
         opened.truncate(segment.end)
         os.fsync(opened.fileno())
     return (
-        f"{file.parent.name}/{file.name}: {segment.torn} bytes behind the last whole record, which "
-        f"ends at byte {segment.end}, were cut off"
+        f"{file.parent.name}/{file.name}: {segment.torn} bytes after the last whole record, which "
+        f"ends at byte {segment.end}, were removed"
     )
 
 

@@ -7,5 +7,5 @@
 - `wandb_run`: the same on Weights & Biases
 - `tracking`: the three of them as one
 - `console`: what a person sees while the run goes on
-- `report`: the page of a run, afterwards
+- `report/`: the page of a run, afterwards
 """

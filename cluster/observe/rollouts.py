@@ -54,7 +54,11 @@ class TurnRow(TypedDict):
 
 
 class EpisodeRow(TypedDict):
-    """How an episode went. messages: all behind the prompt."""
+    """How an episode went.
+
+    Attributes:
+        messages: All that follow the prompt.
+    """
 
     stop_reason: str
     failure: str | None

@@ -308,7 +308,7 @@ class AgentEpisode(Hosted):
         turns = {self._completion_id(turn): turn for turn in range(len(self._rewards))}
         for completion, value in outcome.get("rewards", {}).items():
             if completion not in turns:
-                message = f"run returned a reward for {completion!r}, which is no completion of it"
+                message = f"run returned a reward for {completion!r}, which is not one of its turns"
                 raise Failed("data", "step", message)
             self._rewards[turns[completion]] = value
         whole = outcome.get("reward")

@@ -70,6 +70,15 @@ class Reply:
         content: The text without tool calls.
         token_ids: As sampled.
         stop_reason: "stop", or "length" where it was longer than actors.max_tokens.
+
+    Example:
+        An environment's `step` that wants a number:
+
+            def step(self, reply: cohort.Reply) -> cohort.Step:
+                if reply.stop_reason == "length":
+                    return cohort.Step("Too long. Reply with a number only.", reward=-0.1)
+                right = reply.text.strip() == self.answer
+                return cohort.Step(reward=float(right), done=True)
     """
 
     text: str
@@ -91,6 +100,11 @@ class Step:
         metrics: Numbers by name; the last of each name counts.
         failure: A text that says why the episode is worth nothing (a service was down): it is
             counted and not trained. Never a reward of 0.
+
+    Example:
+        cohort.Step("Higher.", reward=-0.1)
+        cohort.Step("Right.", reward=1.0, done=True, metrics={"guesses": 3})
+        cohort.Step(done=True, failure="the search engine did not answer")
     """
 
     messages: Sequence[Message] | str = ()

@@ -33,7 +33,7 @@ class Session(Protocol):
         """The model's reply.
 
         Raises:
-            ApiError: There is none.
+            ApiError: There is no reply to this request.
             asyncio.CancelledError: The client has gone.
         """
         ...
@@ -87,14 +87,14 @@ class ChatServer:
         """Whose request it is.
 
         Raises:
-            ApiError: Nobody's.
+            ApiError: It has no key of a running episode.
         """
         kind, _, key = request.headers.get("Authorization", "").partition(" ")
         name, _, secret = key.strip().partition(".")
         known, session = self._sessions.get(name, ("", None))
         right = hmac.compare_digest(known.encode(), secret.encode())
         if kind.lower() != "bearer" or session is None or not right:
-            message = "this is no key of an episode that is going on: use the api_key of `run`"
+            message = "this is not the key of a running episode: use the api_key that `run` got"
             raise ApiError(message, 401, "invalid_api_key")
         return session
 

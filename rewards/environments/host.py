@@ -121,7 +121,7 @@ def as_messages(found: object, longest: int) -> tuple[list[Message], int]:
     """What an environment says, as messages, and how many of them were cut at `longest` letters.
 
     Raises:
-        TypeError: It is no text and no list of messages.
+        TypeError: It is neither a text nor a list of messages.
     """
     if found is None:
         return [], 0
@@ -174,7 +174,7 @@ def as_outcome(found: object) -> JsonObject:
     """What an agent's `run` returned, as JSON can hold it.
 
     Raises:
-        TypeError: It is no number, and no numbers by the ids of completions.
+        TypeError: It is neither a number nor numbers by the ids of completions.
         ValueError: A number that is not finite.
     """
     if not isinstance(found, Mapping):
@@ -187,7 +187,7 @@ def number(value: Any, what: str) -> float | None:
     """A finite float, or None.
 
     Raises:
-        TypeError: It is no number.
+        TypeError: It is not a number.
         ValueError: It is not finite.
     """
     if value is None:

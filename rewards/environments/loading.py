@@ -38,7 +38,7 @@ def environment_path(name: str, base: Path) -> str:
         base: The folder from which files are named.
 
     Raises:
-        EnvironmentLoadError: A word that is no short name.
+        EnvironmentLoadError: It is a word, but not one of the short names.
 
     Example:
         >>> environment_path("sandbox", Path("."))
@@ -49,7 +49,7 @@ def environment_path(name: str, base: Path) -> str:
     near = difflib.get_close_matches(name, BUILT_IN, n=1)
     hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(BUILT_IN)}."
     raise EnvironmentLoadError(
-        f"task.environment={name} is none of Cohort's environments: {hint} Your own is "
+        f"task.environment={name} is not one of Cohort's environments: {hint} Your own is "
         "module:Class or path/to/file.py:Class"
     )
 
@@ -81,7 +81,11 @@ class AgentEnv(Played):
         return inspect.iscoroutinefunction(self.instance.run)
 
     async def run(self, offered: Mapping[str, object]) -> object:
-        """What the instance's `run` returns; offered: arguments that it may name."""
+        """What the instance's `run` returns.
+
+        Args:
+            offered: Arguments that it may name.
+        """
         run = self.instance.run
         return await self._run(run, **accepted(run, offered))
 
@@ -102,7 +106,7 @@ def load_class(path: str, stubs: Path | None = None) -> Callable[..., object]:
         stubs: See `cohort.rewards.loading.load_function`.
 
     Raises:
-        EnvironmentLoadError: There is no such thing, or it is no environment.
+        EnvironmentLoadError: It does not exist, or is not an environment.
     """
     try:
         factory = load_attribute(path, stubs)

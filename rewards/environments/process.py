@@ -28,7 +28,7 @@ EXIT_TICKS, TICK_S = 25, 0.02
 
 
 class ProcessLost(Exception):
-    """The process of environments died, or said something that is none of its answers."""
+    """The process of environments died, or sent something that is not an answer."""
 
 
 class CallFailed(Exception):
@@ -120,7 +120,13 @@ class HostProcess:
     async def call(
         self, episode: str, what: str, arguments: Mapping[str, object], timeout_s: float | None
     ) -> JsonObject:
-        """What an environment answers. timeout_s: None: the caller knows when to give up.
+        """What an environment answers.
+
+        Args:
+            episode: The id of its episode.
+            what: What it is asked to do.
+            arguments: By name.
+            timeout_s: Longest wait; None: the caller knows when to give up.
 
         Raises:
             TimeoutError: It did not answer in time.

@@ -204,7 +204,7 @@ class SandboxTools:
             stopped = self._why(outcome)
             if not stopped and not _whole(packed):
                 limit = self._sandbox.limits.file_bytes // MIB
-                stopped = f"the files cannot be kept, of {limit} MiB at most"
+                stopped = f"the files cannot be kept: they may have {limit} MiB at most"
             if not stopped:
                 stack.pop_all()
                 if self._kept is not None:

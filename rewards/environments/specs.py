@@ -52,8 +52,17 @@ def environment_spec(
     temperature: float = 1.0,
     base: Path | None = None,
 ) -> EnvironmentSpec:
-    """What every worker gets. max_length: tokens of the longest sequence; temperature: that of the
-    rollouts."""
+    """What every worker gets.
+
+    Args:
+        task: The section `task`, with an environment.
+        config: The section `environments`.
+        model_path: Of the tokenizer.
+        template_arguments: model.template_arguments.
+        max_length: Tokens of the longest sequence.
+        temperature: Of the rollouts.
+        base: The folder that paths of classes are relative to; None: the working folder.
+    """
     assert task.environment is not None
     limits = Limits(
         config.max_turns,

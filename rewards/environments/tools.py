@@ -118,7 +118,7 @@ def has_served(factory: Any) -> TypeGuard[type[ServedTools]]:
 def tool_names(factory: Any) -> list[str]:
     """The public methods of a class that are tools, in the order in which they are defined.
 
-    As in TRL, what is not a function of the class is none: class methods, properties, classes.
+    As in TRL, only functions of the class are tools: not class methods, properties or classes.
     """
     classes = getattr(factory, "__mro__", ())
     names = [name for cls in reversed(classes) for name in vars(cls)]

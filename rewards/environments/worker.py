@@ -144,7 +144,7 @@ class EnvironmentWorker:
         """See `EpisodeHost.step`."""
         episode = self._episodes.get(episode_id)
         if episode is None:
-            message = f"the worker of environments was started anew and has lost {episode_id}"
+            message = f"the worker of environments was started again and has lost {episode_id}"
             return EpisodeEnd("failed", failure=EpisodeFailure("infra", "step", message))
         return await self._after(episode, await episode.step(token_ids, finish_reason, logprobs))
 

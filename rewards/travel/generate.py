@@ -122,7 +122,7 @@ def trip(
             raise QueryError(f"cities: {city!r} is not in {country}; it has {', '.join(known)}")
     for interest in interests:
         if interest not in ("culture", *TAGS):
-            raise QueryError(f"interests: {interest!r} is none of culture, {', '.join(TAGS)}")
+            raise QueryError(f"interests: {interest!r} is not one of culture, {', '.join(TAGS)}")
     if days < 1 or party < 1 or not interests:
         raise QueryError("days and party must be at least 1, and interests not empty")
     others = [city for city in known if city not in cities][:2]

@@ -172,7 +172,7 @@ def test_rewards_that_can_be_had_for_nothing(model: Path, judge: Path, tmp_path:
     code, text = checked(model, tmp_path / "run", rewards={"functions": [f"{judge}:generous"]})
     assert code == 0
     assert "a completion that is nothing counts as solved" in text
-    assert "the row's own answer earns no more than" in text
+    assert "the row's own answer, in each of the forms above, earns no more than" in text
     code, text = checked(model, tmp_path / "run", rewards={"functions": [f"{judge}:silent"]})
     assert code == 0
     assert "no function gave a value" in text

@@ -102,7 +102,7 @@ def test_models_without_a_longest_sequence_need_max_length(tmp_path: Path, name:
     arguments = MAMBA if name == "MambaConfig" else {"vocab_size": 384, "hidden_size": 64,
                                                      "n_layer": 2, "n_head": 2}  # fmt: skip
     folder = saved(tmp_path / "model", name, arguments)
-    with pytest.raises(RunError, match=r"names no longest sequence.*set model\.max_length"):
+    with pytest.raises(RunError, match=r"does not say how long a sequence.*set model\.max_length"):
         inspect_model(config(folder))
     assert inspect_model(config(folder, model__max_length=300))[1] == 300
 
@@ -274,11 +274,11 @@ BROKEN: dict[str, tuple[Change, str]] = {
     ),
     "encoder and decoder": (
         in_config(model_type="t5", architectures=["T5ForConditionalGeneration"]),
-        r"t5 is an encoder and a decoder",
+        r"t5 has an encoder and a decoder",
     ),
     "BART": (
         in_config(model_type="bart", architectures=["BartForConditionalGeneration"]),
-        r"bart is an encoder and a decoder",
+        r"bart has an encoder and a decoder",
     ),
     "an encoder": (
         in_config(model_type="bert", architectures=["BertModel"]),
@@ -286,11 +286,11 @@ BROKEN: dict[str, tuple[Change, str]] = {
     ),
     "vision": (
         in_config(model_type="vit", architectures=["ViTModel"]),
-        r"vit is no language model",
+        r"vit is not a language model",
     ),
     "text and vision": (
         in_config(model_type="clip", architectures=["CLIPModel"]),
-        r"clip is no language model",
+        r"clip is not a language model",
     ),
 }
 

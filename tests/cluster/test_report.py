@@ -159,7 +159,7 @@ def test_what_is_not_trained_says_why(tmp_path: Path) -> None:
         (None, "group without signal"),
         (None, "no reward"),
     ]
-    # The third completion of these groups was cut at max_tokens.
+    # The third completion of these groups was truncated at max_tokens.
     masked = one_group_run(tmp_path / "cut", [1.0, 0.0, 0.0], "algorithm.mask_truncated=true")
     assert [s.untrained for s in completions(build(masked, ReportLimits(), NOW))] == [
         "",

@@ -41,4 +41,4 @@ def test_a_slow_step_is_told_with_what_it_waits_for_and_ever_more_rarely() -> No
         "step 0: 960 s without an end",
     ]
     assert said[0].endswith("scores of 7:0, 7:1, 7:2, 7:3, 7:4 and 3 more; completions of 7:9")
-    assert "the learner or the engines' weights" in told(SLOW_S + 1, 1e9, [])[0]
+    assert "the learner, or the engines' new weights" in told(SLOW_S + 1, 1e9, [])[0]

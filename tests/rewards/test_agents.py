@@ -346,7 +346,7 @@ WRONG = {
     "hangs": ("data", "environments.step_timeout_s"),
     "nan": ("data", "run returned nan"),
     "text": ("data", "'good', which is not a number"),
-    "unknown completion": ("data", "no completion of it"),
+    "unknown completion": ("data", "not one of its turns"),
     "exits": ("infra", "exited with code 3"),
 }
 

@@ -33,12 +33,12 @@ NATIVE = {"qwen2.5", "qwen3", "llama3.1", "mistral v3", "gpt-oss"}
 CASES = (
     "a plain reply",
     "an empty reply",
-    "a reply cut by its length",
+    "a truncated reply",
     "a reply with thinking",
     "a tool call",
     "a tool call with thinking",
     "two tool results",
-    "a user's message behind a tool result",
+    "a user's message after a tool result",
 )
 # In the order of CASES; x: exact, -: the template rewrites what came before.
 PROOFS = {

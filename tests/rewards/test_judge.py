@@ -140,7 +140,7 @@ def test_a_reply_that_is_cut_says_so(server: Server) -> None:
     server.reply = lambda *_: cut
     (error,) = ask(make(server, max_tokens=99), "a")
     assert isinstance(error, ValueError)
-    assert "cut at max_tokens=99" in str(error)
+    assert "truncated at max_tokens=99" in str(error)
     assert len(str(error)) < 500
 
 
@@ -178,7 +178,7 @@ def test_empty_echoed_and_huge_completions(server: Server) -> None:
     assert len(server.requests) == 3
     longest = max(len(request["messages"][1]["content"]) for request in server.requests)
     assert longest < 21_000
-    assert "[cut: 980000 more characters]" in str(server.requests)
+    assert "[980000 more characters were left out]" in str(server.requests)
 
 
 def test_a_completion_cannot_close_its_own_frame(server: Server) -> None:

@@ -149,7 +149,7 @@ def test_a_judge_grades_within_its_schema_and_remembers(chat: str) -> None:
 def test_a_judge_that_does_not_come_to_an_end_gives_no_score(chat: str) -> None:
     (error,) = ask(judge(chat, max_tokens=4), "hello")
     assert isinstance(error, ValueError)
-    assert "cut at max_tokens=4" in str(error)
+    assert "truncated at max_tokens=4" in str(error)
 
 
 def test_what_the_server_refuses_is_an_error_with_its_words(chat: str) -> None:

@@ -2,6 +2,6 @@
 
 - `run`: the stages in their order
 - `stages`: what a stage prints, and what is concluded
-- `model`, `prompts`, `machine`, `rewards`, `rollout`: the stages themselves
+- `model`, `prompts`, `machine`, `rewards`, `environment`, `rollout`: the stages themselves
 - `estimate`: their arithmetic
 """

@@ -57,7 +57,7 @@ def check_environment(
         if line.result == "rewritten":
             stage.say(
                 f"the template rewrites {line.case}: {why}; task.history={config.task.history} "
-                + ("appends all the same" if config.task.history == "append" else "forks there")
+                + ("appends to it anyway" if config.task.history == "append" else "forks there")
             )
         elif line.result == "refused":
             stage.warn(f"the template cannot continue {line.case}: {why}")

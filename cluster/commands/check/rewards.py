@@ -255,9 +255,9 @@ def _compare(config: Config, totals: dict[str, float], stage: Stage) -> None:
     cheap = max((known[kind] for kind in (ECHO, NOTHING) if kind in known), default=-math.inf)
     if answers and max(answers.values()) <= cheap:
         stage.warn(
-            "the row's own answer earns no more than the prompt again or nothing, in any of the "
-            "forms above: check that the functions read the right column (columns: of "
-            "rewards.functions), and which form of answer they want"
+            "the row's own answer, in each of the forms above, earns no more than an empty "
+            "completion or a copy of the prompt: check that the functions read the right column "
+            "(columns: of rewards.functions), and which form of answer they want"
         )
 
 

@@ -22,6 +22,8 @@ from cohort.cluster.observe.report.build import Report, ReportError, build
 from cohort.cluster.observe.report.completions import ReportLimits
 from cohort.cluster.observe.report.recorded import LONGEST_TEXT, Text, shorten
 
+# One after the other, they are the script of the page.
+SCRIPTS = ("charts.js", "page.js")
 # A page that cannot keep this much of each text is not worth looking at.
 SHORTEST_TEXT = 200
 
@@ -84,7 +86,7 @@ def _page(report: Report, limit: int) -> str:
         note = f"Texts are shortened to {limit:,} characters (--max-mb)."
         report = replace(report, notes=(*report.notes, note))
     data = json.dumps(_plain(report, limit), allow_nan=False, separators=(",", ":"))
-    script = _asset("page.js")
+    script = "\n".join(map(_asset, SCRIPTS))
     parts = {
         # The name of a folder may hold what UTF-8 cannot.
         "title": html.escape(report.run.name).encode("ascii", "xmlcharrefreplace").decode(),

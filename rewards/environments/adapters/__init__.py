@@ -1,4 +1,8 @@
-"""Environments of other packages: `mcp` (tools of MCP servers), `openenv`, `skyrl_gym`.
+"""Environments of other packages.
+
+- `mcp`: tools of MCP servers.
+- `openenv`: environments of OpenEnv.
+- `skyrl_gym`: environments of SkyRL-gym.
 
 Each module imports its package when it is loaded, so this one imports none of them.
 """
