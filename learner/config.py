@@ -341,11 +341,9 @@ class AlgorithmConfig(BaseModel):
         return problems
 
     def _unused(self) -> list[str]:
-        """Keys that were changed although the others leave them without any effect.
-
-        A key counts as changed when it has another value than its preset gives it, or than its
-        default: a config that was written out in full, every key present, can be read again.
-        """
+        """Keys that were changed although the others leave them without any effect: those whose
+        value is neither the preset's nor the default, so that a config written out in full, every
+        key present, can be read again."""
         usual = {name: field.default for name, field in type(self).model_fields.items()}
         usual |= PRESETS[self.preset]
         if self.objective != "clip":

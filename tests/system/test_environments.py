@@ -52,7 +52,7 @@ def serving(python: str, script: Path, *more: str) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    server = subprocess.Popen([python, str(script), str(port), *more])
+    server = subprocess.Popen([python, str(script), str(port), *more], stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 90
         while True:
@@ -90,8 +90,7 @@ def train(cohort: Cohort, folder: Path, model: Path, **keys: Any) -> list[dict[s
     """Two steps; the completions of both. Nothing may have failed, and none may be missing."""
     settings = {
         "model.path": model, "run.dir": folder, "task.group_size": 4,
-        "task.prompts_per_step": 2, "environments.max_turns": 3, "rewards.functions": "null",
-        "learner.learning_rate": 1e-4,
+        "task.prompts_per_step": 2, "environments.max_turns": 3, "learner.learning_rate": 1e-4,
     }  # fmt: skip
     done = cohort.train(
         **{key.replace(".", "__"): value for key, value in (settings | keys).items()}
@@ -171,6 +170,7 @@ def test_skyrl_gym(cohort: Cohort, tiny_model: Path, nothing_left: Callable[[], 
         "task.name": "dataset",
         "task.data": data,
         "task.environment": "skyrl_gym",
+        "rewards.functions": "null",
         "task.environment_options": '{"env": "gsm8k_multi_turn", "extras": {"max_turns": 3}}',
     }
     found = train(cohort, run, tiny_model, **keys)
@@ -191,6 +191,7 @@ def test_openenv(
         "task.name": "dataset",
         "task.data": data,
         "task.environment": "openenv",
+        "rewards.functions": "null",
         "task.environment_options": json.dumps(options),
     }
     for sample in train(cohort, run, tiny_model, **keys):
