@@ -44,7 +44,7 @@ class Limits:
         max_turns: Replies of the model.
         max_tool_calls: Calls of tools, over all turns.
         step_timeout_s: Of one answer of the environment.
-        episode_timeout_s: From the reset to the last answer.
+        episode_timeout_s: From the reset on; no turn begins after it.
         max_length: Tokens of the longest sequence.
     """
 
@@ -268,11 +268,8 @@ class Episode(Hosted):
         )
 
     async def _call(self, what: str, arguments: Mapping[str, object], stage: Stage) -> JsonObject:
-        limit = self._limits.step_timeout_s
-        left = self._deadline - time.monotonic()
-        key = "environments.step_timeout_s"
-        if what == "step" and left < limit:
-            limit, key = max(0.1, left), "environments.episode_timeout_s"
+        # Also where the episode has less time left: it ends behind this answer, and keeps it.
+        limit, key = self._limits.step_timeout_s, "environments.step_timeout_s"
         return await self._answer(what, {**arguments, "seconds": limit}, stage, limit, key)
 
     def _rendered(self) -> list[int]:

@@ -1,0 +1,28 @@
+"""Environments that are slow, name things as we do, or return more than they should."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from episode_table import Table, call
+
+pytestmark = pytest.mark.slow
+
+ODD = Path(__file__).parent / "odd_environments.py"
+
+
+@pytest.mark.parametrize("name", ["Slow", "SlowTool"])
+@pytest.mark.parametrize("thinks", [0.0, 1.1], ids=["in an answer", "while the model writes"])
+def test_time_that_is_up_ends_an_episode_with_what_it_has_earned(
+    at_table: Any, name: str, thinks: float
+) -> None:
+    async def body(table: Table) -> None:
+        # What is earned in the answer that is under way counts, too.
+        made = await table.play([call("wait")], max_tokens=100, seconds=thinks, takes=0.6)
+        assert made.end is not None and made.end.failure is None, made.end
+        assert made.end.stop_reason == "time"
+        assert made.end.reward == len(made.turns) * (0.5 if name == "Slow" else 1.0)
+
+    at_table(f"{ODD}:{name}", body, episode_timeout_s=1, step_timeout_s=5)
