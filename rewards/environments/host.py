@@ -108,8 +108,11 @@ class Host:
         await playable.close()
         return {"reward": number(reward, "get_reward returned"), "state": state}
 
-    async def _run(self, function: Any, *args: Any, **named: Any) -> Any:
-        """Call a function of the environment; in a thread, unless it is `async`."""
+    async def _run(self, function: Any, /, *args: Any, **named: Any) -> Any:
+        """Call a function of the environment; in a thread, unless it is `async`.
+
+        The slash: arguments of tools, and columns, may be called `function` and `self`.
+        """
         if inspect.iscoroutinefunction(function):
             return await function(*args, **named)
         loop = asyncio.get_running_loop()

@@ -33,3 +33,18 @@ class SlowTool:
 
     def get_reward(self) -> float:
         return float(self.calls)
+
+
+class OurNames:
+    """Names an argument and columns as we name ours."""
+
+    def reset(self, function: str = "", seed: int = 0, **row: Any) -> None:
+        self.function, self.seed = function, seed
+
+    def differentiate(self, function: str) -> str:
+        """Differentiate.
+
+        Args:
+            function: What.
+        """
+        return f"the derivative of {function}"

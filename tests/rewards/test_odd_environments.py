@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from episode_table import Table, call
+from episode_table import Table, call, results
 
 pytestmark = pytest.mark.slow
 
@@ -26,3 +26,15 @@ def test_time_that_is_up_ends_an_episode_with_what_it_has_earned(
         assert made.end.reward == len(made.turns) * (0.5 if name == "Slow" else 1.0)
 
     at_table(f"{ODD}:{name}", body, episode_timeout_s=1, step_timeout_s=5)
+
+
+def test_arguments_and_columns_may_have_names_of_ours(at_table: Any) -> None:
+    async def body(table: Table) -> None:
+        said = [call("differentiate", function="x"), "Done."]
+        made = await table.play(said, max_tokens=100, function="f", seed=12345)
+        assert results(made) == ["the derivative of x"]
+        assert made.end is not None and made.end.state == {"function": "f", "seed": 12345}
+        other = await table.play(["Done."], 1)
+        assert other.end is not None and other.end.state == {"function": "", "seed": 17}
+
+    at_table(f"{ODD}:OurNames", body)
