@@ -17,20 +17,21 @@ if TYPE_CHECKING:
 Found = list[tuple[str, JsonObject, str | None]]
 Parser = Callable[[str], tuple[str, Found]]
 
-HERMES = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|\Z)", re.DOTALL)
-LLAMA = re.compile(r"\A\s*(?:<\|python_tag\|>)?\s*(\{.*)\Z", re.DOTALL)
+# Without `\s*` beside `.*?` and before `\s*`: a reply of many spaces would take minutes.
+HERMES = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
+LLAMA = re.compile(r"(?:<\|python_tag\|>\s*)?(\{.*)\Z", re.DOTALL)
 MISTRAL = re.compile(r"\[TOOL_CALLS\]\s*(.*)\Z", re.DOTALL)
 
 
 def hermes(text: str) -> tuple[str, Found]:
     """`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`: Qwen, Hermes, SmolLM."""
-    found = [_call(match) for match in HERMES.findall(text)]
+    found = [_call(match.strip()) for match in HERMES.findall(text)]
     return HERMES.sub("", text).strip() if found else text, found
 
 
 def llama3_json(text: str) -> tuple[str, Found]:
     """`{"name": ..., "parameters": {...}}` as the whole reply: Llama 3.1 and later."""
-    match = LLAMA.match(text)
+    match = LLAMA.match(text.lstrip())
     if match is None or '"name"' not in match[1]:
         return text, []
     return "", [_call(match[1])]
