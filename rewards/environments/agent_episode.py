@@ -293,7 +293,7 @@ class AgentEpisode(Hosted):
         if not self._rewards and self._limit is None:
             raise Failed("data", "step", "the agent ended without having asked the model anything")
         limit_s = self._limits.step_timeout_s
-        closed = await self._answer("close", {}, "step", limit_s, STEP_KEY)
+        closed = await self._answer("close", {"score": True}, "step", limit_s, STEP_KEY)
         self._reward(outcome, closed["reward"])
         return EpisodeEnd(
             self._limit or self._cut or "done",

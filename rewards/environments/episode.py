@@ -260,7 +260,7 @@ class Episode(Hosted):
 
     async def _ended(self, reason: StopReason) -> EpisodeEnd:
         """Ask the environment for its last word, and close it."""
-        found = await self._call("close", {}, "step")
+        found = await self._call("close", {"score": True}, "step")
         if found["reward"] is not None and self._rewards:
             self._rewards[-1] = (self._rewards[-1] or 0.0) + found["reward"]
         return EpisodeEnd(

@@ -69,7 +69,7 @@ class Host:
             making(self._factory, self._options, self._run)
             return {}
         if what == "close":
-            return await self._close(episode)
+            return await self._close(episode, arguments["score"])
         if what == "run":
             return await self._run_agent(episode, arguments)
         if what == "reset":
@@ -93,7 +93,7 @@ class Host:
         finally:
             self._running.pop(episode, None)
 
-    async def _close(self, episode: str) -> JsonObject:
+    async def _close(self, episode: str, score: bool) -> JsonObject:
         playable = self._episodes.pop(episode, None)
         call = self._running.pop(episode, None)
         if playable is None:
@@ -103,9 +103,11 @@ class Host:
             if isinstance(playable, AgentEnv) and playable.is_async:
                 call.cancel()
             await asyncio.wait([call])
-        reward = await playable.final_reward()
-        state = public_state(playable.instance)
-        await playable.close()
+        try:
+            reward = await playable.final_reward() if score else None
+            state = public_state(playable.instance)
+        finally:
+            await playable.close()
         return {"reward": number(reward, "get_reward returned"), "state": state}
 
     async def _run(self, function: Any, /, *args: Any, **named: Any) -> Any:
@@ -208,7 +210,8 @@ def public_state(instance: object) -> JsonObject:
     """The public attributes of an environment that JSON can hold, as far as they are small."""
     found: JsonObject = {}
     room = MAX_STATE
-    for name, value in getattr(instance, "__dict__", {}).items():
+    # A copy: a thread of the environment may still add to it.
+    for name, value in dict(getattr(instance, "__dict__", {})).items():
         if name.startswith("_"):
             continue
         try:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
-from cohort.rewards.environments.base import Reply, Step
+from cohort.rewards.environments.base import EnvironmentFailed, Reply, Step
 
 
 class Slow:
@@ -48,3 +49,31 @@ class OurNames:
             function: What.
         """
         return f"the derivative of {function}"
+
+
+class Diary:
+    """Writes down what it was asked for, and raises where its row says so."""
+
+    def __init__(self, path: str) -> None:
+        self._path = Path(path)
+
+    def _note(self, word: str) -> None:
+        with self._path.open("a") as file:
+            file.write(f"{word} ")
+        if word == self._raises:
+            raise RuntimeError("not today")
+
+    def reset(self, raises: str) -> None:
+        self._raises = raises
+        self._note("reset")
+
+    def fails(self) -> str:
+        """Fail the episode."""
+        raise EnvironmentFailed("the service is down")
+
+    def get_reward(self) -> float:
+        self._note("get_reward")
+        return 1.0
+
+    def close(self) -> None:
+        self._note("close")

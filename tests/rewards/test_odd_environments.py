@@ -38,3 +38,28 @@ def test_arguments_and_columns_may_have_names_of_ours(at_table: Any) -> None:
         assert other.end is not None and other.end.state == {"function": "", "seed": 17}
 
     at_table(f"{ODD}:OurNames", body)
+
+
+ENDS = {
+    "": ("Done.", "reset get_reward close "),
+    "get_reward": ("Done.", "reset get_reward close "),
+    # No reward is asked for where nobody would read it.
+    "reset": ("Done.", "reset close "),
+    "fails": (call("fails"), "reset close "),
+}
+
+
+@pytest.mark.parametrize("raises", ENDS)
+def test_an_environment_is_closed_however_its_episode_ends(
+    at_table: Any, tmp_path: Path, raises: str
+) -> None:
+    said, notes = ENDS[raises]
+    diary = tmp_path / "diary"
+
+    async def body(table: Table) -> None:
+        made = await table.play([said], max_tokens=100, raises=raises)
+        assert made.end is not None
+        assert (made.end.failure is None) == (raises == "")
+        assert diary.read_text() == notes
+
+    at_table(f"{ODD}:Diary", body, options={"path": str(diary)})
