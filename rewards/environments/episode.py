@@ -28,12 +28,18 @@ from cohort.rewards.environments.base import Message, ToolCall
 from cohort.rewards.environments.calls import Parser, tool_calls
 from cohort.rewards.environments.process import CallFailed, HostProcess, ProcessLost
 from cohort.rewards.rendering import RenderError
+from cohort.rewards.results import checked_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 _numbers = itertools.count()
+# What is counted here, of every episode.
+COUNTED = ("tool_calls", "tool_errors", "cut_messages", "control_tokens", "forks")
+# Metrics of episodes that an environment's own must not replace.
+TAKEN = frozenset({*COUNTED, "lost_replies", "turns", "turns_total"})
+TAKEN_FOLDERS = ("stop/", "failed/")
 
 
 @dataclass(frozen=True)
@@ -129,13 +135,7 @@ class Hosted:
         # What was said, by the environment too, and what the environment gave for each reply.
         self._said: list[Message] = []
         self._rewards: list[float | None] = []
-        self._metrics: dict[str, float] = {
-            "tool_calls": 0.0,
-            "tool_errors": 0.0,
-            "cut_messages": 0.0,
-            "control_tokens": 0.0,
-            "forks": 0.0,
-        }
+        self._metrics: dict[str, float] = dict.fromkeys(COUNTED, 0.0)
 
     def end(self) -> None:
         """Stop what the episode has going on here; its environment is closed separately."""
@@ -283,10 +283,19 @@ class Episode(Hosted):
             message["content"], broken = self._language.as_words(message["content"])
             self._metrics["control_tokens"] += broken
         self._metrics["cut_messages"] += found["cut"]
+        own = {name: value for name, value in self._metrics.items() if name not in TAKEN}
         for name, value in found.get("metrics", {}).items():
-            # Of tools that failed every turn counts; of the environment's own numbers the last.
-            before = self._metrics["tool_errors"] if name == "tool_errors" else 0.0
-            self._metrics[name] = before + value
+            if name == "tool_errors":
+                # Every turn counts; of the environment's own numbers the last.
+                self._metrics[name] += value
+                continue
+            if name in TAKEN or name.startswith(TAKEN_FOLDERS):
+                name = f"environment/{name}"
+            try:
+                own[checked_name(name, own, "Step.metrics")] = value
+            except ValueError as error:
+                raise Failed("data", "step", str(error)) from None
+        self._metrics.update(own)
 
 
 def ids_array(token_ids: Sequence[int]) -> np.ndarray:

@@ -163,7 +163,9 @@ def as_json(step: object, longest: int) -> JsonObject:
         raise TypeError("Step.failure must be a text that says why")
     messages, cut = as_messages(step.messages, longest)
     metrics = {
-        str(name): number(value, f"metrics[{name}] is") for name, value in step.metrics.items()
+        str(name): number(value, f"metrics[{name}] is")
+        for name, value in step.metrics.items()
+        if value is not None
     }
     return {
         "messages": messages,

@@ -63,3 +63,31 @@ def test_an_environment_is_closed_however_its_episode_ends(
         assert diary.read_text() == notes
 
     at_table(f"{ODD}:Diary", body, options={"path": str(diary)})
+
+
+def test_metrics_of_an_environment_replace_none_of_ours(at_table: Any) -> None:
+    async def body(table: Table) -> None:
+        theirs = {"tool_calls": 0, "turns": 99, "stop/done": 7, "forks": 5, "mood": 1, "none": None}
+        made = await table.play([call("t") * 3], max_tokens=300, metrics=theirs)
+        assert made.end is not None and made.end.failure is None, made.end
+        # The limit still holds, and ids of calls are given once.
+        assert made.end.stop_reason == "tool_calls"
+        assert [m["content"] for m in made.end.messages if m["role"] == "user"] == ["call00000"]
+        assert made.end.metrics == {
+            "tool_calls": 6, "tool_errors": 0, "cut_messages": 0, "control_tokens": 0, "forks": 0,
+            "environment/tool_calls": 0, "environment/turns": 99, "environment/stop/done": 7,
+            "environment/forks": 5, "mood": 1,
+        }  # fmt: skip
+
+    at_table(f"{ODD}:Metrics", body, max_turns=6, max_tool_calls=4)
+
+
+@pytest.mark.parametrize("wrong", [{str(n): n for n in range(65)}, {"x" * 101: 1}])
+def test_metrics_have_few_and_short_names(at_table: Any, wrong: dict[str, float]) -> None:
+    async def body(table: Table) -> None:
+        made = await table.play([call("t")], max_tokens=100, metrics=wrong)
+        assert made.end is not None and made.end.failure is not None
+        assert made.end.failure.message.startswith("Step.metrics: ")
+        assert made.end.metrics["tool_calls"] == 1
+
+    at_table(f"{ODD}:Metrics", body)
