@@ -238,7 +238,7 @@ class ToolEnv(Played):
         except ToolError as error:
             return f"error: {error}", True
         # A boundary: the model is told, and it is counted.
-        except (Exception, SystemExit) as error:  # noqa: BLE001
+        except BaseException as error:  # noqa: BLE001
             return f"error: {error_tail(error, 500)}", True
 
     async def _result(self, call: ToolCall) -> object:

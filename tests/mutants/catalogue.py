@@ -1082,7 +1082,7 @@ MUTANTS = (
     ),
     Mutant(
         "rewards/environments/tools.py",
-        "        except (Exception, SystemExit) as error:",
+        "        except BaseException as error:",
         "        except ValueError as error:",
         "the model is told of a tool that raises",
         (f"{BAD_EPISODES}::test_the_model_reads_what_a_tool_did",),

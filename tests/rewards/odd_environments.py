@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from pathlib import Path
 from typing import Any
@@ -87,3 +88,55 @@ class Metrics:
 
     def step(self, reply: Reply) -> Step:
         return Step(reply.tool_calls[0].id, metrics=self._metrics)
+
+
+class Panic(BaseException):
+    """No Exception, as those of libraries in Rust."""
+
+
+RAISED = {
+    "panic": Panic,
+    "interrupt": KeyboardInterrupt,
+    "cancelled": asyncio.CancelledError,
+    "stop": StopIteration,
+}
+
+
+class RaisingTools:
+    """Tools that raise what few handlers take."""
+
+    def raises(self, what: str) -> str:
+        """Raise it.
+
+        Args:
+            what: One of RAISED.
+        """
+        raise RAISED[what]("dear me")
+
+    async def raises_async(self, what: str) -> str:
+        """Raise it in a coroutine.
+
+        Args:
+            what: One of RAISED.
+        """
+        raise RAISED[what]("dear me")
+
+
+class OddSteps:
+    """Raises, or returns, in `step` what its row says."""
+
+    def reset(self, row: Any) -> None:
+        self._how = row["how"]
+
+    def step(self, reply: Reply) -> Any:
+        if self._how in RAISED:
+            raise RAISED[self._how]("dear me")
+        text, many = "x" * 20_000, 10**7
+        messages = {
+            "too many": [{"role": "user", "content": "x"}] * 1001,
+            "too long": [{"role": "user", "content": "\x00" * 20_000}] * 600,
+            "names": [{"role": "user", "name": "x" * many, "tool_call_id": b"ab", "content": text}],
+        }
+        failure = "x" * many if self._how == "fails" else None
+        how = messages.get(self._how, ())
+        return Step(how, reward=1.0, done=self._how in ("names", "is fine"), failure=failure)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from episode_table import Table, call, results
+from episode_table import Table, call, costs_its_own_episode, results
 
 pytestmark = pytest.mark.slow
 
@@ -91,3 +91,54 @@ def test_metrics_have_few_and_short_names(at_table: Any, wrong: dict[str, float]
         assert made.end.metrics["tool_calls"] == 1
 
     at_table(f"{ODD}:Metrics", body)
+
+
+RAISES = ("panic", "interrupt", "cancelled", "stop")
+
+
+def test_whatever_a_tool_raises_the_model_is_told(at_table: Any) -> None:
+    async def body(table: Table) -> None:
+        said = [call(name, what=what) for what in RAISES for name in ("raises", "raises_async")]
+        made = await table.play(["".join(said), "Done."], max_tokens=1000)
+        told = results(made)
+        assert len(told) == len(said)
+        for text in told:
+            assert text.startswith("error: ") and "dear me" in text
+        assert made.end is not None and made.end.metrics["tool_errors"] == len(said)
+
+    at_table(f"{ODD}:RaisingTools", body)
+
+
+@pytest.mark.parametrize("how", RAISES)
+def test_whatever_a_step_raises_costs_its_own_episode(at_table: Any, how: str) -> None:
+    at_table(
+        f"{ODD}:OddSteps", lambda table: costs_its_own_episode(table, how, "data", "dear me")
+    )
+
+
+UNBOUNDED = {
+    "too many": "1001 messages at once; an answer has 1000 at most",
+    "too long": "bytes; 67108864 are read at most",
+    "fails": "xxx",
+}
+
+
+@pytest.mark.parametrize("how", UNBOUNDED)
+def test_an_answer_without_bound_costs_its_own_episode(at_table: Any, how: str) -> None:
+    async def body(table: Table) -> None:
+        await costs_its_own_episode(table, how, "data", UNBOUNDED[how])
+        made = await table.play(["go"], 2, how=how)
+        assert made.end is not None and made.end.failure is not None
+        assert len(made.end.failure.message) <= 2000
+
+    at_table(f"{ODD}:OddSteps", body, step_timeout_s=20)
+
+
+def test_names_in_messages_are_short_texts(at_table: Any) -> None:
+    async def body(table: Table) -> None:
+        made = await table.play(["go"], how="names")
+        assert made.end is not None and made.end.failure is None
+        said = made.end.messages[-1]
+        assert (said["name"], said["tool_call_id"]) == ("x" * 200, "b'ab'")
+
+    at_table(f"{ODD}:OddSteps", body)
