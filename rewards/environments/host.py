@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import inspect
 import json
-import math
 import os
 import pickle
 import signal
@@ -39,7 +38,7 @@ from cohort.rewards.environments.loading import (
     make,
     make_agent,
 )
-from cohort.rewards.results import MAX_MESSAGE, encodable, error_tail
+from cohort.rewards.results import MAX_MESSAGE, MAX_SCORE, encodable, error_tail
 
 # Calls of environments that are not `async` and run at one time.
 THREADS = 512
@@ -208,11 +207,11 @@ def as_outcome(found: object) -> JsonObject:
 
 
 def number(value: Any, what: str) -> float | None:
-    """A finite float, or None.
+    """A float within ±MAX_SCORE, or None.
 
     Raises:
         TypeError: It is no number.
-        ValueError: It is not finite.
+        ValueError: It is not finite, or out of range.
     """
     if value is None:
         return None
@@ -220,8 +219,9 @@ def number(value: Any, what: str) -> float | None:
         found = float(value)
     except (TypeError, ValueError, OverflowError):
         raise TypeError(f"{what} {str(value)[:100]!r}, which is not a number") from None
-    if not math.isfinite(found):
-        raise ValueError(f"{what} {found}")
+    # NaN is beyond it, too.
+    if not abs(found) <= MAX_SCORE:
+        raise ValueError(f"{what} {found:g}, not a finite number within ±{MAX_SCORE:g}")
     return found
 
 

@@ -16,7 +16,7 @@ class Slow:
     def reset(self, row: Any) -> None:
         self.seconds = row["takes"]
 
-    def step(self, reply: Reply) -> Step:
+    def step(self, _: Reply) -> Step:
         time.sleep(self.seconds)
         return Step("No.", reward=0.5)
 
@@ -40,7 +40,7 @@ class SlowTool:
 class OurNames:
     """Names an argument and columns as we name ours."""
 
-    def reset(self, function: str = "", seed: int = 0, **row: Any) -> None:
+    def reset(self, function: str = "", seed: int = 0, **_: Any) -> None:
         self.function, self.seed = function, seed
 
     def differentiate(self, function: str) -> str:
@@ -128,7 +128,7 @@ class OddSteps:
     def reset(self, row: Any) -> None:
         self._how = row["how"]
 
-    def step(self, reply: Reply) -> Any:
+    def step(self, _: Reply) -> Any:
         if self._how in RAISED:
             raise RAISED[self._how]("dear me")
         text, many = "x" * 20_000, 10**7
@@ -137,6 +137,22 @@ class OddSteps:
             "too long": [{"role": "user", "content": "\x00" * 20_000}] * 600,
             "names": [{"role": "user", "name": "x" * many, "tool_call_id": b"ab", "content": text}],
         }
+        numbers = {"large reward": Step(reward=-1.1e30), "large metric": Step(metrics={"m": 1e308})}
+        if self._how in numbers:
+            return numbers[self._how]
         failure = "x" * many if self._how == "fails" else None
         how = messages.get(self._how, ())
         return Step(how, reward=1.0, done=self._how in ("names", "is fine"), failure=failure)
+
+
+class LastReward:
+    """Its last word is its row's."""
+
+    def reset(self, reward: float) -> None:
+        self._reward = reward
+
+    def nothing(self) -> None:
+        """Do nothing."""
+
+    def get_reward(self) -> float:
+        return self._reward
