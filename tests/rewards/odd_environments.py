@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from pathlib import Path
 from typing import Any
@@ -156,3 +157,32 @@ class LastReward:
 
     def get_reward(self) -> float:
         return self._reward
+
+
+class NoReset:
+    """Answers, and cannot begin."""
+
+    def step(self, _: Reply) -> Step:
+        return Step(done=True)
+
+
+class AskedInVain(Slow):
+    """Has a reward that nobody would ask for."""
+
+    def get_reward(self) -> float:
+        return 1.0
+
+
+def make_slow() -> Slow:
+    return Slow()
+
+
+def make_tools() -> SlowTool:
+    return SlowTool()
+
+
+def make_no_reset() -> NoReset:
+    return NoReset()
+
+
+partly = functools.partial(SlowTool)

@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from episode_table import Table, call, costs_its_own_episode, results
+from episode_table import Table, call, costs_its_own_episode, results, spec_of
+
+from cohort.rewards.environments.base import EnvironmentLoadError
+from cohort.rewards.environments.worker import try_environment
 
 pytestmark = pytest.mark.slow
 
@@ -156,3 +159,26 @@ def test_a_last_reward_has_the_bound_of_scores(at_table: Any) -> None:
         assert "get_reward returned 1.1e+30, not a finite" in made.end.failure.message
 
     at_table(f"{ODD}:LastReward", body)
+
+
+NOT_MADE = {
+    "NoReset": "has `step` and no `reset`",
+    "AskedInVain": "has both `step` and `get_reward`",
+    "make_no_reset": "has `step` and no `reset`",
+    "make_tools": "name their class, SlowTool, in its place",
+    "partly": "name their class, SlowTool, in its place",
+    "make_slow": "",
+}
+
+
+@pytest.mark.parametrize("name", NOT_MADE)
+def test_what_could_not_play_well_is_refused_before_anything_starts(
+    tiny_model: Path, name: str
+) -> None:
+    def tried() -> None:
+        try_environment(spec_of(tiny_model, f"{ODD}:{name}"))
+
+    if not NOT_MADE[name]:
+        return tried()
+    with pytest.raises(EnvironmentLoadError, match=NOT_MADE[name]):
+        tried()
