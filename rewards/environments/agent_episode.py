@@ -126,6 +126,7 @@ class AgentEpisode(Hosted):
         self._histories.add(asked.messages, asked.tools, found, sampled, message)
         self._said += [*_given(found.new), message]
         self._metrics["forks"] += found.fork
+        self._metrics["inexact"] += found.inexact
         self._metrics["tool_calls"] += len(calls)
         reply = ChatReply(
             id=self._completion_id(len(self._rewards)),

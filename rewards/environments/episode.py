@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 _numbers = itertools.count()
 # What is counted here, of every episode.
-COUNTED = ("tool_calls", "tool_errors", "cut_messages", "control_tokens", "forks")
+COUNTED = ("tool_calls", "tool_errors", "cut_messages", "control_tokens", "forks", "inexact")
 # Metrics of episodes that an environment's own must not replace.
 TAKEN = frozenset({*COUNTED, "lost_replies", "turns", "turns_total"})
 TAKEN_FOLDERS = ("stop/", "failed/")
@@ -252,6 +252,7 @@ class Episode(Hosted):
         except RenderError as error:
             raise Failed("data", "template", str(error)) from error
         self._metrics["forks"] += extension.fork
+        self._metrics["inexact"] += extension.inexact
         self._conversation = [dict(message) for message in extension.messages]
         self._context = extension.sequence(self._context, sampled)
         if len(self._context) >= self._limits.max_length:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from episode_table import Table, call, costs_its_own_episode, results, spec_of
+from episode_table import Table, at_table_of, call, costs_its_own_episode, results, spec_of
+from transformers import AutoTokenizer
 
 from cohort.rewards.environments.base import EnvironmentLoadError
 from cohort.rewards.environments.worker import try_environment
+from tests.templates import FOLDER
 
 pytestmark = pytest.mark.slow
 
@@ -78,6 +81,7 @@ def test_metrics_of_an_environment_replace_none_of_ours(at_table: Any) -> None:
         assert [m["content"] for m in made.end.messages if m["role"] == "user"] == ["call00000"]
         assert made.end.metrics == {
             "tool_calls": 6, "tool_errors": 0, "cut_messages": 0, "control_tokens": 0, "forks": 0,
+            "inexact": made.end.metrics["inexact"],
             "environment/tool_calls": 0, "environment/turns": 99, "environment/stop/done": 7,
             "environment/forks": 5, "mood": 1,
         }  # fmt: skip
@@ -182,3 +186,24 @@ def test_what_could_not_play_well_is_refused_before_anything_starts(
         return tried()
     with pytest.raises(EnvironmentLoadError, match=NOT_MADE[name]):
         tried()
+
+
+@pytest.mark.parametrize("history", ["append", "template"])
+def test_what_the_template_would_have_written_otherwise_is_counted(
+    tiny_model: Path, tmp_path: Path, history: str
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    # It drops what was thought before.
+    tokenizer.chat_template = (FOLDER / "qwen3.jinja").read_text()
+    tokenizer.save_pretrained(model)
+
+    async def body(table: Table) -> None:
+        replies = ["<think>\nlet me see\n</think>\n\n4", "5"]
+        made = await table.play(replies, max_tokens=100, takes=0)
+        assert made.end is not None and made.end.failure is None
+        counted = [made.end.metrics[name] for name in ("inexact", "forks")]
+        assert counted == ([1, 0] if history == "append" else [0, 1])
+
+    at_table_of(model, f"{ODD}:Slow", body, max_turns=2, history=history)
