@@ -93,9 +93,18 @@ class Language:
 
     @cached_property
     def _control_tokens(self) -> list[str]:
-        added = self.tokenizer.added_tokens_decoder.values()
-        # A token of one letter is no more than that letter.
-        return [str(token) for token in added if len(str(token)) > 1]
+        """Those by which the template and the engine part the turns. Gemma's tokenizer, for one,
+        adds others: blank lines, and tags of HTML."""
+        template = str(self.tokenizer.chat_template)
+        return [
+            str(token)
+            for number, token in self.tokenizer.added_tokens_decoder.items()
+            # A token of one letter is no more than that letter.
+            if len(str(token)) > 1
+            and str(token).strip()
+            # Some templates put a <|token|> together from parts.
+            and (token.special or str(token) in template or "|" in str(token))
+        ]
 
 
 class Failed(Exception):
