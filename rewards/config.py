@@ -151,7 +151,8 @@ class EnvironmentsConfig(BaseModel):
         600,
         gt=0,
         allow_inf_nan=False,
-        description="Deadline for an episode: then it ends with what it has earned.",
+        description="Deadline for an episode: no turn begins after it, and it ends with what it "
+        "has earned.",
     )
     message_chars: int = Field(
         20_000,

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import TYPE_CHECKING, Literal
 
 from cohort.actors.plain import JsonObject
@@ -43,6 +42,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 History = Literal["append", "template"]
+# As MARK, for a new message.
+ANOTHER = "SomebodyElsesWords"
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,11 @@ class Extension:
     def exact(self) -> bool:
         """Appended, and proven to be what the template writes; see the class's example."""
         return self.why is None
+
+    @property
+    def inexact(self) -> bool:
+        """Appended all the same where the template writes something else."""
+        return self.why is not None and not self.fork
 
     def sequence(self, prompt_ids: Iterable[int], sampled_ids: Iterable[int]) -> list[int]:
         """What the engine reads next; see the class's example."""
@@ -221,11 +227,11 @@ class Continuation:
             messages = rendered[theirs.index(ours)][0]
             return Extension(tuple(appended), len(old), messages, None, False)
         # Its plain text if they are equally near: a parsed one may leave out what was written.
-        nearest = max(reversed(theirs), key=lambda text: _common(ours, text), default=None)
+        nearest = max(reversed(theirs), key=lambda text: shared_prefix(ours, text), default=None)
         why = str(refusals[-1]) if nearest is None else first_difference(ours, nearest)
         if self._history == "template" and rendered:
             messages, ids = rendered[0]
-            kept = _common(old, ids)
+            kept = shared_prefix(old, ids)
             return Extension(tuple(ids[kept:]), kept, messages, why, True)
         if self._history == "append" and appended is not None:
             messages = rendered[0][0] if rendered else (*before, reply or plain[0], *new)
@@ -308,22 +314,21 @@ class Continuation:
         reply: Message | None,
     ) -> list[int]:
         """What the template writes behind a reply of other words, without an end that is there."""
-        marked: list[Message] = [{"role": "assistant", "content": MARK}]
+        mark = _unused(MARK, new)
+        marked: list[Message] = [{"role": "assistant", "content": mark}]
         if reply is not None and reply.get("tool_calls"):
             # Some templates allow a tool's result behind a call only.
             *calls, last = reply["tool_calls"]
-            function = {**last["function"], "arguments": {MARK: MARK}}
+            function = {**last["function"], "arguments": {mark: mark}}
             calls = [*calls, {**last, "function": function}]
             marked.append({"role": "assistant", "content": "", "tool_calls": calls})
         refusal: RenderError | None = None
         for one in marked:
             try:
-                text = self._renderer.chat_text(self._shown([*before, one, *new]))
+                tail = self._behind(mark, [*before, one], new)
+                self._check_new(tail, mark, [*before, one], new)
             except RenderError as error:
-                refusal = error
-                continue
-            _, found, tail = text.rpartition(MARK)
-            if not found:
+                refusal = refusal or error
                 continue
             ids = self._renderer.tokens_of(tail)
             if "tool_calls" in one:  # what closes the call stands between
@@ -333,7 +338,38 @@ class Continuation:
             if end is not None and ids and (ids[0] == end or self._closes):
                 return ids[1:]
             return ids
-        raise refusal or RenderError("the chat template does not print the assistant's words")
+        assert refusal is not None, "one at least was tried"
+        raise refusal
+
+    def _behind(self, mark: str, before: Sequence[Message], new: Sequence[Message]) -> str:
+        """What the template writes behind the last mark."""
+        _, found, tail = self._renderer.chat_text(self._shown([*before, *new])).rpartition(mark)
+        if not found:
+            raise RenderError("the chat template does not print the assistant's words")
+        return tail
+
+    def _check_new(
+        self, tail: str, mark: str, before: Sequence[Message], new: Sequence[Message]
+    ) -> None:
+        """Refuse a template that puts a new message elsewhere: DeepSeek's moves those of the system
+        to the front, which the model has read already."""
+        for at, message in enumerate(new):
+            if str(message.get("content") or "").strip() in tail:
+                continue
+            # Some write a result as JSON: then another text in its place is there, or is not.
+            word = _unused(ANOTHER, new)
+            other = [*new[:at], {**message, "content": word}, *new[at + 1 :]]
+            if word not in self._behind(mark, before, other):
+                role = message["role"]
+                raise RenderError(f"the chat template puts the message of {role} elsewhere")
+
+
+def _unused(word: str, messages: Sequence[Message]) -> str:
+    """A word that is in none of the messages."""
+    said = " ".join(str(message.get("content")) for message in messages)
+    while word in said:
+        word += "X"
+    return word
 
 
 def shared_prefix(first: Sequence[object], second: Sequence[object]) -> int:
@@ -343,8 +379,8 @@ def shared_prefix(first: Sequence[object], second: Sequence[object]) -> int:
         >>> shared_prefix([1, 2, 3], [1, 2, 4, 5])
         2
     """
-    pairs = takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))
-    return sum(1 for _ in pairs)
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 def first_difference(ours: str, theirs: str) -> str:
@@ -354,12 +390,6 @@ def first_difference(ours: str, theirs: str) -> str:
         >>> first_difference("1 + 1 = 2", "1 + 1 = 3")
         "after '1 + 1 = ' the sequence has '2', the template '3'"
     """
-    at = _common(ours, theirs)
+    at = shared_prefix(ours, theirs)
     before, mine, other = ours[max(0, at - 20) : at], ours[at : at + 40], theirs[at : at + 40]
     return f"after {before!r} the sequence has {mine!r}, the template {other!r}"
-
-
-def _common(one: Sequence[object], other: Sequence[object]) -> int:
-    """How many first items of two sequences are the same."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))

@@ -14,7 +14,8 @@ AnswerIn = Literal["boxed", "tags"]
 BOX = "\\boxed{"
 # A longer text is not taken for an answer. The bound also keeps a megabyte of braces cheap.
 MAX_ANSWER = 1000
-FENCE = re.compile(r"^```([^\n`]*)\n(.*?)^```[ \t]*$", re.DOTALL | re.MULTILINE)
+FENCE_END = re.compile(r"^```[ \t]*$", re.MULTILINE)
+FENCE = re.compile(rf"^```([^\n`]*)\n(.*?){FENCE_END.pattern}", re.DOTALL | re.MULTILINE)
 MAX_CODE = 100_000
 # How models mark what they only think.
 THINKING = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
@@ -181,9 +182,11 @@ def last_code(text: str, language: str = "python") -> str | None:
     """
     if len(text) > 10 * MAX_CODE:
         return None
+    # No further than the last end: from each open fence behind it the whole rest would be searched.
+    ends = [match.end() for match in FENCE_END.finditer(text)]
     blocks = [
         body
-        for info, body in FENCE.findall(text)
+        for info, body in FENCE.findall(text[: max(ends, default=0)])
         if info.strip().lower() in (language, language[:2], f"{language}3", "")
     ]
     if not blocks or not blocks[-1].strip() or len(blocks[-1]) > MAX_CODE:

@@ -86,6 +86,7 @@ class AgentEpisode(Hosted):
         # The request that the engine is answering.
         self._open: tuple[_Asked, Language, Continued] | None = None
         self._key = ""
+        self._has_ended = False
         self._run: asyncio.Task[JsonObject] | None = None
         # The limit for which the last request was refused, and what cut the last reply.
         self._limit: StopReason | None = None
@@ -126,6 +127,7 @@ class AgentEpisode(Hosted):
         self._histories.add(asked.messages, asked.tools, found, sampled, message)
         self._said += [*_given(found.new), message]
         self._metrics["forks"] += found.fork
+        self._metrics["inexact"] += found.inexact
         self._metrics["tool_calls"] += len(calls)
         reply = ChatReply(
             id=self._completion_id(len(self._rewards)),
@@ -145,6 +147,9 @@ class AgentEpisode(Hosted):
 
     async def ask(self, request: ChatRequest, messages: list[Message]) -> ChatReply:
         """See `Session.ask`."""
+        if self._has_ended:
+            # Its key was read before the end, and its body came after it.
+            raise _ended_key()
         answer: asyncio.Future[ChatReply] = asyncio.get_running_loop().create_future()
         asked = _Asked(request, messages, request.schemas, answer)
         self._waiting.append(asked)
@@ -161,9 +166,10 @@ class AgentEpisode(Hosted):
 
     def end(self) -> None:
         """Take the key back; requests that wait are refused."""
+        self._has_ended = True
         self._server.revoke(self._key)
         for asked in (*self._waiting, *(self._open or ())[:1]):
-            asked.refuse(ApiError("the episode of this key has ended", 401, "invalid_api_key"))
+            asked.refuse(_ended_key())
         self._waiting.clear()
         if self._run is not None:
             self._run.cancel()
@@ -293,7 +299,7 @@ class AgentEpisode(Hosted):
         if not self._rewards and self._limit is None:
             raise Failed("data", "step", "the agent ended without having asked the model anything")
         limit_s = self._limits.step_timeout_s
-        closed = await self._answer("close", {}, "step", limit_s, STEP_KEY)
+        closed = await self._answer("close", {"score": True}, "step", limit_s, STEP_KEY)
         self._reward(outcome, closed["reward"])
         return EpisodeEnd(
             self._limit or self._cut or "done",
@@ -319,6 +325,10 @@ class AgentEpisode(Hosted):
 
     def _completion_id(self, turn: int) -> str:
         return f"chatcmpl-{self.name}/{turn}"
+
+
+def _ended_key() -> ApiError:
+    return ApiError("the episode of this key has ended", 401, "invalid_api_key")
 
 
 def _given(messages: Sequence[Message]) -> list[Message]:

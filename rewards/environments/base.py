@@ -97,7 +97,8 @@ class Step:
             model goes on with an empty message of the user.
         reward: For this turn; None: nothing to say about it.
         done: Whether the episode ends here.
-        metrics: Numbers by name; the last of each name counts.
+        metrics: Numbers by name; the last of each name counts. None: nothing to say. At most 64
+            names in an episode; one that Cohort counts itself becomes `environment/NAME`.
         failure: A text that says why the episode is worth nothing (a service was down): it is
             counted and not trained. Never a reward of 0.
 

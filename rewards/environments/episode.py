@@ -28,12 +28,18 @@ from cohort.rewards.environments.base import Message, ToolCall
 from cohort.rewards.environments.calls import Parser, tool_calls
 from cohort.rewards.environments.process import CallFailed, HostProcess, ProcessLost
 from cohort.rewards.rendering import RenderError
+from cohort.rewards.results import checked_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 _numbers = itertools.count()
+# What is counted here, of every episode.
+COUNTED = ("tool_calls", "tool_errors", "cut_messages", "control_tokens", "forks", "inexact")
+# Metrics of episodes that an environment's own must not replace.
+TAKEN = frozenset({*COUNTED, "lost_replies", "turns", "turns_total"})
+TAKEN_FOLDERS = ("stop/", "failed/")
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,7 @@ class Limits:
         max_turns: Replies of the model.
         max_tool_calls: Calls of tools, over all turns.
         step_timeout_s: Of one answer of the environment.
-        episode_timeout_s: From the reset to the last answer.
+        episode_timeout_s: From the reset on; no turn begins after it.
         max_length: Tokens of the longest sequence.
     """
 
@@ -87,9 +93,18 @@ class Language:
 
     @cached_property
     def _control_tokens(self) -> list[str]:
-        added = self.tokenizer.added_tokens_decoder.values()
-        # A token of one letter is no more than that letter.
-        return [str(token) for token in added if len(str(token)) > 1]
+        """Those by which the template and the engine part the turns. Gemma's tokenizer, for one,
+        adds others: blank lines, and tags of HTML."""
+        template = str(self.tokenizer.chat_template)
+        return [
+            str(token)
+            for number, token in self.tokenizer.added_tokens_decoder.items()
+            # A token of one letter is no more than that letter.
+            if len(str(token)) > 1
+            and str(token).strip()
+            # Some templates put a <|token|> together from parts.
+            and (token.special or str(token) in template or "|" in str(token))
+        ]
 
 
 class Failed(Exception):
@@ -129,13 +144,7 @@ class Hosted:
         # What was said, by the environment too, and what the environment gave for each reply.
         self._said: list[Message] = []
         self._rewards: list[float | None] = []
-        self._metrics: dict[str, float] = {
-            "tool_calls": 0.0,
-            "tool_errors": 0.0,
-            "cut_messages": 0.0,
-            "control_tokens": 0.0,
-            "forks": 0.0,
-        }
+        self._metrics: dict[str, float] = dict.fromkeys(COUNTED, 0.0)
 
     def end(self) -> None:
         """Stop what the episode has going on here; its environment is closed separately."""
@@ -252,6 +261,7 @@ class Episode(Hosted):
         except RenderError as error:
             raise Failed("data", "template", str(error)) from error
         self._metrics["forks"] += extension.fork
+        self._metrics["inexact"] += extension.inexact
         self._conversation = [dict(message) for message in extension.messages]
         self._context = extension.sequence(self._context, sampled)
         if len(self._context) >= self._limits.max_length:
@@ -260,7 +270,7 @@ class Episode(Hosted):
 
     async def _ended(self, reason: StopReason) -> EpisodeEnd:
         """Ask the environment for its last word, and close it."""
-        found = await self._call("close", {}, "step")
+        found = await self._call("close", {"score": True}, "step")
         if found["reward"] is not None and self._rewards:
             self._rewards[-1] = (self._rewards[-1] or 0.0) + found["reward"]
         return EpisodeEnd(
@@ -268,11 +278,8 @@ class Episode(Hosted):
         )
 
     async def _call(self, what: str, arguments: Mapping[str, object], stage: Stage) -> JsonObject:
-        limit = self._limits.step_timeout_s
-        left = self._deadline - time.monotonic()
-        key = "environments.step_timeout_s"
-        if what == "step" and left < limit:
-            limit, key = max(0.1, left), "environments.episode_timeout_s"
+        # Also where the episode has less time left: it ends behind this answer, and keeps it.
+        limit, key = self._limits.step_timeout_s, "environments.step_timeout_s"
         return await self._answer(what, {**arguments, "seconds": limit}, stage, limit, key)
 
     def _rendered(self) -> list[int]:
@@ -286,10 +293,19 @@ class Episode(Hosted):
             message["content"], broken = self._language.as_words(message["content"])
             self._metrics["control_tokens"] += broken
         self._metrics["cut_messages"] += found["cut"]
+        own = {name: value for name, value in self._metrics.items() if name not in TAKEN}
         for name, value in found.get("metrics", {}).items():
-            # Of tools that failed every turn counts; of the environment's own numbers the last.
-            before = self._metrics["tool_errors"] if name == "tool_errors" else 0.0
-            self._metrics[name] = before + value
+            if name == "tool_errors":
+                # Every turn counts; of the environment's own numbers the last.
+                self._metrics[name] += value
+                continue
+            if name in TAKEN or name.startswith(TAKEN_FOLDERS):
+                name = f"environment/{name}"
+            try:
+                own[checked_name(name, own, "Step.metrics")] = value
+            except ValueError as error:
+                raise Failed("data", "step", str(error)) from None
+        self._metrics.update(own)
 
 
 def ids_array(token_ids: Sequence[int]) -> np.ndarray:

@@ -7,6 +7,8 @@ import struct
 
 LENGTH = struct.Struct(">Q")
 MAX_FRAME = 1 << 40
+# An answer of a process of environments.
+MAX_REPLY = 64 << 20
 
 
 def write_frame(writer: asyncio.StreamWriter, body: bytes) -> None:

@@ -29,6 +29,7 @@ class Continued:
         told: The conversation as the chat template was given it.
         new: The messages that no earlier conversation has.
         fork: Whether a sequence of the episode is left.
+        inexact: Whether the template would have written something else.
     """
 
     parent: int | None
@@ -37,6 +38,7 @@ class Continued:
     told: Sequence[Message]
     new: Sequence[Message]
     fork: bool
+    inexact: bool
 
     @property
     def inserted(self) -> list[int]:
@@ -108,7 +110,8 @@ class Histories:
             )
             context = extension.sequence(turn.found.context, turn.sampled)
             told = [dict(message) for message in extension.messages]
-            return self._continued(parent, extension.kept, context, told, new)
+            kept, inexact = extension.kept, extension.inexact
+            return self._continued(parent, kept, context, told, new, inexact)
         for parent, turn in enumerate(self._turns):
             # Asked again: it is answered again, behind the same tokens.
             if turn.tools == tools and turn.request == request:
@@ -117,9 +120,9 @@ class Histories:
         told = shown(request)
         context = continuation.prompt_ids(told)
         sequences = [self._prompt_ids, *(turn.sequence for turn in self._turns)]
-        kept = [shared_prefix(sequence, context) for sequence in sequences]
-        most = kept.index(max(kept))
-        return self._continued(most - 1 if most else None, kept[most], context, told, new)
+        shared = [shared_prefix(sequence, context) for sequence in sequences]
+        most = shared.index(max(shared))
+        return self._continued(most - 1 if most else None, shared[most], context, told, new)
 
     def add(
         self,
@@ -139,9 +142,11 @@ class Histories:
         context: list[int],
         told: Sequence[Message],
         new: Sequence[Message],
+        inexact: bool = False,
     ) -> Continued:
         whole = parent is not None and kept == len(self._turns[parent].sequence)
-        return Continued(parent, kept, context, told, new, bool(self._turns) and not whole)
+        fork = bool(self._turns) and not whole
+        return Continued(parent, kept, context, told, new, fork, inexact)
 
 
 def _begins(conversation: Sequence[Message], request: Sequence[Message]) -> bool:

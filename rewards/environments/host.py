@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import inspect
 import json
-import math
 import os
 import pickle
 import signal
@@ -30,7 +29,7 @@ from cohort.rewards.environments.base import (
     Step,
     readable,
 )
-from cohort.rewards.environments.frames import read_frame, write_frame
+from cohort.rewards.environments.frames import MAX_REPLY, read_frame, write_frame
 from cohort.rewards.environments.loading import (
     AgentEnv,
     Playable,
@@ -39,12 +38,15 @@ from cohort.rewards.environments.loading import (
     make,
     make_agent,
 )
-from cohort.rewards.results import error_tail
+from cohort.rewards.results import MAX_MESSAGE, MAX_SCORE, encodable, error_tail
 
 # Calls of environments that are not `async` and run at one time.
 THREADS = 512
 # Of the public attributes of an environment, as JSON.
 MAX_STATE = 1 << 16
+# Of one answer, and of a message's role, name and id.
+MAX_MESSAGES = 1000
+MAX_WORD = 200
 
 
 class Host:
@@ -69,7 +71,7 @@ class Host:
             making(self._factory, self._options, self._run)
             return {}
         if what == "close":
-            return await self._close(episode)
+            return await self._close(episode, arguments["score"])
         if what == "run":
             return await self._run_agent(episode, arguments)
         if what == "reset":
@@ -93,7 +95,7 @@ class Host:
         finally:
             self._running.pop(episode, None)
 
-    async def _close(self, episode: str) -> JsonObject:
+    async def _close(self, episode: str, score: bool) -> JsonObject:
         playable = self._episodes.pop(episode, None)
         call = self._running.pop(episode, None)
         if playable is None:
@@ -103,17 +105,29 @@ class Host:
             if isinstance(playable, AgentEnv) and playable.is_async:
                 call.cancel()
             await asyncio.wait([call])
-        reward = await playable.final_reward()
-        state = public_state(playable.instance)
-        await playable.close()
+        try:
+            reward = await playable.final_reward() if score else None
+            state = public_state(playable.instance)
+        finally:
+            await playable.close()
         return {"reward": number(reward, "get_reward returned"), "state": state}
 
-    async def _run(self, function: Any, *args: Any, **named: Any) -> Any:
-        """Call a function of the environment; in a thread, unless it is `async`."""
+    async def _run(self, function: Any, /, *args: Any, **named: Any) -> Any:
+        """Call a function of the environment; in a thread, unless it is `async`.
+
+        The slash: arguments of tools, and columns, may be called `function` and `self`.
+        """
         if inspect.iscoroutinefunction(function):
             return await function(*args, **named)
-        loop = asyncio.get_running_loop()
-        result = await loop.run_in_executor(self._threads, lambda: function(*args, **named))
+
+        def call() -> Any:
+            try:
+                return function(*args, **named)
+            except StopIteration as error:
+                # No future takes it, and whoever waits would wait for ever.
+                raise RuntimeError(f"StopIteration: {error}") from error
+
+        result = await asyncio.get_running_loop().run_in_executor(self._threads, call)
         return await result if inspect.isawaitable(result) else result
 
 
@@ -122,6 +136,7 @@ def as_messages(found: object, longest: int) -> tuple[list[Message], int]:
 
     Raises:
         TypeError: It is neither a text nor a list of messages.
+        ValueError: It is too many of them.
     """
     if found is None:
         return [], 0
@@ -129,6 +144,8 @@ def as_messages(found: object, longest: int) -> tuple[list[Message], int]:
         found = [{"role": "user", "content": found}]
     if not isinstance(found, Sequence) or isinstance(found, bytes):
         raise TypeError(f"messages must be a text or a list, not a {type(found).__name__}")
+    if len(found) > MAX_MESSAGES:
+        raise ValueError(f"{len(found)} messages at once; an answer has {MAX_MESSAGES} at most")
     messages, cut = [], 0
     for message in found:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
@@ -140,8 +157,12 @@ def as_messages(found: object, longest: int) -> tuple[list[Message], int]:
             raise TypeError(f"a message's content must be a text, not a {type(content).__name__}")
         content, shortened = readable(content, longest)
         cut += shortened
-        kept = {key: message[key] for key in ("name", "tool_call_id") if key in message}
-        messages.append({"role": message["role"], **kept, "content": content})
+        kept = {
+            key: encodable(str(message[key])[:MAX_WORD])
+            for key in ("role", "name", "tool_call_id")
+            if key in message
+        }
+        messages.append({**kept, "content": content})
     return messages, cut
 
 
@@ -158,7 +179,9 @@ def as_json(step: object, longest: int) -> JsonObject:
         raise TypeError("Step.failure must be a text that says why")
     messages, cut = as_messages(step.messages, longest)
     metrics = {
-        str(name): number(value, f"metrics[{name}] is") for name, value in step.metrics.items()
+        str(name): number(value, f"metrics[{name}] is")
+        for name, value in step.metrics.items()
+        if value is not None
     }
     return {
         "messages": messages,
@@ -166,7 +189,7 @@ def as_json(step: object, longest: int) -> JsonObject:
         "reward": number(step.reward, "the reward is"),
         "done": bool(step.done),
         "metrics": metrics,
-        "failure": step.failure,
+        "failure": None if step.failure is None else encodable(step.failure[:MAX_MESSAGE]),
     }
 
 
@@ -184,11 +207,11 @@ def as_outcome(found: object) -> JsonObject:
 
 
 def number(value: Any, what: str) -> float | None:
-    """A finite float, or None.
+    """A float within ±MAX_SCORE, or None.
 
     Raises:
         TypeError: It is not a number.
-        ValueError: It is not finite.
+        ValueError: It is not finite, or out of range.
     """
     if value is None:
         return None
@@ -196,8 +219,9 @@ def number(value: Any, what: str) -> float | None:
         found = float(value)
     except (TypeError, ValueError, OverflowError):
         raise TypeError(f"{what} {str(value)[:100]!r}, which is not a number") from None
-    if not math.isfinite(found):
-        raise ValueError(f"{what} {found}")
+    # NaN is beyond it, too.
+    if not abs(found) <= MAX_SCORE:
+        raise ValueError(f"{what} {found:g}, not a finite number within ±{MAX_SCORE:g}")
     return found
 
 
@@ -205,7 +229,8 @@ def public_state(instance: object) -> JsonObject:
     """The public attributes of an environment that JSON can hold, as far as they are small."""
     found: JsonObject = {}
     room = MAX_STATE
-    for name, value in getattr(instance, "__dict__", {}).items():
+    # A copy: a thread of the environment may still add to it.
+    for name, value in dict(getattr(instance, "__dict__", {})).items():
         if name.startswith("_"):
             continue
         try:
@@ -222,29 +247,33 @@ async def serve(connection: socket.socket) -> None:
     """Answer calls until the connection closes."""
     reader, writer = await asyncio.open_connection(sock=connection)
 
-    def reply(body: Mapping[str, object]) -> None:
-        write_frame(writer, json.dumps(body).encode())
+    def reply(body: str) -> None:
+        write_frame(writer, body.encode())
 
     hello = json.loads(await read_frame(reader))
     bound_memory(hello["memory_bytes"])
     try:
         host = Host(hello)
     except EnvironmentLoadError as error:
-        reply({"error": str(error)})
+        reply(json.dumps({"error": str(error)}))
         await writer.drain()
         return
-    reply({"ready": True})
+    reply(json.dumps({"ready": True}))
     await writer.drain()
     discard_output()
 
     async def call(number: int, episode: str, what: str, payload: bytes) -> None:
         try:
             # In here: a row that cannot be unpickled costs its own episode.
-            body = await host.answer(episode, what, pickle.loads(payload))
+            found = await host.answer(episode, what, pickle.loads(payload))
+            # And an answer that cannot be written, or would not be read.
+            body = json.dumps({"call": number} | found)
+            if len(body) > MAX_REPLY:
+                raise ValueError(f"an answer of {len(body)} bytes; {MAX_REPLY} are read at most")
         # A boundary to code of others: whatever it raises becomes a value.
-        except (Exception, SystemExit) as error:  # noqa: BLE001
-            body = {"failed": error_tail(error)}
-        reply({"call": number} | body)
+        except BaseException as error:  # noqa: BLE001
+            body = json.dumps({"call": number, "failed": error_tail(error)})
+        reply(body)
 
     running: set[asyncio.Task[None]] = set()
     while True:

@@ -123,7 +123,25 @@ def load_class(path: str, stubs: Path | None = None) -> Callable[..., object]:
         raise EnvironmentLoadError(
             f"task.environment={path} has neither a method `step` nor a public method to be a tool"
         )
+    _check_step(factory)
     return factory
+
+
+def _check_step(factory: object) -> None:
+    """Of a class, or an instance, that answers itself.
+
+    Raises:
+        EnvironmentLoadError: It has no `reset`, or a `get_reward` that nobody would ask.
+    """
+    if not has_step(factory):
+        return
+    if not callable(getattr(factory, "reset", None)):
+        raise EnvironmentLoadError("task.environment has `step` and no `reset`: add one")
+    if hasattr(factory, "get_reward"):
+        raise EnvironmentLoadError(
+            "task.environment has both `step` and `get_reward`: give the reward in the last Step, "
+            "and take `get_reward` away"
+        )
 
 
 def make(factory: Callable[..., object], options: Mapping[str, object], run: Run) -> Playable:
@@ -136,6 +154,14 @@ def make(factory: Callable[..., object], options: Mapping[str, object], run: Run
     if isinstance(instance, Agent):
         raise EnvironmentLoadError(
             "task.environment is a function that makes agents: name their class in its place"
+        )
+    _check_step(instance)
+    alone = has_step(instance) and not getattr(instance, "tools", ())
+    if not inspect.isclass(factory) and not alone:
+        # Tools are read off what it names, before any instance is made.
+        raise EnvironmentLoadError(
+            "task.environment is a function that makes environments with tools, of which the model "
+            f"would not be told: name their class, {type(instance).__name__}, in its place"
         )
     return StepEnv(instance, run) if has_step(instance) else ToolEnv(instance, run)
 

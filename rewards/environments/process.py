@@ -20,10 +20,9 @@ from cohort.actors.plain import JsonObject
 from cohort.actors.process import MARKER, end_tree, start_watcher
 from cohort.rewards.booting import boot, ending, last_output
 from cohort.rewards.environments.base import EnvironmentLoadError
-from cohort.rewards.environments.frames import read_frame, write_frame
+from cohort.rewards.environments.frames import MAX_REPLY, read_frame, write_frame
 from cohort.rewards.results import error_tail
 
-MAX_REPLY = 64 << 20
 EXIT_TICKS, TICK_S = 25, 0.02
 
 

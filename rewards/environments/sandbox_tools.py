@@ -204,7 +204,10 @@ class SandboxTools:
             stopped = self._why(outcome)
             if not stopped and not _whole(packed):
                 limit = self._sandbox.limits.file_bytes // MIB
-                stopped = f"the files cannot be kept: they may have {limit} MiB at most"
+                stopped = (
+                    f"the files cannot be kept: there are more than {limit} MiB of them, or the "
+                    "program has ended the shell that was to keep them"
+                )
             if not stopped:
                 stack.pop_all()
                 if self._kept is not None:

@@ -195,9 +195,9 @@ class ToolEnv(Played):
         reset = getattr(self.instance, "reset", None)
         if reset is None:
             return None
-        found: Sequence[Message] | str | None = await self._run(
-            reset, **accepted(reset, {**row, "seed": seed})
-        )
+        # A column called `seed` is the row's own, which the user wants.
+        offered = accepted(reset, {"seed": seed, **row})
+        found: Sequence[Message] | str | None = await self._run(reset, **offered)
         return found
 
     async def step(self, reply: Reply, seconds: float) -> Step:
@@ -238,7 +238,7 @@ class ToolEnv(Played):
         except ToolError as error:
             return f"error: {error}", True
         # A boundary: the model is told, and it is counted.
-        except (Exception, SystemExit) as error:  # noqa: BLE001
+        except BaseException as error:  # noqa: BLE001
             return f"error: {error_tail(error, 500)}", True
 
     async def _result(self, call: ToolCall) -> object:

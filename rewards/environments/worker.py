@@ -178,8 +178,10 @@ class EnvironmentWorker:
 
     async def _tell(self, episode: Episode | AgentEpisode) -> None:
         """Close the environment of an episode that did not come to its own end."""
+        # What it failed at may be what `get_reward` needs, and nobody would read its reward.
+        limit, forget = self._spec.limits.step_timeout_s, {"score": False}
         try:
-            await episode.process.call(episode.key, "close", {}, self._spec.limits.step_timeout_s)
+            await episode.process.call(episode.key, "close", forget, limit)
         except TimeoutError:
             await self._retire(episode.process)
         except (CallFailed, ProcessLost):

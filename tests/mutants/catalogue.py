@@ -969,7 +969,7 @@ MUTANTS = (
     ),
     Mutant(
         "rewards/environments/host.py",
-        "    if not math.isfinite(found):\n",
+        "    if not abs(found) <= MAX_SCORE:\n",
         "    if False:\n",
         "a reward that is not finite fails its episode",
         (f"{ENVIRONMENTS}::test_an_environment_that_fails_costs_its_own_episode",),
@@ -1082,7 +1082,7 @@ MUTANTS = (
     ),
     Mutant(
         "rewards/environments/tools.py",
-        "        except (Exception, SystemExit) as error:",
+        "        except BaseException as error:",
         "        except ValueError as error:",
         "the model is told of a tool that raises",
         (f"{BAD_EPISODES}::test_the_model_reads_what_a_tool_did",),

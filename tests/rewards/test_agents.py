@@ -21,6 +21,7 @@ from cohort.cluster.config import Config
 from cohort.cluster.observe.rollouts import transcript
 from cohort.rewards.config import EnvironmentsConfig, TaskConfig
 from cohort.rewards.environments.base import EnvironmentLoadError
+from cohort.rewards.environments.chat import ApiError, parse
 from cohort.rewards.environments.specs import environment_spec, find_tools
 from cohort.rewards.environments.worker import EnvironmentSpec
 
@@ -335,6 +336,25 @@ def test_keys_end_with_their_episode(at_table: Any) -> None:
             assert state(made)["models"] == ["policy"]
             # What another tried with a key that is dead is a turn of nobody.
             assert len(made.turns) == 1
+
+    at_table("Keys", body)
+
+
+def test_a_request_that_comes_whole_only_after_the_end_is_refused(at_table: Any) -> None:
+    async def body(table: Table) -> None:
+        episodes, step = [], table.worker.step
+
+        async def watched(name: str, *given: Any) -> Any:
+            episodes.append(table.worker._episodes[name])
+            return await step(name, *given)
+
+        table.worker.step = watched  # type: ignore[method-assign]
+        await table.play(["5"])
+        body = b'{"model": "policy", "messages": [{"role": "user", "content": "Hi"}]}'
+        asked, messages = parse(body, 0.8)
+        with pytest.raises(ApiError, match="the episode of this key has ended"):
+            async with asyncio.timeout(5):
+                await episodes[0].ask(asked, messages)
 
     at_table("Keys", body)
 

@@ -542,3 +542,44 @@ def test_the_examples_of_the_docstrings(module: Any) -> None:
     given = {"tokenizer": tokenizer_of(BY_NAME["qwen2.5"])}
     found = doctest.testmod(module, extraglobs=given)
     assert found.failed == 0 and found.attempted > 0
+
+
+def sampled_by(family: Family, tokenizer: Any, text: str) -> list[int]:
+    return [*tokenizer(text, add_special_tokens=False)["input_ids"],
+            tokenizer.convert_tokens_to_ids(family.ends[0])]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", CHAT, ids=lambda family: family.name)
+@pytest.mark.parametrize("role", ["system", "user", "tool"])
+def test_a_new_message_is_behind_the_reply_or_refused(family: Family, role: str) -> None:
+    """DeepSeek's template moves system messages to the front. And words of ours are words."""
+    tokenizer = tokenizer_of(family)
+    stops = [tokenizer.convert_tokens_to_ids(end) for end in family.ends]
+    continuation = Continuation(tokenizer, [TOOL], dict(family.arguments), stops)
+    prompt = continuation.prompt_ids([QUESTION])
+    for text in ("TheAssistantsOwnWords", "TheAssistantsOwnWordsX", 'a "b" TheAssistantsOwnWords'):
+        new = {"role": role, "content": text}
+        if role == "tool":
+            new = a_result(TOOL, 1, text)
+        # A reply that no template writes as it is, so that the message is appended.
+        for reply in ("<think>\na\n</think>\n\n 5 \n", "  hi \n"):
+            sampled = sampled_by(family, tokenizer, reply)
+            try:
+                extension = continuation.extend([QUESTION], prompt, sampled, [new])
+            except RenderError:
+                assert role != "user"
+                continue
+            read = tokenizer.decode(extension.token_ids)
+            assert text in read or json.dumps(text)[1:-1] in read
+
+
+def test_a_message_that_the_template_moves_to_the_front_is_refused() -> None:
+    family = BY_NAME["deepseek v3"]
+    tokenizer = tokenizer_of(family)
+    continuation = Continuation(tokenizer)
+    prompt = continuation.prompt_ids([QUESTION])
+    sampled = sampled_by(family, tokenizer, "5")
+    new = [{"role": "system", "content": "Be brief."}]
+    words = r"\(system\).*puts the message of system elsewhere; task\.history=template can"
+    with pytest.raises(RenderError, match=words):
+        continuation.extend([QUESTION], prompt, sampled, new)

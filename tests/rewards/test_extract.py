@@ -119,6 +119,7 @@ def test_a_megabyte_is_cheap() -> None:
         "<answer>" + " " * 10**6 + "</answer>",
         "```" * 300_000,
         "```\n" * 200_000,
+        "```python\n" * 100_000,
         "```python\n" + "x" * 10**6,
     ]
     started = time.perf_counter()

@@ -81,7 +81,10 @@ def openenv_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 def questions(file: Path, **columns: Any) -> Path:
     """A dataset of a few questions, with the same columns in each row."""
-    asked = [{"prompt": [{"role": "user", "content": f"What is {n} + 3?"}]} for n in range(16)]
+    asked = [
+        {"prompt": [{"role": "user", "content": f"What is {n} + 3?"}], "answer": str(n + 3)}
+        for n in range(16)
+    ]
     file.write_text("".join(json.dumps(row | columns) + "\n" for row in asked))
     return file
 
@@ -121,7 +124,7 @@ def calls_in_training(
     }
     warm, run = cohort.folder / f"{tool}-warm", cohort.folder / tool
     warmed = cohort.run(
-        COHORT, "warmup", CONFIG, str(warm), "--steps", "80", "--batch-size", "8",
+        COHORT, "warmup", CONFIG, str(warm), "--steps", "60", "--batch-size", "4",
         "--learning-rate", "3e-3", f"model.path={model}", "model.dtype=float32",
         *(f"{key}={value}" for key, value in keys.items()), *played.split("\n"),
     )  # fmt: skip
@@ -174,10 +177,10 @@ def test_skyrl_gym(cohort: Cohort, tiny_model: Path, nothing_left: Callable[[], 
         "task.environment_options": '{"env": "gsm8k_multi_turn", "extras": {"max_turns": 3}}',
     }
     found = train(cohort, run, tiny_model, **keys)
-    # A random model's answers are wrong: the environment asks again, with its own words.
-    asked = [m["content"] for m in found[0]["episode"]["messages"] if m["role"] == "user"]
-    assert len(asked) == 3, asked
-    assert rows(run)[0]["episodes/turns"] == 3
+    # A random model's answers are wrong: the environment asks again, in its own words.
+    messages = [message for sample in found for message in sample["episode"]["messages"]]
+    assert any("tentative numeric answer" in message["content"] for message in messages)
+    assert rows(run)[0]["episodes/turns"] > 1
     nothing_left()
 
 

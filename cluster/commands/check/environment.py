@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 from cohort.actors.engine import stop_token_ids
 from cohort.cluster.commands.check.stages import Stage
 from cohort.cluster.config import Config
+from cohort.rewards.environments.calls import find_parser, reads, written_call
 from cohort.rewards.environments.specs import environment_spec
 from cohort.rewards.environments.worker import try_environment
 from cohort.rewards.prefix_proof import prove
-from cohort.rewards.tool_messages import supports_tools
+from cohort.rewards.tool_messages import TOOL, supports_tools
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,7 +50,17 @@ def check_environment(
             "the model's chat template knows no tools: they are described in the system message, "
             "and results are messages of the user"
         )
-    lines = prove(tokenizer, tools, arguments, stop_token_ids(model_path, tokenizer.eos_token_id))
+    stop_ids = stop_token_ids(model_path, tokenizer.eos_token_id)
+    name = config.environments.tool_parser
+    parser = find_parser(name, tokenizer, [TOOL])
+    written = written_call(tokenizer, arguments, stop_ids)
+    if (tools or spec.agent) and written is not None and not reads(parser, written):
+        stage.warn(
+            f"environments.tool_parser={name} does not find the calls that the model's chat "
+            f"template writes: {written.strip()[:LONGEST_DIFFERENCE]!r}; set it to a parser of "
+            "vLLM's that does"
+        )
+    lines = prove(tokenizer, tools, arguments, stop_ids)
     exact = [line.case for line in lines if line.result == "exact"]
     stage.say(f"appended exactly as the chat template writes it: {', '.join(exact) or 'nothing'}")
     for line in lines:

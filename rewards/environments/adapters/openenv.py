@@ -169,11 +169,13 @@ class _Remote:
         return answer
 
     async def close(self) -> None:
-        if self._socket is not None and not self._socket.closed:
-            await self._socket.send_json({"type": "close"})
-            await self._socket.close()
-        if self._http is not None:
-            await self._http.close()
+        try:
+            if self._socket is not None and not self._socket.closed:
+                await self._socket.send_json({"type": "close"})
+                await self._socket.close()
+        finally:
+            if self._http is not None:
+                await self._http.close()
 
 
 class _Local:
@@ -211,10 +213,12 @@ class _Local:
         return await asyncio.get_running_loop().run_in_executor(self._thread, call)
 
     async def close(self) -> None:
-        if self._made is not None:
-            await self._run(self._made.close)
-        await self._run(self._loop.close)
-        self._thread.shutdown(wait=False)
+        try:
+            if self._made is not None:
+                await self._run(self._made.close)
+        finally:
+            await self._run(self._loop.close)
+            self._thread.shutdown(wait=False)
 
 
 def _observation(answer: JsonObject) -> JsonObject:

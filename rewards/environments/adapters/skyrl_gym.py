@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ except ImportError as error:
 
 from cohort.rewards.environments.base import Message, Reply, Step
 from cohort.rewards.loading import load_attribute
+from cohort.rewards.results import MAX_SCORE
 
 
 class SkyRLGym:
@@ -83,5 +83,5 @@ def _numbers(found: Mapping[str, object]) -> dict[str, float]:
     return {
         name: float(value)
         for name, value in found.items()
-        if isinstance(value, int | float) and math.isfinite(value)
+        if isinstance(value, int | float) and abs(value) <= MAX_SCORE
     }
