@@ -23,7 +23,7 @@ from cohort.cluster.placement import bfloat16_on_this_cpu, this_machine
 from cohort.cluster.ray_start import ray_address
 from cohort.learner.checkpoint import dtype_of, latest
 from cohort.rewards.continuation import Continuation
-from cohort.rewards.environments.specs import environment_spec, find_tools
+from cohort.rewards.environments.specs import environment_spec, find_tools, gives_rewards
 from cohort.rewards.environments.worker import EnvironmentSpec, try_environment
 from cohort.rewards.rates import NO_RATES, PassRates
 from cohort.rewards.specs import RewardSpec, reward_specs
@@ -31,6 +31,7 @@ from cohort.rewards.tasks import (
     PromptRenderer,
     SampledPrompts,
     Task,
+    TaskError,
     load_task,
     sample_prompts,
     sample_rows,
@@ -112,6 +113,11 @@ def prepare(config: Config) -> Prepared:
     prepared = Prepared(config, path, parameters, task, specs, renderer, lengths, start, trained)
     environment = prepared.environment()
     if environment is not None:
+        if not specs and not gives_rewards(config.task):
+            raise TaskError(
+                f"nothing gives a reward: task.environment={config.task.environment} has tools and "
+                "no `get_reward`. Name functions in rewards.functions, or a class with `get_reward`"
+            )
         # It too, in a process of its own.
         try_environment(environment)
     return prepared

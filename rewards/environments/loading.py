@@ -68,9 +68,6 @@ class StepEnv(Played):
         step: Step = await self._run(self.instance.step, reply)
         return step
 
-    async def final_reward(self) -> None:
-        """Its steps have given all of it."""
-
 
 class AgentEnv(Played):
     """Runs an instance that has a loop of its own."""
@@ -131,17 +128,10 @@ def _check_step(factory: object) -> None:
     """Of a class, or an instance, that answers itself.
 
     Raises:
-        EnvironmentLoadError: It has no `reset`, or a `get_reward` that nobody would ask.
+        EnvironmentLoadError: It has no `reset`.
     """
-    if not has_step(factory):
-        return
-    if not callable(getattr(factory, "reset", None)):
+    if has_step(factory) and not callable(getattr(factory, "reset", None)):
         raise EnvironmentLoadError("task.environment has `step` and no `reset`: add one")
-    if hasattr(factory, "get_reward"):
-        raise EnvironmentLoadError(
-            "task.environment has both `step` and `get_reward`: give the reward in the last Step, "
-            "and take `get_reward` away"
-        )
 
 
 def make(factory: Callable[..., object], options: Mapping[str, object], run: Run) -> Playable:

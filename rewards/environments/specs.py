@@ -42,6 +42,21 @@ def find_tools(task: TaskConfig, base: Path | None = None) -> list[JsonObject]:
     return tools
 
 
+def gives_rewards(task: TaskConfig, base: Path | None = None) -> bool:
+    """Whether the environment may give rewards: a class of tools does so by `get_reward` only.
+
+    Raises:
+        EnvironmentLoadError: It cannot be loaded.
+    """
+    factory = load_environment(task, base)
+    return (
+        not isinstance(factory, type)
+        or is_agent(factory)
+        or has_step(factory)
+        or hasattr(factory, "get_reward")
+    )
+
+
 def environment_spec(
     task: TaskConfig,
     config: EnvironmentsConfig,

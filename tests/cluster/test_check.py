@@ -17,10 +17,12 @@ from cohort.cluster.commands.check.rollout import Generated, check_completions
 from cohort.cluster.commands.check.run import check
 from cohort.cluster.commands.check.stages import CheckReport
 from cohort.cluster.config import Config
+from cohort.cluster.config_file import load_config
+from cohort.cluster.prepare import prepare
 from cohort.rewards.answer import exact_number
 from cohort.rewards.base import score_group
 from cohort.rewards.specs import RewardSpec
-from cohort.rewards.tasks import PromptRenderer, Row
+from cohort.rewards.tasks import PromptRenderer, Row, TaskError
 from tests.models import tiny_llama
 from tests.templates import FAMILIES, tokenizer_of
 
@@ -394,3 +396,17 @@ def test_made_up_answers_come_after_thinking_that_the_prompt_opens() -> None:
     assert texts["none"]["answer"] == texts["closed"]["answer"] == "5"
     assert texts["open"]["answer in <answer>"] == "So</think>\n<answer>5</answer>"
     assert texts["open"]["nothing"] == ""
+
+
+def test_an_environment_that_gives_no_reward_needs_functions(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "env.py").write_text(
+        "class Notes:\n    def note(self, text: str) -> str:\n"
+        '        """Keep a note.\n\n        Args:\n            text: It.\n        """\n'
+        "        return text\n"
+    )
+    keys = [f"model.path={tiny_model}", f"task.environment={tmp_path / 'env.py'}:Notes"]
+    keys += ["actors.max_tokens=8", "model.dtype=float32"]
+    with pytest.raises(TaskError, match=r"nothing gives a reward.*rewards\.functions.*get_reward"):
+        prepare(load_config(None, [*keys, "rewards.functions=[]"]))

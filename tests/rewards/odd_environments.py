@@ -159,6 +159,13 @@ class LastReward:
         return self._reward
 
 
+class NoReward:
+    """Has a tool, and nothing to say of what was done with it."""
+
+    def nothing(self) -> None:
+        """Do nothing."""
+
+
 class NoReset:
     """Answers, and cannot begin."""
 
@@ -166,11 +173,11 @@ class NoReset:
         return Step(done=True)
 
 
-class AskedInVain(Slow):
-    """Has a reward that nobody would ask for."""
+class AskedAtTheEnd(Slow):
+    """Gives rewards in its steps, and one more at the end."""
 
     def get_reward(self) -> float:
-        return 1.0
+        return 10.0
 
 
 def make_slow() -> Slow:

@@ -10,7 +10,9 @@ import pytest
 from episode_table import Table, at_table_of, call, costs_its_own_episode, results, spec_of
 from transformers import AutoTokenizer
 
+from cohort.rewards.config import TaskConfig
 from cohort.rewards.environments.base import EnvironmentLoadError
+from cohort.rewards.environments.specs import gives_rewards
 from cohort.rewards.environments.worker import try_environment
 from tests.templates import FOLDER
 
@@ -165,9 +167,30 @@ def test_a_last_reward_has_the_bound_of_scores(at_table: Any) -> None:
     at_table(f"{ODD}:LastReward", body)
 
 
+def test_steps_and_the_end_both_give_rewards(at_table: Any) -> None:
+    async def body(table: Table) -> None:
+        made = await table.play(["a", "b"], takes=0)
+        assert made.end is not None and made.end.failure is None
+        assert made.end.rewards == (0.5, 10.5)
+
+    at_table(f"{ODD}:AskedAtTheEnd", body, max_turns=2)
+
+
+GIVES = {"Slow": True, "NoReward": False, "LastReward": True, "make_slow": True}
+
+
+@pytest.mark.parametrize("name", GIVES)
+def test_tools_without_a_reward_are_known(name: str) -> None:
+    assert gives_rewards(TaskConfig(environment=f"{ODD}:{name}")) == GIVES[name]
+
+
+@pytest.mark.parametrize(("name", "gives"), [("mcp", False), ("sandbox", False), ("openenv", True)])
+def test_tools_of_ours_give_no_reward(name: str, gives: bool) -> None:
+    assert gives_rewards(TaskConfig(environment=name)) == gives
+
+
 NOT_MADE = {
     "NoReset": "has `step` and no `reset`",
-    "AskedInVain": "has both `step` and `get_reward`",
     "make_no_reset": "has `step` and no `reset`",
     "make_tools": "name their class, SlowTool, in its place",
     "partly": "name their class, SlowTool, in its place",
