@@ -113,7 +113,9 @@ def prepare(config: Config) -> Prepared:
     prepared = Prepared(config, path, parameters, task, specs, renderer, lengths, start, trained)
     environment = prepared.environment()
     if environment is not None:
-        if not specs and not gives_rewards(config.task):
+        # Demonstrations are learned without any.
+        learns = config.algorithm.objective != "cross_entropy"
+        if learns and not specs and not gives_rewards(config.task):
             raise TaskError(
                 f"nothing gives a reward: task.environment={config.task.environment} has tools and "
                 "no `get_reward`. Name functions in rewards.functions, or a class with `get_reward`"
