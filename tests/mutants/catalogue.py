@@ -54,6 +54,8 @@ SUPERVISE = "tests/cluster/test_supervise.py"
 RAY_WATCH = "tests/cluster/test_ray_watch.py"
 RAY_LOST = "tests/harness/test_ray_lost.py"
 WAITING = "tests/cluster/test_waiting.py"
+ODD = "tests/rewards/test_odd_environments.py"
+SESSION = "tests/harness/test_session.py"
 
 MUTANTS = (
     Mutant(
@@ -1307,5 +1309,61 @@ MUTANTS = (
         '(key == "model.dtype" or not anew)',
         "a checkpoint of other adapters is not loaded",
         ("tests/cluster/test_lora.py::test_another_rank_is_not_resumed",),
+    ),
+    Mutant(
+        "cluster/fingerprint.py",
+        "        return {} if cached is None else {COMMIT: cached.name}\n",
+        "        return {} if cached is None else {f.name: '' for f in cached.iterdir()}\n",
+        "a model of the hub is resumed though its files were fetched later",
+        (f"{RESUMED}::test_a_hub_id_is_known_by_its_commit",),
+    ),
+    Mutant(
+        "cluster/continuing.py",
+        'comparable = (COMMIT in saved["model"]) == (COMMIT in now["model"])',
+        "comparable = True",
+        "a folder and a hub id are not compared by their files",
+        (f"{RESUMED}::test_a_hub_id_is_known_by_its_commit",),
+    ),
+    Mutant(
+        "cluster/contradictions.py",
+        "        value = list(value.values())\n",
+        "        value = []\n",
+        "infinite numbers inside a key's value are refused",
+        ("tests/cluster/test_config.py::test_contradictions",),
+    ),
+    Mutant(
+        "cluster/session.py",
+        "        if not groups:\n            return Scored([])\n",
+        "",
+        "a loop of one's own may be left without groups",
+        (f"{SESSION}::test_groups_of_which_none_is_left_have_no_reward",),
+    ),
+    Mutant(
+        "rewards/environments/host.py",
+        "            await playable.close()\n",
+        "            pass\n",
+        "an environment is closed however its episode ends",
+        (f"{ODD}::test_an_environment_is_closed_however_its_episode_ends",),
+    ),
+    Mutant(
+        "rewards/environments/host.py",
+        "async def _run(self, function: Any, /, *args",
+        "async def _run(self, function: Any, *args",
+        "arguments and columns may have any name",
+        (f"{ODD}::test_arguments_and_columns_may_have_names_of_ours",),
+    ),
+    Mutant(
+        "cluster/prepare.py",
+        "if learns and not specs and not gives_rewards(config.task):",
+        "if False:",
+        "a run in which nothing gives a reward is refused",
+        ("tests/cluster/test_check.py::test_an_environment_that_gives_no_reward_needs_functions",),
+    ),
+    Mutant(
+        "rewards/row_prompts.py",
+        "_without_nulls(item) for key, item in value.items() if item is not None}",
+        "_without_nulls(item) for key, item in value.items()}",
+        "templates do not read nulls that a table has added to messages",
+        ("tests/rewards/test_dataset.py::test_keys_that_a_table_adds_to_messages_are_left_out",),
     ),
 )

@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = (
-    *("cohort", "actors", "cluster", "learner", "rewards"),
+    *("src", "cohort", "actors", "cluster", "learner", "rewards"),
     *("deploy", "examples", "tests", "docs", "benchmarks"),
 )
 FILES = ("pyproject.toml", "README.md", "CONTRIBUTING.md", "Makefile", "LICENSE")
