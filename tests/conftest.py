@@ -33,7 +33,7 @@ ONCE = "tests/test_package.py"
 COMMANDS = ("test_readme.py",)
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Take signals as in a terminal, also where the tests were started in the background (SIGINT is
     ignored) or to outlive their terminal (SIGHUP is): what they start inherits that."""
     for number, action in (
@@ -42,7 +42,14 @@ def pytest_configure() -> None:
     ):
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, action)
+    # Otherwise files with one long test would come last, when one process has nothing left to do.
+    config.option.loadscopereorder = False
     use_own_cores()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The real stack first; the many short tests then fill both processes to the end."""
+    items.sort(key=lambda item: not item.nodeid.startswith("tests/system/"))
 
 
 def use_own_cores() -> None:
