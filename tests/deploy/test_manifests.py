@@ -272,8 +272,8 @@ def test_the_image_has_every_requirement() -> None:
 def test_the_image_holds_every_package() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
     ignore = (DEPLOY / "docker" / "Dockerfile.dockerignore").read_text().splitlines()
-    for pattern in project["tool"]["setuptools"]["packages"]["find"]["include"]:
-        package = pattern.rstrip("*")
+    find = project["tool"]["setuptools"]["packages"]["find"]
+    for package in (*(pattern.rstrip("*") for pattern in find["include"]), *find["where"]):
         assert f"COPY {package} {package}\n" in DOCKERFILE.read_text()
         assert f"!{package}" in ignore
 
