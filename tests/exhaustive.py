@@ -91,7 +91,6 @@ GROUPS = {
             "tests/system/test_replay.py",
             "tests/system/test_reward_actor.py",
             "tests/system/test_served_models.py",
-            "tests/system/test_submit.py",
             "tests/system/test_train.py",
             "tests/system/test_warmup.py",
         ),
@@ -100,8 +99,12 @@ GROUPS = {
             *("tests/rewards/mcp_server.py", "tests/rewards/openenv_echo.py"),
         ),
     ),
-    # Three raylets on one busy core do not answer in time.
-    "nodes": Group(tests=("tests/system/test_nodes.py",), code=(*PRODUCT, *SYSTEM), workers=1),
+    # Several raylets, or two of everything, do not answer in time on one busy core.
+    "nodes": Group(
+        tests=("tests/system/test_nodes.py", "tests/system/test_submit.py"),
+        code=(*PRODUCT, *SYSTEM),
+        workers=1,
+    ),
 }
 
 
