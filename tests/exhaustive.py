@@ -96,7 +96,7 @@ GROUPS = {
         ),
         code=(
             *("README.md", "CONTRIBUTING.md", "docs", "deploy", "examples", *PRODUCT, *SYSTEM),
-            *("tests/rewards/mcp_server.py", "tests/rewards/openenv_echo.py"),
+            *("tests/rewards/mcp_server.py", "tests/rewards/openenv_echo.py", "tests/serving.py"),
         ),
     ),
     # Several raylets, or two of everything, do not answer in time on one busy core.

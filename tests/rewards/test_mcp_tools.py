@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import socket
-import subprocess
 import sys
-import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +16,7 @@ from episode_table import call, results
 from cohort.rewards.config import TaskConfig
 from cohort.rewards.environments.base import EnvironmentLoadError
 from cohort.rewards.environments.specs import find_tools
+from tests.serving import serving
 
 pytestmark = pytest.mark.slow
 
@@ -33,21 +31,8 @@ def task(**options: Any) -> TaskConfig:
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    process = subprocess.Popen([sys.executable, str(SERVER), str(port)])
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", port), 1).close()
-            break
-        except OSError:
-            assert time.monotonic() < deadline and process.poll() is None
-            time.sleep(0.1)
-    yield f"http://127.0.0.1:{port}/mcp"
-    process.kill()
-    process.wait()
+    with serving(sys.executable, SERVER) as address:
+        yield f"{address}/mcp"
 
 
 def servers_left() -> list[int]:

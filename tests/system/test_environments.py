@@ -6,13 +6,10 @@ Where episodes need tool calls, a tiny model learns to make them from demonstrat
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
-import time
 import venv
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ import pytest
 
 from tests import needs
 from tests.models import tiny_llama
+from tests.serving import serving
 from tests.system.conftest import COHORT, CONFIG, Cohort
 from tests.system.runs import rollouts, rows
 
@@ -44,28 +42,6 @@ def roomy_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         settings = json.loads((folder / name).read_text())
         (folder / name).write_text(json.dumps(settings | {key: ROOM}))
     return folder
-
-
-@contextmanager
-def serving(python: str, script: Path, *more: str) -> Iterator[str]:
-    """A script that serves the port it is given, until the block is left; its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = subprocess.Popen([python, str(script), str(port), *more], stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 90
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port), 1).close()
-                break
-            except OSError:
-                assert time.monotonic() < deadline and server.poll() is None
-                time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.kill()
-        server.wait()
 
 
 @pytest.fixture(scope="module")
