@@ -25,7 +25,7 @@ import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -154,15 +154,20 @@ class Trial:
         own title may write it over a part of what it was started with.
         """
         entry = f"{MARK}={self.mark}".encode()
-        ours: set[int] = set()
-        # A child has a larger number than its parent, unless the numbers have begun again.
-        for process in sorted(psutil.process_iter(), key=lambda found: found.pid):
+        titles: dict[int, tuple[psutil.Process, str]] = {}
+        parents: dict[int, int] = {}
+        marked: set[int] = set()
+        for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error, OSError):
                 # Where a title was written there is a hole, at which psutil stops to read.
                 environment = Path(f"/proc/{process.pid}/environ").read_bytes()
-                if entry in environment.split(b"\0") or process.ppid() in ours:
-                    ours.add(process.pid)
-                    yield process, " ".join(process.cmdline())
+                parents[process.pid] = process.ppid()
+                titles[process.pid] = (process, " ".join(process.cmdline()))
+                if entry in environment.split(b"\0"):
+                    marked.add(process.pid)
+        for number in sorted(with_descendants(marked, parents)):
+            if number in titles:
+                yield titles[number]
 
     def victim(self, kind: Kind) -> psutil.Process | None:
         """A process of this kind, one that does what the run needs now."""
@@ -195,6 +200,18 @@ class Trial:
             process.kill()
         if left:
             raise RuntimeError(f"the run has left processes: {[title for _, title in left]}")
+
+
+def with_descendants(processes: set[int], parents: Mapping[int, int]) -> set[int]:
+    """Processes and all below them. parents: by child.
+
+    Nothing follows from a number's size: the system begins again at the lowest after 32768."""
+    found: set[int] = set()
+    new = set(processes)
+    while new:
+        found |= new
+        new = {child for child, parent in parents.items() if parent in new} - found
+    return found
 
 
 def complete_lines(file: Path) -> list[str]:

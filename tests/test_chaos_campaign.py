@@ -97,3 +97,9 @@ def test_time_counts_that_went_into_steps_of_the_final_record() -> None:
     faulty = chaos.Outcome(steps=91, wall_s=120, step_s=1, lost=0, doubled=0, failed=0)
     assert chaos.effective(alone, alone) == 1
     assert chaos.effective(faulty, alone) == 0.75
+
+
+def test_a_process_with_a_lower_number_than_its_parent_is_found() -> None:
+    parents = {7: 30_000, 8: 7, 9: 1, 30_000: 20_000, 20_000: 1}
+    assert chaos.with_descendants({20_000}, parents) == {20_000, 30_000, 7, 8}
+    assert chaos.with_descendants(set(), parents) == set()
