@@ -56,20 +56,15 @@ def save(out: Path, tables: str, **raw: Any) -> None:
 
 
 def cohort(*arguments: object, log: Path) -> tuple[str, float]:
-    """Run a command; its output and seconds."""
+    """Run a command, whose output goes to `log` as it comes; its output and seconds."""
     began = time.monotonic()
-    result = subprocess.run(
-        [str(COHORT), *map(str, arguments)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    log.write_text(result.stdout, encoding="utf-8")
-    if result.returncode:
+    with log.open("wb") as file:
+        code = subprocess.call(
+            [str(COHORT), *map(str, arguments)], cwd=ROOT, stdout=file, stderr=file
+        )
+    if code:
         sys.exit(f"{arguments} failed; see {log}")
-    return result.stdout, time.monotonic() - began
+    return log.read_text(encoding="utf-8"), time.monotonic() - began
 
 
 def rewards_by_tens(results: list[dict[str, Any]], what: str, digits: int) -> list[str]:
