@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "tests" / "exhaustive.passed"
 CODE = (".py", ".md", ".yaml", ".lock")
-
+# What a document shows, which tests run.
+BLOCK = re.compile(rb"^ *```.*?^ *```", re.DOTALL | re.MULTILINE)
 
 # No test of a group sees the docstrings there; those of tools, which a model reads, are elsewhere.
 UNDOCUMENTED = ("actors", "cluster", "learner")
@@ -50,12 +52,15 @@ class Group:
             yield from found
 
     def content_hash(self, root: Path) -> str:
-        """Of the files' names and contents; comments and docstrings of the code do not count."""
+        """Of the files' names and contents; words do not count: comments and docstrings of the
+        code, and what is outside the blocks of a document."""
         digest = hashlib.sha256()
         for path in self.files(root):
             data = path.read_bytes()
             if path.suffix == ".py" and path.relative_to(root).parts[0] in UNDOCUMENTED:
                 data = program(data)
+            elif path.suffix == ".md":
+                data = b"".join(BLOCK.findall(data))
             digest.update(f"{path.relative_to(root)} {len(data)}\n".encode())
             digest.update(data)
         return digest.hexdigest()

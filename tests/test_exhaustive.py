@@ -86,6 +86,19 @@ def test_words_about_the_code_do_not_count(tree: Path) -> None:
     assert group.content_hash(tree) != other
 
 
+def test_words_of_a_document_do_not_count_and_its_blocks_do(tree: Path) -> None:
+    group = Group(tests=("tests/test_it.py",), code=("README.md",))
+    file = tree / "README.md"
+    text = "# Title\n\nRun\n\n```sh\nmake test\n```\n\n1. or\n   ```sh\n   make lint\n   ```\n"
+    file.write_text(text)
+    before = group.content_hash(tree)
+    file.write_text(text.replace("Title", "Another").replace("Run", "Give"))
+    assert group.content_hash(tree) == before
+    for old, new in (("make test", "make tests"), ("make lint", "make lints"), ("sh", "python")):
+        file.write_text(text.replace(old, new))
+        assert group.content_hash(tree) != before, old
+
+
 def test_every_exhaustive_test_is_in_one_group() -> None:
     """One that is in none would never be run."""
     marked = [
