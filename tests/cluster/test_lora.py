@@ -96,6 +96,7 @@ def test_targets_that_the_model_lacks_are_refused(tiny_model: Path) -> None:
         prepare(wrong)
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_an_adapter(tiny_model: Path, tmp_path: Path) -> None:
     """A folder of one, a checkpoint of a run with adapters, its run directory."""
     wanted = config(tiny_model, LORA)
@@ -118,6 +119,7 @@ def test_a_run_starts_from_an_adapter(tiny_model: Path, tmp_path: Path) -> None:
     assert starting_weights(plain) == (saved / "hf").resolve()
 
 
+@pytest.mark.slow
 def test_adapters_that_do_not_fit_are_refused(tiny_model: Path, tmp_path: Path) -> None:
     wanted = config(tiny_model, LORA)
     start = f"model.init_from={adapter(tmp_path / 'a', wanted, tiny_model)}"

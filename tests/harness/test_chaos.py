@@ -31,6 +31,7 @@ def check_books(run: World, steps: int) -> None:
             assert sample["weight_versions"][0] >= row["step"] - staleness
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "seed", [1, *(pytest.param(seed, marks=pytest.mark.exhaustive) for seed in (0, 2))]
 )

@@ -86,7 +86,7 @@ ENDS: dict[str, Callable[[], Any]] = {
 
 
 def every_end(stages: Iterable[str]) -> list[Any]:
-    """Every stage with every end; with three of them in turns always."""
+    """Every stage with every end: one of them in turns always, at every fourth stage fast."""
     return [
         pytest.param(stage, how, marks=_marks(n, how))
         for n, stage in enumerate(stages)
@@ -96,7 +96,9 @@ def every_end(stages: Iterable[str]) -> list[Any]:
 
 def _marks(number: int, how: str) -> list[Any]:
     always = ("error", "SIGKILL", "SIGTERM")[number % 3]
-    return [] if how == always else [pytest.mark.exhaustive]
+    if how != always:
+        return [pytest.mark.exhaustive]
+    return [] if number % 4 == 0 else [pytest.mark.slow]
 
 
 def end_at(patch: pytest.MonkeyPatch, place: tuple[Any, str, int], end: Callable[[], Any]) -> None:

@@ -228,6 +228,7 @@ def test_above_the_rate_the_run_stops_in_the_environments_words(talks: MakeTalks
         run.train()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", some(range(6), 6))
 def test_a_run_survives_random_faults(talks: MakeTalks, seed: int) -> None:
     run = talks(

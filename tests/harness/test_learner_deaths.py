@@ -10,6 +10,7 @@ import pytest
 
 from cohort.learner.ranks import LearnerError
 from tests.harness.world import World
+from tests.pace import some
 
 MakeWorld = Callable[..., World]
 # Where a rank can be: loading the model, a step, copying its state, publishing, saving, and, after
@@ -36,7 +37,7 @@ def same(run: World, straight: World) -> None:
         assert [mine[key] for key in SAME] == [other[key] for key in SAME]
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", some(STAGES, 3))
 @pytest.mark.parametrize(
     ("ranks", "victim"), [(1, 0), pytest.param(2, 0, marks=pytest.mark.exhaustive), (2, 1)]
 )

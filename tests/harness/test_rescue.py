@@ -225,6 +225,7 @@ def test_weights_that_are_not_finite_are_never_saved(
 # A save that fails.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["begin", "commit"])
 def test_a_full_disk_during_training_is_tried_again_after_later_steps(
     world: MakeWorld,

@@ -92,7 +92,7 @@ STAGES = {
 }
 
 
-@pytest.mark.parametrize("stage", some(STAGES, 3))
+@pytest.mark.parametrize("stage", some(STAGES, 6))
 def test_a_driver_killed_at_any_stage_resumes_bit_identical(world: MakeWorld, stage: str) -> None:
     keys = {"run__steps": 5, "run__checkpoint_every": 2, "actors__count": 1, "rewards__workers": 1}
     straight, killed = world("straight", **keys), world("killed", **keys)

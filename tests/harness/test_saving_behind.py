@@ -17,6 +17,7 @@ from cohort.learner.ranks import LearnerError
 from tests.harness.test_evaluation import scores
 from tests.harness.test_rescue import fails
 from tests.harness.world import World
+from tests.pace import some
 
 MakeWorld = Callable[..., World]
 # A write takes a minute: several steps.
@@ -112,7 +113,7 @@ def break_write(_: Any) -> None:
     raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize("how", ["full", "dead", "commit"])
+@pytest.mark.parametrize("how", some(["full", "dead", "commit"], 3))
 def test_a_write_that_fails_is_said_and_tried_again_in_the_foreground(
     world: MakeWorld,
     monkeypatch: pytest.MonkeyPatch,

@@ -20,6 +20,7 @@ from cohort.cluster.scaling import Answer, Request, ask, parse_counts, why_not
 from tests.cluster.test_run_dir import holder
 from tests.harness.test_chaos import check_books
 from tests.harness.world import Chaos, World
+from tests.pace import some
 
 MakeWorld = Callable[..., World]
 
@@ -38,7 +39,7 @@ def answer(run: World) -> Answer:
     return Answer(**json.loads((run.folder / SCALE_ANSWER).read_text()))
 
 
-@pytest.mark.parametrize("staleness", [0, 2])
+@pytest.mark.parametrize("staleness", some([2, 0], 2))
 def test_a_run_grows_and_shrinks_and_loses_no_group(world: MakeWorld, staleness: int) -> None:
     run = world(run__steps=60, actors__max_staleness=staleness, actors__count=1, rewards__workers=1)
     request(run, 2, actors=3, rewards=3)
@@ -78,6 +79,7 @@ def test_who_leaves_hands_back_what_it_cannot_end_in_time(world: MakeWorld) -> N
     assert handed_back
 
 
+@pytest.mark.slow
 def test_growing_and_shrinking_in_the_middle_of_deaths_and_freezes(world: MakeWorld) -> None:
     run = world(run__steps=60, actors__max_staleness=1, actors__max_concurrent=16)
     for step, actors in ((3, 4), (15, 1), (25, 3), (40, 2)):
@@ -157,6 +159,7 @@ def test_the_command_waits_for_the_answer_of_a_run_that_is_alive(
         driver.wait()
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_leaves_no_request_to_the_next_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

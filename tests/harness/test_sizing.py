@@ -29,6 +29,7 @@ def slow_engines(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return {"actors__max_concurrent": 4, "actors__count": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("staleness", [0, 2])
 def test_a_run_grows_while_its_learner_waits(
     world: MakeWorld, slow_engines: dict[str, Any], staleness: int

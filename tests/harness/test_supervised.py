@@ -100,7 +100,7 @@ def most_in_a_row(starts: list[tuple[str, int, int]]) -> int:
     return most
 
 
-@pytest.mark.parametrize("block", range(4))
+@pytest.mark.parametrize("block", some(range(4), 4))
 def test_thousands_of_histories_end_as_they_should(
     tmp_path: Path, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

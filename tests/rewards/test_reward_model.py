@@ -86,6 +86,7 @@ def test_concurrency_is_bounded(server: Server) -> None:
     assert server.most <= 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [429, 503])
 def test_transient_errors_are_tried_again(server: Server, status: int) -> None:
     server.reply = lambda _, count: (status, {"error": "busy"}) if count < 3 else scores(3)
