@@ -1,14 +1,14 @@
 """The travel planner, measured: warm-up, then GRPO over several seeds, on held-out queries.
 
     .venv/bin/python benchmarks/travel.py [--agency] [--level 1] [--seeds 0 1 2] [--steps 30]
-        [--out FOLDER]
+        [--out FOLDER] [KEY=VALUE ...]
 
 One `cohort warmup` of SmolLM2-135M-Instruct with deploy/configs/travel.yaml, or travel_agency.yaml,
 where a trip is booked with tools over several turns; then for every seed
 `cohort eval` of the warmed-up model, `cohort train` from it, `cohort eval` of the result. A seed
 has queries of its own, for training and for evaluation. Writes FOLDER/results.json (raw numbers)
 and FOLDER/results.md (tables). What is already there is not run again. Nothing else should run on
-the machine.
+the machine. Keys of the config count for `cohort train`.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def measure(seed: int, options: argparse.Namespace) -> dict[str, Any]:
         cohort(
             "train", options.config, *keys, f"run.dir={run}", f"run.steps={options.steps}",
             f"learner.learning_rate={options.learning_rate}", "learner.micro_batch_tokens=2048",
-            log=folder / "train.log",
+            *options.keys, log=folder / "train.log",
         )  # fmt: skip
     cohort("eval", run, "-o", after, *keys[2:3], log=folder / "after.log")
     return {
@@ -142,6 +142,7 @@ def main() -> None:
     parser.add_argument("--eval-prompts", type=int, default=64)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "benchmark-travel")
     parser.add_argument("--agency", action="store_true", help="with tools, over several turns")
+    parser.add_argument("keys", nargs="*", metavar="KEY=VALUE", help="of the config, for training")
     options = parser.parse_args()
     options.config = CONFIGS / ("travel_agency.yaml" if options.agency else "travel.yaml")
     options.out.mkdir(parents=True, exist_ok=True)
