@@ -98,7 +98,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("change", "key"), REFUSED, ids=[key for _, key in REFUSED])
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        pytest.param(*case, marks=[] if n % 3 == 0 else pytest.mark.slow)
+        for n, case in enumerate(REFUSED)
+    ],
+    ids=[key for _, key in REFUSED],
+)
 def test_what_changes_rows_schedule_or_objective_is_refused_before_anything_starts(
     world: MakeWorld, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], key: str
 ) -> None:

@@ -431,6 +431,7 @@ def texts(seed: int, count: int) -> list[str]:
     return [*words, *[word + " " for word in words], "x " * 200, *made]
 
 
+@pytest.mark.slow
 def test_every_text_survives_a_dump(tmp_path: Path) -> None:
     for place, text in enumerate(texts(0, 3000)):
         tree = {text: 1, "a": text, "b": [text, {"c": text}]}

@@ -249,6 +249,7 @@ def test_a_group_that_found_no_room_is_written_when_there_is_some(
     assert len(journal(run).groups[2]) == 4
 
 
+@pytest.mark.slow
 def test_the_journal_holds_what_checkpoints_that_are_kept_need_and_no_more(
     world: MakeWorld,
 ) -> None:
@@ -358,6 +359,7 @@ def test_groups_that_failed_in_a_recorded_step_fail_in_it_again(world: MakeWorld
     assert not asked(run) & set(failed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", some(range(40), 40, 5))
 def test_histories_of_kills_lose_nothing_and_repeat_nothing(world: MakeWorld, seed: int) -> None:
     """A driver that is killed again and again, at any event, with engines and workers that die

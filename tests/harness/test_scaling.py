@@ -130,6 +130,7 @@ def test_without_a_run_the_command_says_so(tmp_path: Path) -> None:
     assert not (tmp_path / SCALE_REQUEST).exists()
 
 
+@pytest.mark.slow
 def test_the_command_waits_for_the_answer_of_a_run_that_is_alive(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

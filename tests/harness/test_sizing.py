@@ -45,6 +45,7 @@ def test_a_run_grows_while_its_learner_waits(
     assert run.ray.requested[-1] == [{"CPU": 0.6}] * 3 + [{"CPU": 0.4}]
 
 
+@pytest.mark.slow
 def test_a_run_shrinks_while_its_learner_never_waits(world: MakeWorld) -> None:
     keys = dict(actors__count=3, actors__min_count=1, actors__max_count=3)
     run = world(run__steps=30, actors__max_staleness=2, **keys)
@@ -93,6 +94,7 @@ def edit(run: World, old: str, new: str, nth: int) -> None:
     run.on("step", replace, actor="learner-0", nth=nth)
 
 
+@pytest.mark.slow
 def test_an_edit_of_the_config_is_followed(
     world: MakeWorld, capsys: pytest.CaptureFixture[str]
 ) -> None:

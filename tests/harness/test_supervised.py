@@ -100,7 +100,8 @@ def most_in_a_row(starts: list[tuple[str, int, int]]) -> int:
     return most
 
 
-@pytest.mark.parametrize("block", some(range(4), 4))
+@pytest.mark.slow
+@pytest.mark.parametrize("block", range(4))
 def test_thousands_of_histories_end_as_they_should(
     tmp_path: Path, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,6 +136,7 @@ def test_thousands_of_histories_end_as_they_should(
 KILLS = ("publish", "submit", "score_part", "collect", "step", "sync", "prepare_save", "write")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", some(range(4), 4))
 def test_a_driver_that_is_killed_again_and_again_makes_the_same_run(
     world: MakeWorld, seed: int
