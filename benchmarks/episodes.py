@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from quickstart import ROOT, cohort, rewards_by_tens, save
+from quickstart import ROOT, cohort, evaluation, rewards_by_tens, save
 
 MODEL = Path("~/.cache/cohort/models/SmolLM2-135M-Instruct").expanduser()
 
@@ -39,7 +39,7 @@ def measure(seed: int, options: argparse.Namespace) -> dict[str, Any]:
         file = folder / f"{name}.json"
         if not file.exists():
             cohort("eval", run, "-o", file, *model, log=folder / f"{name}.log")
-        found[name] = json.loads(file.read_text(encoding="utf-8"))
+        found[name] = evaluation(file, "untouched" if name == "before" else f"seed-{seed}")
     found["metrics"] = [
         json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()
     ]

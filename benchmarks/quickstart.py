@@ -67,6 +67,11 @@ def cohort(*arguments: object, log: Path) -> tuple[str, float]:
     return log.read_text(encoding="utf-8"), time.monotonic() - began
 
 
+def evaluation(file: Path, model: str) -> dict[str, Any]:
+    """What `cohort eval -o` wrote; `model` says which it was, without this machine's folders."""
+    return {**json.loads(file.read_text(encoding="utf-8")), "model": model}
+
+
 def rewards_by_tens(results: list[dict[str, Any]], what: str, digits: int) -> list[str]:
     """Lines of a table of the mean rewards in training, and of what a step took."""
     tens = len(results[0]["metrics"]) // 10

@@ -41,6 +41,8 @@ from cohort.rewards.environments.specs import environment_spec
 from cohort.rewards.environments.worker import EnvironmentWorker
 
 MODEL = Path("~/.cache/cohort/models/SmolLM2-135M-Instruct").expanduser()
+# Episodes of a step on the real stack, and the turns of each.
+AT_ONCE = 64
 TURNS = 4
 TOOL_S = (0.1, 2.0)
 SAMPLE_S = (0.05, 1.0)
@@ -73,7 +75,7 @@ def real(slow: bool, staleness: int, options: argparse.Namespace) -> dict[str, A
         str(COHORT), "train", str(CONFIG), f"run.dir={folder}", f"run.steps={options.steps}",
         f"task.environment={Path(__file__).resolve()}:Clerk",
         f"task.environment_options={{slow: {str(slow).lower()}}}", "rewards.functions=[]",
-        "task.prompts_per_step=8", "task.group_size=8", "actors.max_tokens=24",
+        f"task.prompts_per_step={AT_ONCE // 8}", "task.group_size=8", "actors.max_tokens=24",
         f"actors.max_staleness={staleness}", "environments.max_turns=8",
     ]  # fmt: skip
     log = options.out / f"{folder.name}.log"
@@ -103,7 +105,7 @@ def real(slow: bool, staleness: int, options: argparse.Namespace) -> dict[str, A
         "step_s": [row["time/step"] for row in rows],
         "generate_s": [row["time/generate"] for row in rows],
         "train_s": [row["time/train"] for row in rows],
-        "tokens_per_s": sum(row["rollout/tokens"] for row in rows)
+        "tokens_per_s": AT_ONCE * sum(row["rollout/completion_tokens"] for row in rows)
         / sum(row["time/step"] for row in rows),
         "engine_cores": statistics.mean(busy),
         # The engine's process looks for work now and then; below this it has found none.

@@ -20,7 +20,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from quickstart import ROOT, cohort, rewards_by_tens, save
+from quickstart import ROOT, cohort, evaluation, rewards_by_tens, save
 
 from cohort.rewards.travel.plan import Day, Plan, to_json
 from cohort.rewards.travel.query import from_columns
@@ -70,8 +70,8 @@ def measure(seed: int, options: argparse.Namespace) -> dict[str, Any]:
     cohort("eval", run, "-o", after, *keys[2:3], log=folder / "after.log")
     return {
         "seed": seed,
-        "before": json.loads(before.read_text(encoding="utf-8")),
-        "after": json.loads(after.read_text(encoding="utf-8")),
+        "before": evaluation(before, "warm"),
+        "after": evaluation(after, f"seed-{seed}"),
         "by_chance": by_chance(seed, options.level, options.eval_prompts),
         "metrics": [
             json.loads(line)
@@ -151,7 +151,8 @@ def main() -> None:
     for seed in options.seeds:
         print(f"seed {seed} ...", flush=True)
         results.append(measure(seed, options))
-        settings = {name: str(value) for name, value in vars(options).items() if name != "out"}
+        given = {**vars(options), "config": options.config.name}
+        settings = {name: str(value) for name, value in given.items() if name != "out"}
         save(options.out, table(results), settings=settings, warm_up=warm, results=results)
 
 
