@@ -18,6 +18,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import statistics
 import subprocess
@@ -48,7 +49,7 @@ FIND_S, END_S = 120.0, 300.0
 
 
 class Kind(NamedTuple):
-    """A fault: which signal goes to which process, known by what it calls itself."""
+    """A fault: which signal goes to which process; an expression finds it by its title."""
 
     victim: str
     signal: signal.Signals
@@ -56,9 +57,11 @@ class Kind(NamedTuple):
 
 # The supervisor and its driver have the same program: the driver is the one without this word.
 SUPERVISOR, DRIVER = "--supervise", "cohort.cluster.cli train"
+# vLLM's process; it fails to give itself its name now and then, by the order of its environment.
+ENGINE = r"VLLM::EngineCore|multiprocessing\.spawn import spawn_main"
 KINDS = {
-    "engine killed": Kind("VLLM::EngineCore", signal.SIGKILL),
-    "engine frozen": Kind("VLLM::EngineCore", signal.SIGSTOP),
+    "engine killed": Kind(ENGINE, signal.SIGKILL),
+    "engine frozen": Kind(ENGINE, signal.SIGSTOP),
     "rollout actor killed": Kind("ray::RolloutActor", signal.SIGKILL),
     "reward worker killed": Kind("ray::RewardWorker", signal.SIGKILL),
     "reward worker frozen": Kind("ray::RewardWorker", signal.SIGSTOP),
@@ -172,7 +175,8 @@ class Trial:
     def victim(self, kind: Kind) -> psutil.Process | None:
         """A process of this kind, one that does what the run needs now."""
         for process, title in self.processes():
-            if kind.victim in title and (kind.victim == SUPERVISOR) == (SUPERVISOR in title):
+            supervises = SUPERVISOR in title
+            if re.search(kind.victim, title) and (kind.victim == SUPERVISOR) == supervises:
                 return process
         return None
 

@@ -20,6 +20,7 @@ import asyncio
 import itertools
 import json
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+from chaos import ENGINE
 from quickstart import COHORT, CONFIG, ROOT, save
 
 import cohort as api
@@ -117,7 +119,7 @@ def engine_core(pid: int) -> psutil.Process | None:
     """vLLM's process of a run, once it is there."""
     try:
         children = psutil.Process(pid).children(recursive=True)
-        found = [p for p in children if " ".join(p.cmdline()).startswith("VLLM::EngineCore")]
+        found = [p for p in children if re.search(ENGINE, " ".join(p.cmdline()))]
     except psutil.NoSuchProcess:
         return None
     return found[0] if found else None

@@ -103,3 +103,22 @@ def test_a_process_with_a_lower_number_than_its_parent_is_found() -> None:
     parents = {7: 30_000, 8: 7, 9: 1, 30_000: 20_000, 20_000: 1}
     assert chaos.with_descendants({20_000}, parents) == {20_000, 30_000, 7, 8}
     assert chaos.with_descendants(set(), parents) == set()
+
+
+def test_an_engine_is_known_with_and_without_its_name() -> None:
+    def titled(title: str) -> Any:
+        made: Any = SimpleNamespace(processes=lambda: [("it", title)])
+        return made
+
+    unnamed = "python3.11 -c from multiprocessing.spawn import spawn_main; spawn_main(tracker_fd=6)"
+    tracker = "python3.11 -c from multiprocessing.resource_tracker import main;main(69)"
+    for title, found in (("VLLM::EngineCore", "it"), (unnamed, "it"), (tracker, None)):
+        assert chaos.Trial.victim(titled(title), chaos.KINDS["engine killed"]) == found
+    train = "python -m cohort.cluster.cli train a.yaml"
+    for kind, title, found in (
+        ("driver killed", train, "it"),
+        ("driver killed", f"{train} --supervise", None),
+        ("pre-empted", f"{train} --supervise", "it"),
+        ("pre-empted", train, None),
+    ):
+        assert chaos.Trial.victim(titled(title), chaos.KINDS[kind]) == found
