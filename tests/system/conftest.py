@@ -92,8 +92,13 @@ class Cohort:
         return ours(self.mark)
 
     def process(self, title: str) -> psutil.Process:
-        """The live process of our runs that calls itself so; vLLM and Ray set titles."""
+        """The live process of our runs whose title begins so; vLLM and Ray set titles."""
         [found] = [process for process, name in ours(self.mark) if name.startswith(title)]
+        return found
+
+    def engine(self) -> psutil.Process:
+        """The live engine of our runs."""
+        [found] = [process for process, name in ours(self.mark) if is_engine(name)]
         return found
 
     def train(self, **overrides: object) -> subprocess.CompletedProcess[str]:
@@ -122,6 +127,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def cohort(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Cohort:
     return Cohort(tmp_path_factory.mktemp("cohort"), tiny_model)
+
+
+def is_engine(title: str) -> bool:
+    """Whether this is vLLM's process. Where RAY_CLIENT_MODE, which Ray sets again on import, comes
+    first in its environment, the process cannot give itself its name."""
+    return "VLLM::EngineCore" in title or "multiprocessing.spawn import spawn_main" in title
 
 
 def ours(mark: str) -> list[tuple[psutil.Process, str]]:

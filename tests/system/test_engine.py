@@ -36,6 +36,7 @@ from cohort.actors.records import (
 from cohort.actors.rollout import RolloutActor
 from cohort.actors.sampling import tokens_at, uniforms
 from tests.models import tiny_gpt2, tiny_llama, tiny_qwen2
+from tests.system.conftest import is_engine
 
 pytestmark = pytest.mark.system
 
@@ -172,7 +173,7 @@ def engine_processes(actor: Any) -> list[psutil.Process]:
     # A process that writes its title meanwhile is seen without one.
     for _ in range(20):
         below = here.children(recursive=True)
-        found = [p for p in below if " ".join(p.cmdline()).startswith("VLLM::EngineCore")]
+        found = [p for p in below if is_engine(" ".join(p.cmdline()))]
         if found:
             break
         time.sleep(0.1)

@@ -22,7 +22,7 @@ from cohort.actors.records import GroupMeta, Prompt, Request, SamplingSpec
 from cohort.actors.rollout import RolloutActor
 from cohort.learner.weights import WeightFiles, gather_named_weights, weight_specs
 from tests.models import tiny_llama
-from tests.system.conftest import shared_files
+from tests.system.conftest import is_engine, shared_files
 
 pytestmark = pytest.mark.system
 
@@ -115,7 +115,7 @@ class Run:
     async def engine(self, index: int) -> psutil.Process:
         """vLLM's process below an actor."""
         below = (await self.process(index)).children(recursive=True)
-        [found] = [p for p in below if " ".join(p.cmdline()).startswith("VLLM::EngineCore")]
+        [found] = [p for p in below if is_engine(" ".join(p.cmdline()))]
         return found
 
 

@@ -26,7 +26,7 @@ import yaml
 from cohort.cluster.observe.metrics_file import STEP_KEYS
 from tests.models import tiny_llama
 from tests.shown import Shown, commands
-from tests.system.conftest import REWARDS, shared_files
+from tests.system.conftest import REWARDS, is_engine, shared_files
 from tests.system.runs import rollouts, rows
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
@@ -57,8 +57,8 @@ class Cluster:
         for process in psutil.Process(self.pid).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
                 names.append(" ".join(process.cmdline()))
-        kinds = ("VLLM::", "ray::RolloutActor", "ray::LearnerWorker", "ray::RewardWorker")
-        return [name for name in names if name.startswith(kinds)]
+        kinds = ("ray::RolloutActor", "ray::LearnerWorker", "ray::RewardWorker")
+        return [name for name in names if name.startswith(kinds) or is_engine(name)]
 
     def submit(self, *overrides: str) -> tuple[int, str]:
         """Run `cohort submit` from the repository; its exit code and what it printed."""
