@@ -164,13 +164,12 @@ class Trial:
             with contextlib.suppress(psutil.Error, OSError):
                 # Where a title was written there is a hole, at which psutil stops to read.
                 environment = Path(f"/proc/{process.pid}/environ").read_bytes()
-                parents[process.pid] = process.ppid()
                 titles[process.pid] = (process, " ".join(process.cmdline()))
+                parents[process.pid] = process.ppid()
                 if entry in environment.split(b"\0"):
                     marked.add(process.pid)
         for number in sorted(with_descendants(marked, parents)):
-            if number in titles:
-                yield titles[number]
+            yield titles[number]
 
     def victim(self, kind: Kind) -> psutil.Process | None:
         """A process of this kind, one that does what the run needs now."""

@@ -110,8 +110,8 @@ def measure(seed: int, out: Path) -> dict[str, Any]:
             json.loads(line)
             for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         ],
-        "before": json.loads(before.read_text(encoding="utf-8")),
-        "after": json.loads(after.read_text(encoding="utf-8")),
+        "before": evaluation(before, "untouched"),
+        "after": evaluation(after, f"seed-{seed}"),
     }
 
 

@@ -106,12 +106,17 @@ def by_chance(seed: int, level: int, prompts: int, samples: int = 8) -> dict[str
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Held-out results, then the curve."""
+    """Held-out results, then the curve; with tools also turns and what a tool refused."""
+    more = [
+        name
+        for name in ("episodes/turns", "episodes/tool_errors")
+        if name in results[0]["before"]["task_sampled"]
+    ]
     lines = [
         "| seed | reward, greedy | pass@1 | pass@8 | final pass, greedy | sampled "
         "| by chance | hard rules (micro), sampled | commonsense (micro), sampled "
-        "| delivery, sampled |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| delivery, sampled | reward, sampled |" + "".join(f" {name}, sampled |" for name in more),
+        "|---" * (11 + len(more)) + "|",
     ]
     for result in results:
         old, new = result["before"], result["after"]
@@ -124,6 +129,8 @@ def table(results: list[dict[str, Any]]) -> str:
                 (old["task_sampled"][name], new["task_sampled"][name])
                 for name in ("final_pass_rate", "hard_micro", "commonsense_micro", "delivery_rate")
             ),
+            (old["sampled_reward"], new["sampled_reward"]),
+            *((old["task_sampled"][name], new["task_sampled"][name]) for name in more),
         ]
         cells = [f"{before:.2f} → {after:.2f}" for before, after in pairs]
         cells.insert(5, f"{result['by_chance']['final_pass_rate']:.2f}")

@@ -107,7 +107,7 @@ GROUPS = {
     # Several raylets, or two of everything, do not answer in time on one busy core.
     "nodes": Group(
         tests=("tests/system/test_nodes.py", "tests/system/test_submit.py"),
-        code=(*PRODUCT, *SYSTEM),
+        code=(*PRODUCT, *SYSTEM, "tests/serving.py"),
         workers=1,
     ),
 }

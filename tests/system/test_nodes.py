@@ -15,9 +15,9 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.serving import free_ports
 from tests.system.conftest import COHORT, Cohort
 from tests.system.runs import rows
-from tests.system.test_submit import free_ports
 
 # Two minutes, which the two cores of a busy machine may not have to spare for three raylets.
 pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.exhaustive]

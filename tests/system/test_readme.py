@@ -14,7 +14,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ import pytest
 
 from cohort.rewards.child import die_with_parent
 from tests.models import tiny_llama, tiny_reward_model
+from tests.serving import free_ports
 from tests.shown import Shown, commands, environment, scratch_copy
 from tests.system.test_served_models import START_S, healthy
 
@@ -73,9 +73,7 @@ class Reader:
 
     def serve(self, line: str) -> None:
         """Start a server; it is waited for by who asks it."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        [port] = free_ports()
         log = self.folder / f"server-{port}.log"
         small = f"--port {port} --dtype float32 --enforce-eager --kv-cache-memory-bytes 64M"
         speed = {"TORCHDYNAMO_DISABLE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}

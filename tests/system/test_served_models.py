@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -30,6 +29,7 @@ from cohort.rewards.judge import LLMJudge
 from cohort.rewards.reward_model import RewardModel
 from tests.models import tiny_reward_model
 from tests.scripts import ask_for_a_trip
+from tests.serving import free_ports
 
 pytestmark = [pytest.mark.system, pytest.mark.exhaustive]
 
@@ -44,9 +44,7 @@ CONTEXT = 8192
 @contextmanager
 def serving(model: Path, log: Path, *options: str) -> Iterator[str]:
     """The URL of a vLLM server; afterwards none of its processes is left."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    [port] = free_ports()
     # The CPU wheel's `vllm` command cannot start: it looks for a package named vllm.
     command = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry"]
     command += ["--model", str(model), "--served-model-name", "tiny", "--host", "127.0.0.1"]

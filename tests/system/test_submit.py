@@ -8,7 +8,6 @@ import math
 import os
 import re
 import secrets
-import socket
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ import yaml
 
 from cohort.cluster.observe.metrics_file import STEP_KEYS
 from tests.models import tiny_llama
+from tests.serving import free_ports
 from tests.shown import Shown, commands
 from tests.system.conftest import REWARDS, is_engine, shared_files
 from tests.system.runs import rollouts, rows
@@ -33,14 +33,6 @@ pytestmark = [pytest.mark.system, pytest.mark.slow]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = REPOSITORY / "deploy" / "configs" / "addition.yaml"
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
 
 
 @dataclass(frozen=True)
